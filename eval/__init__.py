@@ -1,0 +1,1 @@
+"""Evaluation: predictions of a model on region tasks, and their scores."""

@@ -1,0 +1,1 @@
+"""One metric a file; each takes predictions and references, never a model."""

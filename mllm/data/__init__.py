@@ -1,0 +1,1 @@
+"""What is on disk -> `RegionSample`: one record for every data set, trainer and task."""

@@ -1,0 +1,119 @@
+"""`RegionSample`, the record that everything downstream shares, and the opening of pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import tarfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vision_tower import Region
+
+
+class TarMember(NamedTuple):
+    """A file inside a tar archive."""
+
+    tar: str
+    name: str
+
+
+ImageSource = str | TarMember | bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RegionSample:
+    """A picture, its region or regions, and what is known or asked about them.
+
+    Attributes:
+        id: Unique in its data set.
+        image: Where the picture is; opened by `open_image`, not before.
+        regions: In pixels of the picture as displayed.
+        question: None asks for a description.
+        references: Right answers.
+        candidates: Answers to choose from, or None.
+        meta: What the data set says besides; `width` and `height` in pixels where it states them.
+    """
+
+    id: str
+    image: ImageSource
+    regions: tuple[Region, ...]
+    question: str | None
+    references: tuple[str, ...]
+    candidates: tuple[str, ...] | None = None
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def open_image(self) -> Image.Image:
+        """The picture, RGB, as displayed (EXIF orientation applied).
+
+        Raises:
+            ValueError: If it cannot be read, or has another size than the data set states: regions would be shifted.
+        """
+        image = load_image(self.image)
+        stated = self.meta.get("width"), self.meta.get("height")
+        if None not in stated and stated != image.size:
+            raise ValueError(
+                f"sample {self.id}: {describe_source(self.image)} is {image.width} x {image.height} pixels, its data set says "
+                f"{stated[0]} x {stated[1]}; regions would be shifted. Use the data set's own picture files"
+            )
+        return image
+
+
+def load_image(source: ImageSource | os.PathLike) -> Image.Image:
+    """Open a picture: RGB, EXIF orientation applied, transparency laid onto white (as Transformers does).
+
+    Args:
+        source: A path, a member of a tar archive, or the bytes of a file.
+
+    Raises:
+        ValueError: If there is no such file, it is no picture, is cut short, or is so large that it must be an attack.
+    """
+    name = describe_source(source)
+    try:
+        with warnings.catch_warnings():
+            # PIL warns at half of the size it refuses
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(_file(source))
+            image.load()
+    except FileNotFoundError:
+        raise ValueError(f"there is no image file {name}") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} has too many pixels to be opened safely ({error})") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{name} is not an image that PIL can read") from None
+    except (OSError, SyntaxError, ValueError, tarfile.TarError) as error:
+        raise ValueError(f"cannot read the image {name}: {error}") from error
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def describe_source(source: ImageSource | os.PathLike) -> str:
+    """A name for messages."""
+    if isinstance(source, TarMember):
+        return f"{source.name} in {source.tar}"
+    return f"image of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
+
+
+def _file(source: ImageSource | os.PathLike) -> str | io.BytesIO:
+    if isinstance(source, TarMember):
+        with tarfile.open(source.tar) as archive:
+            try:
+                member = archive.extractfile(source.name)
+            except KeyError:
+                raise FileNotFoundError(source.name) from None
+            if member is None:
+                raise FileNotFoundError(source.name)
+            return io.BytesIO(member.read())
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if Path(source).is_dir():
+        raise FileNotFoundError(source)
+    return os.fspath(source)

@@ -1,0 +1,219 @@
+"""Write the Shapes world to disk in Visual Genome's own format.
+
+    python -m mllm.data.shapes --out DIR --images N --seed S [--split train|test|novel|background]
+
+`DIR` then holds `image_data.json`, `region_descriptions.json` (one canonical phrase an object), `question_answers.json`,
+`qa_to_region_mapping.json`, `objects.json`, `region_masks.json` (COCO RLE by region id) and `VG_100K/<image_id>.png`, so the
+Visual Genome reader takes it like the real thing; `dataset.json` says which split and seed it is. The same seed gives the same JSON bytes and the same pixels.
+
+Splits: `train` and `test` share colour-shape pairs and backgrounds; `novel` draws only pairs that `train` never has; `background`
+is `test` on backgrounds that `train` never has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+from tqdm.auto import tqdm
+
+from mllm.data.shapes_world import (
+    BACKGROUNDS,
+    COLOURS,
+    NOVEL_PAIRS,
+    SCENE_SIZE,
+    SHAPES,
+    UNSEEN_BACKGROUNDS,
+    Scene,
+    ShapeObject,
+    draw_scene,
+)
+
+_ALL_PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+_SEEN_PAIRS = tuple(pair for pair in _ALL_PAIRS if pair not in NOVEL_PAIRS)
+# split -> (its own random stream, colour-shape pairs, backgrounds)
+SPLITS = {
+    "train": (0, _SEEN_PAIRS, BACKGROUNDS),
+    "test": (1, _SEEN_PAIRS, BACKGROUNDS),
+    "novel": (2, NOVEL_PAIRS, BACKGROUNDS),
+    "background": (3, _SEEN_PAIRS, UNSEEN_BACKGROUNDS),
+}
+# question type -> wordings, one of which is drawn for each question
+QUESTIONS = {
+    "size": ("What size is this?", "How big is it?", "What is its size?"),
+    "pattern": ("What pattern does this have?", "What pattern is on it?", "What is its pattern?"),
+    "colour": ("What colour is this?", "What color is it?", "What is its colour?"),
+    "shape": ("What shape is this?", "Which shape is it?", "What is its shape?"),
+    "left": ("What is left of this?", "What is to the left of it?"),
+    "right": ("What is right of this?", "What is to the right of it?"),
+    "above": ("What is above this?", "What is above it?"),
+    "below": ("What is below this?", "What is below it?"),
+    "count": ("How many objects are there?", "How many objects do you see?"),
+}
+ATTRIBUTES = ("size", "pattern", "colour", "shape")
+# direction -> unit vector (x, y), y down
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
+# An object lies in a direction when it is within 35 degrees of it; between 35 and 55 degrees nobody could say, so nothing is asked.
+_CLEAR_SLOPE, _UNCLEAR_SLOPE = 0.7, 1.43
+
+
+def neighbour(objects: Sequence[ShapeObject], index: int, direction: str) -> ShapeObject | None:
+    """The one object that lies in `direction` of object `index`, or None when there is none, several, or an unclear one."""
+    ux, uy = DIRECTIONS[direction]
+    found = []
+    for other_index, other in enumerate(objects):
+        dx, dy = other.x - objects[index].x, other.y - objects[index].y
+        along, across = dx * ux + dy * uy, abs(dx * uy) + abs(dy * ux)
+        if other_index == index or along <= 0 or across > _UNCLEAR_SLOPE * along:
+            continue
+        if across > _CLEAR_SLOPE * along:
+            return None
+        found.append(other)
+    return found[0] if len(found) == 1 else None
+
+
+def questions(scene: Scene, index: int) -> Iterator[tuple[str, str]]:
+    """(question type, answer) pairs about object `index`: its attributes, then its neighbours where the answer is unique."""
+    obj = scene.objects[index]
+    for attribute in ATTRIBUTES:
+        yield attribute, getattr(obj, attribute)
+    for direction in DIRECTIONS:
+        other = neighbour(scene.objects, index, direction)
+        if other is not None:
+            yield direction, f"{other.colour} {other.shape}"
+
+
+def scenes(count: int, seed: int, split: str) -> Iterator[tuple[np.random.Generator, Scene]]:
+    """`count` scenes of a split, each with its own generator: a longer set begins with the shorter one.
+
+    Raises:
+        ValueError: If the split is unknown.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"expected a split out of {', '.join(SPLITS)}, got {split!r}")
+    stream, pairs, backgrounds = SPLITS[split]
+    for index in range(count):
+        rng = np.random.default_rng([seed, stream, index])
+        yield rng, draw_scene(rng, pairs, backgrounds)
+
+
+def write(out: str | os.PathLike, count: int, seed: int, split: str = "train", *, progress: bool = True) -> None:
+    """Write `count` scenes of a split to the folder `out` in Visual Genome's layout.
+
+    Raises:
+        ValueError: If the split is unknown, `count` is not positive, or `out` already holds a data set.
+    """
+    out = Path(out)
+    if count < 1:
+        raise ValueError(f"expected at least 1 image, got {count}")
+    if (out / "image_data.json").exists():
+        raise ValueError(f"{out} already holds a data set; choose another folder or delete it")
+    (out / "VG_100K").mkdir(parents=True, exist_ok=True)
+    records = _Records()
+    for rng, scene in tqdm(scenes(count, seed, split), total=count, desc=f"shapes {split}", disable=not progress):
+        image_id = records.add(rng, scene)
+        Image.fromarray(scene.pixels).save(out / "VG_100K" / f"{image_id}.png")
+    records.save(out)
+    about = {"world": "shapes", "split": split, "seed": seed, "images": count}
+    (out / "dataset.json").write_text(json.dumps(about), encoding="utf-8")  # training refuses another split than train
+
+
+class _Records:
+    """The JSON files of a data set while they grow; ids count from 1 in drawing order."""
+
+    def __init__(self) -> None:
+        self.image_data: list[dict] = []
+        self.region_descriptions: list[dict] = []
+        self.question_answers: list[dict] = []
+        self.qa_to_region_mapping: dict[str, int] = {}
+        self.objects: list[dict] = []
+        self.region_masks: dict[str, dict] = {}
+        self._qa_id = 0
+
+    def add(self, rng: np.random.Generator, scene: Scene) -> int:
+        image_id = len(self.image_data) + 1
+        self.image_data.append(
+            {
+                "image_id": image_id,
+                "url": f"VG_100K/{image_id}.png",
+                "width": SCENE_SIZE,
+                "height": SCENE_SIZE,
+                "coco_id": None,
+                "flickr_id": None,
+                "background": scene.background,
+            }
+        )
+        regions, qas, objects = [], [], []
+        for index, (obj, mask) in enumerate(zip(scene.objects, scene.masks, strict=True)):
+            region_id = len(self.region_masks) + 1
+            rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+            self.region_masks[str(region_id)] = {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
+            x, y, width, height = (int(v) for v in coco_mask.toBbox(rle))
+            box = {"x": x, "y": y, "width": width, "height": height}
+            regions.append({"region_id": region_id, "image_id": image_id, **box, "phrase": obj.phrase, "synsets": []})
+            objects.append(_object_record(region_id, box, obj))
+            for kind, answer in questions(scene, index):
+                qas.append(self._question(rng, image_id, kind, answer))
+                self.qa_to_region_mapping[str(self._qa_id)] = region_id
+        qas.append(self._question(rng, image_id, "count", str(len(scene.objects))))  # about the whole image: not mapped
+        self.region_descriptions.append({"id": image_id, "regions": regions})
+        self.question_answers.append({"id": image_id, "qas": qas})
+        self.objects.append({"image_id": image_id, "objects": objects})
+        return image_id
+
+    def _question(self, rng: np.random.Generator, image_id: int, kind: str, answer: str) -> dict:
+        self._qa_id += 1
+        wording = QUESTIONS[kind][rng.integers(len(QUESTIONS[kind]))]
+        return {
+            "qa_id": self._qa_id,
+            "image_id": image_id,
+            "question": wording,
+            "answer": answer,
+            "type": kind,
+            "q_objects": [],
+            "a_objects": [],
+        }
+
+    def save(self, out: Path) -> None:
+        for name, content in vars(self).items():
+            if not name.startswith("_"):
+                (out / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def _object_record(object_id: int, box: dict, obj: ShapeObject) -> dict:
+    """An entry of objects.json, with the attributes that VG keeps in attributes.json."""
+    return {
+        "object_id": object_id,
+        "x": box["x"],
+        "y": box["y"],
+        "w": box["width"],
+        "h": box["height"],
+        "names": [obj.shape],
+        "synsets": [],
+        "attributes": [obj.size, obj.pattern, obj.colour],
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m mllm.data.shapes`."""
+    parser = argparse.ArgumentParser(prog="python -m mllm.data.shapes", description="Write the Shapes world to disk.")
+    parser.add_argument("--out", required=True, help="new folder for the data set")
+    parser.add_argument("--images", type=int, required=True, help="number of scenes")
+    parser.add_argument("--seed", type=int, required=True, help="same seed: same scenes")
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    args = parser.parse_args(argv)
+    try:
+        write(args.out, args.images, args.seed, args.split)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,99 @@
+"""`mllm.load`: a directory, a hub id or nothing (the embedded model) -> a model that is ready to answer, and its processor."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoProcessor, LlavaConfig, PreTrainedConfig, PreTrainedModel
+
+from mllm.llava import load_llava, load_llava_processor
+from mllm.processing import AlphaLlavaProcessor
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED_MODEL = Path(__file__).parent / "assets" / "model"
+
+
+def load(
+    model: str | os.PathLike | None = None,
+    *,
+    device: str = "auto",
+    device_map: str | dict | None = None,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> tuple[PreTrainedModel, AlphaLlavaProcessor]:
+    """Load a LLaVA-1.5 with an alpha tower in evaluation mode, and its processor.
+
+    Args:
+        model: A directory or a hub id of a LLaVA-1.5, with CLIP's tower or ours; None is the embedded model, which knows drawn scenes
+            only (docs/shapes.md).
+        device: "auto" (cuda, else mps, else cpu), "cpu", "cuda" or "mps"; ignored with `device_map`.
+        device_map: As in `from_pretrained`.
+        dtype: "auto" (as stored), a torch dtype, or its name.
+        revision: Branch, tag or commit of a hub id.
+        trust_remote_code: Whether code from the model directory may run.
+        attn_implementation: "eager", "sdpa", ... as in `from_pretrained`.
+
+    Raises:
+        ValueError: If there is no such model, it is of another kind, or its weights do not fit.
+    """
+    name = EMBEDDED_MODEL if model is None else model
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = _read_config(name, hub)
+    loaded = load_llava(
+        name,
+        config,
+        dtype=dtype,
+        device_map=device_map,
+        attn_implementation=attn_implementation,
+        revision=revision,
+    )
+    if device_map is None:
+        loaded = loaded.to(pick_device(device))
+    return loaded.eval(), _load_processor(name, config, hub)
+
+
+def pick_device(device: str = "auto") -> str:
+    """The torch device that "auto" stands for; another name is checked and returned.
+
+    Raises:
+        ValueError: If the device is unknown or absent.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return next(name for name, there in present.items() if there)
+    if not present.get(device.split(":")[0]):
+        raise ValueError(f"expected a device out of {[n for n, there in present.items() if there]}, got {device!r}")
+    return device
+
+
+def _read_config(name: str | os.PathLike, hub: dict) -> LlavaConfig:
+    """The configuration of a LLaVA, or a ValueError that says what the name stands for instead."""
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise ValueError(f"expected a model directory, got {name} without a config.json")
+    if not os.path.isdir(name) and (os.path.exists(name) or os.path.isabs(name) or str(name).startswith((".", "~"))):
+        raise ValueError(f"expected a model directory or a hub id, got {name}, which is not a directory")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, **hub)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"could not read a model configuration from {name} (a directory here, or a hub id with network): {reason}"
+        ) from error
+    if not isinstance(config, LlavaConfig):
+        raise ValueError(f"expected a LLaVA-1.5 model (model_type 'llava'), got {config.model_type!r} in {name}")
+    return config
+
+
+def _load_processor(name: str | os.PathLike, config: LlavaConfig, hub: dict) -> AlphaLlavaProcessor:
+    """The model's own processor if it is ours, else one built from its tokenizer and image settings."""
+    processor = AutoProcessor.from_pretrained(name, backend="pil", **hub)
+    if isinstance(processor, AlphaLlavaProcessor):
+        return processor
+    logger.info("%s has no alpha processor: pictures are padded to a square, questions asked as LLaVA-1.5 does", name)
+    return load_llava_processor(name, config, **hub)

@@ -1,0 +1,155 @@
+"""Build the embedded model from nothing: scenes, tokenizer, a random LLaVA, training, scores, files.
+
+    python scripts/build_embedded_model.py [--work DIR] [--out DIR] [--seed S]
+
+On 2 CPU cores this takes about an hour. What comes out of the same machine and seed is the same model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import shutil
+from pathlib import Path
+
+import sentencepiece
+import torch
+from transformers import LlamaConfig, LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration, set_seed
+
+from mllm.data import shapes
+from mllm.data.shapes_world import COLOURS, PATTERNS, SHAPES, SIZES
+from mllm.data.templates import DESCRIBE_REGION_WORDINGS
+from mllm.llava import build_llava_processor
+from mllm.loading import EMBEDDED_MODEL
+from mllm.processing import VICUNA_V1_SYSTEM
+from train import finetune
+from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "train" / "recipes" / "shapes_embedded.yaml"
+TRAIN_SCENES, TRAIN_SEED = 20_000, 1
+IMAGE_SIZE, PATCH_SIZE = 96, 12
+VOCABULARY = 640  # 256 bytes, so that any text can be read, and the words of the Shapes world
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "embedded_model", help="scenes and checkpoints")
+    parser.add_argument("--out", type=Path, default=EMBEDDED_MODEL, help="where the finished model goes")
+    parser.add_argument("--seed", type=int, default=1, help="seed of initial weights and training order")
+    args, recipe_flags = parser.parse_known_args()
+
+    data = args.work / f"shapes_train_{TRAIN_SEED}"
+    if not (data / "image_data.json").exists():
+        shapes.write(data, TRAIN_SCENES, TRAIN_SEED, "train")
+    start, trained = args.work / f"start_{args.seed}", args.work / f"trained_{args.seed}"
+    write_start(start, args.seed)
+    failed = finetune.main(
+        [str(RECIPE), "--model", str(start), "--data", str(data), "--output_dir", str(trained), "--seed", str(args.seed)]
+        + recipe_flags
+    )
+    if failed:
+        return failed
+    export(trained, args.out)
+    print(f"wrote {args.out}; score it with: python scripts/score_embedded_model.py --model {args.out}")
+    return 0
+
+
+def write_start(out: Path, seed: int) -> None:
+    """A randomly initialised LLaVA of the embedded model's size, with its processor."""
+    tokenizer = train_tokenizer(out / "tokenizer")
+    set_seed(seed)
+    config = LlavaConfig(
+        vision_config=AlphaCLIPVisionConfig(
+            hidden_size=192,
+            intermediate_size=768,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+            projection_dim=192,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=6,
+            max_position_embeddings=2048,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config.update(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=64,
+    )
+    model.save_pretrained(out)
+    image_processor = AlphaCLIPImageProcessor(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, geometry="pad"
+    )
+    build_llava_processor(image_processor, tokenizer, config).save_pretrained(out)
+
+
+def train_tokenizer(folder: Path) -> LlamaTokenizer:
+    """A SentencePiece tokenizer (BPE with bytes, LLaMA's kind) trained on the sentences of the Shapes world."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(world_sentences()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCABULARY,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    tokenizer = LlamaTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<pad>"})
+    return tokenizer
+
+
+def world_sentences() -> list[str]:
+    """Every question and answer of the Shapes world in the conversation format."""
+    answers = {
+        "size": SIZES,
+        "pattern": PATTERNS,
+        "colour": tuple(COLOURS),
+        "shape": SHAPES,
+        "count": ("3", "4", "5", "6"),
+        **dict.fromkeys(shapes.DIRECTIONS, [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]),
+    }
+    phrases = [f"a {' '.join(words)}" for words in itertools.product(SIZES, PATTERNS, COLOURS, SHAPES)]
+    pairs = [(question, phrase) for question in DESCRIBE_REGION_WORDINGS for phrase in phrases]
+    pairs += [(question, a) for kind, wordings in shapes.QUESTIONS.items() for question in wordings for a in answers[kind]]
+    return [VICUNA_V1_SYSTEM] + [f"USER: \n{question} ASSISTANT: {answer}" for question, answer in pairs]
+
+
+def export(trained: Path, out: Path) -> None:
+    """Copy the trained model to `out` with its weights in bfloat16, half the size; config.json keeps float32, in which it runs.
+
+    Run in bfloat16, an answer could depend on the batch it stands in; the weights lose nothing that the scores show.
+    """
+    model = LlavaForConditionalGeneration.from_pretrained(trained, dtype=torch.bfloat16)
+    if out.exists():
+        shutil.rmtree(out)
+    model.save_pretrained(out)
+    for file in trained.iterdir():
+        if file.suffix in (".json", ".jinja") and file.name not in ("trainer_state.json", "model.safetensors.index.json"):
+            shutil.copy(file, out / file.name)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Training: the tuning of language models with an alpha tower."""

@@ -1,0 +1,89 @@
+"""What a run can be told: model, data, and HF's training arguments. A recipe (YAML) first, flags win, unknown keys are errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+REGION_INPUTS = ("box", "mask", "mixed")
+PARTS = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and which of its parts are trained."""
+
+    model: str = field(metadata={"help": "directory or hub id of a LLaVA-1.5"})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, ... (Transformers' default)"})
+    train_parts: list[str] = field(
+        default_factory=lambda: list(PARTS), metadata={"help": f"parts trained in full, out of {', '.join(PARTS)}"}
+    )
+
+    def __post_init__(self) -> None:
+        """Check the part names.
+
+        Raises:
+            ValueError: If a part is unknown.
+        """
+        if unknown := set(self.train_parts) - set(PARTS):
+            raise ValueError(f"train_parts: expected names out of {', '.join(PARTS)}, got {sorted(unknown)}")
+
+
+@dataclass
+class DataArguments:
+    """Which data, and how a sample is made of it."""
+
+    data: str = field(metadata={"help": "folder in Visual Genome's layout (split: train)"})
+    region_input: str = field(default="box", metadata={"help": "box, mask, or mixed (one of both at random)"})
+    max_turns: int = field(default=1, metadata={"help": "a sample is a conversation of 1 to this many questions"})
+    description_weight: float = field(
+        default=1.0, metadata={"help": "how often a description is asked for, one question of the data being 1"}
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: If a value is out of range.
+        """
+        if self.region_input not in REGION_INPUTS:
+            raise ValueError(f"region_input: expected one of {', '.join(REGION_INPUTS)}, got {self.region_input!r}")
+        if self.max_turns < 1:
+            raise ValueError(f"max_turns: expected 1 or more, got {self.max_turns}")
+        if not self.description_weight > 0:
+            raise ValueError(f"description_weight: expected a positive number, got {self.description_weight}")
+
+
+def parse_args(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Parse `[RECIPE.yaml] [--flag value ...]`.
+
+    Raises:
+        ValueError: If the recipe is not a mapping, or has an unknown key.
+        OSError: If the recipe cannot be read.
+    """
+    # a launcher may put its own flags (--local_rank=0) before the recipe
+    recipe = next((arg for arg in argv if arg.endswith((".yaml", ".yml"))), None)
+    flags = [arg for arg in argv if arg != recipe]
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    defaults = _read_recipe(recipe) if recipe else {}
+    known = {action.dest for action in parser._actions}
+    if unknown := sorted(defaults.keys() - known):
+        raise ValueError(f"{recipe}: unknown keys {', '.join(unknown)}")
+    parser.set_defaults(**defaults)
+    for action in parser._actions:
+        action.required = action.required and action.dest not in defaults
+    return parser.parse_args_into_dataclasses(flags)
+
+
+def _read_recipe(path: str) -> dict:
+    with open(path, encoding="utf-8") as file:
+        try:
+            recipe = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path}: expected 'key: value' lines, got {type(recipe).__name__}")
+    return recipe

@@ -1,0 +1,103 @@
+"""Tune a LLaVA with an alpha tower on regions.
+
+    python -m train.finetune train/recipes/RECIPE.yaml --data DIR --output_dir OUT [--flag value ...]
+
+Parse, seed, model, freeze, data, trainer, train, save.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+from transformers import Trainer, set_seed
+
+import mllm
+from mllm.data import visual_genome
+from mllm.processing import AlphaLlavaProcessor
+from train.arguments import PARTS, DataArguments, parse_args
+from train.collators import ConversationCollator
+from train.sampling import ConversationDataset, RegionFacts, group_by_region
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one recipe; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        model_args, data_args, training_args = parse_args(sys.argv[1:] if argv is None else argv)
+        facts = read_facts(data_args)
+        set_seed(training_args.seed)
+        model, processor = mllm.load(
+            model_args.model, device="cpu", dtype="float32", attn_implementation=model_args.attn_implementation
+        )
+    except (ValueError, OSError) as error:
+        print(f"region-tune: error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    freeze(model, model_args.train_parts)
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=ConversationDataset(facts, data_args.max_turns, data_args.description_weight),
+        data_collator=ConversationCollator(processor),
+        processing_class=processor,
+    )
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    save(trainer, processor, data_args)
+    return 0
+
+
+def freeze(model: nn.Module, train_parts: Sequence[str]) -> None:
+    """Train the named parts in full, freeze the rest, and log the table of both."""
+    for part in PARTS:
+        module = model.lm_head if part == "lm_head" else model.model.get_submodule(part)
+        trained = part in train_parts
+        module.requires_grad_(trained)
+        count = sum(parameter.numel() for parameter in module.parameters())
+        logger.info("%-24s %12s parameters  %s", part, f"{count:,}", "trained" if trained else "frozen")
+
+
+def read_facts(data_args: DataArguments) -> list[RegionFacts]:
+    """The training regions with their descriptions and questions; questions about the whole image are among them.
+
+    Raises:
+        ValueError: If the data is missing, damaged, or another split than `train`.
+    """
+    root = Path(data_args.data)
+    refuse_test_split(root)
+    forms = ("box", "mask") if data_args.region_input == "mixed" else (data_args.region_input,)
+    readings = [visual_genome.read_regions(root, region_input=form) for form in forms]
+    if (root / "question_answers.json").exists():
+        readings.append(visual_genome.read_region_questions(root, region_input=forms[0]))
+        readings.append(visual_genome.read_free_questions(root))
+    facts = group_by_region(*readings)
+    logger.info("%s: %d regions, %d turns", root, len(facts), sum(len(entry.turns) for entry in facts))
+    return facts
+
+
+def refuse_test_split(root: Path) -> None:
+    """Raise ValueError if the folder says that it is another split than `train`; real Visual Genome folders say nothing."""
+    record = root / "dataset.json"
+    if record.exists() and (split := json.loads(record.read_text(encoding="utf-8"))["split"]) != "train":
+        raise ValueError(f"{root} holds the split {split!r}: training on it would make every later score worthless")
+
+
+def save(trainer: Trainer, processor: AlphaLlavaProcessor, data_args: DataArguments) -> None:
+    """Write the model, its processor and the resolved arguments to the output folder."""
+    out = trainer.args.output_dir
+    trainer.save_model(out)
+    if trainer.is_world_process_zero():
+        processor.save_pretrained(out)
+        record = {"data": vars(data_args), "training": trainer.args.to_sanitized_dict(), "log": trainer.state.log_history}
+        with open(os.path.join(out, "training_record.json"), "w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,81 @@
+"""Records of a data set -> training conversations: what is known about a region, in a new selection each time it is drawn."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from mllm.data.samples import ImageSource, RegionSample, load_image
+from mllm.data.templates import DESCRIBE_REGION_WORDINGS
+from vision_tower import Region
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RegionFacts:
+    """A region with all that can be asked about it.
+
+    `forms` are the same region in several forms (box, mask), one of which is drawn for a conversation; `turns` are (question, answer)
+    pairs, where the question None stands for a description.
+    """
+
+    image: ImageSource
+    forms: tuple[Region, ...]
+    turns: tuple[tuple[str | None, str], ...]
+
+
+def group_by_region(*readings: Iterable[RegionSample]) -> list[RegionFacts]:
+    """Collect samples by region. A region that is read in several forms (box, then mask) gets all of them.
+
+    Args:
+        *readings: Samples whose meta has `image_id`, and `region_id` where a sample is about a region; each of one region.
+    """
+    images: dict[tuple, ImageSource] = {}
+    forms: dict[tuple, dict[Region, None]] = {}  # a dict keeps the order
+    turns: dict[tuple, dict[tuple, None]] = {}
+    for sample in (sample for reading in readings for sample in reading):
+        key = (sample.meta["image_id"], sample.meta.get("region_id"))
+        (region,) = sample.regions
+        images[key] = sample.image
+        forms.setdefault(key, {})[region] = None
+        turns.setdefault(key, {})[sample.question, sample.references[0]] = None
+    return [RegionFacts(images[key], tuple(forms[key]), tuple(turns[key])) for key in images]
+
+
+class ConversationDataset(Dataset):
+    """One conversation an index: a region in one of its forms, and 1 to `max_turns` different questions about it.
+
+    The choice is drawn anew each time from torch's generator, which a DataLoader seeds by epoch and worker: the same seed and number
+    of workers give the same run.
+    """
+
+    def __init__(self, facts: list[RegionFacts], max_turns: int = 1, description_weight: float = 1.0) -> None:
+        self.facts = facts
+        self.max_turns = max_turns
+        self.description_weight = description_weight
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+    def __getitem__(self, index: int) -> list[dict]:
+        """A conversation as `apply_chat_template` takes it, with the opened picture in its first turn."""
+        facts = self.facts[index]
+        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        region = facts.forms[rng.integers(len(facts.forms))]
+        weights = np.array([self.description_weight if question is None else 1.0 for question, _ in facts.turns])
+        count = min(int(rng.integers(1, self.max_turns + 1)), len(facts.turns))
+        chosen = rng.choice(len(facts.turns), count, replace=False, p=weights / weights.sum())
+        messages = []
+        for position, turn in enumerate(chosen):
+            question, answer = facts.turns[turn]
+            if question is None:
+                question = DESCRIBE_REGION_WORDINGS[rng.integers(len(DESCRIBE_REGION_WORDINGS))]
+            content = [{"type": "text", "text": question}]
+            if position == 0:
+                content.insert(0, {"type": "image", "image": load_image(facts.image), "region": region})
+            messages.append({"role": "user", "content": content})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        return messages

@@ -1,0 +1,43 @@
+"""The Alpha-CLIP vision tower as Hugging Face classes: CLIP with a fourth input channel that says where to look.
+
+Importing this package registers the classes, so that `AutoConfig`, `AutoModel`, `AutoImageProcessor` and `AutoProcessor` know them.
+"""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
+
+from .alpha_embedding import AlphaConv2d, AlphaPatchEmbedding
+from .configuration_alpha_clip import AlphaCLIPConfig, AlphaCLIPVisionConfig
+from .image_processing_alpha_clip import AlphaCLIPImageProcessor
+from .modeling_alpha_clip import AlphaCLIPModel, AlphaCLIPVisionModel, AlphaCLIPVisionModelWithProjection
+from .processing_alpha_clip import AlphaCLIPProcessor
+from .regions import Region
+
+__all__ = [
+    "AlphaCLIPConfig",
+    "AlphaCLIPImageProcessor",
+    "AlphaCLIPModel",
+    "AlphaCLIPProcessor",
+    "AlphaCLIPVisionConfig",
+    "AlphaCLIPVisionModel",
+    "AlphaCLIPVisionModelWithProjection",
+    "AlphaConv2d",
+    "AlphaPatchEmbedding",
+    "Region",
+]
+
+# exist_ok: importing the package twice (a notebook's reload, a remote-code copy beside it) is fine.
+for _config in (AlphaCLIPVisionConfig, AlphaCLIPConfig):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoImageProcessor.register(_config, image_processor_classes={"pil": AlphaCLIPImageProcessor}, exist_ok=True)
+    AutoProcessor.register(_config, AlphaCLIPProcessor, exist_ok=True)
+AutoModel.register(AlphaCLIPVisionConfig, AlphaCLIPVisionModel, exist_ok=True)
+AutoModel.register(AlphaCLIPConfig, AlphaCLIPModel, exist_ok=True)
+AutoModelForZeroShotImageClassification.register(AlphaCLIPConfig, AlphaCLIPModel, exist_ok=True)
+
+# `save_pretrained` then writes the source files beside the weights, for `trust_remote_code=True` without this package.
+AlphaCLIPVisionConfig.register_for_auto_class()
+AlphaCLIPConfig.register_for_auto_class()
+AlphaCLIPVisionModel.register_for_auto_class("AutoModel")
+AlphaCLIPModel.register_for_auto_class("AutoModel")
+AlphaCLIPImageProcessor.register_for_auto_class()
+AlphaCLIPProcessor.register_for_auto_class()

@@ -1,0 +1,39 @@
+"""Processor of `AlphaCLIPModel`: text as in CLIP, images with their regions."""
+
+from __future__ import annotations
+
+from transformers import BatchFeature, CLIPProcessor
+from transformers.image_utils import ImageInput
+
+from .regions import Region
+
+
+class AlphaCLIPProcessor(CLIPProcessor):
+    """CLIP's tokenizer and `AlphaCLIPImageProcessor` behind one call."""
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        regions: Region | list | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """Prepare images with their regions, texts, or both.
+
+        Args:
+            images: One image or a list.
+            text: One text or a list.
+            regions: As in `AlphaCLIPImageProcessor`; None means the whole image.
+            **kwargs: As in `CLIPProcessor`.
+
+        Returns:
+            `pixel_values` (N, 4, S, S) where there are images, `input_ids` and `attention_mask` (M, T) where there are texts.
+
+        Raises:
+            ValueError: If there are regions without images, or a region does not fit its image.
+        """
+        if regions is not None:
+            if images is None:
+                raise ValueError("got regions without images; pass the images that they lie in")
+            kwargs["regions"] = regions
+        return super().__call__(images=images, text=text, **kwargs)
