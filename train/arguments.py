@@ -18,16 +18,21 @@ class ModelArguments:
 
     model: str = field(metadata={"help": "directory or hub id of a LLaVA-1.5"})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, ... (Transformers' default)"})
+    optimizer: str = field(
+        default="trainer", metadata={"help": "trainer (Trainer's `optim`), or muon (Muon for matrices, AdamW for the rest)"}
+    )
     train_parts: list[str] = field(
         default_factory=lambda: list(PARTS), metadata={"help": f"parts trained in full, out of {', '.join(PARTS)}"}
     )
 
     def __post_init__(self) -> None:
-        """Check the part names.
+        """Check the names.
 
         Raises:
-            ValueError: If a part is unknown.
+            ValueError: If a part or the optimizer is unknown.
         """
+        if self.optimizer not in ("trainer", "muon"):
+            raise ValueError(f"optimizer: expected trainer or muon, got {self.optimizer!r}")
         if unknown := set(self.train_parts) - set(PARTS):
             raise ValueError(f"train_parts: expected names out of {', '.join(PARTS)}, got {sorted(unknown)}")
 

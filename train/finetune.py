@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 import mllm
 from mllm.data import visual_genome
 from mllm.processing import AlphaLlavaProcessor
 from train.arguments import PARTS, DataArguments, parse_args
 from train.collators import ConversationCollator
+from train.optimizers import MuonWithAdamW
 from train.sampling import ConversationDataset, RegionFacts, group_by_region
 
 logger = logging.getLogger(__name__)
@@ -41,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"region-tune: error: {error}", file=sys.stderr)  # noqa: T201
         return 2
     freeze(model, model_args.train_parts)
+    optimizer = build_optimizer(model, model_args.optimizer, training_args)
     trainer = Trainer(
         model=model,
+        optimizers=(optimizer, None),
         args=training_args,
         train_dataset=ConversationDataset(facts, data_args.max_turns, data_args.description_weight),
         data_collator=ConversationCollator(processor),
@@ -61,6 +64,14 @@ def freeze(model: nn.Module, train_parts: Sequence[str]) -> None:
         module.requires_grad_(trained)
         count = sum(parameter.numel() for parameter in module.parameters())
         logger.info("%-24s %12s parameters  %s", part, f"{count:,}", "trained" if trained else "frozen")
+
+
+def build_optimizer(model: nn.Module, name: str, args: TrainingArguments) -> MuonWithAdamW | None:
+    """The recipe's own optimizer, or None for Trainer's."""
+    if name == "trainer":
+        return None
+    betas = (args.adam_beta1, args.adam_beta2)
+    return MuonWithAdamW(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
 
 
 def read_facts(data_args: DataArguments) -> list[RegionFacts]:

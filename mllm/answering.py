@@ -1,0 +1,116 @@
+"""From a picture, a region and a question to an answer: the one place where that happens, for chat, batch files and evaluation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import BatchFeature, PreTrainedModel
+
+from mllm.data.templates import DESCRIBE_REGION
+from mllm.processing import AlphaLlavaProcessor
+from vision_tower import Region
+
+Turn = tuple[str, str]  # question, answer
+
+
+class RegionChat:
+    """A model and its processor, answering greedily."""
+
+    def __init__(self, model: PreTrainedModel, processor: AlphaLlavaProcessor) -> None:
+        self.model = model
+        self.processor = processor
+        self.generation_config = copy.deepcopy(model.generation_config)
+        # greedy whatever the checkpoint says; values left over from sampling would only raise warnings
+        self.generation_config.update(
+            do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None
+        )
+
+    def answer(
+        self,
+        image: Image.Image,
+        region: Region,
+        question: str | None = None,
+        *,
+        history: Sequence[Turn] = (),
+        max_new_tokens: int = 128,
+        streamer: Any = None,
+    ) -> str:
+        """Answer a question about a region.
+
+        Args:
+            image: The picture, RGB, as displayed.
+            region: In pixels of the picture.
+            question: None asks for a description.
+            history: Earlier turns about the same picture and region.
+            max_new_tokens: Longest answer, in tokens.
+            streamer: Gets the tokens as they come (transformers' `TextStreamer`).
+
+        Raises:
+            ValueError: If the region does not fit the picture, or the conversation is longer than the model's context.
+        """
+        conversation = build_conversation(image, region, question, history)
+        return self._generate([conversation], max_new_tokens, streamer)[0]
+
+    def answer_batch(
+        self, requests: Sequence[tuple[Image.Image, Region, str | None]], *, max_new_tokens: int = 128
+    ) -> list[str]:
+        """Answer several (image, region, question) at once, in order.
+
+        Raises:
+            ValueError: As `answer`, for any of them.
+        """
+        return self._generate([build_conversation(*request) for request in requests], max_new_tokens)
+
+    def check_length(self, question: str | None, max_new_tokens: int) -> None:
+        """Raise ValueError if a single question with an image and its answer does not fit the model's context."""
+        conversation = build_conversation(None, Region.whole(), question)
+        tokens = len(self.processor.encode_conversation(conversation, add_generation_prompt=True))
+        self._check_tokens(tokens, max_new_tokens)
+
+    def _check_tokens(self, tokens: int, max_new_tokens: int) -> None:
+        limit = self.model.config.get_text_config().max_position_embeddings
+        if tokens + max_new_tokens > limit:
+            raise ValueError(
+                f"the conversation takes {tokens} tokens and the answer up to {max_new_tokens}, the model reads {limit}; "
+                "ask a shorter question or start anew"
+            )
+
+    @torch.inference_mode()
+    def _generate(self, conversations: list[list[dict]], max_new_tokens: int, streamer: Any = None) -> list[str]:
+        inputs = self.processor.apply_chat_template(
+            conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        prompt_length = inputs["input_ids"].shape[1]
+        self._check_tokens(prompt_length, max_new_tokens)
+        check_alpha(inputs)
+        inputs = inputs.to(self.model.device, self.model.dtype)
+        output = self.model.generate(
+            **inputs, generation_config=self.generation_config, max_new_tokens=max_new_tokens, streamer=streamer
+        )
+        texts = self.processor.batch_decode(output[:, prompt_length:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+
+def build_conversation(
+    image: Image.Image | None, region: Region, question: str | None, history: Sequence[Turn] = ()
+) -> list[dict]:
+    """The conversation of a question: the image item, with its region, stands in the first turn."""
+    messages = []
+    for asked, answered in history:
+        messages.append({"role": "user", "content": [{"type": "text", "text": asked}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answered}]})
+    question = DESCRIBE_REGION if question is None else question
+    messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+    messages[0]["content"].insert(0, {"type": "image", "image": image, "region": region})
+    return messages
+
+
+def check_alpha(inputs: BatchFeature) -> None:
+    """Raise ValueError unless the images carry an alpha channel: without it every answer would be about the whole image."""
+    channels = inputs["pixel_values"].shape[1]
+    if channels != 4:
+        raise ValueError(f"expected pixel_values with 4 channels (RGB + alpha), got {channels}; the region is lost")

@@ -1,0 +1,202 @@
+"""The command `region-chat`: point at a part of a picture and ask about it.
+
+    region-chat --image FILE --box 40,60,220,200 --ask "What is this?"
+    region-chat --image FILE --box 40,60,220,200            (a conversation; /help lists its commands)
+    region-chat --batch requests.jsonl --output answers.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from vision_tower import Region
+
+PROGRAM = "region-chat"
+# option -> (form of Region.parse, how its value is written)
+REGION_OPTIONS = {
+    "box": ("box", "X0,Y0,X1,Y1"),
+    "nbox": ("nbox", "X0,Y0,X1,Y1"),
+    "polygon": ("polygon", "X,Y,X,Y,X,Y[;...]"),
+    "mask": ("mask", "FILE.png"),
+    "rle": ("rle", "FILE.json"),
+    "point": ("points", "X,Y[;X,Y]@RADIUS"),
+    "stroke": ("stroke", "X,Y;X,Y@WIDTH"),
+}
+_REGION_HELP = {
+    "box": "box in pixels",
+    "nbox": "box as fractions of width and height, 0 to 1",
+    "polygon": "polygon or polygons",
+    "mask": "mask image of the picture's size",
+    "rle": "COCO run-length mask",
+    "point": "discs around points",
+    "stroke": "a line, as drawn with a brush",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags of the command."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--image", metavar="FILE", help="the picture")
+    region = parser.add_argument_group("region (one of these)").add_mutually_exclusive_group()
+    for option, (_, form) in REGION_OPTIONS.items():
+        region.add_argument(f"--{option}", metavar=form, help=_REGION_HELP[option])
+    region.add_argument("--whole", action="store_true", help="the whole image")
+    parser.add_argument("--strength", type=float, default=1.0, help="1: the region alone, 0: the whole image (default 1)")
+    parser.add_argument("--ask", metavar="TEXT", help="one question; without it, a conversation")
+    parser.add_argument("--save-overlay", metavar="PNG", help="write the picture with its region and answer drawn on it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object; without --ask the region is described")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens (default 128)")
+    batch = parser.add_argument_group("batch file")
+    batch.add_argument("--batch", metavar="JSONL", help='requests {"id", "image", "region", "question"?}, one a line')
+    batch.add_argument(
+        "--output",
+        metavar="JSONL",
+        help='answers {"id", "answer"} or {"id", "error"}; an existing file of the same run is continued (a request that failed stays failed)',
+    )
+    batch.add_argument("--batch-size", type=int, default=16, help="answers made at once (default 16)")
+    return parser
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that every command of this project shares."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help="directory or hub id of a LLaVA-1.5 (default: the embedded model, drawn scenes only)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    group.add_argument("--device-map", help="as in from_pretrained, for example auto")
+    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="default: as stored")
+    group.add_argument("--attn-implementation", help="eager, sdpa, ... (default: Transformers' choice)")
+    group.add_argument("--seed", type=int, default=0, help="answers are greedy; this seeds whatever else draws numbers")
+    group.add_argument("--revision", help="branch, tag or commit of a hub id")
+    group.add_argument("--trust-remote-code", action="store_true", help="allow code from the model directory to run")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('alpha-clip-mllm')}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, 1 when batch requests failed, 2 for bad input."""
+    args = build_parser().parse_args(argv)
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    _check_arguments(args)
+    if args.batch:
+        return _batch(args)
+    from mllm.conversation import Conversation
+    from mllm.data.samples import load_image
+    from mllm.overlay import check_folder
+
+    image = load_image(args.image)
+    region = region_from_arguments(args)
+    if region is not None:
+        region.mask(image.height, image.width)  # before the model is loaded: does it fit the picture?
+    if args.save_overlay:
+        check_folder(args.save_overlay)
+    chat = load_chat(args)
+    conversation = Conversation(chat, args.image, image, region, args.max_new_tokens)
+    if args.ask is None and not args.json:
+        return conversation.run(sys.stdin, overlay=args.save_overlay)
+    answer = conversation.ask(args.ask, stream=not args.json)
+    if args.json:
+        record = {
+            "image": args.image,
+            "region": region.to_json(),
+            "question": args.ask,
+            "answer": answer,
+            "model": args.model or "embedded",
+        }
+        print(json.dumps(record, ensure_ascii=False))
+    if args.save_overlay:
+        conversation.save_overlay(args.save_overlay)
+    return 0
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags that do not go together."""
+    options = ", ".join(f"--{option}" for option in (*REGION_OPTIONS, "whole"))
+    has_region = args.whole or any(getattr(args, option) is not None for option in REGION_OPTIONS)
+    if args.max_new_tokens < 1 or args.batch_size < 1:
+        raise ValueError("expected --max-new-tokens and --batch-size of at least 1")
+    if args.batch:
+        if not args.output:
+            raise ValueError("--batch needs --output FILE for the answers")
+        if args.image or has_region or args.ask or args.json or args.save_overlay:
+            raise ValueError("--batch takes pictures, regions and questions from its file; leave the other flags out")
+    elif not args.image:
+        raise ValueError("expected --image FILE, or --batch FILE")
+    elif not has_region and (args.ask is not None or args.json):
+        raise ValueError(f"expected a region, one of {options}; --whole is the whole image")
+
+
+def region_from_arguments(args: argparse.Namespace) -> Region | None:
+    """The region of the command line, or None without one.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    for option, (form, _) in REGION_OPTIONS.items():
+        if (value := getattr(args, option)) is not None:
+            return dataclasses.replace(Region.parse(f"{form}:{value}"), strength=args.strength)
+    return Region.whole() if args.whole else None
+
+
+def load_chat(args: argparse.Namespace):
+    """Load the model that the flags name, and say in one line what it is."""
+    from transformers import set_seed
+    from transformers.utils import logging as transformers_logging
+
+    import mllm
+    from mllm.answering import RegionChat
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    set_seed(args.seed)
+    model, processor = mllm.load(
+        args.model,
+        device=args.device,
+        device_map=args.device_map,
+        dtype=args.dtype,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+        attn_implementation=args.attn_implementation,
+    )
+    name = args.model or "embedded model (drawn scenes only, no photographs)"
+    attention = model.config.text_config._attn_implementation
+    print(f"model: {name} | device: {model.device} | dtype: {model.dtype} | attention: {attention}", file=sys.stderr)
+    return RegionChat(model, processor)
+
+
+def _batch(args: argparse.Namespace) -> int:
+    from mllm.batch import read_requests, run_batch
+    from mllm.overlay import check_folder
+
+    check_folder(args.output)
+    read_requests(args.batch)  # before the model is loaded
+    failed = run_batch(
+        load_chat(args),
+        args.batch,
+        args.output,
+        model_name=args.model or "embedded",
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+    )
+    if failed:
+        print(f"{PROGRAM}: {failed} request(s) failed; their errors are in {args.output}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

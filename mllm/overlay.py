@@ -1,0 +1,89 @@
+"""A picture with its region drawn on it, to see what the model was shown."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from vision_tower import Region
+
+_DIMMED = 0.35  # brightness outside the region
+_OUTLINE = (255, 60, 200)
+_MIN_SIDE = 384  # pixels; smaller pictures are enlarged
+
+
+def draw_overlay(image: Image.Image, region: Region, caption: str | None = None) -> Image.Image:
+    """The picture with everything outside the region dimmed, an outline around it, and a caption underneath.
+
+    Args:
+        image: RGB.
+        region: In pixels of the picture.
+        caption: Text under the picture.
+
+    Raises:
+        ValueError: If the region does not fit the picture.
+    """
+    alpha = region.to_alpha(image.height, image.width)
+    scale = max(1, -(-_MIN_SIDE // max(image.size)))
+    pixels = np.asarray(image, np.float32).repeat(scale, 0).repeat(scale, 1)
+    alpha = alpha.repeat(scale, 0).repeat(scale, 1)
+    pixels *= (_DIMMED + (1 - _DIMMED) * alpha)[..., None]
+    if not region.is_whole:
+        pixels[_edge(alpha >= 0.5 * alpha.max(), width=max(2, max(pixels.shape[:2]) // 250))] = _OUTLINE
+    picture = Image.fromarray(np.rint(pixels).astype(np.uint8))
+    return picture if caption is None else _with_caption(picture, caption)
+
+
+def save_overlay(path: str | os.PathLike, image: Image.Image, region: Region, caption: str | None = None) -> None:
+    """Write the overlay as PNG; the file is replaced only when the new one is whole.
+
+    Raises:
+        ValueError: If the folder does not exist, or the region does not fit the picture.
+    """
+    check_folder(path)
+    picture = draw_overlay(image, region, caption)
+    handle, temporary = tempfile.mkstemp(suffix=".png", dir=Path(path).resolve().parent)
+    os.close(handle)
+    try:
+        picture.save(temporary, "PNG")
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
+
+
+def check_folder(path: str | os.PathLike) -> None:
+    """Raise ValueError if a file could not be written at `path` because its folder is missing."""
+    folder = Path(path).resolve().parent
+    if not folder.is_dir():
+        raise ValueError(f"cannot write {path}: there is no folder {folder}")
+
+
+def _edge(inside: np.ndarray, width: int) -> np.ndarray:
+    """The band of `width` pixels just outside a mask."""
+    grown = inside
+    for _ in range(width):
+        padded = np.pad(grown, 1)
+        grown = padded[1:-1, 1:-1] | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+    return grown & ~inside
+
+
+def _with_caption(picture: Image.Image, caption: str) -> Image.Image:
+    font = ImageFont.load_default(size=max(14, picture.width // 24))
+    lines, line = [], ""
+    for word in caption.split():
+        if line and font.getlength(f"{line} {word}") > picture.width - 16:
+            lines.append(line)
+            line = word
+        else:
+            line = f"{line} {word}".strip()
+    text = "\n".join([*lines, line])
+    left, top, right, bottom = ImageDraw.Draw(picture).multiline_textbbox((8, 6), text, font=font)
+    framed = Image.new("RGB", (picture.width, picture.height + int(bottom) + 10), "white")
+    framed.paste(picture)
+    ImageDraw.Draw(framed).multiline_text((8, picture.height + 6), text, fill="black", font=font)
+    return framed

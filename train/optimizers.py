@@ -1,0 +1,71 @@
+"""The optimizer that a recipe's `optimizer: muon` asks for; everything else is Trainer's `optim`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for the matrices inside blocks, AdamW for embeddings, convolutions, the output layer, norms and biases.
+
+    Both are torch's own (`torch.optim.Muon`, torch 2.9 on); this class only steps them together, so that Trainer, its schedule and its
+    checkpoints see one optimizer. With `match_rms_adamw` both take the same learning rate. Trained from random weights, the embedded
+    model needs about 1.7 times fewer samples than with AdamW alone (docs/benchmarks.md).
+
+    Source: Keller Jordan, "Muon: an optimizer for hidden layers"; the scaling is Liu et al., arXiv 2502.16982.
+    """
+
+    def __init__(
+        self, model: nn.Module, lr: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ) -> None:
+        matrices, others, undecayed = _split(model)
+        self.parts = [
+            torch.optim.AdamW(
+                [{"params": others}, {"params": undecayed, "weight_decay": 0.0}],
+                lr=lr,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+            ),
+            torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+        ]
+        super().__init__(list(itertools.chain(matrices, others, undecayed)), {"lr": lr})
+        # the parts' own groups, not copies: the schedule sets the learning rate in them
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """One step of each part."""
+        if closure is not None:
+            raise ValueError("a closure would be evaluated once for each part; call step() without one")
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of the parts, in order."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave."""
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+def _split(model: nn.Module) -> tuple[list, list, list]:
+    """(matrices of linear layers inside blocks, other weights, biases and norms) among the trained parameters."""
+    inside = {
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.endswith("lm_head")
+    }
+    matrices, others, undecayed = [], [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (matrices if parameter in inside else others if parameter.ndim > 1 else undecayed).append(parameter)
+    return matrices, others, undecayed
