@@ -11,10 +11,13 @@ import argparse
 import io
 import itertools
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 import torch
+from PIL import Image
 from transformers import LlamaConfig, LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration, set_seed
 
 from mllm.data import shapes
@@ -53,6 +56,7 @@ def main() -> int:
     if failed:
         return failed
     export(trained, args.out)
+    (args.out / shapes.TRAINING_SCENES).write_bytes(b"".join(_training_hashes(data)))
     print(f"wrote {args.out}; score it with: python scripts/score_embedded_model.py --model {args.out}")
     return 0
 
@@ -135,6 +139,12 @@ def world_sentences() -> list[str]:
     pairs = [(question, phrase) for question in DESCRIBE_REGION_WORDINGS for phrase in phrases]
     pairs += [(question, a) for kind, wordings in shapes.QUESTIONS.items() for question in wordings for a in answers[kind]]
     return [VICUNA_V1_SYSTEM] + [f"USER: \n{question} ASSISTANT: {answer}" for question, answer in pairs]
+
+
+def _training_hashes(data: Path) -> Iterator[bytes]:
+    for image_id in range(1, TRAIN_SCENES + 1):
+        with Image.open(data / "VG_100K" / f"{image_id}.png") as picture:
+            yield shapes.scene_hash(np.asarray(picture))
 
 
 def export(trained: Path, out: Path) -> None:

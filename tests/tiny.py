@@ -1,8 +1,12 @@
 """Tiny random models and pictures that the tests share; nothing is downloaded."""
 
 import numpy as np
+import torch
 from PIL import Image
-from transformers import CLIPConfig
+from transformers import CLIPConfig, LlamaConfig, LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration
+
+from mllm.llava import build_llava_processor
+from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig
 
 
 def tiny_vision_config(**changes):
@@ -39,3 +43,48 @@ def noise_picture(width, height, seed=0):
     """An RGB picture of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def tiny_tokenizer():
+    """A Llama tokenizer of bytes and the most common letters, with LLaVA's <image> and <pad>."""
+    alphabet = [chr(code) for code in range(33, 127)]
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    for token in [f"<0x{byte:02X}>" for byte in range(256)] + ["▁", *alphabet]:
+        vocabulary.setdefault(token, len(vocabulary))
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<pad>"})
+    return tokenizer
+
+
+def tiny_llava_config(tokenizer, vision_config):
+    """A LLaVA config of a 2-layer Llama on that tower."""
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlavaConfig(
+        vision_config=vision_config,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=16,
+    )
+
+
+def build_tiny_llava(geometry="pad"):
+    """A random LLaVA with our tower, and its processor."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    config = tiny_llava_config(tokenizer, AlphaCLIPVisionConfig(**tiny_vision_config()))
+    model = LlavaForConditionalGeneration(config).eval()
+    image_processor = AlphaCLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, geometry=geometry
+    )
+    return model, build_llava_processor(image_processor, tokenizer, config)

@@ -13,6 +13,7 @@ is `test` on backgrounds that `train` never has.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,7 @@ QUESTIONS = {
 ATTRIBUTES = ("size", "pattern", "colour", "shape")
 # direction -> unit vector (x, y), y down
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
+TRAINING_SCENES = "training_scenes.bin"  # beside a model's weights: the hash of each scene it was trained on
 _COUNT_EVERY = 5  # one scene in so many is counted: the world is about its regions
 # An object lies in a direction when it is within 35 degrees of it; between 35 and 55 degrees nobody could say, so nothing is asked.
 _CLEAR_SLOPE, _UNCLEAR_SLOPE = 0.7, 1.43
@@ -102,6 +104,17 @@ def scenes(count: int, seed: int, split: str) -> Iterator[tuple[np.random.Genera
     for index in range(count):
         rng = np.random.default_rng([seed, stream, index])
         yield rng, draw_scene(rng, pairs, backgrounds)
+
+
+def scene_hash(pixels: np.ndarray) -> bytes:
+    """8 bytes that tell a scene's pixels (uint8, H x W x 3) from all others."""
+    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).digest()[:8]
+
+
+def training_scenes(model: str | os.PathLike) -> set[bytes]:
+    """The hashes of the scenes that a model of the Shapes world was trained on."""
+    packed = (Path(model) / TRAINING_SCENES).read_bytes()
+    return {packed[start : start + 8] for start in range(0, len(packed), 8)}
 
 
 def write(out: str | os.PathLike, count: int, seed: int, split: str = "train", *, progress: bool = True) -> None:
@@ -162,7 +175,8 @@ class _Records:
             for kind, answer in questions(scene, index):
                 qas.append(self._question(rng, image_id, kind, answer))
                 self.qa_to_region_mapping[str(self._qa_id)] = region_id
-        if image_id % _COUNT_EVERY == 0:  # about the whole image: not mapped to a region
+        if image_id % TRAINING_SCENES = "training_scenes.bin"  # beside a model's weights: the hash of each scene it was trained on
+_COUNT_EVERY == 0:  # about the whole image: not mapped to a region
             qas.append(self._question(rng, image_id, "count", str(len(scene.objects))))
         self.region_descriptions.append({"id": image_id, "regions": regions})
         self.question_answers.append({"id": image_id, "qas": qas})

@@ -1,0 +1,63 @@
+# Two commands matter: `make demo` and `make test`. Both work from a fresh clone with Python 3.11+ and nothing else.
+PYTHON ?= python3
+# The build of torch that setup installs first; any build within pyproject.toml's range will do.
+TORCH ?= 2.13.0
+BIN := .venv/bin
+SCENE := mllm/assets/scenes/scene_1.png
+BOX_1 := BOX_ONE
+BOX_2 := BOX_TWO
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-gpu check style bench embedded-model embedded-scores clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+setup: .venv/.installed ## make .venv and install the project with what its tests need
+
+.venv/.installed: pyproject.toml
+	@echo "setting up .venv (a few minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	@$(PYTHON) -m venv .venv || { echo "could not make .venv: is the venv module installed (Debian: python3-venv)?"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: setup ## ask the embedded model about two regions of a drawn scene
+	@mkdir -p build
+	@echo "--- box $(BOX_1)"
+	@$(BIN)/region-chat --image $(SCENE) --box $(BOX_1) --ask "What is this?" --save-overlay build/demo_1.png
+	@echo "--- box $(BOX_2)"
+	@$(BIN)/region-chat --image $(SCENE) --box $(BOX_2) --ask "What is this?" --save-overlay build/demo_2.png
+	@$(BIN)/python scripts/join_pictures.py build/demo_1.png build/demo_2.png --out build/demo.png
+	@echo "the regions as the model saw them: build/demo.png"
+
+test: setup ## the tests, on a CPU
+	$(BIN)/python -m pytest
+
+test-slow: setup ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: setup ## the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
+
+check: setup ## style, read only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: setup ## style, mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## the benchmarks; their tables are kept in docs/benchmarks.md
+	$(BIN)/python scripts/bench_tower.py
+	$(BIN)/python scripts/bench_chat.py
+
+embedded-model: setup ## rebuild the embedded model from nothing (about an hour on 2 cores)
+	$(BIN)/python scripts/build_embedded_model.py
+
+embedded-scores: setup ## the README's table: score the embedded model on scenes it never saw
+	$(BIN)/python scripts/score_embedded_model.py
+
+clean: ## remove what make made
+	rm -rf .venv build

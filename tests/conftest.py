@@ -1,0 +1,47 @@
+"""Fixtures that several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import build_tiny_llava
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """Real records and photographs that are not part of the project (`ALPHA_SHARED_DATA`, or ../shared/data)."""
+    folder = Path(os.environ.get("ALPHA_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"the real data for checks is not here ({folder}); set ALPHA_SHARED_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def embedded():
+    """The embedded model and its processor."""
+    import mllm
+
+    return mllm.load(device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_llava_dir(tmp_path_factory):
+    """A directory with a random tiny LLaVA that has our tower (alpha weight not zero) and its processor."""
+    folder = tmp_path_factory.mktemp("tiny_llava")
+    model, processor = build_tiny_llava()
+    torch.nn.init.normal_(model.model.vision_tower.embeddings.patch_embedding.alpha.weight, std=0.3)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tiny_llava_dir):
+    """That model, loaded, and its processor."""
+    import mllm
+
+    return mllm.load(tiny_llava_dir, device="cpu")
