@@ -3,6 +3,7 @@ PYTHON ?= python3
 # The build of torch that setup installs first; any build within pyproject.toml's range will do.
 TORCH ?= 2.13.0
 BIN := .venv/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SCENE := mllm/assets/scenes/scene_1.png
 BOX_1 := BOX_ONE
 BOX_2 := BOX_TWO
@@ -16,11 +17,14 @@ help: ## list the targets
 setup: .venv/.installed ## make .venv and install the project with what its tests need
 
 .venv/.installed: pyproject.toml
-	@echo "setting up .venv (a few minutes the first time)"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
-	@$(PYTHON) -m venv .venv || { echo "could not make .venv: is the venv module installed (Debian: python3-venv)?"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@echo "setting up .venv: this takes some minutes, most of them for torch"
+	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here: install Python 3.11 or newer, or name it: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")'
+	@$(PYTHON) -m venv .venv || { echo "could not make .venv: is the venv module installed (Debian, Ubuntu: apt install python3-venv)?"; exit 1; }
+	@echo "1/2 torch $(TORCH)"
+	@$(PIP) "torch==$(TORCH)"
+	@echo "2/2 the project and what its tests need"
+	@$(PIP) -e '.[dev]'
 	@touch $@
 
 demo: setup ## ask the embedded model about two regions of a drawn scene
@@ -60,4 +64,4 @@ embedded-scores: setup ## the README's table: score the embedded model on scenes
 	$(BIN)/python scripts/score_embedded_model.py
 
 clean: ## remove what make made
-	rm -rf .venv build
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

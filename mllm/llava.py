@@ -40,9 +40,9 @@ def load_llava(name: str | os.PathLike, config: LlavaConfig, **kwargs: Any) -> L
     Raises:
         ValueError: If a weight other than the alpha convolution is missing, left over, or of another shape.
     """
-    model, report = LlavaForConditionalGeneration.from_pretrained(
-        name, config=with_alpha_tower(config), output_loading_info=True, **kwargs
-    )
+    # mismatches are let through to the report, which names them
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = LlavaForConditionalGeneration.from_pretrained(name, config=with_alpha_tower(config), **kwargs)
     check_loaded("LLaVA with an alpha tower", name, report)
     return model
 

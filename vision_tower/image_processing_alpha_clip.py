@@ -123,7 +123,8 @@ class AlphaCLIPImageProcessor(PilBackend):
             for region in picture_regions:
                 output[row, :3] = pixels
                 alpha = place_alpha(region, picture.height, picture.width, side, geometry)
-                np.divide(alpha - np.float32(ALPHA_MEAN), np.float32(ALPHA_STD), out=output[row, 3])
+                # in float64: alpha 1 must become the very float32 that AlphaPatchEmbedding fills in for the whole image
+                output[row, 3] = (alpha.astype(np.float64) - ALPHA_MEAN) / ALPHA_STD
                 row += 1
         # torch shares the array: no copy
         data = torch.from_numpy(output) if return_tensors == "pt" else output

@@ -40,9 +40,9 @@ class AlphaCLIPPreTrainedModel(CLIPPreTrainedModel):
             names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
             hub = {name: kwargs[name] for name in names if name in kwargs}
             kwargs["config"] = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
-        model, report = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        # mismatches are let through to the report, which names them; Transformers' own error does not
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         check_loaded(cls.__name__, pretrained_model_name_or_path, report)
         return (model, report) if output_loading_info else model
 

@@ -1,0 +1,54 @@
+"""The saved tower loads with `trust_remote_code` in a process that never saw this package, also without pycocotools."""
+
+import os
+import subprocess
+import sys
+
+import torch
+
+from tests.tiny import noise_picture, tiny_vision_config
+from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel, Region
+
+CODE = """
+import sys
+import importlib.abc
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in ("vision_tower", "mllm", "pycocotools"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+processor = AutoImageProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+Region = sys.modules[type(processor).__module__].Region
+values = processor(Image.open(sys.argv[2]), [Region.parse("box:4,4,40,30"), Region.parse("box:44,4,60,50")], return_tensors="pt")
+torch.save({"pixels": values["pixel_values"], "pooled": model(**values).pooler_output.detach()}, sys.argv[3])
+assert "vision_tower" not in sys.modules
+"""
+
+
+def test_tower_and_image_processor_load_elsewhere(tmp_path):
+    torch.manual_seed(0)
+    model = AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**tiny_vision_config())).eval()
+    torch.nn.init.normal_(model.embeddings.patch_embedding.alpha.weight, std=0.3)
+    processor = AlphaCLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, geometry="pad")
+    folder = tmp_path / "tower"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    picture = noise_picture(70, 50)
+    picture.save(tmp_path / "p.png")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    subprocess.run(
+        [sys.executable, "-c", CODE, str(folder), str(tmp_path / "p.png"), str(tmp_path / "out.pt")],
+        check=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    got = torch.load(tmp_path / "out.pt")
+    expected = processor(picture, [Region.from_box(4, 4, 40, 30), Region.from_box(44, 4, 60, 50)], return_tensors="pt")
+    assert torch.equal(got["pixels"], expected["pixel_values"])
+    assert torch.equal(got["pooled"], model(**expected).pooler_output)
+    assert not torch.equal(got["pooled"][0], got["pooled"][1])

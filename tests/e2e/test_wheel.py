@@ -1,0 +1,134 @@
+"""What `pip install` gives: the wheel holds every file, and its commands run elsewhere, in another environment."""
+
+import configparser
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("vision_tower", "mllm", "eval", "train")
+NOT_SHIPPED = ("scripts", "tests")
+SCRIPTS_FOLDER = "Scripts" if os.name == "nt" else "bin"
+SCENE = "mllm/assets/scenes/scene_1.png"
+# Written beside the console scripts, so that Python finds modules for it exactly as it does for them.
+WHERE_ARE_THEY = f"""
+import importlib.util
+for name in {PACKAGES}:
+    print(importlib.util.find_spec(name).origin)
+"""
+
+
+def files_of(folder):
+    """Paths below a folder, with "/" and relative to its parent; no compiled files."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {path.relative_to(folder.parent).as_posix() for path in paths}
+
+
+def run(command, **options):
+    """Run a command that must succeed; its standard output."""
+    # PYTHONPATH would show the commands this checkout.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment |= {"HF_HUB_OFFLINE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(
+        [str(part) for part in command], env=environment, capture_output=True, encoding="utf-8", timeout=120, **options
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built from a copy: a build/lib left in this folder would put stale files into the next one."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for folder in (*PACKAGES, *NOT_SHIPPED):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    # Everything that builds is in [dev]: nothing is downloaded.
+    flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    run([sys.executable, "-m", "pip", "wheel", *flags, "--wheel-dir", out, source])
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory):
+    """A new environment with the wheel in it; only the dependencies come from this one."""
+    folder = tmp_path_factory.mktemp("environment")
+    run([sys.executable, "-m", "venv", "--without-pip", folder])
+    python = folder / SCRIPTS_FOLDER / Path(sys.executable).name
+    install = ["install", "--quiet", "--no-deps", "--no-index", wheel]
+    run([sys.executable, "-m", "pip", "--python", python, *install])
+    # Python does not read the .pth files of a folder that a .pth file adds: an editable install stays behind.
+    dependencies = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (site_packages,) = {path.parent for path in folder.rglob("vision_tower")}
+    (site_packages / "dependencies.pth").write_text("\n".join(dependencies) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """A folder with packages of its own that are called eval and train, which must not be ours."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    for name in ("eval", "train"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text("raise RuntimeError('the wrong package')\n", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_file_is_in_the_wheel(wheel, package):
+    on_disk = files_of(ROOT / package)
+    assert f"{package}/__init__.py" in on_disk
+    missing = on_disk - set(zipfile.ZipFile(wheel).namelist())
+    assert not missing, f"not in the wheel (a folder without __init__.py, or package-data): {sorted(missing)}"
+
+
+def test_nothing_else_is_in_the_wheel(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    folders = {name.split("/")[0] for name in names}
+    assert {name for name in folders if not name.endswith(".dist-info")} == set(PACKAGES)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_packages_come_from_the_wheel(environment, elsewhere):
+    probe = environment / SCRIPTS_FOLDER / "where_are_they.py"
+    probe.write_text(WHERE_ARE_THEY, encoding="utf-8")
+    found = run([environment / SCRIPTS_FOLDER / Path(sys.executable).name, probe], cwd=elsewhere).splitlines()
+    assert len(found) == len(PACKAGES)
+    for name, origin in zip(PACKAGES, found, strict=True):
+        assert Path(origin).is_relative_to(environment), f"{name} comes from {origin}"
+
+
+def test_commands_run_from_another_folder(wheel, environment, elsewhere):
+    commands = console_scripts(wheel)
+    assert "region-chat" in commands
+    for command in commands:
+        program = environment / SCRIPTS_FOLDER / command
+        assert run([program, "--version"], cwd=elsewhere).split() == [command, wheel.name.split("-")[1]]
+        assert "--device" in run([program, "--help"], cwd=elsewhere)
+
+
+def test_question_about_a_scene(environment, elsewhere):
+    if not (ROOT / "mllm" / "assets" / "model").is_dir():
+        pytest.skip("mllm/assets/ has no model yet")
+    (scene,) = environment.rglob(SCENE)
+    region = ["--nbox", "0.25,0.25,0.75,0.75"]
+    flags = ["--image", scene, *region, "--ask", "What is this?", "--json", "--device", "cpu"]
+    answer = json.loads(run([environment / SCRIPTS_FOLDER / "region-chat", *flags], cwd=elsewhere))
+    assert answer["answer"].strip()
+
+
+def console_scripts(wheel):
+    """Names of the commands that the wheel installs."""
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+    parser = configparser.ConfigParser()
+    parser.read_string(archive.read(name).decode())
+    return list(parser["console_scripts"])

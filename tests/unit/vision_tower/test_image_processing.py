@@ -1,0 +1,163 @@
+"""Image + regions -> pixel_values. Judges: CLIP's and LLaVA's own image processors for RGB, the region's geometry for alpha."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoImageProcessor, BlipImageProcessor, CLIPImageProcessor, LlavaImageProcessor
+
+from tests.tiny import noise_picture
+from vision_tower import AlphaCLIPImageProcessor, Region
+from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD, WHOLE_IMAGE
+
+SIDE = 64
+SIZES = [(100, 60), (60, 100), (80, 80), (64, 64), (61, 97), (33, 40)]
+
+
+def build(geometry):
+    size = {"height": SIDE, "width": SIDE}
+    return AlphaCLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=size, geometry=geometry)
+
+
+def alpha_of(pixel_values):
+    return pixel_values[:, 3] * ALPHA_STD + ALPHA_MEAN
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_rgb_equals_the_stock_processors(size):
+    image = noise_picture(*size)
+    settings = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    stock = {
+        "crop": CLIPImageProcessor(**settings),
+        "pad": LlavaImageProcessor(do_pad=True, **settings),
+        "stretch": BlipImageProcessor(size={"height": SIDE, "width": SIDE}),
+    }
+    for geometry, processor in stock.items():
+        ours = build(geometry)(image, Region.from_box(5, 5, 30, 30), return_tensors="pt")["pixel_values"]
+        theirs = processor(image, return_tensors="pt")["pixel_values"]
+        assert ours.shape == (1, 4, SIDE, SIDE)
+        assert torch.equal(ours[:, :3], theirs), geometry
+
+
+@pytest.mark.parametrize("geometry", ["crop", "pad", "stretch"])
+@pytest.mark.parametrize("size", SIZES)
+def test_alpha_moves_as_the_picture_does(geometry, size):
+    """A picture that is white in the region and black elsewhere: its red channel and its alpha map must agree."""
+    width, height = size
+    box = (width // 4, height // 4, width - width // 5, height - height // 4)
+    white = np.zeros((height, width, 3), np.uint8)
+    white[box[1] : box[3], box[0] : box[2]] = 255
+    processor = build(geometry)
+    processor.image_mean, processor.image_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    processor.resample = Image.Resampling.BILINEAR
+    values = processor(Image.fromarray(white), Region.from_box(*box), return_tensors="pt")["pixel_values"]
+    # PIL resizes uint8 with rounding: half a step of 255 in each of its two passes
+    assert (values[:, 0] - alpha_of(values)).abs().max() < 1.5 / 255
+
+
+@pytest.mark.parametrize("geometry", ["crop", "pad", "stretch"])
+@pytest.mark.parametrize("region", [Region.whole(), None, Region.from_box(3, 3, 9, 9, strength=0)])
+def test_whole_image_is_alpha_one_everywhere(geometry, region):
+    values = build(geometry)(noise_picture(100, 50), region, return_tensors="pt")["pixel_values"]
+    assert (values[:, 3] == torch.tensor(WHOLE_IMAGE)).all()
+
+
+def test_padding_has_alpha_zero_for_a_region():
+    values = build("pad")(noise_picture(128, 64), Region.from_box(0, 0, 128, 64), return_tensors="pt")["pixel_values"]
+    alpha = alpha_of(values)[0]
+    assert alpha[:14].abs().max() < 1e-6 and alpha[-14:].abs().max() < 1e-6
+    assert (alpha[18:46] == 1).all()
+    assert values[0, 3].min() == pytest.approx(-WHOLE_IMAGE)
+
+
+@pytest.mark.parametrize("geometry", ["crop", "pad", "stretch"])
+@pytest.mark.parametrize("size", [(4000, 3000), (3000, 4000), (90, 70)])
+def test_one_pixel_leaves_a_trace(geometry, size):
+    x, y = size[0] // 2 + 3, size[1] // 2 - 5
+    alpha = alpha_of(build(geometry)(noise_picture(*size), Region.from_box(x, y, x + 1, y + 1), return_tensors="pt")["pixel_values"])
+    assert alpha.max() == pytest.approx(1)
+    assert alpha.bfloat16().max() > 0.9
+
+
+def test_regions_of_one_image_equal_separate_calls_and_resize_once(monkeypatch):
+    image = noise_picture(100, 60)
+    regions = [Region.from_box(5, 5, 30, 30), Region.from_points([[50, 30]], radius=9), None]
+    processor = build("pad")
+    separate = torch.cat([processor(image, region, return_tensors="pt")["pixel_values"] for region in regions])
+    calls = []
+    resize = type(processor).resize
+    monkeypatch.setattr(type(processor), "resize", lambda self, *args, **kw: calls.append(1) or resize(self, *args, **kw))
+    together = processor(image, regions, return_tensors="pt")["pixel_values"]
+    assert torch.equal(together, separate)
+    assert len(calls) == 1
+    batch = processor([image, image], [regions[:2], regions[2]], return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch, separate)
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = noise_picture(40, 20)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by a quarter: 20 wide, 40 high
+    image.save(tmp_path / "turned.png", exif=exif)
+    region = Region.from_box(2, 30, 10, 38)  # fits only the turned picture
+    turned = build("pad")(Image.open(tmp_path / "turned.png"), region, return_tensors="pt")["pixel_values"]
+    expected = build("pad")(image.rotate(-90, expand=True), region, return_tensors="pt")["pixel_values"]
+    assert torch.equal(turned, expected)
+
+
+def test_save_and_load(tmp_path):
+    processor = build("pad")
+    processor.save_pretrained(tmp_path)
+    again = AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(again) is AlphaCLIPImageProcessor
+    assert again.to_dict() == processor.to_dict()
+    assert "regions" not in again.to_dict()
+    image, region = noise_picture(50, 90), Region.from_box(1, 1, 40, 40)
+    assert torch.equal(again(image, region, return_tensors="pt")["pixel_values"], processor(image, region, return_tensors="pt")["pixel_values"])
+
+
+@given(st.integers(8, 90), st.integers(8, 90), st.data())
+@settings(deadline=None, max_examples=40)
+def test_any_box_any_geometry(width, height, data):
+    x, y = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
+    region = Region.from_box(x, y, data.draw(st.integers(x + 1, width)), data.draw(st.integers(y + 1, height)))
+    geometry = data.draw(st.sampled_from(["crop", "pad", "stretch"]))
+    try:
+        alpha = alpha_of(build(geometry)(noise_picture(width, height), region, return_tensors="pt")["pixel_values"])
+    except ValueError as error:
+        assert geometry == "crop" and "outside the centre crop" in str(error)
+        return
+    assert -1e-6 <= alpha.min() and alpha.max() <= 1 + 1e-6 and alpha.max() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p, i: p([i, i], [Region.whole()]), "each of 2 images, got 1"),
+        (lambda p, i: p(i, Region.from_mask(np.ones((5, 5)))), "expected the same size"),
+        (lambda p, i: p(i, Region.from_box(500, 500, 600, 600)), "outside the picture"),
+        (lambda p, i: p(i, [[]]), "Region or None, got list"),
+        (lambda p, i: p(i, []), "empty list"),
+        (lambda p, i: p(i, "box:1,2,3,4"), "Region or None, got str"),
+        (lambda p, i: p(i, None, geometry="zoom"), "expected geometry"),
+        (lambda p, i: p(i, None, size={"height": 8, "width": 8}), "size: set them"),
+        (lambda p, i: p(i, None, do_center_crop=False), "do_center_crop: set them"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(build("crop"), noise_picture(60, 40))
+
+
+def test_a_region_outside_the_centre_crop_is_an_error():
+    with pytest.raises(ValueError, match="use geometry='pad'"):
+        build("crop")(noise_picture(300, 60), Region.from_box(0, 0, 20, 20))
+
+
+def test_settings_that_would_part_picture_and_alpha_are_refused():
+    with pytest.raises(ValueError, match="one square output size"):
+        AlphaCLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 32, "width": 32})
+    with pytest.raises(ValueError, match="expected geometry"):
+        AlphaCLIPImageProcessor(geometry="fit")

@@ -1,0 +1,259 @@
+"""Regions: exact coverage, every form's round trip, every error. RLE is judged by pycocotools, polygons by boxes and areas."""
+
+import json
+import logging
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from vision_tower.regions import Region
+
+coordinates = st.floats(-50, 150, allow_nan=False).map(lambda v: round(v, 3))
+strengths = st.floats(0, 1, allow_nan=False)
+
+
+@st.composite
+def boxes(draw):
+    x0, y0 = draw(coordinates), draw(coordinates)
+    return Region.from_box(x0, y0, x0 + draw(st.floats(0.01, 80)), y0 + draw(st.floats(0.01, 80)), strength=draw(strengths))
+
+
+@st.composite
+def masks(draw):
+    height, width = draw(st.integers(1, 30)), draw(st.integers(1, 30))
+    pixels = draw(st.binary(min_size=height * width, max_size=height * width))
+    array = np.frombuffer(pixels, np.uint8).reshape(height, width)
+    array = array if draw(st.booleans()) else (array > 127).astype(np.uint8)
+    if not array.any():
+        array = array + np.uint8(1)
+    return Region.from_mask(array, strength=draw(strengths))
+
+
+points = st.lists(st.tuples(coordinates, coordinates), min_size=1, max_size=5)
+regions = st.one_of(
+    boxes(),
+    masks(),
+    st.builds(lambda p, r, s: Region.from_points(p, radius=r, strength=s), points, st.floats(0.01, 20), strengths),
+    st.builds(lambda p, w, s: Region.from_stroke(p, width=w, strength=s), points, st.floats(0.01, 20), strengths),
+    st.just(Region.whole()),
+)
+
+
+@given(regions)
+def test_json_round_trip(region):
+    again = Region.from_json(json.loads(json.dumps(region.to_json())))
+    assert again == region
+    assert hash(again) == hash(region)
+    assert pickle.loads(pickle.dumps(region)) == region
+
+
+@given(regions, st.integers(1, 60), st.integers(1, 60))
+@settings(deadline=None)
+def test_alpha_is_in_range_and_never_empty(region, height, width):
+    if region.kind == "mask":
+        height, width = region.data[:2]
+    try:
+        mask = region.mask(height, width)
+    except ValueError as error:
+        assert "outside the picture" in str(error)
+        return
+    alpha = region.to_alpha(height, width)
+    assert alpha.shape == (height, width) and alpha.dtype == np.float32
+    assert 0 <= alpha.min() and alpha.max() <= 1
+    assert mask.max() > 0
+    np.testing.assert_allclose(alpha, 1 - region.strength * (1 - mask), atol=1e-6)
+
+
+@given(st.integers(0, 20), st.integers(0, 20), st.integers(1, 20), st.integers(1, 20))
+def test_integer_boxes_are_exact_and_half_open(x, y, width, height):
+    expected = np.zeros((40, 40), np.float32)
+    expected[y : y + height, x : x + width] = 1
+    assert np.array_equal(Region.from_box(x, y, x + width, y + height).mask(40, 40), expected)
+    corners = [[x, y], [x + width, y], [x + width, y + height], [x, y + height]]
+    np.testing.assert_allclose(Region.from_polygon(corners).mask(40, 40), expected, atol=1e-6)
+
+
+@given(boxes())
+def test_box_coverage_sums_to_its_area_inside(region):
+    x0, y0, x1, y1 = (np.clip(v, 0, 60) for v in region.data)
+    area = (x1 - x0) * (y1 - y0)
+    if area > 1e-6:
+        assert region.mask(60, 60).sum() == pytest.approx(area, rel=1e-4, abs=1e-4)
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=60)
+def test_rle_agrees_with_pycocotools(seed):
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(1, 70, 2)
+    mask = rng.random((height, width)) < rng.random()
+    mask[: height // 2, : width // 3] = rng.random() < 0.5
+    mask[-1, -1] = True
+    rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    ours = Region.from_rle({"size": rle["size"], "counts": rle["counts"].decode()})
+    assert np.array_equal(ours.mask(height, width), mask)
+    assert ours == Region.from_rle(rle) == Region.from_mask(mask)
+    written = ours.to_json()["rle"]
+    assert np.array_equal(coco_mask.decode(coco_mask.frPyObjects(written, *written["size"])), mask)
+
+
+def test_polygon_areas_and_union():
+    triangle = Region.from_polygon([[2, 2], [30, 2], [2, 30]])
+    assert triangle.mask(40, 40).sum() == pytest.approx(28 * 28 / 2, rel=0.01)
+    two = Region.from_polygon([[0, 0, 4, 0, 4, 4, 0, 4], [10, 10, 14, 10, 14, 14, 10, 14]])
+    assert two.mask(20, 20).sum() == pytest.approx(32, abs=1e-4)
+    assert two == Region.from_polygon([[[0, 0], [4, 0], [4, 4], [0, 4]], [[10, 10], [14, 10], [14, 14], [10, 14]]])
+
+
+def test_polygon_of_a_real_photo_agrees_with_pycocotools(shared_data):
+    (record,) = json.loads((shared_data / "photos/quokka_annotations.json").read_text())["polygons"]
+    points = [(point["x"], point["y"]) for point in record["keypoints"]]
+    height, width = Image.open(shared_data / "photos/quokka.jpg").size[::-1]
+    ours = Region.from_polygon(points).mask(height, width) >= 0.5
+    flat = [float(v) for point in points for v in point]
+    theirs = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([flat], height, width))) > 0
+    assert (ours & theirs).sum() / (ours | theirs).sum() > 0.99
+
+
+def test_points_and_strokes_have_their_areas():
+    assert Region.from_points([[50, 50]], radius=10).mask(100, 100).sum() == pytest.approx(np.pi * 100, rel=0.02)
+    stroke = Region.from_stroke([[20, 50], [80, 50]], width=10).mask(100, 100)
+    assert stroke.sum() == pytest.approx(60 * 10 + np.pi * 25, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "region",
+    [
+        Region.from_points([[7.3, 4.9]], radius=0.05),
+        Region.from_stroke([[7.3, 4.9]], width=0.05),
+        Region.from_polygon([[7.3, 4.9], [7.31, 4.9], [7.3, 4.91]]),
+        Region.from_box(7.3, 4.9, 7.31, 4.91),
+    ],
+)
+def test_tiny_regions_leave_a_trace_in_their_pixel(region):
+    mask = region.mask(10, 10)
+    assert mask[4, 7] > 0
+    assert np.unravel_index(mask.argmax(), mask.shape) == (4, 7)
+
+
+def test_strength():
+    region = Region.from_box(0, 0, 2, 2, strength=0.25)
+    assert region.to_alpha(4, 4)[3, 3] == np.float32(0.75)
+    assert region.to_alpha(4, 4)[0, 0] == 1
+    assert Region.from_box(0, 0, 2, 2, strength=0).is_whole
+    assert not region.is_whole
+    assert (Region.whole().to_alpha(3, 5) == 1).all()
+
+
+def test_every_kind_of_mask_array_means_the_same():
+    mask = np.zeros((6, 8), bool)
+    mask[1:3, 2:5] = True
+    expected = Region.from_mask(mask)
+    for same in (
+        mask.astype(np.uint8),
+        mask.astype(np.uint8) * np.uint8(255),
+        mask.astype(np.int64),
+        mask.astype(np.float32),
+        Image.fromarray(mask.astype(np.uint8) * 255),
+        Image.fromarray(mask),
+        Image.fromarray(np.dstack([mask.astype(np.uint8) * 255] * 3)),
+    ):
+        assert Region.from_mask(same) == expected
+    soft = Region.from_mask(np.array([[0, 51], [102, 255]], np.uint8))
+    np.testing.assert_allclose(soft.mask(2, 2), [[0, 0.2], [0.4, 1]], atol=1e-6)
+
+
+def test_mask_files(tmp_path):
+    mask = np.zeros((5, 4), np.uint8)
+    mask[2, 1] = 255
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    assert Region.from_mask(tmp_path / "m.png") == Region.parse(f"mask:{tmp_path / 'm.png'}") == Region.from_mask(mask)
+    (tmp_path / "r.json").write_text(json.dumps(Region.from_mask(mask).to_json()["rle"]))
+    assert Region.parse(f"rle:{tmp_path / 'r.json'}") == Region.from_mask(mask)
+
+
+def test_mask_of_another_size_is_never_the_whole_image(shared_data):
+    folder = shared_data / "masks_with_traps"
+    image = Image.open(folder / "image.png")
+    region = Region.from_mask(folder / "dress_mask.png")
+    with pytest.raises(ValueError, match=r"mask is \d+ x \d+ pixels, its picture \d+ x \d+"):
+        region.mask(image.height, image.width)
+
+
+@pytest.mark.parametrize(
+    ("text", "region"),
+    [
+        ("box:10,20,200,180", Region.from_box(10, 20, 200, 180)),
+        ("box:10,20,200,180*0.5", Region.from_box(10, 20, 200, 180, strength=0.5)),
+        ("nbox:0.1,0.2,0.5,0.6", Region.from_box(0.1, 0.2, 0.5, 0.6, normalized=True)),
+        ("polygon:0,0,9,0,9,9", Region.from_polygon([[0, 0], [9, 0], [9, 9]])),
+        ("polygon:0,0,9,0,9,9;20,20,30,20,30,30", Region.from_polygon([[0, 0, 9, 0, 9, 9], [20, 20, 30, 20, 30, 30]])),
+        ("points:5,6;7,8@2.5", Region.from_points([[5, 6], [7, 8]], radius=2.5)),
+        ("stroke:5,6;7,8@3", Region.from_stroke([[5, 6], [7, 8]], width=3)),
+        ("whole", Region.whole()),
+    ],
+)
+def test_parse(text, region):
+    assert Region.parse(text) == region
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Region.parse("circle:1,2,3"), "expected a region box:"),
+        (lambda: Region.parse("box:1,2,3"), "expected 4 numbers, got 3"),
+        (lambda: Region.parse("points:1,2"), "expected @ and a size"),
+        (lambda: Region.parse("mask:nothing.png"), "there is no mask file"),
+        (lambda: Region.from_box(0, 0, float("nan"), 3), "finite"),
+        (lambda: Region.from_box(0, 0, float("inf"), 3), "finite"),
+        (lambda: Region.from_box(5, 0, 5, 3), "x0 < x1"),
+        (lambda: Region.from_box(0, 0, 1, 1, strength=1.5), "strength from 0 to 1"),
+        (lambda: Region.from_box(0, 0, 1, 1, strength=float("nan")), "strength from 0 to 1"),
+        (lambda: Region.from_polygon([]), "empty list"),
+        (lambda: Region.from_polygon([[0, 0], [1, 1]]), "3 different vertices"),
+        (lambda: Region.from_polygon([[0, 0], [1, 1], [2, 2]]), "some area"),
+        (lambda: Region.from_polygon([0, 0, 1]), "x and y"),
+        (lambda: Region.from_points([], radius=2), "expected points"),
+        (lambda: Region.from_points([[1, 1]], radius=0), "radius above 0"),
+        (lambda: Region.from_stroke([[1, 1]], width=-1), "width above 0"),
+        (lambda: Region.from_mask(np.zeros((4, 4), bool)), "empty"),
+        (lambda: Region.from_mask(np.full((4, 4), 7)), "expected a mask of"),
+        (lambda: Region.from_mask(np.full((4, 4), np.nan)), "expected a mask of"),
+        (lambda: Region.from_mask(np.ones((4, 4, 3))), "expected a mask \\(H, W\\)"),
+        (lambda: Region.from_rle({"size": [4, 4], "counts": [3, 4]}), "add up to 7, not to 4"),
+        (lambda: Region.from_rle({"size": [4, 4], "counts": "garbage!"}), "RLE"),
+        (lambda: Region.from_rle({"size": [4, 4], "counts": [16]}), "empty"),
+        (lambda: Region.from_rle({"counts": [16]}), "expected an RLE"),
+        (lambda: Region.from_json({"box": [0, 0, 1, 1], "whole": True}), "exactly one of"),
+        (lambda: Region.from_json({}), "exactly one of"),
+        (lambda: Region.from_json({"box": [0, 0, 1, 1], "blur": 3}), "unknown keys"),
+        (lambda: Region.from_json({"points": [[0, 0]]}), "radius"),
+        (lambda: Region.from_json({"whole": False}), "'whole': true"),
+        (lambda: Region.from_json({"box": 3}), "cannot read 'box'"),
+        (lambda: Region.from_box(100, 100, 120, 120).mask(50, 60), "outside the picture of 60 x 50"),
+        (lambda: Region.from_points([[-30, 5]], radius=2).mask(50, 50), "outside the picture"),
+    ],
+)
+def test_errors_say_what_was_expected(make, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        make()
+    assert len(str(caught.value)) < 500
+
+
+def test_partly_outside_is_clipped_with_a_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        mask = Region.from_box(-5, -5, 5, 5).mask(10, 10)
+    assert mask.sum() == 25
+    assert "cut off" in caplog.text
+
+
+def test_palette_masks_with_several_objects_are_refused():
+    image = Image.fromarray(np.array([[0, 1], [2, 0]], np.uint8)).convert("P")
+    image.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    with pytest.raises(ValueError, match="several objects"):
+        Region.from_mask(image)
