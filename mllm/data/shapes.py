@@ -175,8 +175,7 @@ class _Records:
             for kind, answer in questions(scene, index):
                 qas.append(self._question(rng, image_id, kind, answer))
                 self.qa_to_region_mapping[str(self._qa_id)] = region_id
-        if image_id % TRAINING_SCENES = "training_scenes.bin"  # beside a model's weights: the hash of each scene it was trained on
-_COUNT_EVERY == 0:  # about the whole image: not mapped to a region
+        if image_id % _COUNT_EVERY == 0:  # about the whole image: not mapped to a region
             qas.append(self._question(rng, image_id, "count", str(len(scene.objects))))
         self.region_descriptions.append({"id": image_id, "regions": regions})
         self.question_answers.append({"id": image_id, "qas": qas})

@@ -72,6 +72,7 @@ def read_regions(
         if not phrase:
             reader.report.add("without a phrase, left out", region_id)
             continue
+        reader.report.add("read", region_id)
         yield reader.sample(f"vg-region-{region_id}", image, region_id, region["box"], None, phrase, {})
     reader.report.log(f"{root}: regions")
 
@@ -97,6 +98,7 @@ def read_region_questions(
         if region_id not in regions:
             reader.report.add("questions on an unknown region, left out", qa_id)
             continue
+        reader.report.add("read", qa_id)
         image, region = regions[region_id]
         extra = {"qa_id": qa_id, **({"type": qa["type"]} if "type" in qa else {})}
         yield reader.sample(f"vg-qa-{qa_id}", image, region_id, region["box"], qa["question"], qa["answer"], extra)
@@ -114,6 +116,7 @@ def read_free_questions(
     mapping = reader.mapping()
     for qa_id, image, qa in reader.questions(image_ids):
         if str(qa_id) not in mapping:
+            reader.report.add("read", qa_id)
             extra = {"qa_id": qa_id, **({"type": qa["type"]} if "type" in qa else {})}
             yield reader.sample(f"vg-qa-{qa_id}", image, None, None, qa["question"], qa["answer"], extra)
     reader.report.log(f"{root}: free questions")
@@ -167,7 +170,6 @@ class _Reader:
                     seen.add(region_id)
                     box = self._clamped(region, self.images[image_id], report, region_id)
                     if box is not None:
-                        report.add("read", region_id)
                         yield region_id, (self.images[image_id], {"phrase": region.get("phrase", ""), "box": box})
 
     def questions(self, image_ids: Collection[int] | None) -> Iterator[tuple[int, dict, dict]]:
@@ -183,7 +185,6 @@ class _Reader:
                 elif not (str(qa.get("question", "")).strip() and str(qa.get("answer", "")).strip()):
                     self.report.add("questions without text or answer, left out", qa_id)
                 else:
-                    self.report.add("read", qa_id)
                     yield qa_id, self.images[image_id], qa
 
     @staticmethod
