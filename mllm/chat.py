@@ -73,6 +73,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device-map", help="as in from_pretrained, for example auto")
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="default: as stored")
     group.add_argument("--attn-implementation", help="eager, sdpa, ... (default: Transformers' choice)")
+    group.add_argument("--compile", action="store_true", help="compile the vision tower: slower start, faster pictures")
     group.add_argument("--seed", type=int, default=0, help="answers are greedy; this seeds whatever else draws numbers")
     group.add_argument("--revision", help="branch, tag or commit of a hub id")
     group.add_argument("--trust-remote-code", action="store_true", help="allow code from the model directory to run")
@@ -172,6 +173,7 @@ def load_chat(args: argparse.Namespace):
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,
         attn_implementation=args.attn_implementation,
+        compile=args.compile,
     )
     name = args.model or "embedded model (drawn scenes only, no photographs)"
     attention = model.config.text_config._attn_implementation

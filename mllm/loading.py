@@ -26,6 +26,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    compile: bool = False,  # noqa: A002, the name that torch and Transformers use
 ) -> tuple[PreTrainedModel, AlphaLlavaProcessor]:
     """Load a LLaVA-1.5 with an alpha tower in evaluation mode, and its processor.
 
@@ -38,6 +39,7 @@ def load(
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Whether code from the model directory may run.
         attn_implementation: "eager", "sdpa", ... as in `from_pretrained`.
+        compile: Compile the vision tower with `torch.compile`: the first picture takes a minute, the others less than before.
 
     Raises:
         ValueError: If there is no such model, it is of another kind, or its weights do not fit.
@@ -55,6 +57,8 @@ def load(
     )
     if device_map is None:
         loaded = loaded.to(pick_device(device))
+    if compile:
+        loaded.model.vision_tower.compile()  # in place: names and saving stay as they are
     return loaded.eval(), _load_processor(name, config, hub)
 
 

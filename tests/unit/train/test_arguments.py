@@ -1,0 +1,46 @@
+"""Recipes first, flags win, unknown keys are errors; every shipped recipe parses."""
+
+from pathlib import Path
+
+import pytest
+
+import train
+from train.arguments import parse_args
+
+RECIPES = sorted(Path(train.__file__).parent.glob("recipes/*.yaml"))
+REQUIRED = ["--model", "M", "--data", "D", "--output_dir", "O"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses(recipe):
+    model, data, training = parse_args([str(recipe), *REQUIRED])
+    assert (model.model, data.data, training.output_dir) == ("M", "D", "O")
+
+
+def test_flags_win_over_the_recipe(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: A\ndata: D\noutput_dir: O\nlearning_rate: 1.0e-3\nmax_turns: 3\n")
+    model, data, training = parse_args([str(recipe)])
+    assert (model.model, data.max_turns, training.learning_rate) == ("A", 3, 1e-3)
+    model, _, training = parse_args(["--local_rank=0", str(recipe), "--learning_rate", "5e-4", "--model", "B"])
+    assert (model.model, training.learning_rate) == ("B", 5e-4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("learning_rat: 1", "unknown keys learning_rat"),
+        ("- 1", "expected 'key: value'"),
+        ("a: [", "is not YAML"),
+        ("region_input: circle", "region_input: expected one of"),
+        ("max_turns: 0", "max_turns: expected 1 or more"),
+        ("train_parts: [tower]", "train_parts: expected names out of"),
+        ("optimizer: sgd", "optimizer: expected trainer or muon"),
+        ("description_weight: 0", "description_weight: expected a positive"),
+    ],
+)
+def test_bad_recipes(tmp_path, content, message):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        parse_args([str(recipe), *REQUIRED])

@@ -1,0 +1,87 @@
+"""Labels: on the answers only, checked token by token against the text they must spell."""
+
+import pytest
+import torch
+
+from mllm.processing import VICUNA_V1_SYSTEM
+from tests.tiny import build_tiny_llava, noise_picture
+from train.collators import IGNORE_INDEX, ConversationCollator, encode_with_labels
+from vision_tower import Region
+
+PROCESSOR = build_tiny_llava()[1]
+IMAGE = noise_picture(40, 40)
+
+
+def conversation(*turns, region=None):
+    messages = []
+    for question, answer in turns:
+        messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    messages[0]["content"].insert(0, {"type": "image", "image": IMAGE, "region": region})
+    return messages
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [("What?", "a cat")],
+        [("What?", "a cat"), ("Which colour?", "black")],
+        [("Say ASSISTANT: no</s>", "I will not say USER: or </s>"), ("<image>?", "ASSISTANT: é")],
+    ],
+)
+@pytest.mark.parametrize("system", [None, VICUNA_V1_SYSTEM])
+def test_labels_spell_the_answers_and_nothing_else(turns, system):
+    PROCESSOR.system = system
+    try:
+        ids, labels = encode_with_labels(PROCESSOR, conversation(*turns))
+    finally:
+        PROCESSOR.system = None
+    eos = PROCESSOR.tokenizer.eos_token_id
+    assert len(ids) == len(labels)
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
+    answers, current = [], []
+    for label in labels:
+        if label != IGNORE_INDEX:
+            current.append(label)
+            if label == eos:
+                answers.append(PROCESSOR.tokenizer.decode(current[:-1]).strip())
+                current = []
+    assert not current
+    assert answers == [answer for _, answer in turns]
+
+
+def test_the_first_label_is_predicted_at_the_end_of_the_prompt():
+    """What generation sees is exactly what stands before the first label: labels shifted by one would break this."""
+    turns = conversation(("What?", "a cat"))
+    ids, labels = encode_with_labels(PROCESSOR, turns)
+    first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+    prompt = PROCESSOR(images=IMAGE, text="What?", return_tensors="pt")["input_ids"][0].tolist()
+    assert ids[:first] == prompt
+    assert PROCESSOR.tokenizer.decode(ids[first:]).strip() == "a cat</s>"
+
+
+def test_loss_is_that_of_the_answer_tokens():
+    """Transformers' loss on our batch = cross entropy computed by hand on the answer tokens of each conversation alone."""
+    model, _ = build_tiny_llava()
+    turns = [conversation(("What?", "a cat")), conversation(("Which colour is this thing?", "black"), ("Size?", "small"))]
+    batch = ConversationCollator(PROCESSOR)(turns)
+    with torch.no_grad():
+        loss = model(**batch).loss
+        by_hand = []
+        for row, turn in enumerate(turns):
+            ids, labels = encode_with_labels(PROCESSOR, turn)
+            pixels = batch["pixel_values"][row : row + 1]
+            logits = model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0].log_softmax(-1)
+            by_hand += [-logits[i - 1, token] for i, token in enumerate(labels) if token != IGNORE_INDEX]
+    torch.testing.assert_close(loss, torch.stack(by_hand).mean(), atol=1e-5, rtol=0)
+
+
+def test_batch_shapes_padding_and_regions():
+    region = Region.from_box(4, 4, 20, 20)
+    turns = [conversation(("What?", "a cat"), region=region), conversation(("What is this thing here?", "a small dog"))]
+    batch = ConversationCollator(PROCESSOR)(turns)
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
+    assert batch["attention_mask"][0, -1] == 0 and batch["attention_mask"][1].all()
+    assert (batch["labels"][batch["attention_mask"] == 0] == IGNORE_INDEX).all()
+    expected = PROCESSOR.image_processor([IMAGE, IMAGE], [region, None], return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch["pixel_values"], expected)

@@ -1,0 +1,105 @@
+"""The training entry point: what moves and what does not, what comes out, what is refused."""
+
+import json
+
+import pytest
+import torch
+
+import mllm
+from mllm.data import shapes
+from tests.tiny import build_tiny_llava
+from train import finetune
+from train.optimizers import MuonWithAdamW
+
+ALPHA = "model.vision_tower.embeddings.patch_embedding.alpha.weight"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    for split in ("train", "test"):
+        shapes.write(folder / split, 4, 1, split, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start")
+    model, processor = build_tiny_llava()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def run(start, data, out, *flags):
+    arguments = ["--model", start, "--data", data, "--output_dir", out, "--max_steps", 2, "--per_device_train_batch_size", 2]
+    arguments += ["--use_cpu", "true", "--report_to", "none", "--remove_unused_columns", "false", "--disable_tqdm", "true", *flags]
+    return finetune.main([str(argument) for argument in arguments])
+
+
+def moved(start, out):
+    before, after = (mllm.load(folder, device="cpu", dtype=torch.float32)[0].state_dict() for folder in (start, out))
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("optimizer", ["trainer", "muon"])
+def test_training_moves_all_that_reaches_the_loss(start, data, tmp_path, optimizer):
+    assert run(start, data / "train", tmp_path / "out", "--optimizer", optimizer, "--learning_rate", "1e-2") == 0
+    names = moved(start, tmp_path / "out")
+    assert ALPHA in names and "lm_head.weight" in names
+    everything = mllm.load(start, device="cpu")[0].state_dict().keys()
+    # LLaVA reads the last but one layer: what comes after it has no gradient, and weight decay is off by default
+    unread = {n for n in everything if "vision_tower.encoder.layers.2." in n or "vision_tower.post_layernorm" in n}
+    # softmax ignores what is added to all keys alike, so a key bias has no gradient but rounding
+    key_bias = {n for n in everything if n.endswith("k_proj.bias")}
+    assert not names & unread
+    assert everything - unread - key_bias <= names
+    record = json.loads((tmp_path / "out" / "training_record.json").read_text())
+    assert record["training"]["max_steps"] == 2 and record["data"]["data"].endswith("train")
+
+
+def test_only_the_named_parts_move(start, data, tmp_path):
+    assert run(start, data / "train", tmp_path / "out", "--train_parts", "multi_modal_projector", "--learning_rate", "1e-2") == 0
+    names = moved(start, tmp_path / "out")
+    assert names and all(name.startswith("model.multi_modal_projector.") for name in names)
+
+
+def test_same_seed_same_model(start, data, tmp_path):
+    for name in ("a", "b"):
+        assert run(start, data / "train", tmp_path / name, "--seed", 3, "--region_input", "mixed", "--max_turns", 2) == 0
+    assert not moved(tmp_path / "a", tmp_path / "b")
+
+
+def test_the_test_split_is_refused(start, data, tmp_path, capsys):
+    assert run(start, data / "test", tmp_path / "out") == 2
+    assert "split 'test'" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_missing_data_is_one_line(start, tmp_path, capsys):
+    assert run(start, tmp_path / "nothing", tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("region-tune: error:") and "image_data.json is missing" in error
+
+
+def test_muon_state_round_trip():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 4))
+    optimizer = MuonWithAdamW(model, lr=0.01, weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+
+    def step(module, optimizer):
+        module(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(model, optimizer)
+    assert {group["lr"] for part in optimizer.parts for group in part.param_groups} == {0.005}
+    assert scheduler.get_last_lr() == [0.005] * 3
+    import copy
+
+    twin = copy.deepcopy(model)
+    again = MuonWithAdamW(twin, lr=0.01, weight_decay=0.1)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    step(model, optimizer), step(twin, again)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
