@@ -4,9 +4,9 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 BIN := .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
-SCENE := mllm/assets/scenes/scene_1.png
-BOX_1 := BOX_ONE
-BOX_2 := BOX_TWO
+SCENE := mllm/assets/scenes/scene_2.png
+BOX_1 := 22,8,48,42
+BOX_2 := 62,59,92,86
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow test-gpu check style bench embedded-model embedded-scores clean

@@ -18,8 +18,8 @@ def with_whole_image(samples: Sequence[RegionSample]) -> list[RegionSample]:
 def with_wrong_region(samples: Sequence[RegionSample]) -> list[RegionSample]:
     """Each sample with the region of the next sample of its picture; references stay those of the asked region.
 
-    A sample that is alone in its picture is left out. What should come out is the *other* region's description: compare with
-    `references_of_shown_region`.
+    A sample that is alone in its picture is left out. What should come out is the *other* region's description: compare
+    with `references_of_shown_region`.
     """
     return [dataclasses.replace(sample, regions=other.regions) for sample, other in _neighbours(samples)]
 
@@ -43,8 +43,8 @@ def _neighbours(samples: Sequence[RegionSample]) -> list[tuple[RegionSample, Reg
 def best_blind_score(samples: Sequence[RegionSample]) -> float:
     """The best exact match of an answerer who sees the whole picture but not the region.
 
-    For each picture and kind of question (`meta["type"]`, "description" without one) it always gives the answer that most of the
-    picture's samples have; nobody who ignores the region can do better on these samples.
+    For each picture and kind of question (`meta["type"]`, "description" without one) it always gives the answer that
+    most of the picture's samples have; nobody who ignores the region can do better on these samples.
     """
     answers: dict[tuple, Counter] = defaultdict(Counter)
     for sample in samples:

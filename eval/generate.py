@@ -11,7 +11,12 @@ from mllm.data.samples import RegionSample
 
 
 def generate(
-    chat: RegionChat, samples: Sequence[RegionSample], *, batch_size: int = 32, max_new_tokens: int = 64, label: str = "answers"
+    chat: RegionChat,
+    samples: Sequence[RegionSample],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 64,
+    label: str = "answers",
 ) -> list[str]:
     """Answer every sample, greedily, in order.
 

@@ -1,4 +1,6 @@
-"""From a picture, a region and a question to an answer: the one place where that happens, for chat, batch files and evaluation."""
+"""From a picture, a region and a question to an answer: the one place where that happens, for chat, batch files and
+evaluation.
+"""
 
 from __future__ import annotations
 
@@ -75,8 +77,8 @@ class RegionChat:
         limit = self.model.config.get_text_config().max_position_embeddings
         if tokens + max_new_tokens > limit:
             raise ValueError(
-                f"the conversation takes {tokens} tokens and the answer up to {max_new_tokens}, the model reads {limit}; "
-                "ask a shorter question or start anew"
+                f"the conversation takes {tokens} tokens and the answer up to {max_new_tokens}, the model reads "
+                f"{limit}; ask a shorter question or start anew"
             )
 
     @torch.inference_mode()
@@ -110,7 +112,9 @@ def build_conversation(
 
 
 def check_alpha(inputs: BatchFeature) -> None:
-    """Raise ValueError unless the images carry an alpha channel: without it every answer would be about the whole image."""
+    """Raise ValueError unless the images carry an alpha channel: without it every answer would be about the whole
+    image.
+    """
     channels = inputs["pixel_values"].shape[1]
     if channels != 4:
         raise ValueError(f"expected pixel_values with 4 channels (RGB + alpha), got {channels}; the region is lost")

@@ -40,14 +40,17 @@ def run_batch(
 ) -> int:
     """Answer a file of requests; returns how many of them failed.
 
-    A line of the output is `{"id", "answer"}` or `{"id", "error"}`, in the order of the requests. Batches are formed over the whole file,
-    so that a continued run writes the same file as an undisturbed one; a batch that was not finished is done again.
+    A line of the output is `{"id", "answer"}` or `{"id", "error"}`, in the order of the requests. Batches are formed
+    over the whole file, so that a continued run writes the same file as an undisturbed one; a batch that was not
+    finished is done again.
 
     Raises:
         ValueError: If the request file is no list of requests with different ids, or the output belongs to another run.
     """
     requests = read_requests(requests_path)
-    done = _prepare_output(output_path, _run_record(chat, requests_path, model_name, batch_size, max_new_tokens), requests, batch_size)
+    done = _prepare_output(
+        output_path, _run_record(chat, requests_path, model_name, batch_size, max_new_tokens), requests, batch_size
+    )
     failed = sum("error" in answer for answer in done)
     folder = Path(requests_path).resolve().parent
     with (
@@ -81,7 +84,9 @@ def read_requests(path: str) -> list[Request]:
     seen: set = set()
     twice = {request.id for request in requests if request.id in seen or seen.add(request.id)}
     if twice:
-        raise ValueError(f"{path}: ids must differ, but {', '.join(map(str, sorted(twice, key=str)[:5]))} occur(s) twice")
+        raise ValueError(
+            f"{path}: ids must differ, but {', '.join(map(str, sorted(twice, key=str)[:5]))} occur(s) twice"
+        )
     return requests
 
 
@@ -184,10 +189,13 @@ def _prepare_output(path: str, record: dict, requests: Sequence[Request], batch_
     try:
         earlier = json.loads(record_path.read_text(encoding="utf-8"))
     except ValueError:
-        raise ValueError(f"{record_path} is damaged; choose another --output, or delete it together with {path}") from None
+        raise ValueError(
+            f"{record_path} is damaged; choose another --output, or delete it together with {path}"
+        ) from None
     if changed := [name for name in record if record[name] != earlier.get(name)]:
         raise ValueError(
-            f"{path} belongs to a run with other {', '.join(changed)}; choose another --output, or delete it and {record_path}"
+            f"{path} belongs to a run with other {', '.join(changed)}; choose another --output, or delete "
+            f"it and {record_path}"
         )
     return _whole_batches(output, requests, batch_size)
 

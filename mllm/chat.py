@@ -1,8 +1,8 @@
 """The command `region-chat`: point at a part of a picture and ask about it.
 
-    region-chat --image FILE --box 40,60,220,200 --ask "What is this?"
-    region-chat --image FILE --box 40,60,220,200            (a conversation; /help lists its commands)
-    region-chat --batch requests.jsonl --output answers.jsonl
+region-chat --image FILE --box 40,60,220,200 --ask "What is this?"
+region-chat --image FILE --box 40,60,220,200            (a conversation; /help lists its commands)
+region-chat --batch requests.jsonl --output answers.jsonl
 """
 
 from __future__ import annotations
@@ -49,17 +49,24 @@ def build_parser() -> argparse.ArgumentParser:
     for option, (_, form) in REGION_OPTIONS.items():
         region.add_argument(f"--{option}", metavar=form, help=_REGION_HELP[option])
     region.add_argument("--whole", action="store_true", help="the whole image")
-    parser.add_argument("--strength", type=float, default=1.0, help="1: the region alone, 0: the whole image (default 1)")
+    parser.add_argument(
+        "--strength", type=float, default=1.0, help="1: the region alone, 0: the whole image (default 1)"
+    )
     parser.add_argument("--ask", metavar="TEXT", help="one question; without it, a conversation")
-    parser.add_argument("--save-overlay", metavar="PNG", help="write the picture with its region and answer drawn on it")
-    parser.add_argument("--json", action="store_true", help="print one JSON object; without --ask the region is described")
+    parser.add_argument(
+        "--save-overlay", metavar="PNG", help="write the picture with its region and answer drawn on it"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object; without --ask the region is described"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens (default 128)")
     batch = parser.add_argument_group("batch file")
     batch.add_argument("--batch", metavar="JSONL", help='requests {"id", "image", "region", "question"?}, one a line')
     batch.add_argument(
         "--output",
         metavar="JSONL",
-        help='answers {"id", "answer"} or {"id", "error"}; an existing file of the same run is continued (a request that failed stays failed)',
+        help='answers {"id", "answer"} or {"id", "error"}; an existing file of the same run is '
+        "continued (a request that failed stays failed)",
     )
     batch.add_argument("--batch-size", type=int, default=16, help="answers made at once (default 16)")
     return parser
@@ -68,10 +75,14 @@ def build_parser() -> argparse.ArgumentParser:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that every command of this project shares."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", help="directory or hub id of a LLaVA-1.5 (default: the embedded model, drawn scenes only)")
+    group.add_argument(
+        "--model", help="directory or hub id of a LLaVA-1.5 (default: the embedded model, drawn scenes only)"
+    )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     group.add_argument("--device-map", help="as in from_pretrained, for example auto")
-    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="default: as stored")
+    group.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="default: as stored"
+    )
     group.add_argument("--attn-implementation", help="eager, sdpa, ... (default: Transformers' choice)")
     group.add_argument("--compile", action="store_true", help="compile the vision tower: slower start, faster pictures")
     group.add_argument("--seed", type=int, default=0, help="answers are greedy; this seeds whatever else draws numbers")

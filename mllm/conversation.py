@@ -70,7 +70,9 @@ class Conversation:
         """
         if self.region is None:
             raise ValueError("no region yet; give one with /box, /mask, ... or /whole")
-        streamer = TextStreamer(self.chat.processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+        streamer = (
+            TextStreamer(self.chat.processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+        )
         answer = self.chat.answer(
             self.image,
             self.region,

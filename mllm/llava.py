@@ -48,7 +48,8 @@ def load_llava(name: str | os.PathLike, config: LlavaConfig, **kwargs: Any) -> L
 
 
 def load_llava_processor(name: str | os.PathLike, config: LlavaConfig, **hub: Any) -> AlphaLlavaProcessor:
-    """The processor of a LLaVA-1.5 directory that knows nothing of regions: its tokenizer and image settings, in our format.
+    """The processor of a LLaVA-1.5 directory that knows nothing of regions: its tokenizer and image settings, in our
+    format.
 
     Pictures are padded to a square, as LLaVA-1.5 was trained; a centre crop could cut the region away.
     """
@@ -65,7 +66,9 @@ def load_llava_processor(name: str | os.PathLike, config: LlavaConfig, **hub: An
 
 
 def build_llava_processor(image_processor: AlphaCLIPImageProcessor, tokenizer: Any, config: LlavaConfig):
-    """An `AlphaLlavaProcessor` whose token count fits `config`; the tokenizer is set to pad on the left, for batches."""
+    """An `AlphaLlavaProcessor` whose token count fits `config`; the tokenizer is set to pad on the left, for
+    batches.
+    """
     tokenizer.padding_side = "left"
     return AlphaLlavaProcessor(
         image_processor,

@@ -1,4 +1,6 @@
-"""`mllm.load`: a directory, a hub id or nothing (the embedded model) -> a model that is ready to answer, and its processor."""
+"""`mllm.load`: a directory, a hub id or nothing (the embedded model) -> a model that is ready to answer, and its
+processor.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +33,16 @@ def load(
     """Load a LLaVA-1.5 with an alpha tower in evaluation mode, and its processor.
 
     Args:
-        model: A directory or a hub id of a LLaVA-1.5, with CLIP's tower or ours; None is the embedded model, which knows drawn scenes
-            only (docs/shapes.md).
+        model: A directory or a hub id of a LLaVA-1.5, with CLIP's tower or ours; None is the embedded model, which
+            knows drawn scenes only (docs/shapes.md).
         device: "auto" (cuda, else mps, else cpu), "cpu", "cuda" or "mps"; ignored with `device_map`.
         device_map: As in `from_pretrained`.
         dtype: "auto" (as stored), a torch dtype, or its name.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Whether code from the model directory may run.
         attn_implementation: "eager", "sdpa", ... as in `from_pretrained`.
-        compile: Compile the vision tower with `torch.compile`: the first picture takes a minute, the others less than before.
+        compile: Compile the vision tower with `torch.compile`: the first picture takes a minute, the others less than
+            before.
 
     Raises:
         ValueError: If there is no such model, it is of another kind, or its weights do not fit.

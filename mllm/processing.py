@@ -15,9 +15,10 @@ VICUNA_V1_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-# LLaVA-1.5: "USER: <image>\n{question} ASSISTANT: {answer}</s>USER: ..."; equal to `conv_vicuna_v1` with its system sentence, and for one
-# turn to the template of llava-hf/llava-1.5-7b-hf. The template writes BOS and EOS itself: user text is then encoded
-# with control tokens off (`sanitize_control_tokens`), so that "<image>" or "</s>" in a question stays text.
+# LLaVA-1.5: "USER: <image>\n{question} ASSISTANT: {answer}</s>USER: ..."; equal to `conv_vicuna_v1` with its system
+# sentence, and for one # turn to the template of llava-hf/llava-1.5-7b-hf. The template writes BOS and EOS itself: user
+# text is then encoded # with control tokens off (`sanitize_control_tokens`), so that "<image>" or "</s>" in a question
+# stays text.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -41,11 +42,13 @@ class AlphaLlavaProcessor(LlavaProcessor):
     Two ways in, one format:
 
     - `processor(images=..., regions=..., text="What is this?")`: `text` is the user's question, never a prompt.
-    - `processor.apply_chat_template(conversation, tokenize=True, return_dict=True, ...)`: several turns and images; an image item takes a
-      region: `{"type": "image", "image": picture, "region": Region.from_box(...)}` (also as JSON or as command-line text).
+    - `processor.apply_chat_template(conversation, tokenize=True, return_dict=True, ...)`: several turns and images; an
+      image item takes a
+      region: `{"type": "image", "image": picture, "region": Region.from_box(...)}` (also as JSON or as command-line
+          text).
 
-    An image without a region is looked at as a whole. `system` is a sentence put before every conversation that has none of its own:
-    None (the Hugging Face LLaVA-1.5 format) or `VICUNA_V1_SYSTEM` (the original code's).
+    An image without a region is looked at as a whole. `system` is a sentence put before every conversation that has
+    none of its own: None (the Hugging Face LLaVA-1.5 format) or `VICUNA_V1_SYSTEM` (the original code's).
     """
 
     def __init__(
@@ -96,16 +99,17 @@ class AlphaLlavaProcessor(LlavaProcessor):
         """Prepare one question, or a batch.
 
         Args:
-            images: For one question: an image or a list of images. For a list of questions: a list with an entry each (an image, a
-                list of images, or None).
+            images: For one question: an image or a list of images. For a list of questions: a list with an entry each
+                (an image, a list of images, or None).
             text: The user's question, or a list of questions. "<image>" or "USER:" in it is plain text.
             regions: As `images`, with a `Region` or None (the whole image) for each image.
-            text_is_prompt: True when `text` is a complete prompt with a placeholder for each image, as `LlavaProcessor` takes it;
-                images and regions are then flat lists.
+            text_is_prompt: True when `text` is a complete prompt with a placeholder for each image, as `LlavaProcessor`
+                takes it; images and regions are then flat lists.
             **kwargs: As in `LlavaProcessor` (`return_tensors`, `padding`, ...).
 
         Returns:
-            `input_ids` and `attention_mask` (B, T), padded on the left, and `pixel_values` (N, 4, S, S) where there are images.
+            `input_ids` and `attention_mask` (B, T), padded on the left, and `pixel_values` (N, 4, S, S) where there are
+            images.
 
         Raises:
             ValueError: If questions, images and regions do not match, or a region does not fit its image.
@@ -146,7 +150,9 @@ class AlphaLlavaProcessor(LlavaProcessor):
         return super().apply_chat_template(conversations if batched else conversations[0], chat_template, **kwargs)
 
     def encode_conversation(self, conversation: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
-        """Token ids of a conversation with its image tokens, without preparing the images: for labels and for counting."""
+        """Token ids of a conversation with its image tokens, without preparing the images: for labels and for
+        counting.
+        """
         ids = self.tokenizer.apply_chat_template(
             [
                 {**message, "content": [_without_pixels(item) for item in message["content"]]}
@@ -253,7 +259,9 @@ def _as_region(value: Any) -> Region | None:
 
 
 class _AlphaLlavaProcessorKey(PreTrainedConfig):
-    """AutoProcessor finds a class by a config; LlavaConfig is taken by LlavaProcessor, which our models keep as their config."""
+    """AutoProcessor finds a class by a config; LlavaConfig is taken by LlavaProcessor, which our models keep as their
+    config.
+    """
 
     model_type = "alpha_llava_processor"
 

@@ -1,4 +1,6 @@
-"""Batched answers against one by one, on the embedded model: `python scripts/bench_chat.py [--requests 128] [--pairs 5]`."""
+"""Batched answers against one by one, on the embedded model: `python scripts/bench_chat.py [--requests 128] [--pairs
+5]`.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def main() -> int:
     same = sum(a == b for a, b in zip(batched(), one_by_one(), strict=True))
     ratios = [seconds(one_by_one) / seconds(batched) for _ in range(args.pairs)]
     print("| what | ratio (median) | range | pairs |\n|---|---|---|---|")
-    what = f"answers a second, batches of {args.batch_size} / one by one ({len(requests)} requests, {same} answers equal)"
+    what = (
+        f"answers a second, batches of {args.batch_size} / one by one ({len(requests)} requests, {same} answers equal)"
+    )
     print(f"| {what} | {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} | {args.pairs} |")
     return 0
 

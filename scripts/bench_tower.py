@@ -1,4 +1,5 @@
-"""Time the tower and its image processor against Transformers' CLIP; both sides in one process, in turns; medians of ratios.
+"""Time the tower and its image processor against Transformers' CLIP; both sides in one process, in turns; medians of
+ratios.
 
     python scripts/bench_tower.py [--pairs 7] [--photos DIR] [--only tower|compiled|images|memory]
 
@@ -47,7 +48,10 @@ def main() -> int:
     if args.peak:
         print(peak_of(*args.peak.split(",")))
         return 0
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n\n| what | ratio (median) | range | pairs |\n|---|---|---|---|")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads\n\n"
+        "| what | ratio (median) | range | pairs |\n|---|---|---|---|"
+    )
     parts = {"tower": bench_tower, "memory": bench_memory, "compiled": bench_compiled, "images": bench_images}
     for name, part in parts.items():
         if args.only in (None, name):
@@ -71,7 +75,10 @@ def seconds(run: Callable) -> float:
 def row(name: str, timed: list[tuple[float, float]]) -> None:
     """One Markdown row: our time over theirs."""
     ratios = [a / b for a, b in timed]
-    print(f"| {name} | {statistics.median(ratios):.3f} | {min(ratios):.3f} to {max(ratios):.3f} | {len(ratios)} |", flush=True)
+    print(
+        f"| {name} | {statistics.median(ratios):.3f} | {min(ratios):.3f} to {max(ratios):.3f} | {len(ratios)} |",
+        flush=True,
+    )
 
 
 def build(side: str, dtype: str) -> torch.nn.Module:
@@ -135,7 +142,10 @@ def bench_compiled(args: argparse.Namespace) -> None:
     tokens, width = 577, VIT_L_336["hidden_size"]
     per_layer = 2 * tokens * 12 * width * width + 4 * tokens * tokens * width
     rate = VIT_L_336["num_hidden_layers"] * per_layer / statistics.median(a for a, _ in timed)
-    print(f"| compiled tower, bf16: share of this machine's measured matrix rate | {rate / matrix_rate():.2f} | | |", flush=True)
+    print(
+        f"| compiled tower, bf16: share of this machine's measured matrix rate | {rate / matrix_rate():.2f} | | |",
+        flush=True,
+    )
 
 
 def matrix_rate() -> float:
@@ -149,7 +159,9 @@ def matrix_rate() -> float:
 def bench_images(args: argparse.Namespace) -> None:
     """Image + region -> pixel_values against CLIPImageProcessor, on decoded pictures."""
     if args.photos:
-        pictures = [Image.open(file).convert("RGB") for file in sorted(args.photos.iterdir()) if file.suffix in (".jpg", ".png")]
+        pictures = [
+            Image.open(file).convert("RGB") for file in sorted(args.photos.iterdir()) if file.suffix in (".jpg", ".png")
+        ]
     else:
         rng = np.random.default_rng(0)
         pictures = [Image.fromarray(rng.integers(0, 256, (480, 640, 3), dtype=np.uint8)) for _ in range(8)]
@@ -176,7 +188,9 @@ def bench_images(args: argparse.Namespace) -> None:
             row(f"image + {form}, {geometry} / CLIPImageProcessor: time", timed)
     ours = AlphaCLIPImageProcessor(geometry="crop", **size)
     picture = pictures[0]
-    eight = [Region.from_box(picture.width // 2 - 4 * i - 8, 100, picture.width // 2 + 10 * i + 8, 160) for i in range(8)]
+    eight = [
+        Region.from_box(picture.width // 2 - 4 * i - 8, 100, picture.width // 2 + 10 * i + 8, 160) for i in range(8)
+    ]
     timed = pairs(
         lambda: ours(picture, eight, return_tensors="pt"),
         lambda: [ours(picture, region, return_tensors="pt") for region in eight],

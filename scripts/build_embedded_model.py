@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,11 +28,12 @@ from mllm.llava import build_llava_processor
 from mllm.loading import EMBEDDED_MODEL
 from mllm.processing import VICUNA_V1_SYSTEM
 from train import finetune
-from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig
+from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, Region
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "train" / "recipes" / "shapes_embedded.yaml"
 TRAIN_SCENES, TRAIN_SEED = 20_000, 1
+SAMPLE_SCENES, SAMPLE_SEED = 3, 11
 IMAGE_SIZE, PATCH_SIZE = 96, 12
 VOCABULARY = 640  # 256 bytes, so that any text can be read, and the words of the Shapes world
 
@@ -50,13 +52,24 @@ def main() -> int:
     start, trained = args.work / f"start_{args.seed}", args.work / f"trained_{args.seed}"
     write_start(start, args.seed)
     failed = finetune.main(
-        [str(RECIPE), "--model", str(start), "--data", str(data), "--output_dir", str(trained), "--seed", str(args.seed)]
+        [
+            str(RECIPE),
+            "--model",
+            str(start),
+            "--data",
+            str(data),
+            "--output_dir",
+            str(trained),
+            "--seed",
+            str(args.seed),
+        ]
         + recipe_flags
     )
     if failed:
         return failed
     export(trained, args.out)
     (args.out / shapes.TRAINING_SCENES).write_bytes(b"".join(_training_hashes(data)))
+    write_sample_scenes(args.out.parent / "scenes")
     print(f"wrote {args.out}; score it with: python scripts/score_embedded_model.py --model {args.out}")
     return 0
 
@@ -137,8 +150,22 @@ def world_sentences() -> list[str]:
     }
     phrases = [f"a {' '.join(words)}" for words in itertools.product(SIZES, PATTERNS, COLOURS, SHAPES)]
     pairs = [(question, phrase) for question in DESCRIBE_REGION_WORDINGS for phrase in phrases]
-    pairs += [(question, a) for kind, wordings in shapes.QUESTIONS.items() for question in wordings for a in answers[kind]]
+    pairs += [
+        (question, a) for kind, wordings in shapes.QUESTIONS.items() for question in wordings for a in answers[kind]
+    ]
     return [VICUNA_V1_SYSTEM] + [f"USER: \n{question} ASSISTANT: {answer}" for question, answer in pairs]
+
+
+def write_sample_scenes(folder: Path) -> None:
+    """Scenes that the model never saw, with the box and the description of each of their objects."""
+    folder.mkdir(exist_ok=True)
+    for number, (_, scene) in enumerate(shapes.scenes(SAMPLE_SCENES, SAMPLE_SEED, "test"), 1):
+        Image.fromarray(scene.pixels).save(folder / f"scene_{number}.png")
+        regions = [
+            {**Region.from_box(*Region.from_mask(mask).bounding_box(*mask.shape)).to_json(), "phrase": obj.phrase}
+            for obj, mask in zip(scene.objects, scene.masks, strict=True)
+        ]
+        (folder / f"scene_{number}.json").write_text(json.dumps(regions, indent=1) + "\n", encoding="utf-8")
 
 
 def _training_hashes(data: Path) -> Iterator[bytes]:
@@ -148,7 +175,8 @@ def _training_hashes(data: Path) -> Iterator[bytes]:
 
 
 def export(trained: Path, out: Path) -> None:
-    """Copy the trained model to `out` with its weights in bfloat16, half the size; config.json keeps float32, in which it runs.
+    """Copy the trained model to `out` with its weights in bfloat16, half the size; config.json keeps float32, in which
+    it runs.
 
     Run in bfloat16, an answer could depend on the batch it stands in; the weights lose nothing that the scores show.
     """
@@ -157,7 +185,10 @@ def export(trained: Path, out: Path) -> None:
         shutil.rmtree(out)
     model.save_pretrained(out)
     for file in trained.iterdir():
-        if file.suffix in (".json", ".jinja") and file.name not in ("trainer_state.json", "model.safetensors.index.json"):
+        if file.suffix in (".json", ".jinja") and file.name not in (
+            "trainer_state.json",
+            "model.safetensors.index.json",
+        ):
             shutil.copy(file, out / file.name)
 
 

@@ -1,4 +1,6 @@
-"""What a run can be told: model, data, and HF's training arguments. A recipe (YAML) first, flags win, unknown keys are errors."""
+"""What a run can be told: model, data, and HF's training arguments. A recipe (YAML) first, flags win, unknown keys are
+errors.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ class ModelArguments:
     model: str = field(metadata={"help": "directory or hub id of a LLaVA-1.5"})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, ... (Transformers' default)"})
     optimizer: str = field(
-        default="trainer", metadata={"help": "trainer (Trainer's `optim`), or muon (Muon for matrices, AdamW for the rest)"}
+        default="trainer",
+        metadata={"help": "trainer (Trainer's `optim`), or muon (Muon for matrices, AdamW for the rest)"},
     )
     train_parts: list[str] = field(
         default_factory=lambda: list(PARTS), metadata={"help": f"parts trained in full, out of {', '.join(PARTS)}"}

@@ -14,8 +14,9 @@ IGNORE_INDEX = -100  # the loss skips these labels: torch's and Transformers' de
 class ConversationCollator:
     """Makes a training batch of conversations.
 
-    Returns `input_ids`, `attention_mask` and `labels` (B, T), padded on the right, and `pixel_values` (N, 4, S, S) for all images in
-    order. A label is the token itself inside an answer and its end-of-sequence token, `IGNORE_INDEX` elsewhere.
+    Returns `input_ids`, `attention_mask` and `labels` (B, T), padded on the right, and `pixel_values` (N, 4, S, S) for
+    all images in order. A label is the token itself inside an answer and its end-of-sequence token, `IGNORE_INDEX`
+    elsewhere.
     """
 
     def __init__(self, processor: AlphaLlavaProcessor) -> None:
@@ -42,12 +43,11 @@ class ConversationCollator:
         return {**batch, "labels": labels}
 
 
-def encode_with_labels(
-    processor: AlphaLlavaProcessor, conversation: Sequence[Message]
-) -> tuple[list[int], list[int]]:
+def encode_with_labels(processor: AlphaLlavaProcessor, conversation: Sequence[Message]) -> tuple[list[int], list[int]]:
     """Token ids of a conversation and their labels, equally long.
 
-    The answer's place is found by encoding the conversation up to it: no search for "ASSISTANT:", which a user may write too.
+    The answer's place is found by encoding the conversation up to it: no search for "ASSISTANT:", which a user may
+    write too.
 
     Raises:
         ValueError: If the tokens up to an answer are not a prefix of the whole.
@@ -59,7 +59,9 @@ def encode_with_labels(
             continue
         before = processor.encode_conversation(conversation[:index], add_generation_prompt=True)
         if ids[: len(before)] != before:
-            raise ValueError(f"turn {index} is encoded in another way alone than inside its conversation; cannot place labels")
+            raise ValueError(
+                f"turn {index} is encoded in another way alone than inside its conversation; cannot place labels"
+            )
         # nobody's text can hold the end-of-sequence token: the processor encodes it as plain text there
         end = ids.index(processor.tokenizer.eos_token_id, len(before)) + 1
         labels[len(before) : end] = ids[len(before) : end]

@@ -93,7 +93,9 @@ def read_facts(data_args: DataArguments) -> list[RegionFacts]:
 
 
 def refuse_test_split(root: Path) -> None:
-    """Raise ValueError if the folder says that it is another split than `train`; real Visual Genome folders say nothing."""
+    """Raise ValueError if the folder says that it is another split than `train`; real Visual Genome folders say
+    nothing.
+    """
     record = root / "dataset.json"
     if record.exists() and (split := json.loads(record.read_text(encoding="utf-8"))["split"]) != "train":
         raise ValueError(f"{root} holds the split {split!r}: training on it would make every later score worthless")
@@ -105,7 +107,11 @@ def save(trainer: Trainer, processor: AlphaLlavaProcessor, data_args: DataArgume
     trainer.save_model(out)
     if trainer.is_world_process_zero():
         processor.save_pretrained(out)
-        record = {"data": vars(data_args), "training": trainer.args.to_sanitized_dict(), "log": trainer.state.log_history}
+        record = {
+            "data": vars(data_args),
+            "training": trainer.args.to_sanitized_dict(),
+            "log": trainer.state.log_history,
+        }
         with open(os.path.join(out, "training_record.json"), "w", encoding="utf-8") as file:
             json.dump(record, file, indent=1)
 

@@ -13,15 +13,21 @@ from torch import nn
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for the matrices inside blocks, AdamW for embeddings, convolutions, the output layer, norms and biases.
 
-    Both are torch's own (`torch.optim.Muon`, torch 2.9 on); this class only steps them together, so that Trainer, its schedule and its
-    checkpoints see one optimizer. With `match_rms_adamw` both take the same learning rate. Trained from random weights, the embedded
-    model needs about 1.7 times fewer samples than with AdamW alone (docs/benchmarks.md).
+    Both are torch's own (`torch.optim.Muon`, torch 2.9 on); this class only steps them together, so that Trainer, its
+    schedule and its checkpoints see one optimizer. With `match_rms_adamw` both take the same learning rate. Trained
+    from random weights, the embedded model needs about 1.7 times fewer samples than with AdamW alone
+    (docs/benchmarks.md).
 
     Source: Keller Jordan, "Muon: an optimizer for hidden layers"; the scaling is Liu et al., arXiv 2502.16982.
     """
 
     def __init__(
-        self, model: nn.Module, lr: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+        self,
+        model: nn.Module,
+        lr: float,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
     ) -> None:
         matrices, others, undecayed = _split(model)
         self.parts = [

@@ -1,4 +1,6 @@
-"""Records of a data set -> training conversations: what is known about a region, in a new selection each time it is drawn."""
+"""Records of a data set -> training conversations: what is known about a region, in a new selection each time it is
+drawn.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ from vision_tower import Region
 class RegionFacts:
     """A region with all that can be asked about it.
 
-    `forms` are the same region in several forms (box, mask), one of which is drawn for a conversation; `turns` are (question, answer)
-    pairs, where the question None stands for a description.
+    `forms` are the same region in several forms (box, mask), one of which is drawn for a conversation; `turns` are
+    (question, answer) pairs, where the question None stands for a description.
     """
 
     image: ImageSource
@@ -31,7 +33,8 @@ def group_by_region(*readings: Iterable[RegionSample]) -> list[RegionFacts]:
     """Collect samples by region. A region that is read in several forms (box, then mask) gets all of them.
 
     Args:
-        *readings: Samples whose meta has `image_id`, and `region_id` where a sample is about a region; each of one region.
+        *readings: Samples whose meta has `image_id`, and `region_id` where a sample is about a region; each of one
+            region.
     """
     images: dict[tuple, ImageSource] = {}
     forms: dict[tuple, dict[Region, None]] = {}  # a dict keeps the order
@@ -48,8 +51,8 @@ def group_by_region(*readings: Iterable[RegionSample]) -> list[RegionFacts]:
 class ConversationDataset(Dataset):
     """One conversation an index: a region in one of its forms, and 1 to `max_turns` different questions about it.
 
-    The choice is drawn anew each time from torch's generator, which a DataLoader seeds by epoch and worker: the same seed and number
-    of workers give the same run.
+    The choice is drawn anew each time from torch's generator, which a DataLoader seeds by epoch and worker: the same
+    seed and number of workers give the same run.
     """
 
     def __init__(self, facts: list[RegionFacts], max_turns: int = 1, description_weight: float = 1.0) -> None:

@@ -1,9 +1,16 @@
 """The Alpha-CLIP vision tower as Hugging Face classes: CLIP with a fourth input channel that says where to look.
 
-Importing this package registers the classes, so that `AutoConfig`, `AutoModel`, `AutoImageProcessor` and `AutoProcessor` know them.
+Importing this package registers the classes, so that `AutoConfig`, `AutoModel`, `AutoImageProcessor` and
+`AutoProcessor` know them.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+)
 
 from .alpha_embedding import AlphaConv2d, AlphaPatchEmbedding
 from .configuration_alpha_clip import AlphaCLIPConfig, AlphaCLIPVisionConfig

@@ -12,8 +12,8 @@ WHOLE_IMAGE = (1.0 - ALPHA_MEAN) / ALPHA_STD  # 1.923: alpha 1 after normalisati
 class AlphaConv2d(nn.Conv2d):
     """The alpha convolution. A class of its own, so that a tower's `_init_weights` can zero it by type.
 
-    Zeroing it when the *parent* is met does not work: Transformers skips a module whose own parameters were all loaded, and the
-    alpha weight would stay random after loading a CLIP checkpoint.
+    Zeroing it when the *parent* is met does not work: Transformers skips a module whose own parameters were all loaded,
+    and the alpha weight would stay random after loading a CLIP checkpoint.
     """
 
 
@@ -21,7 +21,8 @@ class AlphaPatchEmbedding(nn.Conv2d):
     """Patch convolution over RGB plus a bias-free convolution over alpha, in place of a ViT's `patch_embedding`.
 
     The RGB weight keeps its name (`patch_embedding.weight`), so CLIP checkpoints load; the alpha weight is
-    `patch_embedding.alpha.weight` (D, 1, patch, patch). At zero alpha weight the output equals the RGB convolution bit for bit.
+    `patch_embedding.alpha.weight` (D, 1, patch, patch). At zero alpha weight the output equals the RGB convolution bit
+    for bit.
 
     Source: `conv1` + `conv1_alpha` in SunzeY/AlphaCLIP, alpha_clip/model.py at e5676c9.
     """
@@ -35,14 +36,15 @@ class AlphaPatchEmbedding(nn.Conv2d):
         """Embed patches.
 
         Args:
-            pixel_values: (B, 4, H, W), normalised RGB and the alpha map as (alpha - 0.5) / 0.26; or (B, 3, H, W), which means
-                the whole image (alpha 1 everywhere).
+            pixel_values: (B, 4, H, W), normalised RGB and the alpha map as (alpha - 0.5) / 0.26; or (B, 3, H, W), which
+                means the whole image (alpha 1 everywhere).
 
         Returns:
             (B, D, H / patch, W / patch).
 
         Raises:
-            ValueError: If the input has another number of channels: a dropped or doubled alpha map would pass unnoticed.
+            ValueError: If the input has another number of channels: a dropped or doubled alpha map would pass
+                unnoticed.
         """
         channels = pixel_values.shape[1] if pixel_values.ndim == 4 else None
         if channels == 4:

@@ -44,8 +44,9 @@ class AlphaCLIPImageProcessor(PilBackend):
     - "pad" (LLaVA-1.5): padded to a square with the mean colour, then to S x S. A region has alpha 0 in the padding.
     - "stretch" (BLIP-2): to S x S, whatever the proportions.
 
-    The whole image is alpha 1 everywhere, padding included. A region smaller than one output pixel is scaled so that its peak stays
-    what it was: after plain resizing a small region in a large photograph would be lost below bfloat16's resolution.
+    The whole image is alpha 1 everywhere, padding included. A region smaller than one output pixel is scaled so that
+    its peak stays what it was: after plain resizing a small region in a large photograph would be lost below bfloat16's
+    resolution.
     """
 
     valid_kwargs = AlphaCLIPImageProcessorKwargs
@@ -71,8 +72,8 @@ class AlphaCLIPImageProcessor(PilBackend):
             raise ValueError(f"expected geometry out of {', '.join(GEOMETRIES)}, got {self.geometry!r}")
         if not (self.do_resize and self.do_center_crop and side == self.crop_size.width == self.size.shortest_edge):
             raise ValueError(
-                f"expected one square output size: size {{'shortest_edge': S}} and crop_size {{'height': S, 'width': S}} with "
-                f"resizing and cropping on, got size {dict(self.size)} and crop_size {dict(self.crop_size)}"
+                f"expected one square output size: size {{'shortest_edge': S}} and crop_size {{'height': S, 'width': S}} "
+                f"with resizing and cropping on, got size {dict(self.size)} and crop_size {dict(self.crop_size)}"
             )
 
     def preprocess(
@@ -87,11 +88,11 @@ class AlphaCLIPImageProcessor(PilBackend):
         """Prepare images, each with its region.
 
         Args:
-            images: One image or a list: PIL, numpy or torch, (H, W, 3) or (3, H, W). EXIF orientation is applied to PIL images,
-                transparency is laid onto white.
-            regions: For one image: a `Region`, or a list of N regions, which gives N outputs for one decoding and resizing. For a
-                list of images: a list of the same length, each entry a `Region`, None, or a list of regions of that image.
-                None means the whole image.
+            images: One image or a list: PIL, numpy or torch, (H, W, 3) or (3, H, W). EXIF orientation is applied to PIL
+                images, transparency is laid onto white.
+            regions: For one image: a `Region`, or a list of N regions, which gives N outputs for one decoding and
+                resizing. For a list of images: a list of the same length, each entry a `Region`, None, or a list of
+                regions of that image. None means the whole image.
             geometry: "crop", "pad" or "stretch"; the processor's own when not given.
             return_tensors: "pt" or "np"; lists of arrays when not given.
             **kwargs: Colour settings of CLIP's image processor (`do_normalize`, `image_mean`, ...).
@@ -100,8 +101,8 @@ class AlphaCLIPImageProcessor(PilBackend):
             `pixel_values` (N, 4, S, S): normalised RGB, then (alpha - 0.5) / 0.26.
 
         Raises:
-            ValueError: If images and regions do not match, a region does not fit its image, or `kwargs` ask for a geometry that
-                would move the picture but not the alpha map.
+            ValueError: If images and regions do not match, a region does not fit its image, or `kwargs` ask for a
+                geometry that would move the picture but not the alpha map.
         """
         if moved := sorted({"size", "crop_size", "do_resize", "do_center_crop", "do_pad", "pad_size"} & kwargs.keys()):
             raise ValueError(f"{', '.join(moved)}: set them when the image processor is made, not in a call")
@@ -179,7 +180,9 @@ def _to_pil(image: Any) -> Image.Image:
 
 
 def _pad_to_square(picture: Image.Image, mean: tuple[float, ...]) -> Image.Image:
-    """Source: `expand2square` in haotian-liu/LLaVA, llava/mm_utils.py at c121f04: the picture centred on the mean colour."""
+    """Source: `expand2square` in haotian-liu/LLaVA, llava/mm_utils.py at c121f04: the picture centred on the mean
+    colour.
+    """
     if picture.width == picture.height:
         return picture
     side = max(picture.size)
@@ -213,5 +216,7 @@ def _match_regions(regions: Region | list | None, count: int, images: ImageInput
         if not entry:
             raise ValueError("got an image with an empty list of regions; None means the whole image")
         if wrong := [region for region in entry if not (region is None or isinstance(region, Region))]:
-            raise ValueError(f"expected a Region or None, got {type(wrong[0]).__name__}; see Region.from_box and its kin")
+            raise ValueError(
+                f"expected a Region or None, got {type(wrong[0]).__name__}; see Region.from_box and its kin"
+            )
     return [[Region.whole() if region is None else region for region in entry] for entry in lists]

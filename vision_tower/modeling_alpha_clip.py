@@ -33,8 +33,8 @@ class AlphaCLIPPreTrainedModel(CLIPPreTrainedModel):
         """Load as in Transformers, from an Alpha-CLIP or a CLIP directory or hub id.
 
         Raises:
-            ValueError: If a weight other than the alpha convolution is missing, has another shape, or is not ours: it would
-                stay random (or unused) and the answers would still read well.
+            ValueError: If a weight other than the alpha convolution is missing, has another shape, or is not ours: it
+                would stay random (or unused) and the answers would still read well.
         """
         if "config" not in kwargs and not args:  # by our config class: a plain CLIP directory becomes ours
             names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -48,7 +48,9 @@ class AlphaCLIPPreTrainedModel(CLIPPreTrainedModel):
 
 
 def check_loaded(class_name: str, source: object, report: dict) -> None:
-    """Raise ValueError unless everything but the alpha weight came from the checkpoint and everything in it was used."""
+    """Raise ValueError unless everything but the alpha weight came from the checkpoint and everything in it was
+    used.
+    """
     missing = sorted(key for key in report["missing_keys"] if not key.endswith(ALPHA_WEIGHT))
     unexpected = sorted(
         key
@@ -105,8 +107,8 @@ class AlphaCLIPModel(AlphaCLIPPreTrainedModel, CLIPModel):
         self.post_init()
 
 
-# Checkpoints come in three key layouts (before and after Transformers flattened CLIP's towers). Transformers applies its renaming to
-# stock classes only: without this, 71 tensors of a ViT-L tower stay random and nothing is raised.
+# Checkpoints come in three key layouts (before and after Transformers flattened CLIP's towers). Transformers applies
+# its renaming to # stock classes only: without this, 71 tensors of a ViT-L tower stay random and nothing is raised.
 register_checkpoint_conversion_mapping(
     "AlphaCLIPVisionModel", get_checkpoint_conversion_mapping("CLIPVisionModel"), overwrite=True
 )

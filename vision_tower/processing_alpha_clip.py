@@ -27,7 +27,8 @@ class AlphaCLIPProcessor(CLIPProcessor):
             **kwargs: As in `CLIPProcessor`.
 
         Returns:
-            `pixel_values` (N, 4, S, S) where there are images, `input_ids` and `attention_mask` (M, T) where there are texts.
+            `pixel_values` (N, 4, S, S) where there are images, `input_ids` and `attention_mask` (M, T) where there are
+            texts.
 
         Raises:
             ValueError: If there are regions without images, or a region does not fit its image.

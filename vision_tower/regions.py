@@ -1,7 +1,7 @@
 """A region of a picture: box, polygons, mask, points, stroke, or the whole image -> alpha map.
 
-Coordinates are pixels of the picture as displayed, x right and y down; pixel i spans [i, i + 1). A region's alpha map is
-`1 - strength * (1 - mask)`: strength 1 is the region alone, 0 the whole image.
+Coordinates are pixels of the picture as displayed, x right and y down; pixel i spans [i, i + 1). A region's alpha map
+is `1 - strength * (1 - mask)`: strength 1 is the region alone, 0 the whole image.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _PNG_URI = "data:image/png;base64,"
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """A region of a picture; immutable, hashable, equal by value. Made by the `from_*` methods, `whole`, `parse` or `from_json`.
+    """A region of a picture; immutable, hashable, equal by value. Made by the `from_*` methods, `whole`, `parse` or
+    `from_json`.
 
     Attributes:
         kind: "box", "nbox", "polygon", "mask", "points", "stroke" or "whole". An RLE becomes a mask.
@@ -69,7 +70,8 @@ class Region:
 
     @classmethod
     def from_polygon(cls, polygon: Sequence, *, strength: float = 1.0) -> Region:
-        """A polygon [[x, y], ...] or COCO's flat [x, y, x, y, ...], or a list of polygons, whose union it is. Even-odd filling.
+        """A polygon [[x, y], ...] or COCO's flat [x, y, x, y, ...], or a list of polygons, whose union it is. Even-odd
+        filling.
 
         Raises:
             ValueError: If a polygon has no area, or a coordinate is not finite.
@@ -85,7 +87,8 @@ class Region:
     def from_mask(cls, mask: np.ndarray | Image.Image | str | os.PathLike, *, strength: float = 1.0) -> Region:
         """A mask of the picture's own size: an array (H, W), a PIL image, or an image file.
 
-        Taken are bool, integers of 0 and 1, uint8 0..255 and floats 0..1, where values between make soft edges (kept in 255 steps).
+        Taken are bool, integers of 0 and 1, uint8 0..255 and floats 0..1, where values between make soft edges (kept in
+        255 steps).
 
         Raises:
             ValueError: If the file cannot be read, the mask is empty, or its values could mean several things.
@@ -102,7 +105,8 @@ class Region:
     def from_rle(cls, rle: dict, *, strength: float = 1.0) -> Region:
         """COCO run lengths: {"size": [height, width], "counts": compressed str or bytes, or a list of run lengths}.
 
-        Decoded here and not by pycocotools, which reads a damaged string without noticing; the tower then needs no pycocotools either.
+        Decoded here and not by pycocotools, which reads a damaged string without noticing; the tower then needs no
+        pycocotools either.
 
         Raises:
             ValueError: If the runs do not add up to height * width, or set no pixel.
@@ -122,7 +126,8 @@ class Region:
 
     @classmethod
     def from_points(cls, points: Sequence, *, radius: float, strength: float = 1.0) -> Region:
-        """Discs of `radius` pixels around points [[x, y], ...]; below half a pixel a disc takes in the pixel it lies in.
+        """Discs of `radius` pixels around points [[x, y], ...]; below half a pixel a disc takes in the pixel it lies
+        in.
 
         Raises:
             ValueError: If there is no point, a number is not finite, or the radius is not positive.
@@ -164,7 +169,9 @@ class Region:
         if x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height:
             raise ValueError(f"the region {self} lies outside the picture of {width} x {height} pixels")
         if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
-            logger.warning("the region %s reaches over the picture of %d x %d pixels and is cut off", self, width, height)
+            logger.warning(
+                "the region %s reaches over the picture of %d x %d pixels and is cut off", self, width, height
+            )
         if self.kind == "polygon":
             coverage = np.maximum.reduce([_polygon_coverage(part, height, width) for part in self.data])
         elif self.kind in ("points", "stroke"):
@@ -214,8 +221,8 @@ class Region:
         own_height, own_width, depth, packed = self.data
         if (own_height, own_width) != (height, width):
             raise ValueError(
-                f"the mask is {own_width} x {own_height} pixels, its picture {width} x {height}: expected the same size; "
-                "was the picture resized, or turned by its EXIF orientation?"
+                f"the mask is {own_width} x {own_height} pixels, its picture {width} x {height}: expected the same size; was "
+                " the picture resized, or turned by its EXIF orientation?"
             )
         pixels = np.frombuffer(zlib.decompress(packed), np.uint8)
         if depth == "binary":
@@ -232,7 +239,8 @@ class Region:
 
     @classmethod
     def parse(cls, text: str) -> Region:
-        """Read a region from command-line text, one of: box, nbox, polygon, mask, rle, points, stroke, whole (see `FORMS`).
+        """Read a region from command-line text, one of: box, nbox, polygon, mask, rle, points, stroke, whole (see
+        `FORMS`).
 
         Raises:
             ValueError: If the text is of no such form.
@@ -275,8 +283,8 @@ class Region:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Region:
-        """Read {"box": [...]}, {"nbox": [...]}, {"polygon": ...}, {"mask": path}, {"rle": {...}}, {"points": ..., "radius": r},
-        {"stroke": ..., "width": w} or {"whole": true}, each with an optional "strength".
+        """Read {"box": [...]}, {"nbox": [...]}, {"polygon": ...}, {"mask": path}, {"rle": {...}}, {"points": ...,
+        "radius": r}, {"stroke": ..., "width": w} or {"whole": true}, each with an optional "strength".
 
         Raises:
             ValueError: If the record has not exactly one region, or a key that belongs to none.
@@ -419,7 +427,8 @@ def _mask_pixels(mask: Any) -> np.ndarray:
         # rounded up, so that a faint value does not vanish
         return np.ceil(array.astype(np.float64) * 255 - 1e-6).astype(np.uint8)
     raise ValueError(
-        f"expected a mask of bools, of 0 and 1, uint8 0..255 or floats 0..1, got {array.dtype} from {array.min()} to {array.max()}"
+        f"expected a mask of bools, of 0 and 1, uint8 0..255 or floats 0..1, got {array.dtype} from "
+        f"{array.min()} to {array.max()}"
     )
 
 
@@ -451,7 +460,9 @@ def _grey(image: Image.Image) -> np.ndarray:
         opaque = image.mode == "RGB" or (pixels[..., -1] == 255).all()
         if opaque and (colours == colours[..., :1]).all():
             return colours[..., 0]
-    raise ValueError(f"expected a grey mask, got a picture of mode {image.mode}; convert it to 'L', 0 outside and 255 inside")
+    raise ValueError(
+        f"expected a grey mask, got a picture of mode {image.mode}; convert it to 'L', 0 outside and 255 inside"
+    )
 
 
 def _box_coverage(box: tuple[float, float, float, float], height: int, width: int) -> np.ndarray:
@@ -464,7 +475,9 @@ def _box_coverage(box: tuple[float, float, float, float], height: int, width: in
 
 
 def _polygon_coverage(points: tuple, height: int, width: int) -> np.ndarray:
-    """Share of each pixel that the polygon covers: exact along x, `_SUBROWS` scan lines a pixel along y; even-odd filling."""
+    """Share of each pixel that the polygon covers: exact along x, `_SUBROWS` scan lines a pixel along y; even-odd
+    filling.
+    """
     x0, y0 = np.array(points).T
     x1, y1 = np.roll(x0, -1), np.roll(y0, -1)
     top, bottom = max(math.floor(y0.min()), 0), min(math.ceil(y0.max()), height)
@@ -511,7 +524,8 @@ def _line_coverage(points: tuple, radius: float, kind: str, height: int, width: 
 def _decode_counts(counts: str | bytes) -> list[int]:
     """Run lengths of a compressed COCO RLE.
 
-    Source: `rleFrString` in pycocotools' maskApi.c: 6-bit characters from code 48 on, 5 bits of number and one of continuation; from
+    Source: `rleFrString` in pycocotools' maskApi.c: 6-bit characters from code 48 on, 5 bits of number and one of
+        continuation; from
     the third run on, the difference to the run before the last.
     """
     codes = counts.encode("ascii") if isinstance(counts, str) else counts

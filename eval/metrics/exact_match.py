@@ -12,5 +12,7 @@ def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]])
         ValueError: If there are no predictions, or not one list of references each.
     """
     if not predictions or len(predictions) != len(references):
-        raise ValueError(f"expected as many references as predictions, and some, got {len(references)} and {len(predictions)}")
+        raise ValueError(
+            f"expected as many references as predictions, and some, got {len(references)} and {len(predictions)}"
+        )
     return sum(p in refs for p, refs in zip(predictions, references, strict=True)) / len(predictions)

@@ -2,12 +2,13 @@
 
     python -m mllm.data.shapes --out DIR --images N --seed S [--split train|test|novel|background]
 
-`DIR` then holds `image_data.json`, `region_descriptions.json` (one canonical phrase an object), `question_answers.json`,
-`qa_to_region_mapping.json`, `objects.json`, `region_masks.json` (COCO RLE by region id) and `VG_100K/<image_id>.png`, so the
-Visual Genome reader takes it like the real thing; `dataset.json` says which split and seed it is. The same seed gives the same JSON bytes and the same pixels.
+`DIR` then holds `image_data.json`, `region_descriptions.json` (one canonical phrase an object),
+`question_answers.json`, `qa_to_region_mapping.json`, `objects.json`, `region_masks.json` (COCO RLE by region id) and
+`VG_100K/<image_id>.png`, so the Visual Genome reader takes it like the real thing; `dataset.json` says which split and
+seed it is. The same seed gives the same JSON bytes and the same pixels.
 
-Splits: `train` and `test` share colour-shape pairs and backgrounds; `novel` draws only pairs that `train` never has; `background`
-is `test` on backgrounds that `train` never has.
+Splits: `train` and `test` share colour-shape pairs and backgrounds; `novel` draws only pairs that `train` never has;
+`background` is `test` on backgrounds that `train` never has.
 """
 
 from __future__ import annotations
@@ -62,12 +63,15 @@ ATTRIBUTES = ("size", "pattern", "colour", "shape")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 TRAINING_SCENES = "training_scenes.bin"  # beside a model's weights: the hash of each scene it was trained on
 _COUNT_EVERY = 5  # one scene in so many is counted: the world is about its regions
-# An object lies in a direction when it is within 35 degrees of it; between 35 and 55 degrees nobody could say, so nothing is asked.
+# An object lies in a direction when it is within 35 degrees of it; between 35 and 55 degrees nobody could say, so
+# nothing is asked.
 _CLEAR_SLOPE, _UNCLEAR_SLOPE = 0.7, 1.43
 
 
 def neighbour(objects: Sequence[ShapeObject], index: int, direction: str) -> ShapeObject | None:
-    """The one object that lies in `direction` of object `index`, or None when there is none, several, or an unclear one."""
+    """The one object that lies in `direction` of object `index`, or None when there is none, several, or an unclear
+    one.
+    """
     ux, uy = DIRECTIONS[direction]
     found = []
     for other_index, other in enumerate(objects):
@@ -82,7 +86,9 @@ def neighbour(objects: Sequence[ShapeObject], index: int, direction: str) -> Sha
 
 
 def questions(scene: Scene, index: int) -> Iterator[tuple[str, str]]:
-    """(question type, answer) pairs about object `index`: its attributes, then its neighbours where the answer is unique."""
+    """(question type, answer) pairs about object `index`: its attributes, then its neighbours where the answer is
+    unique.
+    """
     obj = scene.objects[index]
     for attribute in ATTRIBUTES:
         yield attribute, getattr(obj, attribute)

@@ -1,7 +1,7 @@
 """The drawing of the Shapes world: objects, patterns, backgrounds and scenes as arrays, without any file format.
 
-A scene is `SCENE_SIZE` x `SCENE_SIZE` pixels with 3 to 6 objects. An object has a size, a pattern, a colour and a shape, all visible in
-its own pixels. What it is for: docs/shapes.md. Files: mllm/data/shapes.py.
+A scene is `SCENE_SIZE` x `SCENE_SIZE` pixels with 3 to 6 objects. An object has a size, a pattern, a colour and a
+shape, all visible in its own pixels. What it is for: docs/shapes.md. Files: mllm/data/shapes.py.
 """
 
 from __future__ import annotations
@@ -71,9 +71,7 @@ class Scene:
     background: str
 
 
-def draw_scene(
-    rng: np.random.Generator, pairs: tuple[tuple[str, str], ...], backgrounds: tuple[str, ...]
-) -> Scene:
+def draw_scene(rng: np.random.Generator, pairs: tuple[tuple[str, str], ...], backgrounds: tuple[str, ...]) -> Scene:
     """Draw one scene whose objects take their colour and shape from `pairs`."""
     count = int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1))
     objects = None
@@ -124,7 +122,20 @@ def _outline(shape: str, radius: float) -> list[tuple[float, float]]:
     if shape == "cross":
         a = radius / 3
         r = radius
-        return [(-a, -r), (a, -r), (a, -a), (r, -a), (r, a), (a, a), (a, r), (-a, r), (-a, a), (-r, a), (-r, -a), (-a, -a)]
+        return [
+            (-a, -r),
+            (a, -r),
+            (a, -a),
+            (r, -a),
+            (r, a),
+            (a, a),
+            (a, r),
+            (-a, r),
+            (-a, a),
+            (-r, a),
+            (-r, -a),
+            (-a, -a),
+        ]
     if shape == "star":
         angles = [math.pi * k / 5 - math.pi / 2 for k in range(10)]
         lengths = [radius if k % 2 == 0 else 0.42 * radius for k in range(10)]
@@ -139,7 +150,8 @@ def _coverage(obj: ShapeObject) -> np.ndarray:
     side = 2 * obj.radius + 2
     canvas = Image.new("L", (side * _SUPERSAMPLING,) * 2)
     points = [
-        ((px + side / 2) * _SUPERSAMPLING, (py + side / 2) * _SUPERSAMPLING) for px, py in _outline(obj.shape, obj.radius)
+        ((px + side / 2) * _SUPERSAMPLING, (py + side / 2) * _SUPERSAMPLING)
+        for px, py in _outline(obj.shape, obj.radius)
     ]
     ImageDraw.Draw(canvas).polygon(points, fill=255)
     small = np.asarray(canvas.reduce(_SUPERSAMPLING), np.float32) / 255
@@ -179,7 +191,9 @@ def _draw_background(rng: np.random.Generator, kind: str) -> np.ndarray:
         angle = rng.uniform(0, 2 * math.pi)
         weight = 0.5 + 0.7 * ((xs - 0.5) * math.cos(angle) + (ys - 0.5) * math.sin(angle))
     elif kind == "clouds":
-        cells = Image.fromarray(rng.uniform(0, 255, (6, 6)).astype(np.uint8)).resize((SCENE_SIZE,) * 2, Image.Resampling.BICUBIC)
+        cells = Image.fromarray(rng.uniform(0, 255, (6, 6)).astype(np.uint8)).resize(
+            (SCENE_SIZE,) * 2, Image.Resampling.BICUBIC
+        )
         weight = np.asarray(cells, np.float32) / 255
     elif kind == "checks":
         cell = rng.integers(8, 17) / SCENE_SIZE

@@ -1,7 +1,8 @@
 """Visual Genome's original files -> `RegionSample`s.
 
-Read are `image_data.json`, `region_descriptions.json`, `question_answers.json`, `qa_to_region_mapping.json` of versions 1.0, 1.2 and 1.4,
-`region_masks.json` (COCO RLE by region id) where there is one, and pictures from `VG_100K/`, `VG_100K_2/`, `images/` or the folder itself.
+Read are `image_data.json`, `region_descriptions.json`, `question_answers.json`, `qa_to_region_mapping.json` of versions
+1.0, 1.2 and 1.4, `region_masks.json` (COCO RLE by region id) where there is one, and pictures from `VG_100K/`,
+`VG_100K_2/`, `images/` or the folder itself.
 
 Source: homes.cs.washington.edu/~ranjay/visualgenome/api_readme.html, and the published files.
 """
@@ -203,7 +204,14 @@ class _Reader:
         return box
 
     def sample(
-        self, sample_id: str, image: dict, region_id: int | None, box: tuple | None, question: str | None, answer: str, extra: dict
+        self,
+        sample_id: str,
+        image: dict,
+        region_id: int | None,
+        box: tuple | None,
+        question: str | None,
+        answer: str,
+        extra: dict,
     ) -> RegionSample:
         """The shared record."""
         meta = {"image_id": _id(image, "image_id"), "width": image["width"], "height": image["height"], **extra}
@@ -218,11 +226,15 @@ class _Reader:
         if self.masks is None:
             return Region.from_box(*box)
         if (rle := self.masks.get(str(region_id))) is None:
-            raise ValueError(f"{self.root / 'region_masks.json'} has no mask for region {region_id}; use region_input='box'")
+            raise ValueError(
+                f"{self.root / 'region_masks.json'} has no mask for region {region_id}; use region_input='box'"
+            )
         return Region.from_rle(rle)
 
     def _image_path(self, image: dict) -> str:
-        """The picture's path: the folder of its url, else the folder that has it; a missing file is noticed when it is opened."""
+        """The picture's path: the folder of its url, else the folder that has it; a missing file is noticed when it is
+        opened.
+        """
         match = _NAME_IN_URL.search(image.get("url") or "")
         stated, name = match.groups() if match else (None, f"{_id(image, 'image_id')}.jpg")
         for folder in (stated, *_IMAGE_FOLDERS):

@@ -23,9 +23,9 @@ from transformers import AutoImageProcessor, AutoModel
 model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
 processor = AutoImageProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
 Region = sys.modules[type(processor).__module__].Region
-values = processor(Image.open(sys.argv[2]), [Region.parse("box:4,4,40,30"), Region.parse("box:44,4,60,50")], return_tensors="pt")
-torch.save({"pixels": values["pixel_values"], "pooled": model(**values).pooler_output.detach()}, sys.argv[3])
-assert "vision_tower" not in sys.modules
+values = processor(Image.open(sys.argv[2]), [Region.parse("box:4,4,40,30"), Region.parse("box:44,4,60,50")],
+return_tensors="pt") torch.save({"pixels": values["pixel_values"], "pooled": model(**values).pooler_output.detach()},
+sys.argv[3]) assert "vision_tower" not in sys.modules
 """
 
 
@@ -33,7 +33,9 @@ def test_tower_and_image_processor_load_elsewhere(tmp_path):
     torch.manual_seed(0)
     model = AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**tiny_vision_config())).eval()
     torch.nn.init.normal_(model.embeddings.patch_embedding.alpha.weight, std=0.3)
-    processor = AlphaCLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, geometry="pad")
+    processor = AlphaCLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, geometry="pad"
+    )
     folder = tmp_path / "tower"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

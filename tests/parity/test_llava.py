@@ -1,4 +1,6 @@
-"""LLaVA with our tower at zero alpha = stock LLaVA: ids, logits, generation. The judges are Transformers' own LLaVA classes."""
+"""LLaVA with our tower at zero alpha = stock LLaVA: ids, logits, generation. The judges are Transformers' own LLaVA
+classes.
+"""
 
 import shutil
 
@@ -61,7 +63,9 @@ def test_zero_alpha_gives_stock_logits_and_ids(both):
         assert torch.equal(ours(**inputs).logits, stock(**rgb).logits)
         settings = {"max_new_tokens": 8, "do_sample": False}
         assert torch.equal(ours.generate(**inputs, **settings), stock.generate(**rgb, **settings))
-        assert torch.equal(ours.generate(**inputs, num_beams=3, **settings), stock.generate(**rgb, num_beams=3, **settings))
+        assert torch.equal(
+            ours.generate(**inputs, num_beams=3, **settings), stock.generate(**rgb, num_beams=3, **settings)
+        )
 
 
 @pytest.mark.parametrize("question", ["What is this?", "  two  spaces", "a\nb", "é 漢 🦙", "ends with a space "])
@@ -83,7 +87,9 @@ def test_inputs_equal_the_stock_processor(both, question):
 
 
 def test_original_llava_conversation_format(both):
-    """Two turns with the system sentence, as `conv_vicuna_v1.get_prompt()` of haotian-liu/LLaVA (c121f04) writes them."""
+    """Two turns with the system sentence, as `conv_vicuna_v1.get_prompt()` of haotian-liu/LLaVA (c121f04) writes
+    them.
+    """
     _, _, processor = both
     turns = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
@@ -91,25 +97,34 @@ def test_original_llava_conversation_format(both):
         {"role": "user", "content": "Which colour?"},
     ]
     with_system = AlphaLlavaProcessor(
-        processor.image_processor, processor.tokenizer, patch_size=8, vision_feature_select_strategy="default", system=VICUNA_V1_SYSTEM
+        processor.image_processor,
+        processor.tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        system=VICUNA_V1_SYSTEM,
     )
     text = with_system.apply_chat_template(turns, add_generation_prompt=True)
     assert text == (
-        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
-        "polite answers to the user's questions. USER: <image>\nWhat is this? ASSISTANT: A cat.</s>USER: Which colour? ASSISTANT:"
+        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: <image>\nWhat is this? "
+        "ASSISTANT: A cat.</s>USER: Which colour? ASSISTANT:"
     )
 
 
 def test_576_image_tokens_at_336(both):
     _, _, processor = both
     real = AlphaLlavaProcessor(
-        type(processor.image_processor)(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, geometry="pad"),
+        type(processor.image_processor)(
+            size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, geometry="pad"
+        ),
         processor.tokenizer,
         patch_size=14,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
-    inputs = real(images=noise_picture(64, 48), regions=Region.from_box(1, 1, 20, 20), text="What?", return_tensors="pt")
+    inputs = real(
+        images=noise_picture(64, 48), regions=Region.from_box(1, 1, 20, 20), text="What?", return_tensors="pt"
+    )
     assert (inputs["input_ids"] == real.image_token_id).sum() == real.num_image_tokens == 576
     assert inputs["pixel_values"].shape == (1, 4, 336, 336)
 
@@ -119,10 +134,12 @@ def test_every_key_layout_loads(stock_dir, both, tmp_path, layout):
     """hub-legacy is llava-hf's own: `language_model.model.*`, `vision_tower.vision_model.*`."""
     stock, _, _ = both
     rename = {
-        "hub-legacy": lambda k: k.replace("model.language_model.", "language_model.model.")
-        .replace("lm_head.", "language_model.lm_head.")
-        .replace("model.vision_tower.", "vision_tower.vision_model.")
-        .replace("model.multi_modal_projector.", "multi_modal_projector."),
+        "hub-legacy": lambda k: (
+            k.replace("model.language_model.", "language_model.model.")
+            .replace("lm_head.", "language_model.lm_head.")
+            .replace("model.vision_tower.", "vision_tower.vision_model.")
+            .replace("model.multi_modal_projector.", "multi_modal_projector.")
+        ),
         "4.52": lambda k: k.replace("model.vision_tower.", "model.vision_tower.vision_model."),
         "flat": lambda k: k,
     }[layout]

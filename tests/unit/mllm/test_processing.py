@@ -17,7 +17,10 @@ def ids(question, **kwargs):
     return PROCESSOR(images=IMAGE, regions=BOX, text=question, return_tensors="pt", **kwargs)["input_ids"][0]
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), st.sampled_from(["<image>", "</s>", "USER:", "<pad>", "<s>", ""]))
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
+    st.sampled_from(["<image>", "</s>", "USER:", "<pad>", "<s>", ""]),
+)
 @settings(deadline=None, max_examples=60)
 def test_user_text_adds_neither_image_tokens_nor_turns(text, control):
     question = text + control + text
@@ -39,7 +42,10 @@ def test_several_images_each_with_its_region():
     inputs = PROCESSOR(images=[IMAGE, other], regions=regions, text="Which is larger?", return_tensors="pt")
     assert inputs["pixel_values"].shape == (2, 4, 32, 32)
     assert (inputs["input_ids"] == PROCESSOR.image_token_id).sum() == 32
-    single = [PROCESSOR.image_processor(i, r, return_tensors="pt")["pixel_values"] for i, r in zip([IMAGE, other], regions, strict=True)]
+    single = [
+        PROCESSOR.image_processor(i, r, return_tensors="pt")["pixel_values"]
+        for i, r in zip([IMAGE, other], regions, strict=True)
+    ]
     assert torch.equal(inputs["pixel_values"], torch.cat(single))
 
 
@@ -47,7 +53,12 @@ def test_chat_template_takes_a_region_in_every_spelling():
     spellings = [BOX, BOX.to_json(), "box:4,4,20,20"]
     outputs = [
         PROCESSOR.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image", "image": IMAGE, "region": region}, {"type": "text", "text": "What?"}]}],
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image", "image": IMAGE, "region": region}, {"type": "text", "text": "What?"}],
+                }
+            ],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -85,11 +96,16 @@ def test_complete_prompts_are_taken_when_said_so():
 
 def test_encode_conversation_counts_what_the_model_gets():
     turns = [
-        {"role": "user", "content": [{"type": "image", "image": IMAGE, "region": BOX}, {"type": "text", "text": "What?"}]},
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": IMAGE, "region": BOX}, {"type": "text", "text": "What?"}],
+        },
         {"role": "assistant", "content": "a cat"},
         {"role": "user", "content": "Sure?"},
     ]
-    encoded = PROCESSOR.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    encoded = PROCESSOR.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
     assert PROCESSOR.encode_conversation(turns, add_generation_prompt=True) == encoded["input_ids"][0].tolist()
 
 
@@ -102,7 +118,9 @@ def test_encode_conversation_counts_what_the_model_gets():
         (lambda: PROCESSOR(images=IMAGE, regions=Region.from_box(90, 90, 99, 99), text="a"), "outside the picture"),
         (lambda: PROCESSOR.apply_chat_template([{"role": "narrator", "content": "x"}]), "role out of"),
         (
-            lambda: PROCESSOR.apply_chat_template([{"role": "user", "content": [{"type": "image", "image": IMAGE, "mask": 1}]}]),
+            lambda: PROCESSOR.apply_chat_template(
+                [{"role": "user", "content": [{"type": "image", "image": IMAGE, "mask": 1}]}]
+            ),
             "unknown \\['mask'\\]",
         ),
     ],

@@ -61,9 +61,14 @@ def test_the_first_label_is_predicted_at_the_end_of_the_prompt():
 
 
 def test_loss_is_that_of_the_answer_tokens():
-    """Transformers' loss on our batch = cross entropy computed by hand on the answer tokens of each conversation alone."""
+    """Transformers' loss on our batch = cross entropy computed by hand on the answer tokens of each conversation
+    alone.
+    """
     model, _ = build_tiny_llava()
-    turns = [conversation(("What?", "a cat")), conversation(("Which colour is this thing?", "black"), ("Size?", "small"))]
+    turns = [
+        conversation(("What?", "a cat")),
+        conversation(("Which colour is this thing?", "black"), ("Size?", "small")),
+    ]
     batch = ConversationCollator(PROCESSOR)(turns)
     with torch.no_grad():
         loss = model(**batch).loss

@@ -32,8 +32,29 @@ def start(tmp_path_factory):
 
 
 def run(start, data, out, *flags):
-    arguments = ["--model", start, "--data", data, "--output_dir", out, "--max_steps", 2, "--per_device_train_batch_size", 2]
-    arguments += ["--use_cpu", "true", "--report_to", "none", "--remove_unused_columns", "false", "--disable_tqdm", "true", *flags]
+    arguments = [
+        "--model",
+        start,
+        "--data",
+        data,
+        "--output_dir",
+        out,
+        "--max_steps",
+        2,
+        "--per_device_train_batch_size",
+        2,
+    ]
+    arguments += [
+        "--use_cpu",
+        "true",
+        "--report_to",
+        "none",
+        "--remove_unused_columns",
+        "false",
+        "--disable_tqdm",
+        "true",
+        *flags,
+    ]
     return finetune.main([str(argument) for argument in arguments])
 
 
@@ -59,14 +80,21 @@ def test_training_moves_all_that_reaches_the_loss(start, data, tmp_path, optimiz
 
 
 def test_only_the_named_parts_move(start, data, tmp_path):
-    assert run(start, data / "train", tmp_path / "out", "--train_parts", "multi_modal_projector", "--learning_rate", "1e-2") == 0
+    assert (
+        run(
+            start, data / "train", tmp_path / "out", "--train_parts", "multi_modal_projector", "--learning_rate", "1e-2"
+        )
+        == 0
+    )
     names = moved(start, tmp_path / "out")
     assert names and all(name.startswith("model.multi_modal_projector.") for name in names)
 
 
 def test_same_seed_same_model(start, data, tmp_path):
     for name in ("a", "b"):
-        assert run(start, data / "train", tmp_path / name, "--seed", 3, "--region_input", "mixed", "--max_turns", 2) == 0
+        assert (
+            run(start, data / "train", tmp_path / name, "--seed", 3, "--region_input", "mixed", "--max_turns", 2) == 0
+        )
     assert not moved(tmp_path / "a", tmp_path / "b")
 
 

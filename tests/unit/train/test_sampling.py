@@ -31,7 +31,9 @@ def test_grouping_keeps_every_form_and_turn_once(root):
 
 
 def test_conversations_are_true_and_varied(root):
-    facts = group_by_region(*(read_regions(root, region_input=form) for form in ("box", "mask")), read_region_questions(root))
+    facts = group_by_region(
+        *(read_regions(root, region_input=form) for form in ("box", "mask")), read_region_questions(root)
+    )
     dataset = ConversationDataset(facts, max_turns=2, description_weight=3.0)
     torch.manual_seed(0)
     lengths, forms, described = Counter(), Counter(), 0

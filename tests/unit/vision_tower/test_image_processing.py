@@ -1,4 +1,6 @@
-"""Image + regions -> pixel_values. Judges: CLIP's and LLaVA's own image processors for RGB, the region's geometry for alpha."""
+"""Image + regions -> pixel_values. Judges: CLIP's and LLaVA's own image processors for RGB, the region's geometry for
+alpha.
+"""
 
 import numpy as np
 import pytest
@@ -76,7 +78,9 @@ def test_padding_has_alpha_zero_for_a_region():
 @pytest.mark.parametrize("size", [(4000, 3000), (3000, 4000), (90, 70)])
 def test_one_pixel_leaves_a_trace(geometry, size):
     x, y = size[0] // 2 + 3, size[1] // 2 - 5
-    alpha = alpha_of(build(geometry)(noise_picture(*size), Region.from_box(x, y, x + 1, y + 1), return_tensors="pt")["pixel_values"])
+    alpha = alpha_of(
+        build(geometry)(noise_picture(*size), Region.from_box(x, y, x + 1, y + 1), return_tensors="pt")["pixel_values"]
+    )
     assert alpha.max() == pytest.approx(1)
     assert alpha.bfloat16().max() > 0.9
 
@@ -88,7 +92,9 @@ def test_regions_of_one_image_equal_separate_calls_and_resize_once(monkeypatch):
     separate = torch.cat([processor(image, region, return_tensors="pt")["pixel_values"] for region in regions])
     calls = []
     resize = type(processor).resize
-    monkeypatch.setattr(type(processor), "resize", lambda self, *args, **kw: calls.append(1) or resize(self, *args, **kw))
+    monkeypatch.setattr(
+        type(processor), "resize", lambda self, *args, **kw: calls.append(1) or resize(self, *args, **kw)
+    )
     together = processor(image, regions, return_tensors="pt")["pixel_values"]
     assert torch.equal(together, separate)
     assert len(calls) == 1
@@ -115,7 +121,10 @@ def test_save_and_load(tmp_path):
     assert again.to_dict() == processor.to_dict()
     assert "regions" not in again.to_dict()
     image, region = noise_picture(50, 90), Region.from_box(1, 1, 40, 40)
-    assert torch.equal(again(image, region, return_tensors="pt")["pixel_values"], processor(image, region, return_tensors="pt")["pixel_values"])
+    assert torch.equal(
+        again(image, region, return_tensors="pt")["pixel_values"],
+        processor(image, region, return_tensors="pt")["pixel_values"],
+    )
 
 
 @given(st.integers(8, 90), st.integers(8, 90), st.data())

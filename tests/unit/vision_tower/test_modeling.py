@@ -55,7 +55,8 @@ def test_patch_embedding_is_the_sum_of_two_convolutions():
     layer = AlphaPatchEmbedding(6, 4)
     torch.nn.init.normal_(layer.alpha.weight)
     values = torch.randn(2, 4, 16, 16)
-    # the other way to write it: one convolution over four channels (equal up to rounding; worst seen 7e-6, on values up to 20)
+    # the other way to write it: one convolution over four channels (equal up to rounding; worst seen 7e-6, on values up
+    # to 20)
     fused = torch.nn.functional.conv2d(values, torch.cat([layer.weight, layer.alpha.weight], 1), stride=4)
     torch.testing.assert_close(layer(values), fused, atol=3e-5, rtol=0)
 
@@ -154,7 +155,9 @@ def test_a_tensor_of_another_shape_raises(clip_dir, tmp_path):
 
 def test_another_kind_of_model_raises(tmp_path):
     SiglipVisionModel(
-        SiglipVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32)
+        SiglipVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32
+        )
     ).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="siglip_vision_model"):
         AlphaCLIPVisionModel.from_pretrained(tmp_path)

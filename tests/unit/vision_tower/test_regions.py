@@ -1,4 +1,6 @@
-"""Regions: exact coverage, every form's round trip, every error. RLE is judged by pycocotools, polygons by boxes and areas."""
+"""Regions: exact coverage, every form's round trip, every error. RLE is judged by pycocotools, polygons by boxes and
+areas.
+"""
 
 import json
 import logging
@@ -20,7 +22,9 @@ strengths = st.floats(0, 1, allow_nan=False)
 @st.composite
 def boxes(draw):
     x0, y0 = draw(coordinates), draw(coordinates)
-    return Region.from_box(x0, y0, x0 + draw(st.floats(0.01, 80)), y0 + draw(st.floats(0.01, 80)), strength=draw(strengths))
+    return Region.from_box(
+        x0, y0, x0 + draw(st.floats(0.01, 80)), y0 + draw(st.floats(0.01, 80)), strength=draw(strengths)
+    )
 
 
 @st.composite

@@ -17,7 +17,11 @@ def test_path_bytes_and_tar_member_are_the_same_picture(tmp_path):
     picture.save(tmp_path / "p.png")
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         archive.add(tmp_path / "p.png", "inner/p.png")
-    sources = [str(tmp_path / "p.png"), (tmp_path / "p.png").read_bytes(), TarMember(str(tmp_path / "a.tar"), "inner/p.png")]
+    sources = [
+        str(tmp_path / "p.png"),
+        (tmp_path / "p.png").read_bytes(),
+        TarMember(str(tmp_path / "a.tar"), "inner/p.png"),
+    ]
     for source in sources:
         assert np.array_equal(np.asarray(load_image(source)), np.asarray(picture))
 
@@ -74,6 +78,8 @@ def test_a_missing_tar_member(tmp_path):
 
 def test_another_size_than_stated_is_an_error(tmp_path):
     noise_picture(30, 20).save(tmp_path / "p.png")
-    sample = RegionSample("7", str(tmp_path / "p.png"), (Region.whole(),), None, ("x",), meta={"width": 60, "height": 40})
+    sample = RegionSample(
+        "7", str(tmp_path / "p.png"), (Region.whole(),), None, ("x",), meta={"width": 60, "height": 40}
+    )
     with pytest.raises(ValueError, match="30 x 20 pixels, its data set says 60 x 40"):
         sample.open_image()

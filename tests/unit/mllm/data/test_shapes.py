@@ -42,7 +42,9 @@ def test_scenes(drawn):
             assert obj.x - obj.radius >= 0 and obj.x + obj.radius <= 96
             assert mask.sum() > 40
             for other in scene.objects[index + 1 :]:
-                assert max(abs(obj.x - other.x), abs(obj.y - other.y)) > obj.radius + other.radius  # no overlapping boxes
+                assert (
+                    max(abs(obj.x - other.x), abs(obj.y - other.y)) > obj.radius + other.radius
+                )  # no overlapping boxes
     assert set(counts) == {3, 4, 5, 6}
 
 
@@ -59,7 +61,10 @@ def test_same_seed_same_bytes_and_pixels(folders, tmp_path):
     for file in (folders / "train").glob("*.json"):
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
     for image_id in range(1, COUNT + 1):
-        first, second = (np.asarray(Image.open(root / "VG_100K" / f"{image_id}.png")) for root in (folders / "train", tmp_path / "again"))
+        first, second = (
+            np.asarray(Image.open(root / "VG_100K" / f"{image_id}.png"))
+            for root in (folders / "train", tmp_path / "again")
+        )
         assert np.array_equal(first, second)
 
 
@@ -78,7 +83,9 @@ def pairs_in(folder):
     """Every colour-shape pair that a split's objects or answers name."""
     texts = [s.references[0] for s in read_regions(folder)] + [s.references[0] for s in read_region_questions(folder)]
     return {
-        (words[-2], words[-1]) for words in (text.split() for text in texts) if len(words) > 1 and words[-1] in shapes_world.SHAPES
+        (words[-2], words[-1])
+        for words in (text.split() for text in texts)
+        if len(words) > 1 and words[-1] in shapes_world.SHAPES
     }
 
 
@@ -97,7 +104,9 @@ def test_one_canonical_phrase_an_object(folders):
     regions = json.loads((folders / "test" / "region_descriptions.json").read_text())
     objects = json.loads((folders / "test" / "objects.json").read_text())
     for entry, scene in zip(regions, objects, strict=True):
-        assert [r["phrase"] for r in entry["regions"]] == [f"a {' '.join(o['attributes'])} {o['names'][0]}" for o in scene["objects"]]
+        assert [r["phrase"] for r in entry["regions"]] == [
+            f"a {' '.join(o['attributes'])} {o['names'][0]}" for o in scene["objects"]
+        ]
         assert [(r["x"], r["y"], r["width"], r["height"]) for r in entry["regions"]] == [
             (o["x"], o["y"], o["w"], o["h"]) for o in scene["objects"]
         ]
@@ -122,7 +131,10 @@ def test_neighbours_are_unique_and_right(drawn):
                     continue
                 asked += 1
                 towards = [
-                    o for o in scene.objects if o is not obj and (o.x - obj.x) * ux + (o.y - obj.y) * uy > abs((o.x - obj.x) * uy) + abs((o.y - obj.y) * ux)
+                    o
+                    for o in scene.objects
+                    if o is not obj
+                    and (o.x - obj.x) * ux + (o.y - obj.y) * uy > abs((o.x - obj.x) * uy) + abs((o.y - obj.y) * ux)
                 ]
                 assert towards == [found]  # the only one in its quadrant
     assert asked > COUNT
@@ -130,13 +142,20 @@ def test_neighbours_are_unique_and_right(drawn):
 
 def test_questions_about_the_whole_image_are_not_mapped(folders):
     free = list(read_free_questions(folders / "test"))
-    assert len(free) == COUNT // 5 and all(sample.regions[0].is_whole and sample.meta["type"] == "count" for sample in free)
+    assert len(free) == COUNT // 5 and all(
+        sample.regions[0].is_whole and sample.meta["type"] == "count" for sample in free
+    )
 
 
 def test_command_line(tmp_path, capsys):
     arguments = ["--out", str(tmp_path / "x"), "--images", "2", "--seed", "1", "--split", "novel"]
     assert shapes.main(arguments) == 0
-    assert json.loads((tmp_path / "x" / "dataset.json").read_text()) == {"world": "shapes", "split": "novel", "seed": 1, "images": 2}
+    assert json.loads((tmp_path / "x" / "dataset.json").read_text()) == {
+        "world": "shapes",
+        "split": "novel",
+        "seed": 1,
+        "images": 2,
+    }
     with pytest.raises(SystemExit) as stopped:
         shapes.main(arguments)
     assert stopped.value.code == 2 and "already holds a data set" in capsys.readouterr().err

@@ -19,7 +19,9 @@ def test_real_regions_of_version_1_2(shared_data, tmp_path):
     root = link(shared_data, tmp_path, "v1.2.0")
     report = ReadReport()
     samples = list(read_regions(root, report=report))
-    raw = [region for entry in json.loads((root / "region_descriptions.json").read_text()) for region in entry["regions"]]
+    raw = [
+        region for entry in json.loads((root / "region_descriptions.json").read_text()) for region in entry["regions"]
+    ]
     sizes = {entry["image_id"]: entry for entry in json.loads((root / "image_data.json").read_text())}
     over = sum(
         r["x"] < 0
@@ -66,7 +68,10 @@ def small(tmp_path):
     """A made-up folder with one of each oddity."""
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "1.jpg").touch()
-    images = [{"image_id": 1, "url": None, "width": 100, "height": 80}, {"id": 2, "url": "x/VG_100K/2.png", "width": 10, "height": 10}]
+    images = [
+        {"image_id": 1, "url": None, "width": 100, "height": 80},
+        {"id": 2, "url": "x/VG_100K/2.png", "width": 10, "height": 10},
+    ]
     regions = [
         {"region_id": 1, "image_id": 1, "x": -5, "y": 70, "width": 20, "height": 30, "phrase": " over the edge "},
         {"region_id": 2, "image_id": 1, "x": 200, "y": 0, "width": 5, "height": 5, "phrase": "outside"},
@@ -118,8 +123,16 @@ def test_masks(small):
         ("region_descriptions.json", '[{"id": 1, "regi', "cut short"),
         ("region_descriptions.json", "{}", "expected a JSON list"),
         ("region_descriptions.json", '[{"id": 1}]', "expected a list 'regions'"),
-        ("region_descriptions.json", '[{"id": 1, "regions": [{"image_id": 1, "phrase": "x"}]}]', "expected 'region_id'"),
-        ("region_descriptions.json", '[{"id": 1, "regions": [{"region_id": 1, "image_id": 1, "x": 1}]}]', "region 1 has no 'y'"),
+        (
+            "region_descriptions.json",
+            '[{"id": 1, "regions": [{"image_id": 1, "phrase": "x"}]}]',
+            "expected 'region_id'",
+        ),
+        (
+            "region_descriptions.json",
+            '[{"id": 1, "regions": [{"region_id": 1, "image_id": 1, "x": 1}]}]',
+            "region 1 has no 'y'",
+        ),
     ],
 )
 def test_damaged_files_are_named(small, name, content, message):

@@ -1,0 +1,225 @@
+"""The embedded model answers by region, through every entry point; the alpha that was fed lies where the region is."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mllm
+from eval.controls import references_of_shown_region, with_whole_image, with_wrong_region
+from eval.generate import generate
+from eval.metrics.exact_match import exact_match
+from mllm import chat as region_chat
+from mllm.answering import RegionChat
+from mllm.data import shapes
+from mllm.data.visual_genome import read_region_questions, read_regions
+from mllm.loading import EMBEDDED_MODEL
+from train import finetune
+from vision_tower import Region
+from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
+
+SCENES, SEED = 12, 77
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes") / "test"
+    shapes.write(folder, SCENES, SEED, "test", progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def samples(root):
+    return list(read_regions(root, region_input="mask"))
+
+
+@pytest.fixture
+def fed(embedded):
+    """What reaches the tower: every `pixel_values` it is given."""
+    seen = []
+    handle = embedded[0].model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args[0] if args else kwargs["pixel_values"]).clone()),
+        with_kwargs=True,
+    )
+    yield seen
+    handle.remove()
+
+
+def overlap(pixel_values, region, height, width):
+    """IoU of the alpha that was fed, drawn back onto the padded picture, with the region."""
+    side = max(height, width)
+    alpha = pixel_values[3].float().numpy() * ALPHA_STD + ALPHA_MEAN
+    drawn = np.asarray(Image.fromarray(alpha).resize((side, side), Image.Resampling.BILINEAR)) >= 0.5
+    top, left = (side - height) // 2, (side - width) // 2
+    assert not drawn[:top].any() and not drawn[:, :left].any()
+    drawn = drawn[top : top + height, left : left + width]
+    wanted = region.mask(height, width) >= 0.5
+    return (drawn & wanted).sum() / (drawn | wanted).sum()
+
+
+def two_objects(samples):
+    """Two samples of one picture with different descriptions."""
+    first, second = samples[:2]
+    assert first.meta["image_id"] == second.meta["image_id"] and first.references != second.references
+    return first, second
+
+
+def test_five_lines(samples, fed):
+    first, second = two_objects(samples)
+    image = first.open_image()
+    model, processor = mllm.load()
+    outputs = []
+    for sample in (first, second):
+        inputs = processor(images=image, regions=sample.regions[0], text="What is this?", return_tensors="pt")
+        text = processor.decode(model.generate(**inputs)[0], skip_special_tokens=True)
+        assert text.endswith(f"What is this? ASSISTANT: {sample.references[0]}")
+        outputs.append(model(**inputs).logits[0, -1])
+    assert not torch.allclose(*outputs)
+
+
+def test_answers_follow_the_region_also_to_another_object(embedded, samples):
+    chat = RegionChat(*embedded)
+    right = generate(chat, samples)
+    assert exact_match(right, [s.references for s in samples]) >= 0.95
+    wrong = generate(chat, with_wrong_region(samples))
+    assert exact_match(wrong, references_of_shown_region(samples)) >= 0.95
+    assert exact_match(wrong, [s.references for s in with_wrong_region(samples)]) <= 0.05
+    whole = generate(chat, with_whole_image(samples))
+    assert exact_match(whole, [s.references for s in samples]) < 0.3
+
+
+def test_boxes_and_questions(embedded, root):
+    chat = RegionChat(*embedded)
+    boxes = list(read_regions(root, region_input="box"))
+    assert exact_match(generate(chat, boxes), [s.references for s in boxes]) >= 0.9
+    questions = list(read_region_questions(root))
+    assert exact_match(generate(chat, questions), [s.references for s in questions]) >= 0.9
+
+
+@pytest.mark.parametrize("size", [(96, 96), (200, 96), (130, 300), (640, 480)])
+def test_the_alpha_that_is_fed_lies_on_the_region(embedded, fed, size):
+    width, height = size
+    image = Image.fromarray(np.zeros((height, width, 3), np.uint8))
+    region = Region.from_box(width // 8, height // 8, width - width // 8, height - height // 4)
+    RegionChat(*embedded).answer(image, region, max_new_tokens=1)
+    assert overlap(fed[0][0], region, height, width) >= 0.95
+
+
+def test_region_chat_command(samples, fed, tmp_path, capsys):
+    first, second = two_objects(samples)
+    for index, sample in enumerate((first, second)):
+        x0, y0, x1, y1 = sample.regions[0].bounding_box(96, 96)
+        box = f"{x0:g},{y0:g},{x1:g},{y1:g}"
+        overlay = tmp_path / f"{index}.png"
+        assert (
+            region_chat.main(
+                ["--image", sample.image, "--box", box, "--ask", "What is this?", "--save-overlay", str(overlay)]
+            )
+            == 0
+        )
+        captured = capsys.readouterr()
+        assert captured.out.strip() == sample.references[0]
+        assert "model: embedded" in captured.err and "device: cpu" in captured.err
+        assert Image.open(overlay).width >= 384
+
+
+def test_batch_file(samples, tmp_path, capsys):
+    requests = tmp_path / "requests.jsonl"
+    with open(requests, "w") as file:
+        for sample in samples[:10]:
+            file.write(
+                json.dumps({"id": sample.id, "image": sample.image, "region": sample.regions[0].to_json()}) + "\n"
+            )
+    output = tmp_path / "answers.jsonl"
+    assert region_chat.main(["--batch", str(requests), "--output", str(output), "--batch-size", "4"]) == 0
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [a["id"] for a in answers] == [s.id for s in samples[:10]]
+    right = sum(a["answer"] == s.references[0] for a, s in zip(answers, samples, strict=False))
+    assert right >= 9
+
+
+def test_a_batch_answers_as_one_by_one(embedded, samples):
+    chat = RegionChat(*embedded)
+    requests = [(s.open_image(), s.regions[0], s.question) for s in samples[:24]]
+    assert chat.answer_batch(requests) == [chat.answer(*request) for request in requests]
+
+
+def test_conversation_keeps_region_and_history(embedded, samples):
+    chat = RegionChat(*embedded)
+    sample = samples[0]
+    size, _, colour, shape = sample.references[0].split()[1:]
+    image, region = sample.open_image(), sample.regions[0]
+    first = chat.answer(image, region, "What colour is this?")
+    second = chat.answer(image, region, "What shape is this?", history=[("What colour is this?", first)])
+    assert (first, second) == (colour, shape)
+
+
+def test_tuning_reads_the_region(embedded, root, tmp_path, fed):
+    """One training step on the embedded model: its loss on true descriptions is low, on another object's descriptions
+    high.
+    """
+    from train.collators import ConversationCollator
+    from train.sampling import ConversationDataset, group_by_region
+
+    model, processor = embedded
+    facts = group_by_region(read_regions(root, region_input="mask"))
+    dataset = ConversationDataset(facts)
+    collate = ConversationCollator(processor)
+    conversations = [dataset[i] for i in range(8)]
+    with torch.no_grad():
+        right = model(**collate(conversations)).loss
+        regions = [c[0]["content"][0]["region"] for c in conversations]
+        for conversation, region in zip(conversations, regions[1:] + regions[:1], strict=True):
+            conversation[0]["content"][0]["region"] = region
+        wrong = model(**collate(conversations)).loss
+    assert right < 0.1 < 1 < wrong
+    for row in range(8):
+        assert overlap(fed[0][row], regions[row], 96, 96) >= 0.95
+
+
+def test_scenes_here_and_in_the_scores_are_no_training_scenes():
+    trained = shapes.training_scenes(EMBEDDED_MODEL)
+    assert len(trained) == 20_000
+    for seed, count in ((SEED, SCENES), (2, 200)):
+        for _, scene in shapes.scenes(count, seed, "test"):
+            assert shapes.scene_hash(scene.pixels) not in trained
+    (_, first), *_ = shapes.scenes(1, 1, "train")
+    assert shapes.scene_hash(first.pixels) in trained
+
+
+def test_assets_are_small_and_safetensors():
+    files = [file for file in EMBEDDED_MODEL.parent.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 20e6
+    assert not [
+        file for file in files if file.suffix in (".bin", ".pth", ".pt", ".pkl") and file.name != shapes.TRAINING_SCENES
+    ]
+
+
+def test_the_model_trains_on(root, tmp_path):
+    """The shipped model is a start for tuning as any other directory."""
+    train_root = tmp_path / "train"
+    shapes.write(train_root, 2, 9, "train", progress=False)
+    arguments = [
+        "--model",
+        str(EMBEDDED_MODEL),
+        "--data",
+        str(train_root),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--max_steps",
+        "1",
+    ]
+    arguments += [
+        "--use_cpu",
+        "true",
+        "--report_to",
+        "none",
+        "--remove_unused_columns",
+        "false",
+        "--learning_rate",
+        "1e-6",
+    ]
+    assert finetune.main(arguments) == 0
+    mllm.load(tmp_path / "out")
