@@ -72,7 +72,7 @@ class AlphaCLIPImageProcessor(PilBackend):
             raise ValueError(f"expected geometry out of {', '.join(GEOMETRIES)}, got {self.geometry!r}")
         if not (self.do_resize and self.do_center_crop and side == self.crop_size.width == self.size.shortest_edge):
             raise ValueError(
-                f"expected one square output size: size {{'shortest_edge': S}} and crop_size {{'height': S, 'width': S}} "
+                f"expected one square output size, size {{'shortest_edge': S}}, crop_size {{'height': S, 'width': S}} "
                 f"with resizing and cropping on, got size {dict(self.size)} and crop_size {dict(self.crop_size)}"
             )
 

@@ -18,7 +18,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from .region_pixels import (
+    PNG_URI,
+    box_coverage,
+    decode_counts,
+    line_coverage,
+    mask_pixels,
+    polygon_coverage,
+    run_lengths,
+    shortened,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +37,6 @@ FORMS = (
     "box:x0,y0,x1,y1 | nbox:x0,y0,x1,y1 | polygon:x,y,x,y,x,y[;...] | mask:FILE.png | rle:FILE.json | "
     "points:x,y[;x,y]@radius | stroke:x,y;x,y@width | whole, each with an optional strength: box:1,2,3,4*0.5"
 )
-_SUBROWS = 8  # scan lines a pixel row, for polygons; across a line, coverage is exact
-_PNG_URI = "data:image/png;base64,"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +102,7 @@ class Region:
         Raises:
             ValueError: If the file cannot be read, the mask is empty, or its values could mean several things.
         """
-        pixels = _mask_pixels(mask)
+        pixels = mask_pixels(mask)
         if not pixels.any():
             raise ValueError("the region is empty: no pixel of the mask is set")
         binary = bool(np.isin(pixels, (0, 255)).all())
@@ -112,13 +121,13 @@ class Region:
             ValueError: If the runs do not add up to height * width, or set no pixel.
         """
         if not isinstance(rle, dict) or not {"size", "counts"} <= rle.keys():
-            raise ValueError(f"expected an RLE {{'size': [h, w], 'counts': ...}}, got {_short(rle)}")
+            raise ValueError(f"expected an RLE {{'size': [h, w], 'counts': ...}}, got {shortened(rle)}")
         try:
             height, width = (int(v) for v in rle["size"])
             counts = rle["counts"]
-            runs = np.array(_decode_counts(counts) if isinstance(counts, str | bytes) else counts, np.int64)
+            runs = np.array(decode_counts(counts) if isinstance(counts, str | bytes) else counts, np.int64)
         except (TypeError, ValueError, OverflowError, IndexError) as error:
-            raise ValueError(f"expected an RLE {{'size': [h, w], 'counts': ...}}, got {_short(rle)}") from error
+            raise ValueError(f"expected an RLE {{'size': [h, w], 'counts': ...}}, got {shortened(rle)}") from error
         if runs.ndim != 1 or (runs < 0).any() or height < 1 or width < 1 or runs.sum() != height * width:
             raise ValueError(f"the RLE is inconsistent: its runs add up to {runs.sum()}, not to {height} * {width}")
         flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
@@ -173,12 +182,12 @@ class Region:
                 "the region %s reaches over the picture of %d x %d pixels and is cut off", self, width, height
             )
         if self.kind == "polygon":
-            coverage = np.maximum.reduce([_polygon_coverage(part, height, width) for part in self.data])
+            coverage = np.maximum.reduce([polygon_coverage(part, height, width) for part in self.data])
         elif self.kind in ("points", "stroke"):
             points, size = self.data
-            coverage = _line_coverage(points, size if self.kind == "points" else size / 2, self.kind, height, width)
+            coverage = line_coverage(points, size if self.kind == "points" else size / 2, self.kind, height, width)
         else:
-            coverage = _box_coverage((x0, y0, x1, y1), height, width)
+            coverage = box_coverage((x0, y0, x1, y1), height, width)
         if not coverage.any():
             raise ValueError(f"the region {self} lies outside the picture of {width} x {height} pixels")
         return coverage
@@ -221,8 +230,8 @@ class Region:
         own_height, own_width, depth, packed = self.data
         if (own_height, own_width) != (height, width):
             raise ValueError(
-                f"the mask is {own_width} x {own_height} pixels, its picture {width} x {height}: expected the same size; was "
-                " the picture resized, or turned by its EXIF orientation?"
+                f"the mask has {own_width} x {own_height} pixels, its picture {width} x {height}: expected equal sizes. "
+                "Was the picture resized, or turned by its EXIF orientation?"
             )
         pixels = np.frombuffer(zlib.decompress(packed), np.uint8)
         if depth == "binary":
@@ -235,7 +244,7 @@ class Region:
             return f"{self.kind}:{_numbers(self.data)}"
         if self.kind == "mask":
             return f"mask of {self.data[1]} x {self.data[0]} pixels"
-        return self.kind if self.kind == "whole" else f"{self.kind}:{_short(self.data[0])}"
+        return self.kind if self.kind == "whole" else f"{self.kind}:{shortened(self.data[0])}"
 
     @classmethod
     def parse(cls, text: str) -> Region:
@@ -253,9 +262,9 @@ class Region:
                 read(cls, body if star or kind in ("mask", "rle") else rest), strength=float(strength) if star else 1.0
             )
         except KeyError:
-            raise ValueError(f"expected a region {FORMS}; got {_short(text)!r}") from None
+            raise ValueError(f"expected a region {FORMS}; got {shortened(text)!r}") from None
         except (ValueError, OSError) as error:
-            raise ValueError(f"cannot read the region {_short(text)!r}: {error}") from error
+            raise ValueError(f"cannot read the region {shortened(text)!r}: {error}") from error
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` turns back into an equal region."""
@@ -276,10 +285,10 @@ class Region:
         height, width, depth, _ = self.data
         mask = self._unpacked(height, width)
         if depth == "binary":
-            return {"rle": {"size": [height, width], "counts": _run_lengths(mask > 0)}}
+            return {"rle": {"size": [height, width], "counts": run_lengths(mask > 0)}}
         file = io.BytesIO()
         Image.fromarray(np.rint(mask * 255).astype(np.uint8)).save(file, "PNG")
-        return {"mask": _PNG_URI + base64.b64encode(file.getvalue()).decode("ascii")}
+        return {"mask": PNG_URI + base64.b64encode(file.getvalue()).decode("ascii")}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Region:
@@ -290,7 +299,7 @@ class Region:
             ValueError: If the record has not exactly one region, or a key that belongs to none.
         """
         if not isinstance(record, dict):
-            raise ValueError(f"expected a region as a JSON object, got {_short(record)}")
+            raise ValueError(f"expected a region as a JSON object, got {shortened(record)}")
         kinds = record.keys() & _FROM_JSON.keys()
         if len(kinds) != 1:
             raise ValueError(f"expected exactly one of {', '.join(_FROM_JSON)} in a region, got {sorted(record)}")
@@ -303,7 +312,7 @@ class Region:
         try:
             region = read(cls, record[kind], *(record[name] for name in extra))
         except TypeError as error:
-            raise ValueError(f"cannot read {kind!r} of a region: {_short(record[kind])}") from error
+            raise ValueError(f"cannot read {kind!r} of a region: {shortened(record[kind])}") from error
         return dataclasses.replace(region, strength=record.get("strength", 1.0))
 
 
@@ -369,9 +378,9 @@ def _finite(values: Sequence, what: str) -> list[float]:
     try:
         numbers = [float(value) for value in values]
     except (TypeError, ValueError) as error:
-        raise ValueError(f"expected numbers for the {what}, got {_short(values)}") from error
+        raise ValueError(f"expected numbers for the {what}, got {shortened(values)}") from error
     if not all(math.isfinite(number) for number in numbers):
-        raise ValueError(f"expected finite numbers for the {what}, got {_short(values)}")
+        raise ValueError(f"expected finite numbers for the {what}, got {shortened(values)}")
     return numbers
 
 
@@ -390,7 +399,7 @@ def _vertices(points: Sequence) -> tuple[tuple[float, float], ...]:
             raise ValueError(f"expected x and y for each point, got {len(points)} numbers")
         points = list(zip(points[::2], points[1::2], strict=True))
     if not points or any(len(point) != 2 for point in points):
-        raise ValueError(f"expected points [[x, y], ...], got {_short(points)}")
+        raise ValueError(f"expected points [[x, y], ...], got {shortened(points)}")
     return tuple((x, y) for x, y in (_finite(point, "points") for point in points))
 
 
@@ -406,158 +415,5 @@ def _split_polygons(polygon: Sequence) -> list:
     return [polygon] if pair_of_numbers else polygon
 
 
-def _mask_pixels(mask: Any) -> np.ndarray:
-    """uint8 (H, W), 0 outside to 255 inside."""
-    if isinstance(mask, str | os.PathLike):
-        mask = _open_mask(mask)
-    if isinstance(mask, Image.Image):
-        mask = _grey(mask)
-    array = np.asarray(mask)
-    if array.ndim != 2 or 0 in array.shape:
-        raise ValueError(f"expected a mask (H, W), got shape {array.shape}")
-    if array.dtype == bool:
-        return array.astype(np.uint8) * np.uint8(255)
-    if array.dtype.kind in "iu":
-        low, high = int(array.min()), int(array.max())
-        if 0 <= low and high <= 1:
-            return array.astype(np.uint8) * np.uint8(255)
-        if array.dtype == np.uint8 or (0 <= low and high <= 255 and np.isin(array, (0, 255)).all()):
-            return array.astype(np.uint8)
-    elif array.dtype.kind == "f" and np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1:
-        # rounded up, so that a faint value does not vanish
-        return np.ceil(array.astype(np.float64) * 255 - 1e-6).astype(np.uint8)
-    raise ValueError(
-        f"expected a mask of bools, of 0 and 1, uint8 0..255 or floats 0..1, got {array.dtype} from "
-        f"{array.min()} to {array.max()}"
-    )
-
-
-def _open_mask(source: str | os.PathLike) -> Image.Image:
-    text = os.fspath(source)
-    try:
-        file = io.BytesIO(base64.b64decode(text[len(_PNG_URI) :])) if text.startswith(_PNG_URI) else text
-        image = Image.open(file)
-        image.load()
-    except FileNotFoundError:
-        raise ValueError(f"there is no mask file {text}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the mask {_short(text)} as an image: {error}") from error
-    return image
-
-
-def _grey(image: Image.Image) -> np.ndarray:
-    """A mask image as an array; modes that could mean several things are refused."""
-    if image.mode in ("1", "L", "F"):
-        return np.asarray(image)
-    if image.mode == "P":
-        indices = np.asarray(image)
-        if len(np.unique(indices)) > 2:
-            raise ValueError("the palette mask holds several objects; keep one of them: a picture with 0 outside")
-        return indices > 0
-    pixels = np.asarray(image)
-    if image.mode in ("RGB", "RGBA", "LA"):
-        colours = pixels[..., :3] if image.mode.startswith("RGB") else pixels[..., :1]
-        opaque = image.mode == "RGB" or (pixels[..., -1] == 255).all()
-        if opaque and (colours == colours[..., :1]).all():
-            return colours[..., 0]
-    raise ValueError(
-        f"expected a grey mask, got a picture of mode {image.mode}; convert it to 'L', 0 outside and 255 inside"
-    )
-
-
-def _box_coverage(box: tuple[float, float, float, float], height: int, width: int) -> np.ndarray:
-    """Share of each pixel that the box covers, exactly."""
-    x0, y0, x1, y1 = box
-    columns, rows = np.arange(width), np.arange(height)
-    across = (np.minimum(columns + 1, x1) - np.maximum(columns, x0)).clip(0, 1)
-    down = (np.minimum(rows + 1, y1) - np.maximum(rows, y0)).clip(0, 1)
-    return np.outer(down, across).astype(np.float32)
-
-
-def _polygon_coverage(points: tuple, height: int, width: int) -> np.ndarray:
-    """Share of each pixel that the polygon covers: exact along x, `_SUBROWS` scan lines a pixel along y; even-odd
-    filling.
-    """
-    x0, y0 = np.array(points).T
-    x1, y1 = np.roll(x0, -1), np.roll(y0, -1)
-    top, bottom = max(math.floor(y0.min()), 0), min(math.ceil(y0.max()), height)
-    change = np.zeros((height, width + 2), np.float64)  # of coverage from a pixel to the next on its right
-    for row in range(top, bottom):
-        lines = row + (np.arange(_SUBROWS) + 0.5) / _SUBROWS
-        crossing = (y0 <= lines[:, None]) != (y1 <= lines[:, None])
-        for line, edges in zip(lines, crossing, strict=True):
-            xs = np.sort(x0[edges] + (line - y0[edges]) * (x1[edges] - x0[edges]) / (y1[edges] - y0[edges]))
-            xs = xs.clip(0, width)
-            signs = np.where(np.arange(len(xs)) % 2 == 0, 1.0, -1.0) / _SUBROWS
-            cells = np.floor(xs).astype(int)
-            np.add.at(change[row], cells, signs * (1 - (xs - cells)))
-            np.add.at(change[row], cells + 1, signs * (xs - cells))
-    coverage = change[:, :width].cumsum(1).clip(0, 1)
-    coverage[coverage < 1e-9] = 0  # rounding of the sum
-    if not coverage.any():  # thinner than the distance of the scan lines: still a trace
-        return _box_coverage((x0.min(), y0.min(), x0.max(), y0.max()), height, width)
-    return coverage.astype(np.float32)
-
-
-def _line_coverage(points: tuple, radius: float, kind: str, height: int, width: int) -> np.ndarray:
-    """Discs around points, or the line through them: 1 inside, falling to 0 over the pixel at the edge."""
-    radius = max(radius, 0.5)  # a smaller disc could fall between the pixel centres
-    ends = points if kind == "points" or len(points) == 1 else points[1:]
-    starts = points if kind == "points" or len(points) == 1 else points[:-1]
-    coverage = np.zeros((height, width), np.float32)
-    for (ax, ay), (bx, by) in zip(starts, ends, strict=True):
-        left, right = max(math.floor(min(ax, bx) - radius - 1), 0), min(math.ceil(max(ax, bx) + radius + 1), width)
-        top, bottom = max(math.floor(min(ay, by) - radius - 1), 0), min(math.ceil(max(ay, by) + radius + 1), height)
-        if left >= right or top >= bottom:
-            continue
-        xs, ys = np.arange(left, right) + 0.5, (np.arange(top, bottom) + 0.5)[:, None]
-        dx, dy = bx - ax, by - ay
-        length = dx * dx + dy * dy
-        along = ((xs - ax) * dx + (ys - ay) * dy) / length if length else np.zeros((bottom - top, right - left))
-        along = along.clip(0, 1)
-        distance = np.hypot(xs - ax - along * dx, ys - ay - along * dy)
-        window = coverage[top:bottom, left:right]
-        np.maximum(window, (radius + 0.5 - distance).clip(0, 1), out=window)
-    return coverage
-
-
-def _decode_counts(counts: str | bytes) -> list[int]:
-    """Run lengths of a compressed COCO RLE.
-
-    Source: `rleFrString` in pycocotools' maskApi.c: 6-bit characters from code 48 on, 5 bits of number and one of
-        continuation; from
-    the third run on, the difference to the run before the last.
-    """
-    codes = counts.encode("ascii") if isinstance(counts, str) else counts
-    runs: list[int] = []
-    position = 0
-    while position < len(codes):
-        value, shift, more = 0, 0, True
-        while more:
-            code = codes[position] - 48
-            if not 0 <= code < 64:
-                raise ValueError("not a compressed RLE")
-            value |= (code & 31) << shift
-            more = bool(code & 32)
-            position, shift = position + 1, shift + 5
-            if not more and code & 16:
-                value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-    return runs
-
-
-def _run_lengths(mask: np.ndarray) -> list[int]:
-    """COCO's uncompressed counts: runs down the columns, beginning with those outside."""
-    flat = mask.T.ravel()
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    runs = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
-    return [0, *runs] if flat[0] else runs
-
-
 def _numbers(values: Sequence[float]) -> str:
     return ",".join(f"{value:g}" for value in values)
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -58,8 +58,8 @@ class RegionSample:
         stated = self.meta.get("width"), self.meta.get("height")
         if None not in stated and stated != image.size:
             raise ValueError(
-                f"sample {self.id}: {describe_source(self.image)} is {image.width} x {image.height} pixels, its data set "
-                f"says {stated[0]} x {stated[1]}; regions would be shifted. Use the data set's own picture files"
+                f"sample {self.id}: {describe_source(self.image)} is {image.width} x {image.height} pixels, its data "
+                f"set says {stated[0]} x {stated[1]}; regions would be shifted. Use the data set's own picture files"
             )
         return image
 

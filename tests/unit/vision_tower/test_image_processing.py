@@ -145,7 +145,7 @@ def test_any_box_any_geometry(width, height, data):
     ("call", "message"),
     [
         (lambda p, i: p([i, i], [Region.whole()]), "each of 2 images, got 1"),
-        (lambda p, i: p(i, Region.from_mask(np.ones((5, 5)))), "expected the same size"),
+        (lambda p, i: p(i, Region.from_mask(np.ones((5, 5)))), "expected equal sizes"),
         (lambda p, i: p(i, Region.from_box(500, 500, 600, 600)), "outside the picture"),
         (lambda p, i: p(i, [[]]), "Region or None, got list"),
         (lambda p, i: p(i, []), "empty list"),

@@ -185,7 +185,7 @@ def test_mask_of_another_size_is_never_the_whole_image(shared_data):
     folder = shared_data / "masks_with_traps"
     image = Image.open(folder / "image.png")
     region = Region.from_mask(folder / "dress_mask.png")
-    with pytest.raises(ValueError, match=r"mask is \d+ x \d+ pixels, its picture \d+ x \d+"):
+    with pytest.raises(ValueError, match=r"mask has \d+ x \d+ pixels, its picture \d+ x \d+"):
         region.mask(image.height, image.width)
 
 
