@@ -230,8 +230,8 @@ class Region:
         own_height, own_width, depth, packed = self.data
         if (own_height, own_width) != (height, width):
             raise ValueError(
-                f"the mask has {own_width} x {own_height} pixels, its picture {width} x {height}, expected equal sizes. "
-                "Was the picture resized, or turned by its EXIF orientation?"
+                f"the mask has {own_width} x {own_height} pixels, its picture {width} x {height}; "
+                "expected equal sizes. Was the picture resized, or turned by its EXIF orientation?"
             )
         pixels = np.frombuffer(zlib.decompress(packed), np.uint8)
         if depth == "binary":
