@@ -6,8 +6,12 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+import huggingface_hub
 import torch
 from transformers import AutoConfig, AutoProcessor, LlavaConfig, PreTrainedConfig, PreTrainedModel
 
@@ -49,6 +53,8 @@ def load(
     """
     name = EMBEDDED_MODEL if model is None else model
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if not os.path.isdir(name) and not _hub_answers():
+        hub["local_files_only"] = True  # from the cache or not at all, at once: Transformers would retry for half a minute
     config = _read_config(name, hub)
     loaded = load_llava(
         name,
@@ -56,7 +62,7 @@ def load(
         dtype=dtype,
         device_map=device_map,
         attn_implementation=attn_implementation,
-        revision=revision,
+        **{key: value for key, value in hub.items() if key != "trust_remote_code"},
     )
     if device_map is None:
         loaded = loaded.to(pick_device(device))
@@ -79,6 +85,18 @@ def pick_device(device: str = "auto") -> str:
     return device
 
 
+def _hub_answers() -> bool:
+    """Whether the hub can be reached; behind a proxy only a request could tell, so yes."""
+    url = urlsplit(huggingface_hub.constants.ENDPOINT)
+    if getproxies():
+        return True
+    try:
+        socket.create_connection((url.hostname, url.port or 443), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
 def _read_config(name: str | os.PathLike, hub: dict) -> LlavaConfig:
     """The configuration of a LLaVA, or a ValueError that says what the name stands for instead."""
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
@@ -89,9 +107,9 @@ def _read_config(name: str | os.PathLike, hub: dict) -> LlavaConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **hub)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"could not read a model configuration from {name} (a directory here, or a hub id with network): {reason}"
-        ) from error
+        if hub.get("local_files_only"):
+            reason = "there is no such directory, and without network only models in the hub's cache can be loaded"
+        raise ValueError(f"cannot load the model {name}: {reason}") from error
     if not isinstance(config, LlavaConfig):
         raise ValueError(f"expected a LLaVA-1.5 model (model_type 'llava'), got {config.model_type!r} in {name}")
     return config

@@ -44,11 +44,12 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "embedded_model", help="scenes and checkpoints")
     parser.add_argument("--out", type=Path, default=EMBEDDED_MODEL, help="where the finished model goes")
     parser.add_argument("--seed", type=int, default=1, help="seed of initial weights and training order")
+    parser.add_argument("--scenes", type=int, default=TRAIN_SCENES, help="training scenes; fewer only to try the script")
     args, recipe_flags = parser.parse_known_args()
 
-    data = args.work / f"shapes_train_{TRAIN_SEED}"
+    data = args.work / f"shapes_train_{TRAIN_SEED}_{args.scenes}"
     if not (data / "image_data.json").exists():
-        shapes.write(data, TRAIN_SCENES, TRAIN_SEED, "train")
+        shapes.write(data, args.scenes, TRAIN_SEED, "train")
     start, trained = args.work / f"start_{args.seed}", args.work / f"trained_{args.seed}"
     write_start(start, args.seed)
     failed = finetune.main(
@@ -169,8 +170,8 @@ def write_sample_scenes(folder: Path) -> None:
 
 
 def _training_hashes(data: Path) -> Iterator[bytes]:
-    for image_id in range(1, TRAIN_SCENES + 1):
-        with Image.open(data / "VG_100K" / f"{image_id}.png") as picture:
+    for file in sorted((data / "VG_100K").iterdir(), key=lambda file: int(file.stem)):
+        with Image.open(file) as picture:
             yield shapes.scene_hash(np.asarray(picture))
 
 
@@ -185,11 +186,11 @@ def export(trained: Path, out: Path) -> None:
         shutil.rmtree(out)
     model.save_pretrained(out)
     for file in trained.iterdir():
-        if file.suffix in (".json", ".jinja") and file.name not in (
-            "trainer_state.json",
-            "model.safetensors.index.json",
-        ):
+        if file.suffix in (".json", ".jinja"):
             shutil.copy(file, out / file.name)
+    processor = json.loads((out / "processor_config.json").read_text(encoding="utf-8"))
+    del processor["image_processor"]["auto_map"]  # no copy of our own code beside our own code
+    (out / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

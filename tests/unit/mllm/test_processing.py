@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoProcessor
 
+from mllm.processing import VICUNA_V1_SYSTEM
 from tests.tiny import build_tiny_llava, noise_picture
 from vision_tower import Region
 
@@ -85,6 +87,16 @@ def test_a_batch_with_and_without_images_is_padded_on_the_left():
     inputs = PROCESSOR(images=[IMAGE, None], regions=[BOX, None], text=["What is in it?", "Hi"], return_tensors="pt")
     assert inputs["pixel_values"].shape[0] == 1
     assert inputs["attention_mask"][1, 0] == 0 and inputs["attention_mask"][1, -1] == 1
+
+
+def test_the_system_sentence_is_saved(tmp_path):
+    processor = build_tiny_llava()[1]
+    processor.system = VICUNA_V1_SYSTEM
+    processor.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path)
+    assert again.system == VICUNA_V1_SYSTEM
+    text = again.decode(again(images=IMAGE, text="Hi", return_tensors="pt")["input_ids"][0])
+    assert text.startswith(f"<s>{VICUNA_V1_SYSTEM} USER: <image>")
 
 
 def test_complete_prompts_are_taken_when_said_so():

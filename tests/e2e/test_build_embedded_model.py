@@ -1,0 +1,32 @@
+"""`make embedded-model`, shortened: the same script from nothing to a model that loads and has begun to learn."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mllm
+from mllm.answering import RegionChat
+from mllm.data import shapes
+from mllm.data.samples import load_image
+from vision_tower import Region
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_build_from_nothing(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "build_embedded_model.py"), "--scenes", "300", "--max_steps", "60"]
+    command += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "assets" / "model"), "--logging_steps", "10"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    out = tmp_path / "assets" / "model"
+    log = [entry["loss"] for entry in json.loads((out / "training_record.json").read_text())["log"] if "loss" in entry]
+    assert float(log[-1]) < 0.5 * float(log[0])
+    assert len(shapes.training_scenes(out)) == 300
+    model, processor = mllm.load(out)
+    scene = tmp_path / "assets" / "scenes" / "scene_1.png"
+    (first, *_) = json.loads((scene.with_suffix(".json")).read_text())
+    answer = RegionChat(model, processor).answer(load_image(str(scene)), Region.from_json({"box": first["box"]}))
+    assert answer.startswith("a ")

@@ -1,0 +1,59 @@
+"""What the README shows is what happens: its five lines, its commands, its numbers, its picture's answers."""
+
+import io
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from mllm import chat
+from mllm.loading import EMBEDDED_MODEL
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_five_lines_run_as_written(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (code,) = [body for language, body in BLOCKS if language == "python" and "mllm.load()" in body]
+    assert len([line for line in code.splitlines() if not line.startswith(("from PIL", "image =")) and line.strip()]) == 5
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip().endswith("ASSISTANT: a large striped orange diamond")
+
+
+def commands():
+    lines = [line for language, body in BLOCKS if language == "bash" for line in body.splitlines()]
+    return [line.split("  #")[0] for line in lines if line.startswith("region-chat --image mllm/assets")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_run_as_written(command, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is this?\n"))
+    assert chat.main(shlex.split(command)[1:]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_demo_says_what_the_readme_says(monkeypatch, capsys):
+    """`make demo` runs these two commands; the README prints their answers."""
+    monkeypatch.chdir(ROOT)
+    makefile = dict(re.findall(r"^(SCENE|BOX_1|BOX_2) := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for name in ("BOX_1", "BOX_2"):
+        assert chat.main(["--image", makefile["SCENE"], "--box", makefile[name], "--ask", "What is this?"]) == 0
+        assert f"--- box {makefile[name]}\n{capsys.readouterr().out.strip()}\n" in README
+
+
+@pytest.mark.parametrize("document", [ROOT / "README.md", EMBEDDED_MODEL / "README.md"], ids=["README", "model card"])
+def test_the_scores_are_those_that_were_measured(document):
+    text = document.read_text(encoding="utf-8")
+    scores = json.loads((EMBEDDED_MODEL / "scores.json").read_text())
+    for name, entry in scores["seed 1"].items():
+        assert re.search(rf"^\| {re.escape(name)} \| {entry['score']:.1%} \|", text, re.MULTILINE), name
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target

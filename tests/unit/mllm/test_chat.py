@@ -1,0 +1,195 @@
+"""`region-chat`: every region option reaches the model, every mistake is one line and exit code 2."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mllm import chat
+from tests.tiny import noise_picture
+from vision_tower import Region
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    noise_picture(60, 40).save(path)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A mask of the picture's size, as PNG and as RLE."""
+    mask = np.zeros((40, 60), np.uint8)
+    mask[5:20, 10:30] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    (tmp_path / "rle.json").write_text(json.dumps(Region.from_mask(mask).to_json()["rle"]))
+    return tmp_path
+
+
+def run(model, *arguments):
+    return chat.main(["--model", str(model), "--max-new-tokens", "4", *map(str, arguments)])
+
+
+REGIONS = {
+    "--box": ("2,2,30,30", Region.from_box(2, 2, 30, 30)),
+    "--nbox": ("0.1,0.1,0.5,0.5", Region.from_box(0.1, 0.1, 0.5, 0.5, normalized=True)),
+    "--polygon": ("2,2,40,2,20,30", Region.from_polygon([2, 2, 40, 2, 20, 30])),
+    "--point": ("20,20@6", Region.from_points([[20, 20]], radius=6)),
+    "--stroke": ("5,5;40,30@4", Region.from_stroke([[5, 5], [40, 30]], width=4)),
+}
+
+
+@pytest.mark.parametrize("option", [*REGIONS, "--mask", "--rle", "--whole"])
+def test_every_region_option_reaches_the_model(tiny_llava_dir, picture, files, option, monkeypatch, capsys):
+    from mllm.answering import RegionChat
+
+    fed = []
+    generate = RegionChat._generate
+    monkeypatch.setattr(RegionChat, "_generate", lambda self, *a, **k: fed.append((self, a[0])) or generate(self, *a, **k))
+    masked = Region.from_mask(files / "mask.png")
+    values = {**REGIONS, "--mask": (files / "mask.png", masked), "--rle": (files / "rle.json", masked)}
+    value, region = values.get(option, (None, Region.whole()))
+    arguments = [option] if value is None else [option, value]
+    assert run(tiny_llava_dir, "--image", picture, *arguments, "--json", "--ask", "What?") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert Region.from_json(record["region"]) == region
+    assert record["question"] == "What?" and isinstance(record["answer"], str)
+    assert fed[0][1][0][0]["content"][0]["region"] == region
+
+
+def test_two_regions_give_two_answers_and_strength_counts(tiny_llava_dir, picture, capsys):
+    answers = []
+    for arguments in (["--box", "0,0,20,20"], ["--box", "40,20,60,40"], ["--box", "0,0,20,20", "--strength", "0"], ["--whole"]):
+        assert run(tiny_llava_dir, "--image", picture, *arguments, "--json") == 0
+        answers.append(json.loads(capsys.readouterr().out)["answer"])
+    assert answers[0] != answers[1]
+    assert answers[2] == answers[3]
+
+
+def test_the_answer_is_streamed_to_stdout_alone(tiny_llava_dir, picture, capsys):
+    assert run(tiny_llava_dir, "--image", picture, "--whole", "--json") == 0
+    expected = json.loads(capsys.readouterr().out)["answer"]
+    assert run(tiny_llava_dir, "--image", picture, "--whole", "--ask", "Describe this region.") == 0
+    captured = capsys.readouterr()
+    assert captured.out.strip() == expected
+    assert captured.err.startswith("model: ") and "dtype" in captured.err and len(captured.err.splitlines()) == 1
+
+
+def write_cut(path):
+    buffer = io.BytesIO()
+    noise_picture(60, 60).save(buffer, "JPEG")
+    path.write_bytes(buffer.getvalue()[:700])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image", "missing.png", "--whole", "--ask", "x"], "there is no image file"),
+        (["--image", "text.png", "--whole", "--ask", "x"], "not an image"),
+        (["--image", "cut.jpg", "--whole", "--ask", "x"], "cannot read the image"),
+        (["--image", "picture.png", "--ask", "x"], "expected a region, one of --box"),
+        (["--image", "picture.png", "--box", "100,100,120,120", "--ask", "x"], "outside the picture of 60 x 40"),
+        (["--image", "picture.png", "--box", "9,9,1,1", "--ask", "x"], "x0 < x1"),
+        (["--image", "picture.png", "--box", "nan,0,1,1", "--ask", "x"], "finite"),
+        (["--image", "picture.png", "--mask", "small.png", "--ask", "x"], "expected equal sizes"),
+        (["--image", "picture.png", "--mask", "empty.png", "--ask", "x"], "region is empty"),
+        (["--image", "picture.png", "--whole", "--strength", "3", "--ask", "x", "--box", "1,1,2,2"], "not allowed with"),
+        (["--image", "picture.png", "--box", "1,1,9,9", "--strength", "3", "--ask", "x"], "strength from 0 to 1"),
+        (["--image", "picture.png", "--whole", "--ask", "x", "--save-overlay", "no/folder.png"], "there is no folder"),
+        (["--ask", "x", "--whole"], "expected --image"),
+        (["--image", "picture.png", "--whole", "--ask", "x" * 100_000], "the model reads 512"),
+        (["--batch", "r.jsonl"], "--batch needs --output"),
+        (["--batch", "missing.jsonl", "--output", "o.jsonl"], "cannot read the requests"),
+        (["--image", "picture.png", "--whole", "--ask", "x", "--device", "quantum"], "expected a device"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(tiny_llava_dir, picture, tmp_path, monkeypatch, capsys, arguments, message):
+    (tmp_path / "text.png").write_text("hello")
+    write_cut(tmp_path / "cut.jpg")
+    Image.new("L", (30, 20), 255).save(tmp_path / "small.png")
+    Image.new("L", (60, 40)).save(tmp_path / "empty.png")
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = run(tiny_llava_dir, *arguments)
+    except SystemExit as stopped:  # argparse
+        code = stopped.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    error = captured.err.strip().splitlines()[-1]
+    assert error.startswith("region-chat: error:") and message in error
+    assert "Traceback" not in captured.err and len(error) < 700
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"model_type": "bert"}', "expected a LLaVA-1.5 model (model_type 'llava'), got 'bert'"),
+        ("not json", "cannot load the model"),
+        (None, "without a config.json"),
+    ],
+)
+def test_other_models_are_refused(picture, tmp_path, capsys, config, message):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    if config is not None:
+        (folder / "config.json").write_text(config)
+    assert run(folder, "--image", picture, "--whole", "--ask", "x") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_hub_id_fails_at_once_without_network(picture, monkeypatch, capsys):
+    import socket
+
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "create_connection", no_network)
+    assert run("nobody/nothing-of-this-name", "--image", picture, "--whole", "--ask", "x") == 2
+    assert "without network" in capsys.readouterr().err
+
+
+CONVERSATION = """\
+What is this?
+/box 0,0,20,20
+What is it?
+
+/box 100,100,120,120
+/nonsense
+/strength 0.5
+/overlay {folder}/overlay.png
+/save {folder}/turns.json
+/image {folder}/missing.png
+And now?
+/save {folder}/again.json
+/image {folder}/picture.png
+hello?
+/whole
+/reset
+/help
+/quit
+"""
+
+
+def test_a_conversation(tiny_llava_dir, picture, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO(CONVERSATION.format(folder=tmp_path)))
+    assert run(tiny_llava_dir, "--image", picture) == 0
+    captured = capsys.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("error:")]
+    expected = ["no region yet", "outside the picture", "unknown command /nonsense", "no image file", "no region yet"]
+    assert all(part in line for part, line in zip(expected, errors, strict=True))
+    assert Image.open(tmp_path / "overlay.png").width >= 384
+    saved, again = (json.loads((tmp_path / name).read_text()) for name in ("turns.json", "again.json"))
+    assert saved["turns"] == [] and saved["region"] == {"box": [0, 0, 20, 20], "strength": 0.5}
+    assert [turn["question"] for turn in again["turns"]] == ["And now?"]
+    assert again["region"] == saved["region"]  # a picture that cannot be opened changes nothing
+    assert "/strength S" in captured.err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        chat.main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out.startswith("region-chat 0.1.0")

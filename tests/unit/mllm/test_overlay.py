@@ -1,0 +1,43 @@
+"""The overlay shows the region where it is."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mllm.overlay import draw_overlay, save_overlay
+from vision_tower import Region
+
+GREY = Image.new("RGB", (100, 60), (200, 200, 200))
+
+
+def test_inside_stays_outside_is_dimmed_and_an_outline_is_drawn():
+    region = Region.from_box(20, 10, 60, 40)
+    overlay = np.asarray(draw_overlay(GREY, region))
+    scale = overlay.shape[1] // 100
+    assert scale == 4  # small pictures are enlarged
+    inside = overlay[10 * scale : 40 * scale, 20 * scale : 60 * scale]
+    assert (inside == 200).all()
+    assert (overlay[5, 5] == 70).all()
+    edge = overlay[25 * scale, 20 * scale - 1]
+    assert edge[0] == 255 and edge[1] == 60
+
+
+def test_whole_image_is_left_alone():
+    assert (np.asarray(draw_overlay(GREY, Region.whole())) == 200).all()
+
+
+def test_a_long_caption_is_wrapped_under_the_picture():
+    plain = draw_overlay(GREY, Region.whole())
+    captioned = draw_overlay(GREY, Region.whole(), "a very long answer " * 12)
+    assert captioned.width == plain.width and captioned.height > plain.height + 60
+    assert np.array_equal(np.asarray(captioned)[: plain.height], np.asarray(plain))
+
+
+def test_saving_replaces_the_file_whole(tmp_path):
+    path = tmp_path / "o.png"
+    path.write_text("old")
+    save_overlay(path, GREY, Region.from_box(1, 1, 9, 9))
+    assert Image.open(path).size == (400, 240)
+    assert [file.name for file in tmp_path.iterdir()] == ["o.png"]
+    with pytest.raises(ValueError, match="there is no folder"):
+        save_overlay(tmp_path / "no" / "o.png", GREY, Region.whole())
