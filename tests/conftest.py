@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def shared_data():
-    """Real records and photographs that are not part of the project (`ALPHA_SHARED_DATA`, or ../shared/data)."""
+    """Folder of real records and photographs: `ALPHA_SHARED_DATA`, or ../shared/data."""
     folder = Path(os.environ.get("ALPHA_SHARED_DATA", ROOT.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"the real data for checks is not here ({folder}); set ALPHA_SHARED_DATA")
@@ -30,7 +30,7 @@ def embedded():
 
 @pytest.fixture(scope="session")
 def tiny_llava_dir(tmp_path_factory):
-    """A directory with a random tiny LLaVA that has our tower (alpha weight not zero) and its processor."""
+    """A random tiny LLaVA with our tower (alpha weight not zero) and its processor, in a folder."""
     folder = tmp_path_factory.mktemp("tiny_llava")
     model, processor = build_tiny_llava()
     torch.nn.init.normal_(model.model.vision_tower.embeddings.patch_embedding.alpha.weight, std=0.3)

@@ -47,8 +47,9 @@ class DataArguments:
     data: str = field(metadata={"help": "folder in Visual Genome's layout (split: train)"})
     region_input: str = field(default="box", metadata={"help": "box, mask, or mixed (one of both at random)"})
     max_turns: int = field(default=1, metadata={"help": "a sample is a conversation of 1 to this many questions"})
-    description_weight: float = field(
-        default=1.0, metadata={"help": "how often a description is asked for, one question of the data being 1"}
+    turn_weights: list[str] = field(
+        default_factory=list,
+        metadata={"help": "how often a kind of turn is drawn, others being 1: description=3 left=6 (a question's `type`)"},
     )
 
     def __post_init__(self) -> None:
@@ -61,8 +62,24 @@ class DataArguments:
             raise ValueError(f"region_input: expected one of {', '.join(REGION_INPUTS)}, got {self.region_input!r}")
         if self.max_turns < 1:
             raise ValueError(f"max_turns: expected 1 or more, got {self.max_turns}")
-        if not self.description_weight > 0:
-            raise ValueError(f"description_weight: expected a positive number, got {self.description_weight}")
+        self.weight_of_kind()
+
+    def weight_of_kind(self) -> dict[str, float]:
+        """`turn_weights` as numbers by kind.
+
+        Raises:
+            ValueError: If an entry is not KIND=WEIGHT with a positive weight.
+        """
+        weights = {}
+        for entry in self.turn_weights:
+            kind, _, weight = entry.partition("=")
+            try:
+                weights[kind] = float(weight)
+            except ValueError:
+                weights[kind] = 0.0
+            if not weights[kind] > 0:
+                raise ValueError(f"turn_weights: expected KIND=WEIGHT with a weight above 0, got {entry!r}")
+        return weights
 
 
 def parse_args(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:

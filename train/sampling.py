@@ -5,7 +5,7 @@ drawn.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -21,12 +21,13 @@ class RegionFacts:
     """A region with all that can be asked about it.
 
     `forms` are the same region in several forms (box, mask), one of which is drawn for a conversation; `turns` are
-    (question, answer) pairs, where the question None stands for a description.
+    (kind, question, answer), where the question None stands for a description. A turn's kind is what the data set calls
+    its questions' type, or "description" or "question".
     """
 
     image: ImageSource
     forms: tuple[Region, ...]
-    turns: tuple[tuple[str | None, str], ...]
+    turns: tuple[tuple[str, str | None, str], ...]
 
 
 def group_by_region(*readings: Iterable[RegionSample]) -> list[RegionFacts]:
@@ -44,7 +45,8 @@ def group_by_region(*readings: Iterable[RegionSample]) -> list[RegionFacts]:
         (region,) = sample.regions
         images[key] = sample.image
         forms.setdefault(key, {})[region] = None
-        turns.setdefault(key, {})[sample.question, sample.references[0]] = None
+        kind = "description" if sample.question is None else sample.meta.get("type", "question")
+        turns.setdefault(key, {})[kind, sample.question, sample.references[0]] = None
     return [RegionFacts(images[key], tuple(forms[key]), tuple(turns[key])) for key in images]
 
 
@@ -55,10 +57,12 @@ class ConversationDataset(Dataset):
     seed and number of workers give the same run.
     """
 
-    def __init__(self, facts: list[RegionFacts], max_turns: int = 1, description_weight: float = 1.0) -> None:
+    def __init__(
+        self, facts: list[RegionFacts], max_turns: int = 1, turn_weights: Mapping[str, float] | None = None
+    ) -> None:
         self.facts = facts
         self.max_turns = max_turns
-        self.description_weight = description_weight
+        self.turn_weights = dict(turn_weights or {})  # by kind of turn; 1 for the others
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -68,12 +72,12 @@ class ConversationDataset(Dataset):
         facts = self.facts[index]
         rng = np.random.default_rng(int(torch.randint(2**62, ())))
         region = facts.forms[rng.integers(len(facts.forms))]
-        weights = np.array([self.description_weight if question is None else 1.0 for question, _ in facts.turns])
+        weights = np.array([self.turn_weights.get(kind, 1.0) for kind, _, _ in facts.turns])
         count = min(int(rng.integers(1, self.max_turns + 1)), len(facts.turns))
         chosen = rng.choice(len(facts.turns), count, replace=False, p=weights / weights.sum())
         messages = []
         for position, turn in enumerate(chosen):
-            question, answer = facts.turns[turn]
+            _, question, answer = facts.turns[turn]
             if question is None:
                 question = DESCRIBE_REGION_WORDINGS[rng.integers(len(DESCRIBE_REGION_WORDINGS))]
             content = [{"type": "text", "text": question}]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import struct
 import tarfile
 import warnings
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +16,22 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vision_tower import Region
+
+# What PIL's decoders, its EXIF writer and tarfile raise on damaged files. Met when files of ten
+# formats were damaged at random: EOFError (a tar.gz cut short), struct.error (a broken EXIF field).
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    OverflowError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+    tarfile.TarError,
+)
 
 
 class TarMember(NamedTuple):
@@ -52,44 +70,50 @@ class RegionSample:
         """The picture, RGB, as displayed (EXIF orientation applied).
 
         Raises:
-            ValueError: If it cannot be read, or has another size than the data set states: regions would be shifted.
+            ValueError: If it cannot be read, or has another size than the data set states, which
+                would shift its regions.
         """
         image = load_image(self.image)
         stated = self.meta.get("width"), self.meta.get("height")
         if None not in stated and stated != image.size:
             raise ValueError(
-                f"sample {self.id}: {describe_source(self.image)} is {image.width} x {image.height} pixels, its data "
-                f"set says {stated[0]} x {stated[1]}; regions would be shifted. Use the data set's own picture files"
+                f"sample {self.id}: {describe_source(self.image)} is {image.width} x "
+                f"{image.height} pixels, its data set says {stated[0]} x {stated[1]}; regions "
+                "would be shifted. Use the data set's own picture files"
             )
         return image
 
 
 def load_image(source: ImageSource | os.PathLike) -> Image.Image:
-    """Open a picture: RGB, EXIF orientation applied, transparency laid onto white (as Transformers does).
+    """Open a picture: RGB, EXIF orientation applied, transparency laid onto white.
+
+    Transparency is treated as `transformers.image_transforms.convert_to_rgb` does.
 
     Args:
         source: A path, a member of a tar archive, or the bytes of a file.
 
     Raises:
-        ValueError: If there is no such file, it is no picture, is cut short, or is so large that it must be an attack.
+        ValueError: If there is no such file, it is no picture, is damaged or cut short, or is so
+            large that it must be an attack. The message is one line that names the file.
     """
     name = describe_source(source)
     try:
         with warnings.catch_warnings():
             # PIL warns at half of the size it refuses
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(_file(source))
-            image.load()
+            with Image.open(_file(source)) as file:
+                file.load()
+                image = ImageOps.exif_transpose(file)
     except FileNotFoundError:
         raise ValueError(f"there is no image file {name}") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} has too many pixels to be opened safely ({error})") from None
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not an image that PIL can read") from None
-    except (OSError, SyntaxError, ValueError, tarfile.TarError) as error:
-        raise ValueError(f"cannot read the image {name}: {error}") from error
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
+    except _DAMAGE as error:
+        reason = " ".join(str(error).split())  # tarfile's messages have a line per method it tried
+        raise ValueError(f"cannot read the image {name}: {reason}") from error
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")

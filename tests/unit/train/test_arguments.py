@@ -36,7 +36,8 @@ def test_flags_win_over_the_recipe(tmp_path):
         ("max_turns: 0", "max_turns: expected 1 or more"),
         ("train_parts: [tower]", "train_parts: expected names out of"),
         ("optimizer: sgd", "optimizer: expected trainer or muon"),
-        ("description_weight: 0", "description_weight: expected a positive"),
+        ("turn_weights: [left=0]", "turn_weights: expected KIND=WEIGHT"),
+        ("turn_weights: [left]", "turn_weights: expected KIND=WEIGHT"),
     ],
 )
 def test_bad_recipes(tmp_path, content, message):

@@ -25,8 +25,8 @@ def test_grouping_keeps_every_form_and_turn_once(root):
     assert len(facts) == len(boxes) + len(free)
     for entry, box, mask in zip(facts, boxes, masks, strict=False):
         assert entry.forms == (box.regions[0], mask.regions[0])
-        asked = [(q.question, q.references[0]) for q in questions if q.meta["region_id"] == box.meta["region_id"]]
-        assert set(entry.turns) == {(None, box.references[0]), *asked}
+        asked = [(q.meta["type"], q.question, q.references[0]) for q in questions if q.meta["region_id"] == box.meta["region_id"]]
+        assert set(entry.turns) == {("description", None, box.references[0]), *asked}
     assert all(entry.forms[0].is_whole for entry in facts[len(boxes) :])
 
 
@@ -34,7 +34,7 @@ def test_conversations_are_true_and_varied(root):
     facts = group_by_region(
         *(read_regions(root, region_input=form) for form in ("box", "mask")), read_region_questions(root)
     )
-    dataset = ConversationDataset(facts, max_turns=2, description_weight=3.0)
+    dataset = ConversationDataset(facts, max_turns=2, turn_weights={"description": 3.0})
     torch.manual_seed(0)
     lengths, forms, described = Counter(), Counter(), 0
     for _ in range(30):
@@ -47,7 +47,7 @@ def test_conversations_are_true_and_varied(root):
             for asked, answered in zip(messages[::2], messages[1::2], strict=True):
                 question, answer = asked["content"][-1]["text"], answered["content"][0]["text"]
                 question = None if question in DESCRIBE_REGION_WORDINGS else question
-                assert (question, answer) in entry.turns
+                assert (question, answer) in {turn[1:] for turn in entry.turns}
                 described += question is None
     total = sum(lengths.values())
     assert 0.4 < lengths[1] / total < 0.6 and 0.4 < forms[0] / total < 0.6

@@ -1,11 +1,15 @@
 """Opening pictures: as displayed, or an error of one line."""
 
+import dataclasses
 import io
+import struct
 import tarfile
+import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
+from transformers.image_transforms import convert_to_rgb
 
 from mllm.data.samples import RegionSample, TarMember, load_image
 from tests.tiny import noise_picture
@@ -17,11 +21,8 @@ def test_path_bytes_and_tar_member_are_the_same_picture(tmp_path):
     picture.save(tmp_path / "p.png")
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         archive.add(tmp_path / "p.png", "inner/p.png")
-    sources = [
-        str(tmp_path / "p.png"),
-        (tmp_path / "p.png").read_bytes(),
-        TarMember(str(tmp_path / "a.tar"), "inner/p.png"),
-    ]
+    member = TarMember(str(tmp_path / "a.tar"), "inner/p.png")
+    sources = [str(tmp_path / "p.png"), (tmp_path / "p.png").read_bytes(), member]
     for source in sources:
         assert np.array_equal(np.asarray(load_image(source)), np.asarray(picture))
 
@@ -33,6 +34,56 @@ def test_exif_and_transparency(tmp_path):
     assert load_image(str(tmp_path / "turned.jpg")).size == (20, 30)
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert load_image(str(tmp_path / "clear.png")).getpixel((0, 0)) == (255, 255, 255)
+
+
+def in_mode(mode):
+    """A noise picture of that mode, half transparent where the mode can be."""
+    picture = noise_picture(30, 20)
+    if mode == "P with a transparent colour":
+        picture = picture.quantize(8)
+        picture.info["transparency"] = picture.getpixel((0, 0))
+    elif mode == "RGB with a transparent colour":
+        picture.info["transparency"] = picture.getpixel((0, 0))
+    else:
+        picture = picture.convert(mode)
+        if mode.endswith("A"):
+            picture.putalpha(noise_picture(30, 20, seed=1).convert("L"))
+    return picture
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "RGB",
+        "L",
+        "1",
+        "P",
+        "RGBA",
+        "LA",
+        "P with a transparent colour",
+        "RGB with a transparent colour",
+    ],
+)
+def test_modes_become_rgb_as_in_transformers(mode):
+    buffer = io.BytesIO()
+    picture = in_mode(mode)
+    picture.save(buffer, "PNG", **picture.info)
+    pixels = np.asarray(load_image(buffer.getvalue()))
+    assert np.array_equal(pixels, convert_to_rgb(Image.open(buffer), return_numpy=True))
+    if mode.endswith(("A", "colour")):
+        assert not np.array_equal(pixels, np.asarray(Image.open(buffer).convert("RGB")))
+
+
+def test_pil_s_own_limit_is_the_limit_and_nothing_warns_below_it(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    small, large = io.BytesIO(), io.BytesIO()
+    noise_picture(40, 50).save(small, "PNG")
+    noise_picture(41, 50).save(large, "PNG")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_image(small.getvalue()).size == (40, 50)
+    with pytest.raises(ValueError, match="too many pixels"):
+        load_image(large.getvalue())
 
 
 def test_real_photographs_open(shared_data):
@@ -47,6 +98,19 @@ def write_truncated(path):
     path.write_bytes(buffer.getvalue()[:800])
 
 
+def write_cut_png(path):
+    noise_picture(60, 60).save(path)
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def write_broken_exif(path):
+    """EXIF that says turned, beside an image width that is text."""
+    fields = ((0x0112, 3, 1, b"\6\0\0\0"), (0x0100, 2, 4, b"abc\0"))
+    entries = b"".join(struct.pack("<HHI", *field[:3]) + field[3] for field in fields)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(fields)) + entries + b"\0\0\0\0"
+    noise_picture(30, 20).save(path, "JPEG", exif=exif)
+
+
 def write_bomb(path):
     Image.new("1", (20000, 20000)).save(path, "PNG")
 
@@ -59,6 +123,8 @@ def write_bomb(path):
         ("text.png", lambda path: path.write_text("hello"), "not an image"),
         ("empty.png", lambda path: path.write_bytes(b""), "not an image"),
         ("cut.jpg", write_truncated, "cannot read the image"),
+        ("cut.png", write_cut_png, "cannot read the image"),
+        ("exif.jpg", write_broken_exif, "cannot read the image"),
         ("bomb.png", write_bomb, "too many pixels"),
     ],
 )
@@ -76,10 +142,56 @@ def test_a_missing_tar_member(tmp_path):
         load_image(TarMember(str(tmp_path / "a.tar"), "x.png"))
 
 
+@pytest.mark.parametrize("length", [0, 5, 300])
+def test_a_damaged_tar(tmp_path, length):
+    noise_picture(30, 20).save(tmp_path / "p.png")
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "p.png", "p.png")
+    (tmp_path / "a.tar.gz").write_bytes((tmp_path / "a.tar.gz").read_bytes()[:length])
+    with pytest.raises(ValueError, match="cannot read the image p.png in .*a.tar.gz") as caught:
+        load_image(TarMember(str(tmp_path / "a.tar.gz"), "p.png"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_picture_never_raises_anything_else():
+    rng = np.random.default_rng(0)
+    refused = 0
+    for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP"):
+        buffer = io.BytesIO()
+        noise_picture(40, 30).save(buffer, kind)
+        for _ in range(60):
+            damaged = np.frombuffer(buffer.getvalue(), np.uint8).copy()
+            damaged[rng.integers(0, min(len(damaged), 300), 4)] = rng.integers(0, 256, 4)
+            try:
+                load_image(damaged[: rng.integers(1, len(damaged))].tobytes())
+            except ValueError as error:
+                refused += "\n" not in str(error)
+    assert refused > 200
+
+
+def test_a_sample_cannot_be_changed():
+    sample = RegionSample("7", b"", (Region.whole(),), None, ("x",))
+    assert sample.candidates is None and sample.meta == {}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        sample.question = "What is this?"
+    assert not hasattr(sample, "__dict__")
+
+
+def test_the_stated_size_is_that_of_the_displayed_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise_picture(30, 20).save(tmp_path / "p.jpg", exif=exif)
+    sample = RegionSample("7", str(tmp_path / "p.jpg"), (Region.whole(),), None, ("x",))
+    assert sample.open_image().size == (20, 30)  # nothing stated
+    right = dataclasses.replace(sample, meta={"width": 20, "height": 30})
+    assert right.open_image().size == (20, 30)
+    with pytest.raises(ValueError, match="sample 7: .*p.jpg is 20 x 30 pixels"):
+        dataclasses.replace(sample, meta={"width": 30, "height": 20}).open_image()
+
+
 def test_another_size_than_stated_is_an_error(tmp_path):
     noise_picture(30, 20).save(tmp_path / "p.png")
-    sample = RegionSample(
-        "7", str(tmp_path / "p.png"), (Region.whole(),), None, ("x",), meta={"width": 60, "height": 40}
-    )
+    meta = {"width": 60, "height": 40}
+    sample = RegionSample("7", str(tmp_path / "p.png"), (Region.whole(),), None, ("x",), meta=meta)
     with pytest.raises(ValueError, match="30 x 20 pixels, its data set says 60 x 40"):
         sample.open_image()
