@@ -117,6 +117,7 @@ class AlphaLlavaProcessor(LlavaProcessor):
         if text is None:
             raise ValueError("expected text: a question, or a list of questions")
         kwargs.setdefault("padding", True)
+        kwargs.setdefault("padding_side", "left")  # whatever the tokenizer says: answers begin where the prompt ends
         if text_is_prompt:
             if images is not None:
                 images, regions = _flatten(images, regions)

@@ -46,6 +46,7 @@ class DataArguments:
 
     data: str = field(metadata={"help": "folder in Visual Genome's layout (split: train)"})
     region_input: str = field(default="box", metadata={"help": "box, mask, or mixed (one of both at random)"})
+    mask_share: float = field(default=0.5, metadata={"help": "with mixed: how often the region is given as its mask"})
     max_turns: int = field(default=1, metadata={"help": "a sample is a conversation of 1 to this many questions"})
     turn_weights: list[str] = field(
         default_factory=list,
@@ -62,6 +63,8 @@ class DataArguments:
             raise ValueError(f"region_input: expected one of {', '.join(REGION_INPUTS)}, got {self.region_input!r}")
         if self.max_turns < 1:
             raise ValueError(f"max_turns: expected 1 or more, got {self.max_turns}")
+        if not 0 <= self.mask_share <= 1:
+            raise ValueError(f"mask_share: expected a number from 0 to 1, got {self.mask_share}")
         self.weight_of_kind()
 
     def weight_of_kind(self) -> dict[str, float]:

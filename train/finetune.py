@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model=model,
         optimizers=(optimizer, None),
         args=training_args,
-        train_dataset=ConversationDataset(facts, data_args.max_turns, data_args.weight_of_kind()),
+        train_dataset=ConversationDataset(facts, data_args.max_turns, data_args.weight_of_kind(), data_args.mask_share),
         data_collator=ConversationCollator(processor),
         processing_class=processor,
     )

@@ -58,9 +58,14 @@ class ConversationDataset(Dataset):
     """
 
     def __init__(
-        self, facts: list[RegionFacts], max_turns: int = 1, turn_weights: Mapping[str, float] | None = None
+        self,
+        facts: list[RegionFacts],
+        max_turns: int = 1,
+        turn_weights: Mapping[str, float] | None = None,
+        mask_share: float = 0.5,
     ) -> None:
         self.facts = facts
+        self.mask_share = mask_share  # of a region that is known as box and as mask
         self.max_turns = max_turns
         self.turn_weights = dict(turn_weights or {})  # by kind of turn; 1 for the others
 
@@ -71,7 +76,7 @@ class ConversationDataset(Dataset):
         """A conversation as `apply_chat_template` takes it, with the opened picture in its first turn."""
         facts = self.facts[index]
         rng = np.random.default_rng(int(torch.randint(2**62, ())))
-        region = facts.forms[rng.integers(len(facts.forms))]
+        region = facts.forms[-1 if rng.random() < self.mask_share else 0]
         weights = np.array([self.turn_weights.get(kind, 1.0) for kind, _, _ in facts.turns])
         count = min(int(rng.integers(1, self.max_turns + 1)), len(facts.turns))
         chosen = rng.choice(len(facts.turns), count, replace=False, p=weights / weights.sum())
