@@ -54,7 +54,9 @@ def load(
     name = EMBEDDED_MODEL if model is None else model
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     if not os.path.isdir(name) and not _hub_answers():
-        hub["local_files_only"] = True  # from the cache or not at all, at once: Transformers would retry for half a minute
+        hub["local_files_only"] = (
+            True  # from the cache or not at all, at once: Transformers would retry for half a minute
+        )
     config = _read_config(name, hub)
     loaded = load_llava(
         name,

@@ -44,7 +44,9 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "embedded_model", help="scenes and checkpoints")
     parser.add_argument("--out", type=Path, default=EMBEDDED_MODEL, help="where the finished model goes")
     parser.add_argument("--seed", type=int, default=1, help="seed of initial weights and training order")
-    parser.add_argument("--scenes", type=int, default=TRAIN_SCENES, help="training scenes; fewer only to try the script")
+    parser.add_argument(
+        "--scenes", type=int, default=TRAIN_SCENES, help="training scenes; fewer only to try the script"
+    )
     args, recipe_flags = parser.parse_known_args()
 
     data = args.work / f"shapes_train_{TRAIN_SEED}_{args.scenes}"

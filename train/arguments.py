@@ -50,7 +50,9 @@ class DataArguments:
     max_turns: int = field(default=1, metadata={"help": "a sample is a conversation of 1 to this many questions"})
     turn_weights: list[str] = field(
         default_factory=list,
-        metadata={"help": "how often a kind of turn is drawn, others being 1: description=3 left=6 (a question's `type`)"},
+        metadata={
+            "help": "how often a kind of turn is drawn, others being 1: description=3 left=6 (a question's `type`)"
+        },
     )
 
     def __post_init__(self) -> None:

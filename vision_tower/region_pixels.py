@@ -22,6 +22,8 @@ def mask_pixels(mask: Any) -> np.ndarray:
     if isinstance(mask, Image.Image):
         mask = _grey(mask)
     array = np.asarray(mask)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"expected a mask of bools, of 0 and 1, uint8 0..255 or floats 0..1, got {array.dtype}")
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"expected a mask (H, W), got shape {array.shape}")
     if array.dtype == bool:
@@ -103,7 +105,10 @@ def polygon_coverage(points: tuple, height: int, width: int) -> np.ndarray:
             np.add.at(change[row], cells + 1, signs * (xs - cells))
     coverage = change[:, :width].cumsum(1).clip(0, 1)
     coverage[coverage < 1e-9] = 0  # rounding of the sum
-    if not coverage.any():  # thinner than the distance of the scan lines: still a trace
+    # Thinner than the distance of the scan lines: still a trace. Only then: the box around a polygon that merely passes
+    # a corner of the picture reaches into it.
+    thin = min(np.ptp(x0), np.ptp(y0)) < 1 / _SUBROWS
+    if thin and not coverage.any():
         return box_coverage((x0.min(), y0.min(), x0.max(), y0.max()), height, width)
     return coverage.astype(np.float32)
 

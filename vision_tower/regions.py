@@ -12,7 +12,9 @@ import io
 import json
 import logging
 import math
+import operator
 import os
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,6 +39,9 @@ FORMS = (
     "box:x0,y0,x1,y1 | nbox:x0,y0,x1,y1 | polygon:x,y,x,y,x,y[;...] | mask:FILE.png | rle:FILE.json | "
     "points:x,y[;x,y]@radius | stroke:x,y;x,y@width | whole, each with an optional strength: box:1,2,3,4*0.5"
 )
+_STRENGTH = re.compile(r"(.*)\*([\d.eE+-]+)", re.DOTALL)
+_LARGEST = 1e9  # of a coordinate: what lies further out only overflows
+_ROUNDING = 1e-3  # pixels that a region may reach over the picture without a warning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +75,15 @@ class Region:
         """A box, half-open: x0 <= x < x1. In pixels, or with `normalized` as fractions (0 to 1) of width and height.
 
         Raises:
-            ValueError: If a coordinate is not finite, or the box has no area.
+            ValueError: If a coordinate is not finite, the box has no area, or a normalized box lies outside 0 to 1.
         """
         box = tuple(_finite((x0, y0, x1, y1), "box"))
         if box[2] <= box[0] or box[3] <= box[1]:
             raise ValueError(f"expected a box x0,y0,x1,y1 with x0 < x1 and y0 < y1, got {_numbers(box)}")
+        if normalized and (min(box[2:]) <= 0 or max(box[:2]) >= 1):
+            raise ValueError(
+                f"expected fractions from 0 to 1 of the picture, got {_numbers(box)}; pixels are a plain box"
+            )
         return cls("nbox" if normalized else "box", box, strength)
 
     @classmethod
@@ -87,9 +96,11 @@ class Region:
         """
         polygons = [_vertices(part) for part in _split_polygons(polygon)]
         for part in polygons:
-            area = sum(ax * by - bx * ay for (ax, ay), (bx, by) in zip(part, part[1:] + part[:1], strict=True))
-            if len(set(part)) < 3 or (area == 0 and len(part) < 4):
-                raise ValueError(f"expected polygons of at least 3 different vertices and some area, got {part}")
+            # not the signed area, which is 0 for a figure of eight too
+            if np.linalg.matrix_rank(np.array(part) - part[0]) < 2:
+                raise ValueError(
+                    f"expected polygons of at least 3 different vertices and some area, got {shortened(part)}"
+                )
         return cls("polygon", tuple(polygons), strength)
 
     @classmethod
@@ -123,13 +134,14 @@ class Region:
         if not isinstance(rle, dict) or not {"size", "counts"} <= rle.keys():
             raise ValueError(f"expected an RLE {{'size': [h, w], 'counts': ...}}, got {shortened(rle)}")
         try:
-            height, width = (int(v) for v in rle["size"])
+            height, width = map(operator.index, rle["size"])
             counts = rle["counts"]
-            runs = np.array(decode_counts(counts) if isinstance(counts, str | bytes) else counts, np.int64)
-        except (TypeError, ValueError, OverflowError, IndexError) as error:
+            runs = decode_counts(counts) if isinstance(counts, str | bytes) else [*map(operator.index, counts)]
+        except (TypeError, ValueError, IndexError) as error:
             raise ValueError(f"expected an RLE {{'size': [h, w], 'counts': ...}}, got {shortened(rle)}") from error
-        if runs.ndim != 1 or (runs < 0).any() or height < 1 or width < 1 or runs.sum() != height * width:
-            raise ValueError(f"the RLE is inconsistent: its runs add up to {runs.sum()}, not to {height} * {width}")
+        # Summed as Python integers: an int64 sum can wrap around to the right one, and np.repeat then crashes.
+        if min(runs, default=-1) < 0 or height < 1 or width < 1 or sum(runs) != height * width:
+            raise ValueError(f"the RLE is inconsistent: its runs add up to {sum(runs)}, not to {height} * {width}")
         flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
         return cls.from_mask(flat.reshape(width, height).T, strength=strength)
 
@@ -175,14 +187,12 @@ class Region:
         if self.kind == "mask":
             return self._unpacked(height, width)
         x0, y0, x1, y1 = self._extent(height, width)
-        if x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height:
-            raise ValueError(f"the region {self} lies outside the picture of {width} x {height} pixels")
-        if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
+        if min(x0, y0) < -_ROUNDING or x1 > width + _ROUNDING or y1 > height + _ROUNDING:
             logger.warning(
                 "the region %s reaches over the picture of %d x %d pixels and is cut off", self, width, height
             )
         if self.kind == "polygon":
-            coverage = np.maximum.reduce([polygon_coverage(part, height, width) for part in self.data])
+            coverage = self._union(height, width)
         elif self.kind in ("points", "stroke"):
             points, size = self.data
             coverage = line_coverage(points, size if self.kind == "points" else size / 2, self.kind, height, width)
@@ -201,7 +211,11 @@ class Region:
         return 1 - np.float32(self.strength) * (1 - self.mask(height, width))
 
     def bounding_box(self, height: int, width: int) -> tuple[float, float, float, float]:
-        """Box x0, y0, x1, y1 in pixels around the part of the region that lies in a (height, width) picture."""
+        """Box x0, y0, x1, y1 in pixels around the region, cut off at the edges of a (height, width) picture.
+
+        Raises:
+            ValueError: As `mask`.
+        """
         if self.kind == "mask":
             rows, columns = np.nonzero(self.mask(height, width))
             return float(columns.min()), float(rows.min()), float(columns.max() + 1), float(rows.max() + 1)
@@ -209,7 +223,13 @@ class Region:
         return max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
 
     def _extent(self, height: int, width: int) -> tuple[float, float, float, float]:
-        """Box around the region in pixels; it may reach over the picture."""
+        """Box around the region in pixels; it may reach over the picture, but not lie outside."""
+        x0, y0, x1, y1 = self._bounds(height, width)
+        if x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height:
+            raise ValueError(f"the region {self} lies outside the picture of {width} x {height} pixels")
+        return x0, y0, x1, y1
+
+    def _bounds(self, height: int, width: int) -> tuple[float, float, float, float]:
         if self.kind == "whole":
             return 0.0, 0.0, float(width), float(height)
         if self.kind == "box":
@@ -225,6 +245,19 @@ class Region:
             reach = size if self.kind == "points" else size / 2
         xs, ys = zip(*points, strict=True)
         return min(xs) - reach, min(ys) - reach, max(xs) + reach, max(ys) + reach
+
+    def _union(self, height: int, width: int) -> np.ndarray:
+        """Coverage of the polygons, each drawn in its own window: many parts of a large picture stay cheap."""
+        coverage = np.zeros((height, width), np.float32)
+        for part in self.data:
+            xs, ys = zip(*part, strict=True)
+            left, right = max(math.floor(min(xs)), 0), min(math.ceil(max(xs)), width)
+            top, bottom = max(math.floor(min(ys)), 0), min(math.ceil(max(ys)), height)
+            if left < right and top < bottom:
+                moved = tuple((x - left, y - top) for x, y in part)
+                window = coverage[top:bottom, left:right]
+                np.maximum(window, polygon_coverage(moved, bottom - top, right - left), out=window)
+        return coverage
 
     def _unpacked(self, height: int, width: int) -> np.ndarray:
         own_height, own_width, depth, packed = self.data
@@ -254,17 +287,17 @@ class Region:
         Raises:
             ValueError: If the text is of no such form.
         """
-        kind, _, rest = text.strip().partition(":")
-        body, star, strength = rest.rpartition("*") if kind not in ("mask", "rle") else (rest, "", "")
+        kind, _, body = text.strip().partition(":")
+        if kind not in _PARSERS:
+            raise ValueError(f"expected a region {FORMS}; got {shortened(text)!r}")
+        strength = "1"
+        if match := _STRENGTH.fullmatch(body):
+            body, strength = match.groups()
         try:
-            read = _PARSERS[kind]
-            return dataclasses.replace(
-                read(cls, body if star or kind in ("mask", "rle") else rest), strength=float(strength) if star else 1.0
-            )
-        except KeyError:
-            raise ValueError(f"expected a region {FORMS}; got {shortened(text)!r}") from None
+            return dataclasses.replace(_PARSERS[kind](cls, body), strength=float(strength))
         except (ValueError, OSError) as error:
-            raise ValueError(f"cannot read the region {shortened(text)!r}: {error}") from error
+            forms = "" if kind in ("mask", "rle") else f". Expected {FORMS}"  # there it is the file that is wrong
+            raise ValueError(f"cannot read the region {shortened(text)!r}: {error}{forms}") from error
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` turns back into an equal region."""
@@ -375,12 +408,14 @@ _PARSERS: dict[str, Callable] = {
 
 
 def _finite(values: Sequence, what: str) -> list[float]:
+    if any(isinstance(value, str | bytes) for value in values):
+        raise ValueError(f"expected numbers for the {what}, got {shortened(values)}")
     try:
         numbers = [float(value) for value in values]
     except (TypeError, ValueError) as error:
         raise ValueError(f"expected numbers for the {what}, got {shortened(values)}") from error
-    if not all(math.isfinite(number) for number in numbers):
-        raise ValueError(f"expected finite numbers for the {what}, got {shortened(values)}")
+    if not all(abs(number) <= _LARGEST for number in numbers):  # not a number fails this too
+        raise ValueError(f"expected finite numbers up to {_LARGEST:g} for the {what}, got {shortened(values)}")
     return numbers
 
 

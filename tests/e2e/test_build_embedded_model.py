@@ -18,7 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 def test_build_from_nothing(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "build_embedded_model.py"), "--scenes", "300", "--max_steps", "60"]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "build_embedded_model.py"),
+        "--scenes",
+        "300",
+        "--max_steps",
+        "60",
+    ]
     command += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "assets" / "model"), "--logging_steps", "10"]
     subprocess.run(command, check=True, cwd=tmp_path)
     out = tmp_path / "assets" / "model"

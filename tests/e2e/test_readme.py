@@ -19,7 +19,9 @@ BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 def test_the_five_lines_run_as_written(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     (code,) = [body for language, body in BLOCKS if language == "python" and "mllm.load()" in body]
-    assert len([line for line in code.splitlines() if not line.startswith(("from PIL", "image =")) and line.strip()]) == 5
+    assert (
+        len([line for line in code.splitlines() if not line.startswith(("from PIL", "image =")) and line.strip()]) == 5
+    )
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip().endswith("ASSISTANT: a large striped orange diamond")
 

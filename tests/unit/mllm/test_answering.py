@@ -38,7 +38,9 @@ def test_sampling_settings_of_a_checkpoint_are_ignored(chat, tiny_llava):
     expected = chat.answer(IMAGE, LEFT, max_new_tokens=6)
     saved = model.generation_config
     try:
-        model.generation_config = type(saved)(do_sample=True, temperature=5.0, top_p=0.9, eos_token_id=2, pad_token_id=2)
+        model.generation_config = type(saved)(
+            do_sample=True, temperature=5.0, top_p=0.9, eos_token_id=2, pad_token_id=2
+        )
         sampling = RegionChat(model, processor)
         assert [sampling.answer(IMAGE, LEFT, max_new_tokens=6) for _ in range(3)] == [expected] * 3
     finally:

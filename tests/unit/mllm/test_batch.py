@@ -32,9 +32,9 @@ def write(folder, records):
     return path
 
 
-def arguments(model, folder, output="answers.jsonl", size=4):
+def arguments(model, folder, output="answers.jsonl", size=4, tokens=3):
     flags = ["--model", model, "--batch", folder / "requests.jsonl", "--output", folder / output]
-    return [str(flag) for flag in [*flags, "--batch-size", size, "--max-new-tokens", 3]]
+    return [str(flag) for flag in [*flags, "--batch-size", size, "--max-new-tokens", tokens]]
 
 
 def answers(folder, output="answers.jsonl"):
@@ -51,7 +51,13 @@ def test_one_bad_request_never_stops_the_others(tiny_llava_dir, folder, capsys):
         "typo": {"id": "typo", "image": "a.png", "region": BOX, "questoin": "what?"},
         "number": {"id": "number", "image": "a.png", "region": BOX, "question": 3},
     }
-    records = [*good(3), *bad.values(), "{not json", "[1]", {"id": "whole", "image": "b.png", "region": {"whole": True}}]
+    records = [
+        *good(3),
+        *bad.values(),
+        "{not json",
+        "[1]",
+        {"id": "whole", "image": "b.png", "region": {"whole": True}},
+    ]
     write(folder, records)
     assert chat.main(arguments(tiny_llava_dir, folder)) == 1
     written = answers(folder)
@@ -64,9 +70,12 @@ def test_one_bad_request_never_stops_the_others(tiny_llava_dir, folder, capsys):
 
 
 def test_each_request_gets_its_own_region(tiny_llava_dir, folder):
-    records = [{"id": i, "image": "a.png", "region": r} for i, r in enumerate([BOX, {"box": [40, 10, 60, 40]}, {"whole": True}, BOX])]
+    records = [
+        {"id": i, "image": "a.png", "region": r}
+        for i, r in enumerate([BOX, {"box": [40, 10, 60, 40]}, {"whole": True}, BOX])
+    ]
     write(folder, records)
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 0
+    assert chat.main(arguments(tiny_llava_dir, folder, tokens=24)) == 0
     texts = [a["answer"] for a in answers(folder)]
     assert texts[0] == texts[3] and len(set(texts)) == 3
 

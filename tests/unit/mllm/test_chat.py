@@ -48,7 +48,9 @@ def test_every_region_option_reaches_the_model(tiny_llava_dir, picture, files, o
 
     fed = []
     generate = RegionChat._generate
-    monkeypatch.setattr(RegionChat, "_generate", lambda self, *a, **k: fed.append((self, a[0])) or generate(self, *a, **k))
+    monkeypatch.setattr(
+        RegionChat, "_generate", lambda self, *a, **k: fed.append((self, a[0])) or generate(self, *a, **k)
+    )
     masked = Region.from_mask(files / "mask.png")
     values = {**REGIONS, "--mask": (files / "mask.png", masked), "--rle": (files / "rle.json", masked)}
     value, region = values.get(option, (None, Region.whole()))
@@ -62,7 +64,12 @@ def test_every_region_option_reaches_the_model(tiny_llava_dir, picture, files, o
 
 def test_two_regions_give_two_answers_and_strength_counts(tiny_llava_dir, picture, capsys):
     answers = []
-    for arguments in (["--box", "0,0,20,20"], ["--box", "40,20,60,40"], ["--box", "0,0,20,20", "--strength", "0"], ["--whole"]):
+    for arguments in (
+        ["--box", "0,0,20,20"],
+        ["--box", "40,20,60,40"],
+        ["--box", "0,0,20,20", "--strength", "0"],
+        ["--whole"],
+    ):
         assert run(tiny_llava_dir, "--image", picture, *arguments, "--json") == 0
         answers.append(json.loads(capsys.readouterr().out)["answer"])
     assert answers[0] != answers[1]
@@ -96,7 +103,10 @@ def write_cut(path):
         (["--image", "picture.png", "--box", "nan,0,1,1", "--ask", "x"], "finite"),
         (["--image", "picture.png", "--mask", "small.png", "--ask", "x"], "expected equal sizes"),
         (["--image", "picture.png", "--mask", "empty.png", "--ask", "x"], "region is empty"),
-        (["--image", "picture.png", "--whole", "--strength", "3", "--ask", "x", "--box", "1,1,2,2"], "not allowed with"),
+        (
+            ["--image", "picture.png", "--whole", "--strength", "3", "--ask", "x", "--box", "1,1,2,2"],
+            "not allowed with",
+        ),
         (["--image", "picture.png", "--box", "1,1,9,9", "--strength", "3", "--ask", "x"], "strength from 0 to 1"),
         (["--image", "picture.png", "--whole", "--ask", "x", "--save-overlay", "no/folder.png"], "there is no folder"),
         (["--ask", "x", "--whole"], "expected --image"),
@@ -106,7 +116,9 @@ def write_cut(path):
         (["--image", "picture.png", "--whole", "--ask", "x", "--device", "quantum"], "expected a device"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(tiny_llava_dir, picture, tmp_path, monkeypatch, capsys, arguments, message):
+def test_mistakes_are_one_line_and_exit_code_2(
+    tiny_llava_dir, picture, tmp_path, monkeypatch, capsys, arguments, message
+):
     (tmp_path / "text.png").write_text("hello")
     write_cut(tmp_path / "cut.jpg")
     Image.new("L", (30, 20), 255).save(tmp_path / "small.png")

@@ -25,7 +25,11 @@ def test_grouping_keeps_every_form_and_turn_once(root):
     assert len(facts) == len(boxes) + len(free)
     for entry, box, mask in zip(facts, boxes, masks, strict=False):
         assert entry.forms == (box.regions[0], mask.regions[0])
-        asked = [(q.meta["type"], q.question, q.references[0]) for q in questions if q.meta["region_id"] == box.meta["region_id"]]
+        asked = [
+            (q.meta["type"], q.question, q.references[0])
+            for q in questions
+            if q.meta["region_id"] == box.meta["region_id"]
+        ]
         assert set(entry.turns) == {("description", None, box.references[0]), *asked}
     assert all(entry.forms[0].is_whole for entry in facts[len(boxes) :])
 

@@ -24,13 +24,19 @@ def test_regions_and_texts_in_one_call(tmp_path):
     regions = [Region.from_box(8, 4, 20, 20), Region.from_box(25, 10, 40, 38)]
     inputs = processor(images=image, regions=regions, text=["a cat", "a red dog"], return_tensors="pt", padding=True)
     assert inputs["pixel_values"].shape == (2, 4, 32, 32) and inputs["input_ids"].shape[0] == 2
-    assert torch.equal(inputs["pixel_values"], processor.image_processor(image, regions, return_tensors="pt")["pixel_values"])
-    texts = CLIPProcessor(processor.image_processor, processor.tokenizer)(text=["a cat", "a red dog"], return_tensors="pt", padding=True)
+    assert torch.equal(
+        inputs["pixel_values"], processor.image_processor(image, regions, return_tensors="pt")["pixel_values"]
+    )
+    texts = CLIPProcessor(processor.image_processor, processor.tokenizer)(
+        text=["a cat", "a red dog"], return_tensors="pt", padding=True
+    )
     assert torch.equal(inputs["input_ids"], texts["input_ids"])
     processor.save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
     assert type(again) is AlphaCLIPProcessor
-    assert torch.equal(again(images=image, regions=regions, return_tensors="pt")["pixel_values"], inputs["pixel_values"])
+    assert torch.equal(
+        again(images=image, regions=regions, return_tensors="pt")["pixel_values"], inputs["pixel_values"]
+    )
     with pytest.raises(ValueError, match="regions without images"):
         processor(text="a cat", regions=regions)
 
@@ -46,7 +52,9 @@ def test_zero_shot_scores_depend_on_the_region(tmp_path):
         assert type(auto.from_pretrained(tmp_path)) is AlphaCLIPModel
     processor = build()
     regions = [Region.from_box(8, 4, 20, 20), Region.from_box(25, 10, 40, 38), None]
-    inputs = processor(images=noise_picture(50, 40), regions=regions, text=["a cat", "a dog"], return_tensors="pt", padding=True)
+    inputs = processor(
+        images=noise_picture(50, 40), regions=regions, text=["a cat", "a dog"], return_tensors="pt", padding=True
+    )
     with torch.no_grad():
         logits = AutoModel.from_pretrained(tmp_path).eval()(**inputs).logits_per_image
         assert torch.equal(logits, model(**inputs).logits_per_image)
@@ -61,7 +69,13 @@ def test_clips_own_vocabulary(shared_data):
     codes = [*range(33, 127), *range(161, 173), *range(174, 256)]
     codes += [256 + n for n in range(256 - len(codes))]
     alphabet = [chr(code) for code in codes]
-    tokens = [*alphabet, *[c + "</w>" for c in alphabet], *["".join(m) for m in merges], "<|startoftext|>", "<|endoftext|>"]
+    tokens = [
+        *alphabet,
+        *[c + "</w>" for c in alphabet],
+        *["".join(m) for m in merges],
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     tokenizer = CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=merges)
     processor = AlphaCLIPProcessor(image_processor=AlphaCLIPImageProcessor(), tokenizer=tokenizer)
     # Source: clip.tokenize("a diagram") in openai/CLIP's README

@@ -38,9 +38,29 @@ def masks(draw):
     return Region.from_mask(array, strength=draw(strengths))
 
 
+@st.composite
+def normalized_boxes(draw):
+    x0, y0 = draw(st.floats(-0.5, 0.9)), draw(st.floats(-0.5, 0.9))
+    x1, y1 = draw(st.floats(max(x0, 0) + 0.01, 2)), draw(st.floats(max(y0, 0) + 0.01, 2))
+    return Region.from_box(x0, y0, x1, y1, normalized=True, strength=draw(strengths))
+
+
+@st.composite
+def polygons(draw):
+    """One to three quadrangles that turn around a centre, so that none is flat."""
+    parts = []
+    for _ in range(draw(st.integers(1, 3))):
+        x, y = draw(coordinates), draw(coordinates)
+        right, down, left, up = (draw(st.floats(0.05, 40)) for _ in range(4))
+        parts.append([[x + right, y], [x, y + down], [x - left, y], [x, y - up]])
+    return Region.from_polygon(parts, strength=draw(strengths))
+
+
 points = st.lists(st.tuples(coordinates, coordinates), min_size=1, max_size=5)
 regions = st.one_of(
     boxes(),
+    normalized_boxes(),
+    polygons(),
     masks(),
     st.builds(lambda p, r, s: Region.from_points(p, radius=r, strength=s), points, st.floats(0.01, 20), strengths),
     st.builds(lambda p, w, s: Region.from_stroke(p, width=w, strength=s), points, st.floats(0.01, 20), strengths),
@@ -114,6 +134,28 @@ def test_polygon_areas_and_union():
     assert two == Region.from_polygon([[[0, 0], [4, 0], [4, 4], [0, 4]], [[10, 10], [14, 10], [14, 14], [10, 14]]])
 
 
+def test_many_polygons_equal_one_by_one():
+    parts = [[[7.5 * i, 3], [7.5 * i + 9, 5.25], [7.5 * i - 2, 40]] for i in range(20)]
+    one_by_one = np.maximum.reduce([Region.from_polygon(part).mask(50, 160) for part in parts])
+    np.testing.assert_allclose(Region.from_polygon(parts).mask(50, 160), one_by_one, atol=1e-6)
+
+
+def test_a_polygon_that_passes_a_corner_covers_nothing_there():
+    corner = [[-10, 5], [5, -10], [-10, -10]]
+    with pytest.raises(ValueError, match="outside the picture"):
+        Region.from_polygon(corner).mask(20, 20)
+    square = [[10, 10], [12, 10], [12, 12], [10, 12]]
+    assert Region.from_polygon([corner, square]).mask(20, 20).sum() == pytest.approx(4, abs=1e-4)
+
+
+def test_a_polygon_between_the_scan_lines_leaves_its_area():
+    assert Region.from_polygon([[1, 3.51], [9, 3.51], [9, 3.53], [1, 3.53]]).mask(10, 10).sum() == pytest.approx(0.16)
+
+
+def test_a_figure_of_eight_has_an_area():
+    assert Region.from_polygon([[0, 0], [4, 4], [4, 0], [0, 4]]).mask(5, 5).sum() == pytest.approx(8, abs=1e-4)
+
+
 def test_polygon_of_a_real_photo_agrees_with_pycocotools(shared_data):
     (record,) = json.loads((shared_data / "photos/quokka_annotations.json").read_text())["polygons"]
     points = [(point["x"], point["y"]) for point in record["keypoints"]]
@@ -177,6 +219,7 @@ def test_mask_files(tmp_path):
     mask[2, 1] = 255
     Image.fromarray(mask).save(tmp_path / "m.png")
     assert Region.from_mask(tmp_path / "m.png") == Region.parse(f"mask:{tmp_path / 'm.png'}") == Region.from_mask(mask)
+    assert Region.parse(f"mask:{tmp_path / 'm.png'}*0.5") == Region.from_mask(mask, strength=0.5)
     (tmp_path / "r.json").write_text(json.dumps(Region.from_mask(mask).to_json()["rle"]))
     assert Region.parse(f"rle:{tmp_path / 'r.json'}") == Region.from_mask(mask)
 
@@ -199,6 +242,9 @@ def test_mask_of_another_size_is_never_the_whole_image(shared_data):
         ("polygon:0,0,9,0,9,9;20,20,30,20,30,30", Region.from_polygon([[0, 0, 9, 0, 9, 9], [20, 20, 30, 20, 30, 30]])),
         ("points:5,6;7,8@2.5", Region.from_points([[5, 6], [7, 8]], radius=2.5)),
         ("stroke:5,6;7,8@3", Region.from_stroke([[5, 6], [7, 8]], width=3)),
+        ("points:5,6;7,8@2.5*0.25", Region.from_points([[5, 6], [7, 8]], radius=2.5, strength=0.25)),
+        ('rle:{"size":[1,2],"counts":[1,1]}', Region.from_mask(np.array([[0, 1]]))),
+        ('rle:{"size":[1,2],"counts":[1,1]}*0.5', Region.from_mask(np.array([[0, 1]]), strength=0.5)),
         ("whole", Region.whole()),
     ],
 )
@@ -210,7 +256,11 @@ def test_parse(text, region):
     ("make", "message"),
     [
         (lambda: Region.parse("circle:1,2,3"), "expected a region box:"),
-        (lambda: Region.parse("box:1,2,3"), "expected 4 numbers, got 3"),
+        (lambda: Region.parse("box:1,2,3"), "expected 4 numbers, got 3.*polygon:x,y"),
+        (lambda: Region.parse("box:1,2,3,4*strong"), "could not convert.*polygon:x,y"),
+        (lambda: Region.from_json({"box": "1234"}), "expected numbers"),
+        (lambda: Region.from_box(0, 0, 1e12, 1), "finite numbers up to"),
+        (lambda: Region.from_box(10, 20, 200, 180, normalized=True), "fractions from 0 to 1"),
         (lambda: Region.parse("points:1,2"), "expected @ and a size"),
         (lambda: Region.parse("mask:nothing.png"), "there is no mask file"),
         (lambda: Region.from_box(0, 0, float("nan"), 3), "finite"),
@@ -221,6 +271,7 @@ def test_parse(text, region):
         (lambda: Region.from_polygon([]), "empty list"),
         (lambda: Region.from_polygon([[0, 0], [1, 1]]), "3 different vertices"),
         (lambda: Region.from_polygon([[0, 0], [1, 1], [2, 2]]), "some area"),
+        (lambda: Region.from_polygon([[0, 0], [1, 0.1], [2, 0.2], [3, 0.3]]), "some area"),
         (lambda: Region.from_polygon([0, 0, 1]), "x and y"),
         (lambda: Region.from_points([], radius=2), "expected points"),
         (lambda: Region.from_points([[1, 1]], radius=0), "radius above 0"),
@@ -228,10 +279,16 @@ def test_parse(text, region):
         (lambda: Region.from_mask(np.zeros((4, 4), bool)), "empty"),
         (lambda: Region.from_mask(np.full((4, 4), 7)), "expected a mask of"),
         (lambda: Region.from_mask(np.full((4, 4), np.nan)), "expected a mask of"),
+        (lambda: Region.from_mask(np.ones((4, 4), complex)), "expected a mask of"),
+        (lambda: Region.from_mask(np.array([[None, 1]])), "expected a mask of"),
         (lambda: Region.from_mask(np.ones((4, 4, 3))), "expected a mask \\(H, W\\)"),
         (lambda: Region.from_rle({"size": [4, 4], "counts": [3, 4]}), "add up to 7, not to 4"),
         (lambda: Region.from_rle({"size": [4, 4], "counts": "garbage!"}), "RLE"),
         (lambda: Region.from_rle({"size": [4, 4], "counts": [16]}), "empty"),
+        (lambda: Region.from_rle({"size": [4, 4], "counts": [2**62] * 4 + [16]}), "inconsistent"),
+        (lambda: Region.from_rle({"size": [4, 4], "counts": [-1, 17]}), "inconsistent"),
+        (lambda: Region.from_rle({"size": [4, 4], "counts": []}), "inconsistent"),
+        (lambda: Region.from_rle({"size": [4, 4], "counts": [0.9, 16.2]}), "expected an RLE"),
         (lambda: Region.from_rle({"counts": [16]}), "expected an RLE"),
         (lambda: Region.from_json({"box": [0, 0, 1, 1], "whole": True}), "exactly one of"),
         (lambda: Region.from_json({}), "exactly one of"),
@@ -240,6 +297,7 @@ def test_parse(text, region):
         (lambda: Region.from_json({"whole": False}), "'whole': true"),
         (lambda: Region.from_json({"box": 3}), "cannot read 'box'"),
         (lambda: Region.from_box(100, 100, 120, 120).mask(50, 60), "outside the picture of 60 x 50"),
+        (lambda: Region.from_box(100, 100, 120, 120).bounding_box(50, 60), "outside the picture of 60 x 50"),
         (lambda: Region.from_points([[-30, 5]], radius=2).mask(50, 50), "outside the picture"),
     ],
 )
@@ -254,6 +312,17 @@ def test_partly_outside_is_clipped_with_a_warning(caplog):
         mask = Region.from_box(-5, -5, 5, 5).mask(10, 10)
     assert mask.sum() == 25
     assert "cut off" in caplog.text
+
+
+def test_rounding_gives_no_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert Region.from_box(-1e-9, 0, 1 + 1e-9, 1, normalized=True).mask(10, 10).all()
+    assert not caplog.records
+
+
+def test_bounding_box_is_cut_off_at_the_picture():
+    assert Region.from_box(-5, 2, 5.5, 90).bounding_box(50, 60) == (0, 2, 5.5, 50)
+    assert Region.from_mask(np.eye(4)[:3]).bounding_box(3, 4) == (0, 0, 3, 3)
 
 
 def test_palette_masks_with_several_objects_are_refused():
