@@ -31,7 +31,7 @@ from train import finetune
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, Region
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ROOT / "train" / "recipes" / "shapes_embedded.yaml"
+RECIPES = [ROOT / "train" / "recipes" / name for name in ("shapes_embedded.yaml", "shapes_embedded_2.yaml")]
 TRAIN_SCENES, TRAIN_SEED = 20_000, 1
 SAMPLE_SCENES, SAMPLE_SEED = 3, 11
 IMAGE_SIZE, PATCH_SIZE = 96, 12
@@ -52,25 +52,20 @@ def main() -> int:
     data = args.work / f"shapes_train_{TRAIN_SEED}_{args.scenes}"
     if not (data / "image_data.json").exists():
         shapes.write(data, args.scenes, TRAIN_SEED, "train")
-    start, trained = args.work / f"start_{args.seed}", args.work / f"trained_{args.seed}"
-    write_start(start, args.seed)
-    failed = finetune.main(
-        [
-            str(RECIPE),
-            "--model",
-            str(start),
-            "--data",
-            str(data),
-            "--output_dir",
-            str(trained),
-            "--seed",
-            str(args.seed),
-        ]
-        + recipe_flags
-    )
-    if failed:
-        return failed
-    export(trained, args.out)
+    model = args.work / f"start_{args.seed}"
+    write_start(model, args.seed)
+    for recipe in RECIPES:
+        flags = {
+            "--model": model,
+            "--data": data,
+            "--output_dir": args.work / f"{recipe.stem}_{args.seed}",
+            "--seed": args.seed,
+        }
+        failed = finetune.main([str(recipe), *(str(part) for flag in flags.items() for part in flag), *recipe_flags])
+        if failed:
+            return failed
+        model = flags["--output_dir"]
+    export(model, args.out)
     (args.out / shapes.TRAINING_SCENES).write_bytes(b"".join(_training_hashes(data)))
     write_sample_scenes(args.out.parent / "scenes")
     print(f"wrote {args.out}; score it with: python scripts/score_embedded_model.py --model {args.out}")

@@ -115,9 +115,8 @@ class AlphaCLIPImageProcessor(PilBackend):
         rgb = super().preprocess(
             [_pad_to_square(picture, self.image_mean) if geometry == "pad" else picture for picture in pictures],
             size={"shortest_edge": side} if geometry == "crop" else {"height": side, "width": side},
-            return_tensors="np",
             **kwargs,
-        )["pixel_values"]
+        )["pixel_values"]  # a list of arrays: each is copied once, into the output
         output = np.empty((sum(map(len, regions_by_picture)), 4, side, side), np.float32)
         row = 0
         for picture, pixels, picture_regions in zip(pictures, rgb, regions_by_picture, strict=True):
