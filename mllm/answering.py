@@ -4,7 +4,6 @@ evaluation.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,9 @@ from mllm.processing import AlphaLlavaProcessor
 from vision_tower import Region
 
 Turn = tuple[str, str]  # question, answer
+# Whatever the checkpoint says. As arguments of `generate`, not as a `GenerationConfig`: what is None in that would be
+# filled from the checkpoint's again, and giving both is deprecated. `max_length` beside `max_new_tokens` would warn.
+_GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_length": None}
 
 
 class RegionChat:
@@ -25,11 +27,6 @@ class RegionChat:
     def __init__(self, model: PreTrainedModel, processor: AlphaLlavaProcessor) -> None:
         self.model = model
         self.processor = processor
-        self.generation_config = copy.deepcopy(model.generation_config)
-        # greedy whatever the checkpoint says; values left over from sampling would only raise warnings
-        self.generation_config.update(
-            do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None
-        )
 
     def answer(
         self,
@@ -90,9 +87,7 @@ class RegionChat:
         self._check_tokens(prompt_length, max_new_tokens)
         check_alpha(inputs)
         inputs = inputs.to(self.model.device, self.model.dtype)
-        output = self.model.generate(
-            **inputs, generation_config=self.generation_config, max_new_tokens=max_new_tokens, streamer=streamer
-        )
+        output = self.model.generate(**inputs, **_GREEDY, max_new_tokens=max_new_tokens, streamer=streamer)
         texts = self.processor.batch_decode(output[:, prompt_length:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
@@ -100,12 +95,17 @@ class RegionChat:
 def build_conversation(
     image: Image.Image | None, region: Region, question: str | None, history: Sequence[Turn] = ()
 ) -> list[dict]:
-    """The conversation of a question: the image item, with its region, stands in the first turn."""
+    """The conversation of a question: the image item, with its region, stands in the first turn.
+
+    Raises:
+        ValueError: If the question is not valid Unicode (a terminal's broken bytes arrive as lone surrogates).
+    """
+    question = DESCRIBE_REGION if question is None else question
+    question.encode()  # UnicodeEncodeError is a ValueError; the tokenizer would raise a TypeError
     messages = []
     for asked, answered in history:
         messages.append({"role": "user", "content": [{"type": "text", "text": asked}]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answered}]})
-    question = DESCRIBE_REGION if question is None else question
     messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
     messages[0]["content"].insert(0, {"type": "image", "image": image, "region": region})
     return messages

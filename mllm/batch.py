@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import hashlib
 import json
@@ -75,8 +76,8 @@ def read_requests(path: str) -> list[Request]:
         ValueError: If the file is missing or empty, or an id occurs twice.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:
         raise ValueError(f"cannot read the requests {path}: {error}") from error
     requests = [_read_request(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not requests:
@@ -90,12 +91,13 @@ def read_requests(path: str) -> list[Request]:
     return requests
 
 
-def _read_request(number: int, line: str) -> Request:
+def _read_request(number: int, line: bytes) -> Request:
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        record = json.loads(line.decode())
+        json.dumps(record, ensure_ascii=False).encode()  # "\ud800" is JSON, but no text that could be written back
+    except (ValueError, RecursionError) as error:
         return Request(f"line {number}", {}, f"not JSON: {error}")
-    if not isinstance(record, dict) or not isinstance(record.get("id"), str | int):
+    if not isinstance(record, dict) or not isinstance(record.get("id"), str | int) or isinstance(record["id"], bool):
         return Request(f"line {number}", {}, "expected an object with an id (text or number)")
     problem = None
     if unknown := record.keys() - _REQUEST_KEYS:
@@ -164,7 +166,7 @@ def fingerprint(name: str, config: Any) -> str:
         return f"{name}@{config._commit_hash}"
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.suffix not in (".json", ".safetensors", ".bin", ".jinja"):
+        if file.suffix not in (".json", ".safetensors", ".bin", ".jinja", ".model", ".txt"):
             continue
         status = file.stat()
         small = status.st_size <= _HASH_WHOLE_FILES_UP_TO
@@ -188,10 +190,11 @@ def _prepare_output(path: str, record: dict, requests: Sequence[Request], batch_
         return []
     try:
         earlier = json.loads(record_path.read_text(encoding="utf-8"))
+        damaged = not isinstance(earlier, dict)
     except ValueError:
-        raise ValueError(
-            f"{record_path} is damaged; choose another --output, or delete it together with {path}"
-        ) from None
+        damaged = True
+    if damaged:
+        raise ValueError(f"{record_path} is damaged; choose another --output, or delete it together with {path}")
     if changed := [name for name in record if record[name] != earlier.get(name)]:
         raise ValueError(
             f"{path} belongs to a run with other {', '.join(changed)}; choose another --output, or delete "

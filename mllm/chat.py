@@ -13,8 +13,10 @@ import json
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-from vision_tower import Region
+if TYPE_CHECKING:  # torch and Transformers wait until the arguments are read
+    from vision_tower import Region
 
 PROGRAM = "region-chat"
 # option -> (form of Region.parse, how its value is written)
@@ -140,15 +142,19 @@ def _check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that do not go together."""
     options = ", ".join(f"--{option}" for option in (*REGION_OPTIONS, "whole"))
     has_region = args.whole or any(getattr(args, option) is not None for option in REGION_OPTIONS)
+    if not 0 <= args.strength <= 1:  # also NaN
+        raise ValueError(f"expected a --strength from 0 to 1, got {args.strength}")
     if args.max_new_tokens < 1 or args.batch_size < 1:
         raise ValueError("expected --max-new-tokens and --batch-size of at least 1")
     if args.batch:
         if not args.output:
             raise ValueError("--batch needs --output FILE for the answers")
-        if args.image or has_region or args.ask or args.json or args.save_overlay:
+        if args.image or has_region or args.strength != 1 or args.ask is not None or args.json or args.save_overlay:
             raise ValueError("--batch takes pictures, regions and questions from its file; leave the other flags out")
     elif not args.image:
         raise ValueError("expected --image FILE, or --batch FILE")
+    elif not has_region and args.strength != 1:
+        raise ValueError(f"--strength belongs to a region; expected one of {options}")
     elif not has_region and (args.ask is not None or args.json):
         raise ValueError(f"expected a region, one of {options}; --whole is the whole image")
 
@@ -159,6 +165,8 @@ def region_from_arguments(args: argparse.Namespace) -> Region | None:
     Raises:
         ValueError: If it cannot be read.
     """
+    from vision_tower import Region
+
     for option, (form, _) in REGION_OPTIONS.items():
         if (value := getattr(args, option)) is not None:
             return dataclasses.replace(Region.parse(f"{form}:{value}"), strength=args.strength)

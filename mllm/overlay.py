@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +26,14 @@ def draw_overlay(image: Image.Image, region: Region, caption: str | None = None)
     Raises:
         ValueError: If the region does not fit the picture.
     """
-    alpha = region.to_alpha(image.height, image.width)
+    alpha, mask = region.to_alpha(image.height, image.width), region.mask(image.height, image.width)
     scale = max(1, -(-_MIN_SIDE // max(image.size)))
     pixels = np.asarray(image, np.float32).repeat(scale, 0).repeat(scale, 1)
-    alpha = alpha.repeat(scale, 0).repeat(scale, 1)
+    alpha, mask = (plane.repeat(scale, 0).repeat(scale, 1) for plane in (alpha, mask))
     pixels *= (_DIMMED + (1 - _DIMMED) * alpha)[..., None]
     if not region.is_whole:
-        pixels[_edge(alpha >= 0.5 * alpha.max(), width=max(2, max(pixels.shape[:2]) // 250))] = _OUTLINE
+        # of the mask: at a low strength alpha is above half everywhere
+        pixels[_edge(mask >= 0.5 * mask.max(), width=max(2, max(pixels.shape[:2]) // 250))] = _OUTLINE
     picture = Image.fromarray(np.rint(pixels).astype(np.uint8))
     return picture if caption is None else _with_caption(picture, caption)
 
@@ -46,21 +46,22 @@ def save_overlay(path: str | os.PathLike, image: Image.Image, region: Region, ca
     """
     check_folder(path)
     picture = draw_overlay(image, region, caption)
-    handle, temporary = tempfile.mkstemp(suffix=".png", dir=Path(path).resolve().parent)
-    os.close(handle)
+    # not mkstemp, whose files nobody else may read
+    temporary = Path(path).resolve().parent / f".{Path(path).name}.{os.getpid()}.tmp"
     try:
         picture.save(temporary, "PNG")
         os.replace(temporary, path)
-    except OSError:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_folder(path: str | os.PathLike) -> None:
-    """Raise ValueError if a file could not be written at `path` because its folder is missing."""
+    """Raise ValueError if no file can be at `path`: its folder is missing, or it is a folder itself."""
     folder = Path(path).resolve().parent
     if not folder.is_dir():
         raise ValueError(f"cannot write {path}: there is no folder {folder}")
+    if Path(path).is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder, expected the name of a file")
 
 
 def _edge(inside: np.ndarray, width: int) -> np.ndarray:
@@ -75,7 +76,7 @@ def _edge(inside: np.ndarray, width: int) -> np.ndarray:
 def _with_caption(picture: Image.Image, caption: str) -> Image.Image:
     font = ImageFont.load_default(size=max(14, picture.width // 24))
     lines, line = [], ""
-    for word in caption.split():
+    for word in _breakable(caption, font, picture.width - 16):
         if line and font.getlength(f"{line} {word}") > picture.width - 16:
             lines.append(line)
             line = word
@@ -87,3 +88,17 @@ def _with_caption(picture: Image.Image, caption: str) -> Image.Image:
     framed.paste(picture)
     ImageDraw.Draw(framed).multiline_text((8, picture.height + 6), text, fill="black", font=font)
     return framed
+
+
+def _breakable(caption: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """The words of a caption; one wider than `width` pixels in pieces."""
+    pieces = []
+    for word in caption.split():
+        piece = ""
+        for letter in word:
+            if piece and font.getlength(piece + letter) > width:
+                pieces.append(piece)
+                piece = ""
+            piece += letter
+        pieces.append(piece)
+    return pieces

@@ -1,7 +1,10 @@
 """`RegionChat`: greedy, by region, within the model's context."""
 
+import logging
+
 import pytest
 import torch
+from transformers.utils import logging as transformers_logging
 
 from mllm.answering import RegionChat, build_conversation, check_alpha
 from mllm.data.templates import DESCRIBE_REGION
@@ -66,3 +69,24 @@ def test_three_channels_are_refused():
     check_alpha({"pixel_values": torch.zeros(1, 4, 2, 2)})
     with pytest.raises(ValueError, match="the region is lost"):
         check_alpha({"pixel_values": torch.zeros(1, 3, 2, 2)})
+
+
+def test_beams_and_sampling_of_a_checkpoint_neither_fail_nor_warn(chat, tiny_llava, caplog, recwarn, monkeypatch):
+    model, processor = tiny_llava
+    transformers_logging.warning_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("transformers"), "level", logging.WARNING)  # the command silences it
+    expected = chat.answer(IMAGE, LEFT, max_new_tokens=6)
+    saved = model.generation_config
+    settings = {"num_return_sequences": 2, "num_beams": 3, "early_stopping": True, "length_penalty": 2.0}
+    sampling = {"do_sample": True, "temperature": 5.0, "top_k": 7, "min_p": 0.05, "typical_p": 0.9, "max_length": 20}
+    try:
+        model.generation_config = type(saved)(**settings, **sampling, eos_token_id=2, pad_token_id=2)
+        assert RegionChat(model, processor).answer(IMAGE, LEFT, max_new_tokens=6) == expected
+    finally:
+        model.generation_config = saved
+    assert [record.message for record in caplog.records] == [] and [str(w.message) for w in recwarn] == []
+
+
+def test_broken_unicode_is_a_value_error(chat):
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        chat.answer(IMAGE, LEFT, "what\udc80", max_new_tokens=2)

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from mllm import chat
 from tests.tiny import noise_picture
@@ -142,3 +144,59 @@ def test_duplicate_ids_are_refused_before_anything_runs(tiny_llava_dir, folder, 
     assert chat.main(arguments(tiny_llava_dir, folder)) == 2
     assert "ids must differ, but 1" in capsys.readouterr().err
     assert not (folder / "answers.jsonl").exists()
+
+
+def test_lines_end_at_line_feeds_alone(tiny_llava_dir, folder):
+    text = json.dumps({**good(1)[0], "question": "a\u2028b\x85c"}, ensure_ascii=False)
+    (folder / "requests.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n\r\n")
+    assert chat.main(arguments(tiny_llava_dir, folder)) == 0
+    assert [a["id"] for a in answers(folder)] == [0]
+
+
+BROKEN_LINES = {
+    "deep": b"[" * 200_000,
+    "surrogate in the id": b'{"id": "\\ud800", "image": "a.png", "region": {"whole": true}}',
+    "surrogate in the path": b'{"id": 7, "image": "\\ud800.png", "region": {"whole": true}}',
+    "surrogate in the question": b'{"id": 7, "image": "a.png", "region": {"whole": true}, "question": "\\ud800"}',
+    "no UTF-8": b'{"id": 7, "image": "\xff.png", "region": {"whole": true}}',
+    "id of another kind": b'{"id": true, "image": "a.png", "region": {"whole": true}}',
+}
+
+
+@pytest.mark.parametrize("line", BROKEN_LINES.values(), ids=BROKEN_LINES)
+def test_a_line_that_cannot_be_read_fails_alone(tiny_llava_dir, folder, line):
+    first, last = (json.dumps(record).encode() for record in good(2))
+    (folder / "requests.jsonl").write_bytes(b"\n".join([first, line, last]))
+    assert chat.main(arguments(tiny_llava_dir, folder)) == 1
+    written = answers(folder)
+    assert [a["id"] for a in written] == [0, "line 2", 1]
+    assert ["error" in a for a in written] == [False, True, False]
+
+
+@pytest.mark.parametrize("record", ["[]", "{", "\0"])
+def test_a_damaged_run_record_is_refused(tiny_llava_dir, folder, record, capsys):
+    write(folder, good(1))
+    assert chat.main(arguments(tiny_llava_dir, folder)) == 0
+    (folder / "answers.jsonl.run.json").write_text(record)
+    assert chat.main(arguments(tiny_llava_dir, folder)) == 2
+    assert "answers.jsonl.run.json is damaged" in capsys.readouterr().err
+
+
+def test_a_failed_request_is_not_asked_again(tiny_llava_dir, folder):
+    write(folder, [*good(1), {"id": "late", "image": "late.png", "region": BOX}])
+    assert chat.main(arguments(tiny_llava_dir, folder)) == 1
+    before = (folder / "answers.jsonl").read_bytes()
+    noise_picture(60, 40).save(folder / "late.png")
+    assert chat.main(arguments(tiny_llava_dir, folder)) == 1
+    assert (folder / "answers.jsonl").read_bytes() == before
+
+
+def test_masks_lie_beside_the_request_file(tiny_llava_dir, folder, tmp_path_factory, monkeypatch):
+    mask = np.zeros((40, 60), np.uint8)
+    mask[5:20, 10:30] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    regions = [{"mask": "mask.png"}, {"mask": str(folder / "mask.png")}]
+    write(folder, [{"id": i, "image": "a.png", "region": region} for i, region in enumerate(regions)])
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert chat.main(arguments(tiny_llava_dir, folder)) == 0
+    assert answers(folder)[0]["answer"] == answers(folder)[1]["answer"]

@@ -109,6 +109,14 @@ def write_cut(path):
         ),
         (["--image", "picture.png", "--box", "1,1,9,9", "--strength", "3", "--ask", "x"], "strength from 0 to 1"),
         (["--image", "picture.png", "--whole", "--ask", "x", "--save-overlay", "no/folder.png"], "there is no folder"),
+        (["--image", "picture.png", "--whole", "--ask", "x", "--save-overlay", "."], "it is a folder"),
+        (["--image", "picture.png", "--whole", "--strength", "7", "--ask", "x"], "--strength from 0 to 1"),
+        (["--image", "picture.png", "--whole", "--strength", "nan", "--ask", "x"], "--strength from 0 to 1"),
+        (["--image", "picture.png", "--strength", "0.5"], "--strength belongs to a region"),
+        (["--image", "picture.png", "--whole", "--ask", "a\udc80"], "surrogates not allowed"),
+        (["--batch", "r.jsonl", "--output", "o.jsonl", "--strength", "0.5"], "leave the other flags out"),
+        (["--batch", "r.jsonl", "--output", "no/o.jsonl"], "there is no folder"),
+        (["--batch", "r.jsonl", "--output", "."], "it is a folder"),
         (["--ask", "x", "--whole"], "expected --image"),
         (["--image", "picture.png", "--whole", "--ask", "x" * 100_000], "the model reads 512"),
         (["--batch", "r.jsonl"], "--batch needs --output"),
@@ -205,3 +213,38 @@ def test_version(capsys):
     with pytest.raises(SystemExit) as stopped:
         chat.main(["--version"])
     assert stopped.value.code == 0 and capsys.readouterr().out.startswith("region-chat 0.1.0")
+
+
+def test_decompression_bombs_are_refused(picture, monkeypatch, capsys):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert run("unused", "--image", picture, "--whole", "--ask", "x") == 2
+    assert "too many pixels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--save-overlay", "no/o.png"], ["--box", "99,99,120,120"]])
+def test_what_can_be_checked_without_the_model_is(picture, monkeypatch, flags):
+    monkeypatch.setattr(chat, "load_chat", lambda args: pytest.fail("the model was loaded"))
+    region = [] if "--box" in flags else ["--whole"]
+    assert run("unused", "--image", picture, "--ask", "x", *region, *flags) == 2
+    assert chat.main(["--batch", str(picture), "--output", "no/o.jsonl"]) == 2
+
+
+def test_the_overlay_is_saved_with_the_answer(tiny_llava_dir, picture, tmp_path):
+    flags = ["--box", "2,2,30,30", "--ask", "x", "--save-overlay", tmp_path / "o.png"]
+    assert run(tiny_llava_dir, "--image", picture, *flags) == 0
+    assert Image.open(tmp_path / "o.png").height > 40 * 7  # 60 x 40, seven times larger, and the caption
+
+
+def test_interrupts_end_quietly_and_bugs_keep_their_traceback(picture, monkeypatch, capsys):
+    def stop(error):
+        def raise_it(args):
+            raise error
+
+        monkeypatch.setattr(chat, "load_chat", raise_it)
+
+    stop(KeyboardInterrupt())
+    assert run("unused", "--image", picture, "--whole", "--ask", "x") == 130
+    assert capsys.readouterr().err == ""
+    stop(TypeError("a bug"))
+    with pytest.raises(TypeError, match="a bug"):
+        run("unused", "--image", picture, "--whole", "--ask", "x")

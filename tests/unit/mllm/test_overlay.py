@@ -41,3 +41,24 @@ def test_saving_replaces_the_file_whole(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["o.png"]
     with pytest.raises(ValueError, match="there is no folder"):
         save_overlay(tmp_path / "no" / "o.png", GREY, Region.whole())
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6, 0.5, 0.1])
+def test_the_outline_is_there_at_every_strength(strength):
+    overlay = np.asarray(draw_overlay(GREY, Region.from_box(20, 10, 60, 40, strength=strength)))
+    outline = (overlay == (255, 60, 200)).all(-1)
+    assert outline[25 * 4, 20 * 4 - 1] and outline[25 * 4, 60 * 4]
+    assert not outline[:, 20 * 4 : 60 * 4][10 * 4 : 40 * 4].any()
+
+
+def test_a_word_wider_than_the_picture_is_broken():
+    one_line, broken = (draw_overlay(GREY, Region.whole(), "w" * count) for count in (3, 300))
+    assert broken.height > one_line.height + 60 and broken.width == one_line.width
+
+
+def test_others_may_read_the_saved_file(tmp_path):
+    (tmp_path / "usual").touch()
+    save_overlay(tmp_path / "o.png", GREY, Region.whole())
+    assert (tmp_path / "o.png").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    with pytest.raises(ValueError, match="it is a folder"):
+        save_overlay(tmp_path, GREY, Region.whole())
