@@ -82,7 +82,7 @@ def test_five_lines(samples, fed):
 def test_answers_follow_the_region_also_to_another_object(embedded, samples):
     chat = RegionChat(*embedded)
     right = generate(chat, samples)
-    # The shipped model's measured scores (README) less what 60 samples may scatter; a region that is lost gives 0.3 at most.
+    # The shipped model's measured scores (README) less what 60 samples may scatter; a lost region gives 0.3 at most.
     assert exact_match(right, [s.references for s in samples]) >= 0.85
     wrong = generate(chat, with_wrong_region(samples))
     assert exact_match(wrong, references_of_shown_region(samples)) >= 0.85
