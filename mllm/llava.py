@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mllm.processing import AlphaLlavaProcessor
@@ -42,7 +43,13 @@ def load_llava(name: str | os.PathLike, config: LlavaConfig, **kwargs: Any) -> L
     """
     # mismatches are let through to the report, which names them
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, report = LlavaForConditionalGeneration.from_pretrained(name, config=with_alpha_tower(config), **kwargs)
+    config = with_alpha_tower(config)
+    try:
+        model, report = LlavaForConditionalGeneration.from_pretrained(name, config=config, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights in {name} are damaged ({error}); were they copied or downloaded whole?"
+        ) from error
     check_loaded("LLaVA with an alpha tower", name, report)
     return model
 

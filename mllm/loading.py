@@ -82,7 +82,11 @@ def pick_device(device: str = "auto") -> str:
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         return next(name for name, there in present.items() if there)
-    if not present.get(device.split(":")[0]):
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = None
+    if not present.get(kind):
         raise ValueError(f"expected a device out of {[n for n, there in present.items() if there]}, got {device!r}")
     return device
 

@@ -295,7 +295,7 @@ class Region:
             body, strength = match.groups()
         try:
             return dataclasses.replace(_PARSERS[kind](cls, body), strength=float(strength))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             forms = "" if kind in ("mask", "rle") else f". Expected {FORMS}"  # there it is the file that is wrong
             raise ValueError(f"cannot read the region {shortened(text)!r}: {error}{forms}") from error
 

@@ -1,6 +1,7 @@
 """`make embedded-model`, shortened: the same script from nothing to a model that loads and has begun to learn."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def test_build_from_nothing(tmp_path):
     subprocess.run(command, check=True, cwd=tmp_path)
     out = tmp_path / "assets" / "model"
     log = [entry["loss"] for entry in json.loads((out / "training_record.json").read_text())["log"] if "loss" in entry]
-    assert float(log[-1]) < 0.5 * float(log[0])
+    assert float(log[-1]) < 2 < math.log(640)  # the loss of a guess among the vocabulary's words is log(640) = 6.5
     assert len(shapes.training_scenes(out)) == 300
     model, processor = mllm.load(out)
     scene = tmp_path / "assets" / "scenes" / "scene_1.png"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -122,6 +123,7 @@ def write_cut(path):
         (["--batch", "r.jsonl"], "--batch needs --output"),
         (["--batch", "missing.jsonl", "--output", "o.jsonl"], "cannot read the requests"),
         (["--image", "picture.png", "--whole", "--ask", "x", "--device", "quantum"], "expected a device"),
+        (["--image", "picture.png", "--whole", "--ask", "x", "--device", "cpu:abc"], "expected a device"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
@@ -159,6 +161,14 @@ def test_other_models_are_refused(picture, tmp_path, capsys, config, message):
         (folder / "config.json").write_text(config)
     assert run(folder, "--image", picture, "--whole", "--ask", "x") == 2
     assert message in capsys.readouterr().err
+
+
+def test_torn_weights_are_named(tiny_llava_dir, picture, tmp_path, capsys):
+    shutil.copytree(tiny_llava_dir, tmp_path / "torn")
+    weights = tmp_path / "torn" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert run(tmp_path / "torn", "--image", picture, "--whole", "--ask", "x") == 2
+    assert "are damaged" in capsys.readouterr().err
 
 
 def test_an_unknown_hub_id_fails_at_once_without_network(picture, monkeypatch, capsys):
