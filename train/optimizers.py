@@ -15,8 +15,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     Both are torch's own (`torch.optim.Muon`, torch 2.9 on); this class only steps them together, so that Trainer, its
     schedule and its checkpoints see one optimizer. With `match_rms_adamw` both take the same learning rate. From
-    random weights, a model of the embedded one's size had after 32,000 samples the loss (0.46) that AdamW alone had after about
-    49,000.
+    random weights, a model of the embedded one's size had after 32,000 samples the loss (0.46) that AdamW alone had
+    after about 49,000.
 
     Source: Keller Jordan, "Muon: an optimizer for hidden layers"; the scaling is Liu et al., arXiv 2502.16982.
     """
