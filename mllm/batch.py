@@ -13,13 +13,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from mllm.answering import RegionChat
 from mllm.data.samples import load_image
 from mllm.overlay import check_folder
 from vision_tower import Region
+from vision_tower.modeling_alpha_clip import ALPHA_WEIGHT
 
 logger = logging.getLogger(__name__)
 
@@ -151,12 +154,19 @@ def _run_record(chat: RegionChat, requests_path: str, model_name: str, batch_siz
     return {
         "model": model_name,
         "weights": fingerprint(chat.model.config._name_or_path, chat.model.config),
+        "alpha": _alpha_hash(chat.model),
         "dtype": str(chat.model.dtype),
         "requests": hashlib.sha256(Path(requests_path).read_bytes()).hexdigest(),
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
         "version": version("alpha-clip-mllm"),
     }
+
+
+def _alpha_hash(model: PreTrainedModel) -> str:
+    """A hash of the alpha weight as loaded: `--alpha-weights` replaces what the model directory holds."""
+    alpha = next(tensor for name, tensor in model.state_dict().items() if name.endswith(ALPHA_WEIGHT))
+    return hashlib.sha256(alpha.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def fingerprint(name: str, config: Any) -> str:

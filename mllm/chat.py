@@ -80,6 +80,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model", help="directory or hub id of a LLaVA-1.5 (default: the embedded model, drawn scenes only)"
     )
+    group.add_argument(
+        "--alpha-weights",
+        metavar="CKPT|DIR",
+        help="Alpha-CLIP weights for the tower, loaded after the model's own; released LLaVAs carry plain CLIP",
+    )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     group.add_argument("--device-map", help="as in from_pretrained, for example auto")
     group.add_argument(
@@ -192,6 +197,7 @@ def load_chat(args: argparse.Namespace):
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,
         attn_implementation=args.attn_implementation,
+        alpha_weights=args.alpha_weights,
         compile=args.compile,
     )
     name = args.model or "embedded model (drawn scenes only, no photographs)"

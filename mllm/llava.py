@@ -10,6 +10,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionConfig, Ll
 
 from mllm.processing import AlphaLlavaProcessor
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig
+from vision_tower.conversion import fuse, read_tower
 from vision_tower.modeling_alpha_clip import check_loaded
 
 
@@ -52,6 +53,43 @@ def load_llava(name: str | os.PathLike, config: LlavaConfig, **kwargs: Any) -> L
         ) from error
     check_loaded("LLaVA with an alpha tower", name, report)
     return model
+
+
+def load_alpha_weights(model: LlavaForConditionalGeneration, source: str | os.PathLike) -> None:
+    """Overwrite the tower of a loaded LLaVA, whose own one is plain CLIP, with Alpha-CLIP's: all of it, since every
+    layer was trained.
+
+    Args:
+        model: With an alpha tower; changed in place.
+        source: An original checkpoint (.pth, .safetensors) or a directory of ours.
+
+    Raises:
+        ValueError: If the checkpoint is no whole Alpha-CLIP tower, or one of another size.
+    """
+    tower = model.model.vision_tower
+    config, weights = read_tower(source)
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")
+    for name in (*sizes, "hidden_act"):
+        if getattr(config, name) != getattr(tower.config, name):
+            raise ValueError(
+                f"the alpha weights in {source} are for another tower: {name} {getattr(config, name)}, this model's "
+                f"is {getattr(tower.config, name)}; LLaVA-1.5 takes those of ViT-L/14@336"
+            )
+    tower.load_state_dict(weights)  # strict; casts to the tower's dtype and device
+
+
+def fused_llava(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """A stock LLaVA with the same answers, whose tower is stock CLIP of four channels: it needs no code of ours.
+
+    Its `pixel_values` must be (B, 4, H, W): stock CLIP does not take three for the whole image.
+    """
+    fields = model.config.to_dict()
+    vision = {key: value for key, value in fields["vision_config"].items() if key not in ("model_type", "auto_map")}
+    fields["vision_config"] = CLIPVisionConfig(**{**vision, "num_channels": 4})
+    fused = LlavaForConditionalGeneration(LlavaConfig(**fields)).to(model.dtype)
+    fused.load_state_dict(fuse(model.state_dict()))  # strict
+    fused.generation_config = model.generation_config
+    return fused
 
 
 def load_llava_processor(name: str | os.PathLike, config: LlavaConfig, **hub: Any) -> AlphaLlavaProcessor:

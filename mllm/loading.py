@@ -15,7 +15,7 @@ import huggingface_hub
 import torch
 from transformers import AutoConfig, AutoProcessor, LlavaConfig, PreTrainedConfig, PreTrainedModel
 
-from mllm.llava import load_llava, load_llava_processor
+from mllm.llava import load_alpha_weights, load_llava, load_llava_processor
 from mllm.processing import AlphaLlavaProcessor
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    alpha_weights: str | os.PathLike | None = None,
     compile: bool = False,  # noqa: A002, the name that torch and Transformers use
 ) -> tuple[PreTrainedModel, AlphaLlavaProcessor]:
     """Load a LLaVA-1.5 with an alpha tower in evaluation mode, and its processor.
@@ -45,6 +46,8 @@ def load(
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Whether code from the model directory may run.
         attn_implementation: "eager", "sdpa", ... as in `from_pretrained`.
+        alpha_weights: An Alpha-CLIP checkpoint (original file, or a directory of ours) that replaces the tower's
+            weights after the LLaVA is loaded; released LLaVAs carry plain CLIP, which ignores regions.
         compile: Compile the vision tower with `torch.compile`: the first picture takes a minute, the others less than
             before.
 
@@ -66,6 +69,8 @@ def load(
         attn_implementation=attn_implementation,
         **{key: value for key, value in hub.items() if key != "trust_remote_code"},
     )
+    if alpha_weights is not None:
+        load_alpha_weights(loaded, alpha_weights)
     if device_map is None:
         loaded = loaded.to(pick_device(device))
     if compile:

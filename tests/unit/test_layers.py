@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # A folder may import itself and those to its left.
 LAYERS = ("vision_tower", "mllm", "eval", "train", "scripts", "tests")
-TOWER_MAY_IMPORT = {"torch", "transformers", "numpy", "PIL"}
+TOWER_MAY_IMPORT = {"torch", "transformers", "numpy", "PIL", "safetensors"}  # the last comes with transformers
 TOWER_MAY_TRY = {"pycocotools"}
 PACKAGE_OF_IMPORT = {"PIL": "pillow", "yaml": "pyyaml", "google": "protobuf"}
 # Besides its own extra, a folder needs nothing that is not a core dependency.

@@ -8,8 +8,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import mllm
 from mllm import chat
 from tests.tiny import noise_picture
 
@@ -200,3 +202,15 @@ def test_masks_lie_beside_the_request_file(tiny_llava_dir, folder, tmp_path_fact
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     assert chat.main(arguments(tiny_llava_dir, folder)) == 0
     assert answers(folder)[0]["answer"] == answers(folder)[1]["answer"]
+
+
+def test_other_alpha_weights_are_another_run(tiny_llava_dir, folder, capsys):
+    write(folder, good(2))
+    assert chat.main(arguments(tiny_llava_dir, folder)) == 0
+    tower = mllm.load(tiny_llava_dir, device="cpu")[0].model.vision_tower
+    torch.nn.init.normal_(tower.embeddings.patch_embedding.alpha.weight, std=0.3)
+    tower.save_pretrained(folder / "tower")
+    flags = ["--alpha-weights", str(folder / "tower")]
+    assert chat.main([*arguments(tiny_llava_dir, folder), *flags]) == 2
+    assert "other alpha" in capsys.readouterr().err
+    assert chat.main([*arguments(tiny_llava_dir, folder, "b.jsonl"), *flags]) == 0

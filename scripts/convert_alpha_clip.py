@@ -1,0 +1,178 @@
+"""Convert Alpha-CLIP weights: an original checkpoint to a Hugging Face directory, and back.
+
+    python scripts/convert_alpha_clip.py CKPT OUT                    loads as AlphaCLIPVisionModel[WithProjection]
+    python scripts/convert_alpha_clip.py CKPT OUT --text-from CLIP   loads as AlphaCLIPModel, for zero-shot use
+    python scripts/convert_alpha_clip.py CKPT OUT --fused            loads in stock CLIP and LLaVA, 4 input channels
+    python scripts/convert_alpha_clip.py LLAVA_DIR OUT --fused       a whole LLaVA with an alpha tower, the same way
+    python scripts/convert_alpha_clip.py DIR OUT.pth --original      a directory of ours in the original layout
+
+CKPT is an original .pth or .safetensors file, or a directory of ours. The released files:
+
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPVisionConfig
+
+import mllm
+from mllm.llava import fused_llava
+from vision_tower import (
+    AlphaCLIPConfig,
+    AlphaCLIPImageProcessor,
+    AlphaCLIPModel,
+    AlphaCLIPProcessor,
+    AlphaCLIPVisionConfig,
+    AlphaCLIPVisionModel,
+    AlphaCLIPVisionModelWithProjection,
+)
+from vision_tower.conversion import RELEASED_CHECKPOINTS, StateDict, from_original, fuse, read_checkpoint, to_original
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; 2 after an error of one line, with nothing written."""
+    parser = argparse.ArgumentParser(
+        prog="convert_alpha_clip.py",
+        description=__doc__ + RELEASED_CHECKPOINTS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="CKPT", type=Path)
+    parser.add_argument("out", metavar="OUT", type=Path, help="new directory (with --original: new file)")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--text-from", metavar="DIR|HUB_ID", help="a CLIP whose text tower completes the model")
+    kind.add_argument("--fused", action="store_true", help="a stock CLIP tower (or LLaVA) of four channels")
+    kind.add_argument("--original", action="store_true", help="write the original layout (.pth or .safetensors)")
+    args = parser.parse_args(argv)
+    try:
+        if args.out.exists():
+            raise ValueError(f"{args.out} exists; choose a new name or delete it")
+        convert(args)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.out}")
+    return 0
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Read, convert and write what the arguments ask for."""
+    if args.fused and _model_type(args.source) == "llava":
+        model, processor = mllm.load(args.source, device="cpu")
+        with _whole(args.out) as out:
+            save_fused_llava(model, processor, out)
+        return
+    config, weights = read_source(args.source)
+    with _whole(args.out) as out:
+        if args.original:
+            save_original(to_original(weights), out)
+        elif args.fused:
+            save_fused(config, weights, out)
+        elif args.text_from:
+            save_with_text(config, weights, args.text_from, out)
+        else:
+            save_tower(config, weights, out)
+
+
+def _model_type(source: Path) -> str | None:
+    file = source / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.is_file() else None
+
+
+def read_source(source: Path) -> tuple[AlphaCLIPVisionConfig, StateDict]:
+    """Configuration and weights of `AlphaCLIPVisionModelWithProjection`, from a file or a directory of ours."""
+    if not source.is_dir():
+        return from_original(read_checkpoint(source))
+    model, report = AlphaCLIPVisionModelWithProjection.from_pretrained(source, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(f"{source} holds a plain CLIP without an alpha weight: there is nothing to convert")
+    return model.config, model.state_dict()
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A place beside `out` that becomes `out` at the end, so that a half-written one never has its name."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        yield Path(folder) / out.name
+        os.replace(Path(folder) / out.name, out)
+
+
+def save_tower(config: AlphaCLIPVisionConfig, weights: StateDict, out: Path) -> None:
+    """Tower and projection; `AutoModel` takes the tower."""
+    config.dtype = next(iter(weights.values())).dtype
+    # through the tower's class, whose source files then lie beside the weights; the weights are those with projection
+    AlphaCLIPVisionModel(config).to(config.dtype).save_pretrained(out, state_dict=weights)
+    image_processor(config).save_pretrained(out)
+
+
+def save_with_text(config: AlphaCLIPVisionConfig, weights: StateDict, text_from: str, out: Path) -> None:
+    """The tower with CLIP's text tower, its projection and temperature.
+
+    Raises:
+        ValueError: If the text tower's space has another size than the visual projection.
+    """
+    clip = CLIPModel.from_pretrained(text_from)
+    if clip.config.projection_dim != config.projection_dim:
+        raise ValueError(
+            f"{text_from} embeds texts in {clip.config.projection_dim} dimensions, this checkpoint pictures in "
+            f"{config.projection_dim}; take the CLIP that the checkpoint was trained from"
+        )
+    both = AlphaCLIPConfig(
+        vision_config=config.to_dict(),
+        text_config=clip.config.text_config.to_dict(),
+        projection_dim=config.projection_dim,
+    )
+    model = AlphaCLIPModel(both)
+    text = {key: tensor for key, tensor in clip.state_dict().items() if not key.startswith(("vision_", "visual_"))}
+    model.load_state_dict({**text, **weights})  # strict
+    model.save_pretrained(out)
+    AlphaCLIPProcessor(image_processor(config), AutoTokenizer.from_pretrained(text_from)).save_pretrained(out)
+
+
+def save_fused(config: AlphaCLIPVisionConfig, weights: StateDict, out: Path) -> None:
+    """A stock `clip_vision_model` of four channels, its names those that every version of Transformers reads."""
+    fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "auto_map")}
+    stock = CLIPVisionConfig(**{**fields, "num_channels": 4, "architectures": ["CLIPVisionModelWithProjection"]})
+    stock.dtype = next(iter(weights.values())).dtype
+    stock.save_pretrained(out)
+    save_file(fuse(weights), out / "model.safetensors", metadata={"format": "pt"})
+    side = config.image_size  # for the picture's three channels; alpha is the caller's (docs/fused.md)
+    CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(out)
+
+
+def save_fused_llava(model: torch.nn.Module, processor, out: Path) -> None:
+    """A whole LLaVA whose tower is stock CLIP of four channels; picture settings and tokenizer beside it."""
+    fused_llava(model).save_pretrained(out)
+    processor.tokenizer.save_pretrained(out)
+    side = model.config.vision_config.image_size
+    CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(out)
+
+
+def save_original(weights: StateDict, out: Path) -> None:
+    """The original layout, as .safetensors or (any other ending) with torch.save."""
+    if out.suffix == ".safetensors":
+        save_file({key: tensor.contiguous() for key, tensor in weights.items()}, out, metadata={"format": "pt"})
+    else:
+        torch.save(weights, out)
+
+
+def image_processor(config: AlphaCLIPVisionConfig) -> AlphaCLIPImageProcessor:
+    """CLIP's preprocessing at the tower's size."""
+    side = config.image_size
+    return AlphaCLIPImageProcessor(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, geometry="crop"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,177 @@
+"""Original checkpoints: every spelling converts to the same weights, and nothing doubtful is taken."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.tiny import tiny_clip_config
+from vision_tower import AlphaCLIPVisionConfig, AlphaCLIPVisionModel, conversion
+
+FIXTURE = Path(__file__).parents[2] / "parity" / "data" / "alpha_clip_original.safetensors"
+
+
+@pytest.fixture
+def original():
+    """An original checkpoint: 2 blocks, width 128, patch 8, 32 pixels, float16."""
+    content = load_file(FIXTURE)
+    return {key.removeprefix("checkpoint."): t for key, t in content.items() if key.startswith("checkpoint.")}
+
+
+def same(weights, others):
+    return weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights)
+
+
+def test_every_size_is_read_off_the_tensors(original):
+    config, weights = conversion.from_original(original)
+    sizes = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.patch_size)
+    assert sizes == (128, 2, 2, 8)
+    assert (config.image_size, config.projection_dim, config.intermediate_size) == (32, 48, 512)
+    assert config.hidden_act == "quick_gelu" and config.layer_norm_eps == 1e-5
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+
+
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+@pytest.mark.parametrize("prefix", ["", "module.", "visual.", "module.visual."])
+def test_files_and_prefixes(original, tmp_path, ending, prefix):
+    file = tmp_path / f"weights{ending}"
+    named = {prefix + key: tensor for key, tensor in original.items()}
+    save_file(named, file) if ending == ".safetensors" else torch.save(named, file)
+    assert same(conversion.read_checkpoint(file), original)
+
+
+def test_openai_spelling_of_the_attention_input(original):
+    openai = {key.replace("attn.in_proj.", "attn.in_proj_"): tensor for key, tensor in original.items()}
+    assert openai.keys() != original.keys()
+    assert same(conversion.from_original(openai)[1], conversion.from_original(original)[1])
+
+
+def test_mixed_dtypes_become_float32(original):
+    original["ln_pre.weight"] = original["ln_pre.weight"].float()
+    assert {tensor.dtype for tensor in conversion.from_original(original)[1].values()} == {torch.float32}
+
+
+def drop(key):
+    return lambda weights: weights.pop(key)
+
+
+def put(key, tensor):
+    return lambda weights: weights.update({key: tensor})
+
+
+def poison(weights):
+    weights["transformer.resblocks.1.mlp.c_fc.bias"][3] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (drop("transformer.resblocks.1.ln_2.bias"), r"lacks transformer\.resblocks\.1\.ln_2\.bias"),
+        (drop("ln_post.weight"), r"lacks ln_post\.weight"),
+        (drop("conv1_alpha.weight"), "no alpha weight"),
+        (drop("proj"), "proj"),
+        (put("logit_scale", torch.ones(())), "more than .* logit_scale"),
+        (put("ln_pre.bias", torch.zeros(64)), r"ln_pre\.bias of shape \(128,\), got \(64,\)"),
+        (put("conv1_alpha.weight", torch.zeros(128, 3, 8, 8)), "conv1_alpha"),
+        (put("positional_embedding", torch.zeros(16, 128)), "positional_embedding"),
+        (put("transformer.resblocks.4.ln_1.weight", torch.zeros(128)), r"lacks transformer\.resblocks\.2"),
+        (poison, "c_fc.bias holds NaN"),
+    ],
+)
+def test_damage_is_named(original, damage, message):
+    damage(original)
+    with pytest.raises(ValueError, match=message):
+        conversion.from_original(original)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"conv1.weight": torch.zeros(8, 3, 3, 3), "layer1.0.conv1.weight": torch.zeros(1)}, "ResNet"),
+        ({"token_embedding.weight": torch.zeros(5, 4)}, "text tower"),
+        ({"model.embed_tokens.weight": torch.zeros(5, 4)}, "expected an original Alpha-CLIP"),
+        ({}, "expected an original Alpha-CLIP"),
+    ],
+)
+def test_other_families_are_named(weights, message):
+    with pytest.raises(ValueError, match=message):
+        conversion.from_original(weights)
+
+
+def test_mixed_prefixes_are_refused(original, tmp_path):
+    half = {(f"visual.{key}" if "ln_" in key else key): tensor for key, tensor in original.items()}
+    torch.save(half, tmp_path / "half.pth")
+    with pytest.raises(ValueError, match="with and without 'visual.'"):
+        conversion.read_checkpoint(tmp_path / "half.pth")
+
+
+class Malicious:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.file),)
+
+
+def test_a_pickle_that_wants_to_run_code_is_refused(original, tmp_path):
+    torch.save({**original, "conv1.weight": Malicious(tmp_path / "ran")}, tmp_path / "bad.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
+    for name in ("bad.pth", "plain.pth"):
+        with pytest.raises(ValueError, match="would run code"):
+            conversion.read_checkpoint(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("ending", [".pth", ".safetensors"])
+def test_truncated_files_are_one_clear_error(original, tmp_path, ending):
+    whole = tmp_path / f"whole{ending}"
+    save_file(original, whole) if ending == ".safetensors" else torch.save(original, whole)
+    for size in (0, 10, whole.stat().st_size // 2):
+        (tmp_path / f"cut{ending}").write_bytes(whole.read_bytes()[:size])
+        with pytest.raises(ValueError, match="damaged"):
+            conversion.read_checkpoint(tmp_path / f"cut{ending}")
+
+
+def test_what_is_no_state_dict_is_refused(tmp_path):
+    torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "trainer.pth")
+    with pytest.raises(ValueError, match="state dict"):
+        conversion.read_checkpoint(tmp_path / "trainer.pth")
+    with pytest.raises(ValueError, match="no file"):
+        conversion.read_checkpoint(tmp_path / "absent.pth")
+
+
+def test_fused_convolution_equals_both(original):
+    config, weights = conversion.from_original({key: tensor.float() for key, tensor in original.items()})
+    fused = conversion.fuse(weights)["vision_model.embeddings.patch_embedding.weight"]
+    tower = AlphaCLIPVisionModel(config)
+    tower.load_state_dict({key.removeprefix("vision_model."): t for key, t in weights.items() if "visual_p" not in key})
+    pixels = torch.randn(2, 4, 32, 32)
+    with torch.no_grad():
+        ours = tower.embeddings.patch_embedding(pixels)
+        torch.testing.assert_close(torch.nn.functional.conv2d(pixels, fused, stride=8), ours)
+    with pytest.raises(ValueError, match="expected one"):
+        conversion.fuse({"embeddings.patch_embedding.weight": fused})
+
+
+def test_read_tower_refuses_a_directory_without_alpha(tmp_path):
+    from transformers import CLIPModel
+
+    CLIPModel(tiny_clip_config()).save_pretrained(tmp_path / "clip")
+    with pytest.raises(ValueError, match="without an alpha weight"):
+        conversion.read_tower(tmp_path / "clip")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="expected a directory"):
+        conversion.read_tower(tmp_path / "empty")
+
+
+def test_read_tower_takes_file_and_directory(original, tmp_path):
+    save_file(original, tmp_path / "a.safetensors")
+    config, weights = conversion.read_tower(tmp_path / "a.safetensors")
+    assert isinstance(config, AlphaCLIPVisionConfig)
+    tower = AlphaCLIPVisionModel(config).half()
+    tower.load_state_dict(weights)
+    tower.save_pretrained(tmp_path / "tower")
+    assert same(conversion.read_tower(tmp_path / "tower")[1], weights)

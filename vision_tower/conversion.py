@@ -1,0 +1,296 @@
+"""Original Alpha-CLIP state dicts <-> ours, and ours -> a stock CLIP tower of four channels ("fused").
+
+An original checkpoint is the bare state dict of the visual tower (SunzeY/AlphaCLIP, alpha_clip/model.py at e5676c9).
+Every size is read off its tensors. Nothing is skipped: a tensor too few, too many or of another shape is an error.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from .configuration_alpha_clip import AlphaCLIPVisionConfig
+from .modeling_alpha_clip import ALPHA_WEIGHT, AlphaCLIPVisionModel
+
+StateDict = dict[str, torch.Tensor]
+
+# original name -> ours. `proj` and the fused attention input are the two that change shape (below).
+_TOWER_KEYS = {
+    "class_embedding": "embeddings.class_embedding",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "conv1_alpha.weight": ALPHA_WEIGHT,
+    "ln_pre.weight": "pre_layrnorm.weight",  # Hugging Face's spelling
+    "ln_pre.bias": "pre_layrnorm.bias",
+    "ln_post.weight": "post_layernorm.weight",
+    "ln_post.bias": "post_layernorm.bias",
+}
+_BLOCK_KEYS = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+_ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")  # the order in which attn.in_proj stacks them
+_HEAD_WIDTH = 64  # Source: `vision_heads = vision_width // 64` in alpha_clip/model.py
+_PREFIXES = ("module.", "visual.")  # from the released training script, from a whole CLIP
+
+# Source: model-zoo.md of SunzeY/AlphaCLIP at e5676c9; ImageNet-S is the mean per-class accuracy, Acc1.
+RELEASED_CHECKPOINTS = """\
+| file | base | image size | trained on | ImageNet-S |
+|---|---|---|---|---|
+| clip_b16_grit1m_fultune_8xe.pth | openai/clip-vit-base-patch16 | 224 | GRIT-1M | 68.31 |
+| clip_l14_grit1m_fultune_8xe.pth | openai/clip-vit-large-patch14 | 224 | GRIT-1M | 77.22 |
+| clip_l14_336_grit1m_fultune_8xe.pth | openai/clip-vit-large-patch14-336 | 336 | GRIT-1M | 78.15 |
+| clip_b16_grit20m_fultune_2xe.pth | openai/clip-vit-base-patch16 | 224 | GRIT-20M | 68.89 |
+| clip_l14_grit20m_fultune_2xe.pth | openai/clip-vit-large-patch14 | 224 | GRIT-20M | 77.41 |
+| clip_l14_336_grit_20m_4xe.pth | openai/clip-vit-large-patch14-336 | 336 | GRIT-20M | 79.61 |
+| clip_b16_grit+mim_fultune_4xe.pth | openai/clip-vit-base-patch16 | 224 | MaskImageNet + GRIT-1M | 69.40 |
+| clip_l14_grit+mim_fultune_6xe.pth | openai/clip-vit-large-patch14 | 224 | MaskImageNet + GRIT-1M | 77.80 |
+
+Licence of all eight: research only (CC BY-NC 4.0 data, CLIP's terms); what is converted from them inherits it."""
+
+
+def read_checkpoint(path: str | os.PathLike) -> StateDict:
+    """The tensors of a `.pth` (opened without running code) or `.safetensors` file, prefixes removed.
+
+    Raises:
+        ValueError: If the file is missing, damaged, wants to run code, holds anything but named tensors, or mixes
+            prefixed and bare names.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"expected a checkpoint file (.pth or .safetensors), got {path}, which is no file")
+    try:
+        if path.suffix == ".safetensors":
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is not a plain file of weights: opening it would run code, or it is damaged; save the visual "
+            "tower's state_dict() with torch.save, or as safetensors"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged or no file of weights: {_first_line(error)}; was it copied whole?"
+        ) from error
+    if not isinstance(tensors, Mapping) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise ValueError(
+            f"expected a state dict (names to tensors) in {path}; save the visual tower's state_dict() alone"
+        )
+    return _strip_prefixes(dict(tensors), path)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _strip_prefixes(tensors: StateDict, source: object) -> StateDict:
+    for prefix in _PREFIXES * 2:  # in either order: module.visual. or visual.module.
+        with_it = [key for key in tensors if key.startswith(prefix)]
+        if with_it and len(with_it) < len(tensors):
+            other = next(key for key in tensors if not key.startswith(prefix))
+            raise ValueError(
+                f"{source} mixes names with and without {prefix!r} ({with_it[0]}, {other}); save the visual tower alone"
+            )
+        if with_it:
+            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors
+
+
+def config_from_original(original: StateDict) -> AlphaCLIPVisionConfig:
+    """The configuration of an original visual tower, read off its tensors.
+
+    Raises:
+        ValueError: If it is not an Alpha-CLIP vision transformer.
+    """
+    if "conv1.weight" not in original or "class_embedding" not in original:
+        if any(key.startswith(("layer1.", "attnpool.")) for key in original):
+            raise ValueError(
+                "this is a ResNet CLIP; only vision transformers (ViT-B/16, ViT-L/14 ...) have an alpha tower"
+            )
+        if "token_embedding.weight" in original:
+            raise ValueError(
+                "this is a text tower; expected the visual tower's state dict (conv1.weight, class_embedding ...)"
+            )
+        raise ValueError(f"expected an original Alpha-CLIP visual tower, got tensors such as {sorted(original)[:3]}")
+    if "conv1_alpha.weight" not in original:
+        raise ValueError(
+            "the checkpoint has no alpha weight (conv1_alpha.weight): it is a plain CLIP, and every region would be "
+            "ignored; load plain CLIP with AlphaCLIPVisionModel.from_pretrained instead"
+        )
+    blocks = [int(found[1]) for key in original if (found := re.match(r"transformer\.resblocks\.(\d+)\.", key))]
+    needed = ("proj", "positional_embedding", "transformer.resblocks.0.mlp.c_fc.weight")
+    for key in needed:
+        if key not in original or original[key].ndim != 2:
+            raise ValueError(f"expected a matrix {key} in the checkpoint, got {_shape_of(original.get(key))}")
+    if original["conv1.weight"].ndim != 4:
+        raise ValueError(f"expected conv1.weight (D, 3, P, P), got {_shape_of(original['conv1.weight'])}")
+    width, patch = original["conv1.weight"].shape[0], original["conv1.weight"].shape[-1]
+    grid = math.isqrt(max(len(original["positional_embedding"]) - 1, 0))
+    if width % _HEAD_WIDTH or grid == 0:
+        raise ValueError(
+            f"expected a width of {_HEAD_WIDTH} a head and a square grid of patches, got width {width} and "
+            f"positional_embedding {_shape_of(original['positional_embedding'])}"
+        )
+    return AlphaCLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=original["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+        num_hidden_layers=max(blocks) + 1,
+        num_attention_heads=width // _HEAD_WIDTH,
+        patch_size=patch,
+        image_size=patch * grid,
+        projection_dim=original["proj"].shape[1],
+        hidden_act="quick_gelu",
+        layer_norm_eps=1e-5,
+    )
+
+
+def _shape_of(tensor: torch.Tensor | None) -> object:
+    return "nothing" if tensor is None else tuple(tensor.shape)
+
+
+def from_original(original: StateDict) -> tuple[AlphaCLIPVisionConfig, StateDict]:
+    """An original visual tower -> configuration and weights of `AlphaCLIPVisionModelWithProjection`.
+
+    Args:
+        original: What `read_checkpoint` gives; `attn.in_proj.weight` and OpenAI's `attn.in_proj_weight` are both
+            taken. Tensors of one dtype keep it; mixed ones become float32.
+
+    Returns:
+        The configuration, and tensors named `vision_model.*` and `visual_projection.weight`.
+
+    Raises:
+        ValueError: If a tensor is missing, left over, of another shape, or holds NaN or infinity: the first is named.
+    """
+    original = {re.sub(r"attn\.in_proj_(weight|bias)$", r"attn.in_proj.\1", key): t for key, t in original.items()}
+    config = config_from_original(original)
+    expected = _original_shapes(config)
+    for problem, keys in (
+        ("lacks", sorted(expected.keys() - original.keys())),
+        ("holds more than an Alpha-CLIP visual tower:", sorted(original.keys() - expected.keys())),
+    ):
+        if keys:
+            raise ValueError(f"the checkpoint {problem} {keys[0]} ({len(keys)} such tensors)")
+    for key, shape in expected.items():
+        if tuple(original[key].shape) != shape:
+            raise ValueError(f"expected {key} of shape {shape}, got {tuple(original[key].shape)}")
+        if not torch.isfinite(original[key]).all():
+            raise ValueError(f"{key} holds NaN or infinity: the checkpoint is damaged")
+    if len({tensor.dtype for tensor in original.values()}) > 1:
+        original = {key: tensor.float() for key, tensor in original.items()}
+    converted = {}
+    for key, tensor in original.items():
+        if key == "proj":
+            converted["visual_projection.weight"] = tensor.T.contiguous()
+        elif key in _TOWER_KEYS:
+            converted[f"vision_model.{_TOWER_KEYS[key]}"] = tensor
+        else:
+            converted |= {f"vision_model.{name}": part for name, part in _block_from_original(key, tensor)}
+    return config, converted
+
+
+def _block_from_original(key: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """One tensor of a block -> one of ours, or three for the stacked attention input."""
+    index, name, kind = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)", key).groups()
+    layer = f"encoder.layers.{index}"
+    if name == "attn.in_proj":
+        parts = zip(_ATTENTION_INPUTS, tensor.chunk(3), strict=True)
+        return [(f"{layer}.self_attn.{part}.{kind}", piece.clone()) for part, piece in parts]
+    return [(f"{layer}.{_BLOCK_KEYS[name]}.{kind}", tensor)]
+
+
+def to_original(ours: StateDict) -> StateDict:
+    """Weights of `AlphaCLIPVisionModelWithProjection` -> the original layout, tensor for tensor what was converted.
+
+    Raises:
+        ValueError: If the projection or the alpha weight is missing.
+    """
+    for key in ("visual_projection.weight", f"vision_model.{ALPHA_WEIGHT}"):
+        if key not in ours:
+            raise ValueError(f"expected {key} among the weights: the original layout has it")
+    original = {"proj": ours["visual_projection.weight"].T.contiguous()}
+    original |= {theirs: ours[f"vision_model.{name}"] for theirs, name in _TOWER_KEYS.items()}
+    layers = sum(key.endswith(".layer_norm1.weight") for key in ours)
+    for index in range(layers):
+        theirs, layer = f"transformer.resblocks.{index}", f"vision_model.encoder.layers.{index}"
+        for kind in ("weight", "bias"):
+            pieces = [ours[f"{layer}.self_attn.{part}.{kind}"] for part in _ATTENTION_INPUTS]
+            original[f"{theirs}.attn.in_proj.{kind}"] = torch.cat(pieces)
+            for name, our_name in _BLOCK_KEYS.items():
+                original[f"{theirs}.{name}.{kind}"] = ours[f"{layer}.{our_name}.{kind}"]
+    return original
+
+
+def _original_shapes(config: AlphaCLIPVisionConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of an original checkpoint of this configuration."""
+    width, inner, patch = config.hidden_size, config.intermediate_size, config.patch_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "class_embedding": (width,),
+        "positional_embedding": ((config.image_size // patch) ** 2 + 1, width),
+        "proj": (width, config.projection_dim),
+        "conv1.weight": (width, 3, patch, patch),
+        "conv1_alpha.weight": (width, 1, patch, patch),
+    }
+    shapes |= {f"{norm}.{kind}": (width,) for norm in ("ln_pre", "ln_post") for kind in ("weight", "bias")}
+    matrices = {
+        "attn.in_proj": (3 * width, width),
+        "attn.out_proj": (width, width),
+        "mlp.c_fc": (inner, width),
+        "mlp.c_proj": (width, inner),
+    }
+    for index in range(config.num_hidden_layers):
+        block = f"transformer.resblocks.{index}"
+        shapes |= {f"{block}.{norm}.{kind}": (width,) for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")}
+        for name, shape in matrices.items():
+            shapes[f"{block}.{name}.weight"], shapes[f"{block}.{name}.bias"] = shape, shape[:1]
+    return shapes
+
+
+def fuse(weights: StateDict) -> StateDict:
+    """RGB and alpha convolution -> one convolution of four channels, which stock CLIP (`num_channels=4`) has.
+
+    The sum of the two convolutions is the one over the concatenated weights, up to rounding.
+
+    Args:
+        weights: Of a tower or of a model that holds one; names are kept.
+
+    Raises:
+        ValueError: If there is no alpha weight, or more than one.
+    """
+    alphas = [key for key in weights if key.endswith(ALPHA_WEIGHT)]
+    if len(alphas) != 1:
+        raise ValueError(f"expected one {ALPHA_WEIGHT} to fuse, got {len(alphas)}")
+    rgb = alphas[0].replace(".alpha.weight", ".weight")
+    fused = {key: tensor for key, tensor in weights.items() if key != alphas[0]}
+    fused[rgb] = torch.cat([weights[rgb], weights[alphas[0]]], dim=1)
+    return fused
+
+
+def read_tower(path: str | os.PathLike) -> tuple[AlphaCLIPVisionConfig, StateDict]:
+    """Configuration and weights of an `AlphaCLIPVisionModel`, from an original checkpoint file or a directory of ours.
+
+    Raises:
+        ValueError: If the file or directory does not hold a whole tower with its alpha weight.
+    """
+    if not os.path.isdir(path):
+        config, weights = from_original(read_checkpoint(path))
+        prefix = "vision_model."
+        return config, {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
+    try:
+        model, report = AlphaCLIPVisionModel.from_pretrained(path, output_loading_info=True)
+    except OSError as error:
+        raise ValueError(f"expected a directory with an Alpha-CLIP tower in {path}: {_first_line(error)}") from error
+    if report["missing_keys"]:
+        raise ValueError(f"{path} holds a plain CLIP without an alpha weight: every region would be ignored")
+    return model.config, model.state_dict()
