@@ -22,7 +22,6 @@ from mllm.answering import RegionChat
 from mllm.data.samples import load_image
 from mllm.overlay import check_folder
 from vision_tower import Region
-from vision_tower.modeling_alpha_clip import ALPHA_WEIGHT
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +153,8 @@ def _run_record(chat: RegionChat, requests_path: str, model_name: str, batch_siz
     return {
         "model": model_name,
         "weights": fingerprint(chat.model.config._name_or_path, chat.model.config),
-        "alpha": _alpha_hash(chat.model),
+        "quantised": str(getattr(chat.model, "quantization_method", None)),
+        "alpha and adapter": _added_weights(chat.model),
         "dtype": str(chat.model.dtype),
         "requests": hashlib.sha256(Path(requests_path).read_bytes()).hexdigest(),
         "batch_size": batch_size,
@@ -163,10 +163,13 @@ def _run_record(chat: RegionChat, requests_path: str, model_name: str, batch_siz
     }
 
 
-def _alpha_hash(model: PreTrainedModel) -> str:
-    """A hash of the alpha weight as loaded: `--alpha-weights` replaces what the model directory holds."""
-    alpha = next(tensor for name, tensor in model.state_dict().items() if name.endswith(ALPHA_WEIGHT))
-    return hashlib.sha256(alpha.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+def _added_weights(model: PreTrainedModel) -> str:
+    """A hash of the alpha weight and LoRA matrices as loaded: they may come from elsewhere than the model directory."""
+    digest = hashlib.sha256()
+    for name, tensor in model.named_parameters():
+        if "patch_embedding.alpha." in name or ".lora_" in name:
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def fingerprint(name: str, config: Any) -> str:

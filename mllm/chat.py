@@ -85,6 +85,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CKPT|DIR",
         help="Alpha-CLIP weights for the tower, loaded after the model's own; released LLaVAs carry plain CLIP",
     )
+    group.add_argument("--adapter", metavar="DIR", help="LoRA adapter (PEFT) that was trained for the model")
+    group.add_argument("--load-in", choices=["4bit", "8bit"], help="quantise the language model (bitsandbytes)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     group.add_argument("--device-map", help="as in from_pretrained, for example auto")
     group.add_argument(
@@ -198,6 +200,8 @@ def load_chat(args: argparse.Namespace):
         trust_remote_code=args.trust_remote_code,
         attn_implementation=args.attn_implementation,
         alpha_weights=args.alpha_weights,
+        load_in=args.load_in,
+        adapter=args.adapter,
         compile=args.compile,
     )
     name = args.model or "embedded model (drawn scenes only, no photographs)"

@@ -4,6 +4,7 @@ processor.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import socket
@@ -13,13 +14,18 @@ from urllib.request import getproxies
 
 import huggingface_hub
 import torch
-from transformers import AutoConfig, AutoProcessor, LlavaConfig, PreTrainedConfig, PreTrainedModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, LlavaConfig, PreTrainedConfig, PreTrainedModel
 
 from mllm.llava import load_alpha_weights, load_llava, load_llava_processor
 from mllm.processing import AlphaLlavaProcessor
 
 logger = logging.getLogger(__name__)
 
+# Full names: since Transformers 5 a bare "vision_tower" skips nothing. A list of one's own drops the default lm_head.
+_NEVER_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "model"
 
 
@@ -33,6 +39,8 @@ def load(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     alpha_weights: str | os.PathLike | None = None,
+    load_in: str | None = None,
+    adapter: str | os.PathLike | None = None,
     compile: bool = False,  # noqa: A002, the name that torch and Transformers use
 ) -> tuple[PreTrainedModel, AlphaLlavaProcessor]:
     """Load a LLaVA-1.5 with an alpha tower in evaluation mode, and its processor.
@@ -48,6 +56,9 @@ def load(
         attn_implementation: "eager", "sdpa", ... as in `from_pretrained`.
         alpha_weights: An Alpha-CLIP checkpoint (original file, or a directory of ours) that replaces the tower's
             weights after the LLaVA is loaded; released LLaVAs carry plain CLIP, which ignores regions.
+        load_in: "4bit" (nf4) or "8bit": the language model's matrices are quantised by bitsandbytes, on a CPU too;
+            tower and projector are not.
+        adapter: Directory of a LoRA adapter (PEFT) that was trained for this model.
         compile: Compile the vision tower with `torch.compile`: the first picture takes a minute, the others less than
             before.
 
@@ -61,21 +72,71 @@ def load(
             True  # from the cache or not at all, at once: Transformers would retry for half a minute
         )
     config = _read_config(name, hub)
+    if load_in is not None and device_map is None:
+        device_map = {"": pick_device(device)}  # quantised on the device, never moved afterwards
     loaded = load_llava(
         name,
         config,
         dtype=dtype,
         device_map=device_map,
+        quantization_config=quantization(load_in),
         attn_implementation=attn_implementation,
         **{key: value for key, value in hub.items() if key != "trust_remote_code"},
     )
     if alpha_weights is not None:
         load_alpha_weights(loaded, alpha_weights)
+    if adapter is not None:
+        load_adapter(loaded, adapter)
     if device_map is None:
         loaded = loaded.to(pick_device(device))
     if compile:
         loaded.model.vision_tower.compile()  # in place: names and saving stay as they are
     return loaded.eval(), _load_processor(name, config, hub)
+
+
+def quantization(load_in: str | None) -> BitsAndBytesConfig | None:
+    """How bitsandbytes loads the language model; None as it is stored.
+
+    Raises:
+        ValueError: If bitsandbytes is absent or the name is neither "4bit" nor "8bit".
+    """
+    if load_in is None:
+        return None
+    if load_in not in ("4bit", "8bit"):
+        raise ValueError(f"expected load_in '4bit' or '8bit', got {load_in!r}")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"loading in {load_in} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    return BitsAndBytesConfig(
+        load_in_4bit=load_in == "4bit",
+        load_in_8bit=load_in == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=_NEVER_QUANTISED,
+    )
+
+
+def load_adapter(model: PreTrainedModel, adapter: str | os.PathLike) -> PeftModel:
+    """Put a LoRA adapter into `model`, in place; what is returned is PEFT's handle on it, for merging.
+
+    Raises:
+        ValueError: If there is no adapter there, or its tensors are not exactly those that it puts into this model.
+    """
+    file = Path(adapter) / "adapter_model.safetensors"
+    if not file.is_file() or not (Path(adapter) / "adapter_config.json").is_file():
+        raise ValueError(f"expected a LoRA adapter (adapter_config.json, adapter_model.safetensors) in {adapter}")
+    another = f"the adapter in {adapter} was trained for another model"
+    try:
+        handle = PeftModel.from_pretrained(model, adapter)
+        stored = set(load_file(file))
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:  # sizes, target modules, settings
+        raise ValueError(f"{another}: {str(error).strip().splitlines()[-1].strip()}") from error
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}); was it copied whole?") from error
+    placed = set(get_peft_model_state_dict(handle))
+    if stored != placed:
+        first = sorted(stored ^ placed)[0]
+        raise ValueError(f"{another}: {len(stored ^ placed)} tensors do not match (first: {first})")
+    return handle
 
 
 def pick_device(device: str = "auto") -> str:

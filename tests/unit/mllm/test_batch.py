@@ -212,5 +212,5 @@ def test_other_alpha_weights_are_another_run(tiny_llava_dir, folder, capsys):
     tower.save_pretrained(folder / "tower")
     flags = ["--alpha-weights", str(folder / "tower")]
     assert chat.main([*arguments(tiny_llava_dir, folder), *flags]) == 2
-    assert "other alpha" in capsys.readouterr().err
+    assert "other alpha and adapter" in capsys.readouterr().err
     assert chat.main([*arguments(tiny_llava_dir, folder, "b.jsonl"), *flags]) == 0
