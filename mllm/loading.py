@@ -9,18 +9,21 @@ import logging
 import os
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import huggingface_hub
 import torch
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, LlavaConfig, PreTrainedConfig, PreTrainedModel
 
 from mllm.llava import load_alpha_weights, load_llava, load_llava_processor
 from mllm.processing import AlphaLlavaProcessor
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +124,8 @@ def load_adapter(model: PreTrainedModel, adapter: str | os.PathLike) -> PeftMode
     Raises:
         ValueError: If there is no adapter there, or its tensors are not exactly those that it puts into this model.
     """
+    from peft import PeftModel, get_peft_model_state_dict  # here: it takes a second that most runs do not need
+
     file = Path(adapter) / "adapter_model.safetensors"
     if not file.is_file() or not (Path(adapter) / "adapter_config.json").is_file():
         raise ValueError(f"expected a LoRA adapter (adapter_config.json, adapter_model.safetensors) in {adapter}")
