@@ -16,8 +16,8 @@ VICUNA_V1_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 # LLaVA-1.5: "USER: <image>\n{question} ASSISTANT: {answer}</s>USER: ..."; equal to `conv_vicuna_v1` with its system
-# sentence, and for one # turn to the template of llava-hf/llava-1.5-7b-hf. The template writes BOS and EOS itself: user
-# text is then encoded # with control tokens off (`sanitize_control_tokens`), so that "<image>" or "</s>" in a question
+# sentence, and for one turn to the template of llava-hf/llava-1.5-7b-hf. The template writes BOS and EOS itself: user
+# text is then encoded with control tokens off (`sanitize_control_tokens`), so that "<image>" or "</s>" in a question
 # stays text.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -43,9 +43,8 @@ class AlphaLlavaProcessor(LlavaProcessor):
 
     - `processor(images=..., regions=..., text="What is this?")`: `text` is the user's question, never a prompt.
     - `processor.apply_chat_template(conversation, tokenize=True, return_dict=True, ...)`: several turns and images; an
-      image item takes a
-      region: `{"type": "image", "image": picture, "region": Region.from_box(...)}` (also as JSON or as command-line
-          text).
+      image item takes a region: `{"type": "image", "image": picture, "region": Region.from_box(...)}` (also as JSON or
+      as command-line text).
 
     An image without a region is looked at as a whole. `system` is a sentence put before every conversation that has
     none of its own: None (the Hugging Face LLaVA-1.5 format) or `VICUNA_V1_SYSTEM` (the original code's).

@@ -2,7 +2,7 @@
 
     python scripts/build_embedded_model.py [--work DIR] [--out DIR] [--seed S]
 
-On 2 CPU cores this takes about an hour. What comes out of the same machine and seed is the same model.
+On 2 CPU cores this takes about an hour and a half. What comes out of the same machine and seed is the same model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from train import finetune
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, Region
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = [ROOT / "train" / "recipes" / name for name in ("shapes_embedded.yaml", "shapes_embedded_2.yaml")]
+RECIPES = [
+    ROOT / "train" / "recipes" / name
+    for name in ("shapes_embedded.yaml", "shapes_embedded_2.yaml", "shapes_embedded_3.yaml")
+]
 TRAIN_SCENES, TRAIN_SEED = 20_000, 1
 SAMPLE_SCENES, SAMPLE_SEED = 3, 11
 IMAGE_SIZE, PATCH_SIZE = 96, 12

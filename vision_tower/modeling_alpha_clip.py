@@ -108,7 +108,7 @@ class AlphaCLIPModel(AlphaCLIPPreTrainedModel, CLIPModel):
 
 
 # Checkpoints come in three key layouts (before and after Transformers flattened CLIP's towers). Transformers applies
-# its renaming to # stock classes only: without this, 71 tensors of a ViT-L tower stay random and nothing is raised.
+# its renaming to stock classes only: without this, 71 tensors of a ViT-L tower stay random and nothing is raised.
 register_checkpoint_conversion_mapping(
     "AlphaCLIPVisionModel", get_checkpoint_conversion_mapping("CLIPVisionModel"), overwrite=True
 )
