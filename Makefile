@@ -57,7 +57,7 @@ bench: setup ## the benchmarks; their tables are kept in docs/benchmarks.md
 	$(BIN)/python scripts/bench_tower.py
 	$(BIN)/python scripts/bench_chat.py
 
-embedded-model: setup ## rebuild the embedded model from nothing (about an hour on 2 cores)
+embedded-model: setup ## rebuild the embedded model from nothing (one and a half to two hours on 2 cores)
 	$(BIN)/python scripts/build_embedded_model.py
 
 embedded-scores: setup ## the README's table: score the embedded model on scenes it never saw

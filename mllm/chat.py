@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -182,6 +183,8 @@ def region_from_arguments(args: argparse.Namespace) -> Region | None:
 
 def load_chat(args: argparse.Namespace):
     """Load the model that the flags name, and say in one line what it is."""
+    # where bitsandbytes is installed, Transformers imports it, and it speaks of kernels then
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers import set_seed
     from transformers.utils import logging as transformers_logging
 

@@ -70,7 +70,7 @@ def load(
     """
     name = EMBEDDED_MODEL if model is None else model
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if not os.path.isdir(name) and not _hub_answers():
+    if not os.path.isdir(name) and not hub_answers():
         hub["local_files_only"] = (
             True  # from the cache or not at all, at once: Transformers would retry for half a minute
         )
@@ -162,7 +162,7 @@ def pick_device(device: str = "auto") -> str:
     return device
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether the hub can be reached; behind a proxy only a request could tell, so yes."""
     url = urlsplit(huggingface_hub.constants.ENDPOINT)
     if getproxies():

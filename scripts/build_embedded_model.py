@@ -2,7 +2,7 @@
 
     python scripts/build_embedded_model.py [--work DIR] [--out DIR] [--seed S]
 
-On 2 CPU cores this takes about an hour and a half. What comes out of the same machine and seed is the same model.
+On 2 CPU cores this takes one and a half to two hours. What comes out of the same machine and seed is the same model.
 """
 
 from __future__ import annotations

@@ -23,10 +23,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel, CLIPVisionConfig
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPVisionConfig
 
 import mllm
 from mllm.llava import fused_llava
+from mllm.loading import hub_answers
 from vision_tower import (
     AlphaCLIPConfig,
     AlphaCLIPImageProcessor,
@@ -119,9 +120,14 @@ def save_with_text(config: AlphaCLIPVisionConfig, weights: StateDict, text_from:
     """The tower with CLIP's text tower, its projection and temperature.
 
     Raises:
-        ValueError: If the text tower's space has another size than the visual projection.
+        ValueError: If there is no such CLIP, or its text space has another size than the visual projection.
     """
-    clip = CLIPModel.from_pretrained(text_from)
+    hub = {} if os.path.isdir(text_from) or hub_answers() else {"local_files_only": True}
+    try:
+        clip = CLIPModel.from_pretrained(text_from, **hub)
+    except OSError as error:
+        reason = "no such directory, and not on the hub or in its cache"
+        raise ValueError(f"cannot load a CLIP from {text_from}: {reason}") from error
     if clip.config.projection_dim != config.projection_dim:
         raise ValueError(
             f"{text_from} embeds texts in {clip.config.projection_dim} dimensions, this checkpoint pictures in "
@@ -136,7 +142,7 @@ def save_with_text(config: AlphaCLIPVisionConfig, weights: StateDict, text_from:
     text = {key: tensor for key, tensor in clip.state_dict().items() if not key.startswith(("vision_", "visual_"))}
     model.load_state_dict({**text, **weights})  # strict
     model.save_pretrained(out)
-    AlphaCLIPProcessor(image_processor(config), AutoTokenizer.from_pretrained(text_from)).save_pretrained(out)
+    AlphaCLIPProcessor(image_processor(config), AutoTokenizer.from_pretrained(text_from, **hub)).save_pretrained(out)
 
 
 def save_fused(config: AlphaCLIPVisionConfig, weights: StateDict, out: Path) -> None:
@@ -147,7 +153,7 @@ def save_fused(config: AlphaCLIPVisionConfig, weights: StateDict, out: Path) -> 
     stock.save_pretrained(out)
     save_file(fuse(weights), out / "model.safetensors", metadata={"format": "pt"})
     side = config.image_size  # for the picture's three channels; alpha is the caller's (docs/fused.md)
-    CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(out)
+    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(out)
 
 
 def save_fused_llava(model: torch.nn.Module, processor, out: Path) -> None:
@@ -155,7 +161,7 @@ def save_fused_llava(model: torch.nn.Module, processor, out: Path) -> None:
     fused_llava(model).save_pretrained(out)
     processor.tokenizer.save_pretrained(out)
     side = model.config.vision_config.image_size
-    CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(out)
+    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(out)
 
 
 def save_original(weights: StateDict, out: Path) -> None:

@@ -242,6 +242,8 @@ def test_errors_leave_nothing_behind(checkpoint, original, tmp_path, capsys):
     assert convert(checkpoint, tmp_path / "out", "--text-from", tiny_clip_dir(tmp_path / "clip", 16)) == 2
     error = capsys.readouterr().err
     assert "16 dimensions" in error and error.count("\n") == 1
+    assert convert(checkpoint, tmp_path / "out", "--text-from", tmp_path / "nowhere") == 2
+    assert "cannot load a CLIP" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip", "cut.pth", "there"]
 
 
