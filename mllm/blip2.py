@@ -29,6 +29,7 @@ from transformers.image_utils import ImageInput
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vision_tower import AlphaCLIPVisionConfig, AlphaCLIPVisionModel, AlphaConv2d, AlphaPatchEmbedding, Region
+from vision_tower.image_processing_alpha_clip import check_processor_call
 from vision_tower.modeling_alpha_clip import check_loaded
 
 
@@ -184,6 +185,8 @@ class AlphaBlip2Processor(Blip2Processor):
         Raises:
             ValueError: If there are regions without images, or a region does not fit its image.
         """
+        if images is not None:
+            check_processor_call(self.image_processor, kwargs)
         if regions is not None:
             if images is None:
                 raise ValueError("got regions without images; pass the images that they lie in")

@@ -52,9 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     for option, (_, form) in REGION_OPTIONS.items():
         region.add_argument(f"--{option}", metavar=form, help=_REGION_HELP[option])
     region.add_argument("--whole", action="store_true", help="the whole image")
-    parser.add_argument(
-        "--strength", type=float, default=1.0, help="1: the region alone, 0: the whole image (default 1)"
-    )
+    parser.add_argument("--strength", type=float, help="1: the region alone, 0: the whole image (default 1)")
     parser.add_argument("--ask", metavar="TEXT", help="one question; without it, a conversation")
     parser.add_argument(
         "--save-overlay", metavar="PNG", help="write the picture with its region and answer drawn on it"
@@ -109,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        message = " ".join(str(error).split())
+        print(f"{PROGRAM}: error: {message[:1500]}{' ...' if len(message) > 1500 else ''}", file=sys.stderr)
         return 2
 
 
@@ -119,7 +118,7 @@ def _run(args: argparse.Namespace) -> int:
         return _batch(args)
     from mllm.conversation import Conversation
     from mllm.data.samples import load_image
-    from mllm.overlay import check_folder
+    from mllm.overlay import check_folder, keep_picture
 
     image = load_image(args.image)
     region = region_from_arguments(args)
@@ -127,6 +126,7 @@ def _run(args: argparse.Namespace) -> int:
         region.mask(image.height, image.width)  # before the model is loaded: does it fit the picture?
     if args.save_overlay:
         check_folder(args.save_overlay)
+        keep_picture(args.image, args.save_overlay)
     chat = load_chat(args)
     conversation = Conversation(chat, args.image, image, region, args.max_new_tokens)
     if args.ask is None and not args.json:
@@ -150,18 +150,25 @@ def _check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that do not go together."""
     options = ", ".join(f"--{option}" for option in (*REGION_OPTIONS, "whole"))
     has_region = args.whole or any(getattr(args, option) is not None for option in REGION_OPTIONS)
-    if not 0 <= args.strength <= 1:  # also NaN
+    if args.strength is not None and not 0 <= args.strength <= 1:  # also NaN
         raise ValueError(f"expected a --strength from 0 to 1, got {args.strength}")
     if args.max_new_tokens < 1 or args.batch_size < 1:
         raise ValueError("expected --max-new-tokens and --batch-size of at least 1")
     if args.batch:
         if not args.output:
             raise ValueError("--batch needs --output FILE for the answers")
-        if args.image or has_region or args.strength != 1 or args.ask is not None or args.json or args.save_overlay:
+        if (
+            args.image
+            or has_region
+            or args.strength is not None
+            or args.ask is not None
+            or args.json
+            or args.save_overlay
+        ):
             raise ValueError("--batch takes pictures, regions and questions from its file; leave the other flags out")
     elif not args.image:
         raise ValueError("expected --image FILE, or --batch FILE")
-    elif not has_region and args.strength != 1:
+    elif not has_region and args.strength is not None:
         raise ValueError(f"--strength belongs to a region; expected one of {options}")
     elif not has_region and (args.ask is not None or args.json):
         raise ValueError(f"expected a region, one of {options}; --whole is the whole image")
@@ -177,7 +184,12 @@ def region_from_arguments(args: argparse.Namespace) -> Region | None:
 
     for option, (form, _) in REGION_OPTIONS.items():
         if (value := getattr(args, option)) is not None:
-            return dataclasses.replace(Region.parse(f"{form}:{value}"), strength=args.strength)
+            region = Region.parse(f"{form}:{value}")
+            if args.strength is None:
+                return region
+            if region.strength != 1:
+                raise ValueError(f"two strengths: {region.strength} in --{option} and --strength {args.strength}")
+            return dataclasses.replace(region, strength=args.strength)
     return Region.whole() if args.whole else None
 
 

@@ -17,7 +17,7 @@ from mllm.answering import RegionChat, Turn
 from mllm.chat import REGION_OPTIONS
 from mllm.data.samples import load_image
 from mllm.data.templates import DESCRIBE_REGION
-from mllm.overlay import check_folder, save_overlay
+from mllm.overlay import check_folder, keep_picture, save_overlay
 from vision_tower import Region
 
 HELP = """\
@@ -86,6 +86,7 @@ class Conversation:
 
     def save_overlay(self, path: str) -> None:
         """Write the picture with the region and, under it, the last turn."""
+        keep_picture(self.image_name, path)
         caption = "{} {}".format(*self.history[-1]) if self.history else None
         save_overlay(path, self.image, self.region or Region.whole(), caption)
 
@@ -136,6 +137,7 @@ class Conversation:
 
     def _save(self, path: str) -> None:
         check_folder(path)
+        keep_picture(self.image_name, path)
         record = {
             "image": self.image_name,
             "region": None if self.region is None else self.region.to_json(),

@@ -40,10 +40,12 @@ def load_llava(name: str | os.PathLike, config: LlavaConfig, **kwargs: Any) -> L
         **kwargs: As in `from_pretrained`.
 
     Raises:
-        ValueError: If a weight other than the alpha convolution is missing, left over, or of another shape.
+        ValueError: If a weight is missing (CLIP's tower has no alpha weight, ours must), left over, or of another
+            shape.
     """
     # mismatches are let through to the report, which names them
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    alpha_expected = isinstance(config.vision_config, AlphaCLIPVisionConfig)
     config = with_alpha_tower(config)
     try:
         model, report = LlavaForConditionalGeneration.from_pretrained(name, config=config, **kwargs)
@@ -52,6 +54,8 @@ def load_llava(name: str | os.PathLike, config: LlavaConfig, **kwargs: Any) -> L
             f"the weights in {name} are damaged ({error}); were they copied or downloaded whole?"
         ) from error
     check_loaded("LLaVA with an alpha tower", name, report)
+    if alpha_expected and report["missing_keys"]:
+        raise ValueError(f"the weights in {name} lack the alpha weight, which its config.json promises")
     return model
 
 

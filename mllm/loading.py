@@ -15,6 +15,7 @@ from urllib.request import getproxies
 
 import huggingface_hub
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, LlavaConfig, PreTrainedConfig, PreTrainedModel
@@ -90,11 +91,19 @@ def load(
         load_alpha_weights(loaded, alpha_weights)
     if adapter is not None:
         load_adapter(loaded, adapter)
+    if _ignores_regions(loaded):
+        logger.warning("the alpha weight of %s is zero: every region gets the same answer; give alpha_weights", name)
     if device_map is None:
         loaded = loaded.to(pick_device(device))
     if compile:
         loaded.model.vision_tower.compile()  # in place: names and saving stay as they are
     return loaded.eval(), _load_processor(name, config, hub)
+
+
+def _ignores_regions(model: PreTrainedModel) -> bool:
+    """Whether the alpha weight is zero, as it is where CLIP's weights were loaded and nothing else."""
+    alphas = [weight for name, weight in model.named_parameters() if "patch_embedding.alpha." in name]
+    return not any(weight.is_meta or weight.any() for weight in alphas)
 
 
 def quantization(load_in: str | None) -> BitsAndBytesConfig | None:
@@ -182,7 +191,7 @@ def _read_config(name: str | os.PathLike, hub: dict) -> LlavaConfig:
         raise ValueError(f"expected a model directory or a hub id, got {name}, which is not a directory")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **hub)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[0]
         if hub.get("local_files_only"):
             reason = "there is no such directory, and without network only models in the hub's cache can be loaded"

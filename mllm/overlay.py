@@ -64,6 +64,12 @@ def check_folder(path: str | os.PathLike) -> None:
         raise ValueError(f"cannot write {path}: it is a folder, expected the name of a file")
 
 
+def keep_picture(picture: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Raise ValueError if writing `path` would overwrite the picture that is talked about."""
+    if os.path.exists(path) and os.path.exists(picture) and os.path.samefile(picture, path):
+        raise ValueError(f"{path} is the picture itself, which would be lost; choose another name")
+
+
 def _edge(inside: np.ndarray, width: int) -> np.ndarray:
     """The band of `width` pixels just outside a mask."""
     grown = inside

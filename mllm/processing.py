@@ -9,6 +9,7 @@ from transformers import AutoProcessor, BatchFeature, LlavaProcessor, PreTrained
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 
 from vision_tower import Region
+from vision_tower.image_processing_alpha_clip import check_processor_call
 
 # Source: `conv_vicuna_v1` in haotian-liu/LLaVA, llava/conversation.py at c121f04.
 VICUNA_V1_SYSTEM = (
@@ -113,6 +114,8 @@ class AlphaLlavaProcessor(LlavaProcessor):
         Raises:
             ValueError: If questions, images and regions do not match, or a region does not fit its image.
         """
+        if images is not None:
+            check_processor_call(self.image_processor, kwargs)
         if text is None:
             raise ValueError("expected text: a question, or a list of questions")
         kwargs.setdefault("padding", True)

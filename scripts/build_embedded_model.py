@@ -182,8 +182,6 @@ def export(trained: Path, out: Path) -> None:
     Run in bfloat16, an answer could depend on the batch it stands in; the weights lose nothing that the scores show.
     """
     model = LlavaForConditionalGeneration.from_pretrained(trained, dtype=torch.bfloat16)
-    if out.exists():
-        shutil.rmtree(out)
     model.save_pretrained(out)
     for file in trained.iterdir():
         if file.suffix in (".json", ".jinja"):

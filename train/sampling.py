@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mllm.data.samples import ImageSource, RegionSample, load_image
+from mllm.data.samples import RegionSample
 from mllm.data.templates import DESCRIBE_REGION_WORDINGS
 from vision_tower import Region
 
@@ -20,12 +20,13 @@ from vision_tower import Region
 class RegionFacts:
     """A region with all that can be asked about it.
 
-    `forms` are the same region in several forms (box, mask), one of which is drawn for a conversation; `turns` are
-    (kind, question, answer), where the question None stands for a description. A turn's kind is what the data set calls
-    its questions' type, or "description" or "question".
+    `sample` is the first record of it, which opens and checks the picture. `forms` are the same region in several forms
+    (box, mask), one of which is drawn for a conversation; `turns` are (kind, question, answer), where the question None
+    stands for a description. A turn's kind is what the data set calls its questions' type, or "description" or
+    "question".
     """
 
-    image: ImageSource
+    sample: RegionSample
     forms: tuple[Region, ...]
     turns: tuple[tuple[str, str | None, str], ...]
 
@@ -37,17 +38,17 @@ def group_by_region(*readings: Iterable[RegionSample]) -> list[RegionFacts]:
         *readings: Samples whose meta has `image_id`, and `region_id` where a sample is about a region; each of one
             region.
     """
-    images: dict[tuple, ImageSource] = {}
+    samples: dict[tuple, RegionSample] = {}
     forms: dict[tuple, dict[Region, None]] = {}  # a dict keeps the order
     turns: dict[tuple, dict[tuple, None]] = {}
     for sample in (sample for reading in readings for sample in reading):
         key = (sample.meta["image_id"], sample.meta.get("region_id"))
         (region,) = sample.regions
-        images[key] = sample.image
+        samples.setdefault(key, sample)
         forms.setdefault(key, {})[region] = None
         kind = "description" if sample.question is None else sample.meta.get("type", "question")
         turns.setdefault(key, {})[kind, sample.question, sample.references[0]] = None
-    return [RegionFacts(images[key], tuple(forms[key]), tuple(turns[key])) for key in images]
+    return [RegionFacts(samples[key], tuple(forms[key]), tuple(turns[key])) for key in samples]
 
 
 class ConversationDataset(Dataset):
@@ -87,7 +88,7 @@ class ConversationDataset(Dataset):
                 question = DESCRIBE_REGION_WORDINGS[rng.integers(len(DESCRIBE_REGION_WORDINGS))]
             content = [{"type": "text", "text": question}]
             if position == 0:
-                content.insert(0, {"type": "image", "image": load_image(facts.image), "region": region})
+                content.insert(0, {"type": "image", "image": facts.sample.open_image(), "region": region})
             messages.append({"role": "user", "content": content})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return messages

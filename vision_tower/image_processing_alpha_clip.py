@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -33,6 +34,24 @@ class AlphaCLIPImageProcessorKwargs(ImagesKwargs, total=False):
 
     geometry: Literal["crop", "pad", "stretch"]
     regions: Any
+
+
+_MISSPELT = {"region", "mask", "masks", "alpha", "alphas", "alpha_values"}
+
+
+def check_processor_call(image_processor: object, names: Iterable[str]) -> None:
+    """For the processors around this one: Transformers drops an argument that nobody takes, and with it the region.
+
+    Raises:
+        ValueError: If a region was passed under another name than `regions`, or the image processor takes none.
+    """
+    if misspelt := sorted(_MISSPELT & set(names)):
+        raise ValueError(f"unknown argument {', '.join(misspelt)}: regions are passed as regions=")
+    if not hasattr(image_processor, "geometry"):
+        raise ValueError(
+            f"{type(image_processor).__name__} would drop every region; make the processor with an "
+            "AlphaCLIPImageProcessor"
+        )
 
 
 class AlphaCLIPImageProcessor(PilBackend):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import BatchFeature, CLIPProcessor
 from transformers.image_utils import ImageInput
 
+from .image_processing_alpha_clip import check_processor_call
 from .regions import Region
 
 
@@ -31,8 +32,11 @@ class AlphaCLIPProcessor(CLIPProcessor):
             texts.
 
         Raises:
-            ValueError: If there are regions without images, or a region does not fit its image.
+            ValueError: If an argument would be dropped with its region, there are regions without images, or a region
+                does not fit its image.
         """
+        if images is not None:
+            check_processor_call(self.image_processor, kwargs)
         if regions is not None:
             if images is None:
                 raise ValueError("got regions without images; pass the images that they lie in")

@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 PNG_URI = "data:image/png;base64,"
 _SUBROWS = 8  # scan lines a pixel row, for polygons; across a line, coverage is exact
@@ -48,7 +48,7 @@ def _open_mask(source: str | os.PathLike) -> Image.Image:
     try:
         file = io.BytesIO(base64.b64decode(text[len(PNG_URI) :])) if text.startswith(PNG_URI) else text
         image = Image.open(file)
-        image.load()
+        image = ImageOps.exif_transpose(image)  # as the picture itself is turned; this loads it too
     except FileNotFoundError:
         raise ValueError(f"there is no mask file {text}") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -64,7 +64,11 @@ def _grey(image: Image.Image) -> np.ndarray:
         indices = np.asarray(image)
         if len(np.unique(indices)) > 2:
             raise ValueError("the palette mask holds several objects; keep one of them: a picture with 0 outside")
-        return indices > 0
+        colours = np.asarray(image.convert("RGB"))  # not by index: which one is black is the writer's choice
+        inside = colours.any(axis=-1)
+        if inside.all() and (colours != 255).any():
+            raise ValueError("the palette mask has no black; expected black outside the region")
+        return inside
     pixels = np.asarray(image)
     if image.mode in ("RGB", "RGBA", "LA"):
         colours = pixels[..., :3] if image.mode.startswith("RGB") else pixels[..., :1]

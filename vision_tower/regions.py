@@ -40,6 +40,7 @@ FORMS = (
     "points:x,y[;x,y]@radius | stroke:x,y;x,y@width | whole, each with an optional strength: box:1,2,3,4*0.5"
 )
 _STRENGTH = re.compile(r"(.*)\*([\d.eE+-]+)", re.DOTALL)
+_LARGEST_PICTURE = 400_000_000  # pixels of a run-length mask; a few bytes of runs could ask for all memory
 _LARGEST = 1e9  # of a coordinate: what lies further out only overflows
 _ROUNDING = 1e-3  # pixels that a region may reach over the picture without a warning
 
@@ -142,6 +143,8 @@ class Region:
         # Summed as Python integers: an int64 sum can wrap around to the right one, and np.repeat then crashes.
         if min(runs, default=-1) < 0 or height < 1 or width < 1 or sum(runs) != height * width:
             raise ValueError(f"the RLE is inconsistent: its runs add up to {sum(runs)}, not to {height} * {width}")
+        if height * width > _LARGEST_PICTURE:
+            raise ValueError(f"the RLE is of {height} x {width} pixels; expected at most {_LARGEST_PICTURE:,} of them")
         flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
         return cls.from_mask(flat.reshape(width, height).T, strength=strength)
 
@@ -412,7 +415,7 @@ def _finite(values: Sequence, what: str) -> list[float]:
         raise ValueError(f"expected numbers for the {what}, got {shortened(values)}")
     try:
         numbers = [float(value) for value in values]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"expected numbers for the {what}, got {shortened(values)}") from error
     if not all(abs(number) <= _LARGEST for number in numbers):  # not a number fails this too
         raise ValueError(f"expected finite numbers up to {_LARGEST:g} for the {what}, got {shortened(values)}")
