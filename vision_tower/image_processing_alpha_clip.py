@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -36,6 +38,11 @@ class AlphaCLIPImageProcessorKwargs(ImagesKwargs, total=False):
     regions: Any
 
 
+logger = logging.getLogger(__name__)
+
+# they would move the picture but not the alpha map, or (rescaling) take its numbers for others than they are
+_NOT_IN_A_CALL = {"size", "crop_size", "do_resize", "do_center_crop", "do_pad", "pad_size"}
+_NOT_IN_A_CALL |= {"do_rescale", "rescale_factor"}
 _MISSPELT = {"region", "mask", "masks", "alpha", "alphas", "alpha_values"}
 
 
@@ -123,7 +130,7 @@ class AlphaCLIPImageProcessor(PilBackend):
             ValueError: If images and regions do not match, a region does not fit its image, or `kwargs` ask for a
                 geometry that would move the picture but not the alpha map.
         """
-        if moved := sorted({"size", "crop_size", "do_resize", "do_center_crop", "do_pad", "pad_size"} & kwargs.keys()):
+        if moved := sorted(_NOT_IN_A_CALL & kwargs.keys()):
             raise ValueError(f"{', '.join(moved)}: set them when the image processor is made, not in a call")
         geometry = self.geometry if geometry is None else geometry
         if geometry not in GEOMETRIES:
@@ -172,15 +179,24 @@ def place_alpha(region: Region, height: int, width: int, side: int, geometry: st
         scaled = int(side * long / short)
         new_height, new_width = (side, scaled) if height <= width else (scaled, side)
         top, left = (new_height - side) // 2, (new_width - side) // 2
+        # in the picture's own pixels, before resizing spreads the region over the border of the crop
+        kept = mask[
+            top * height // new_height : math.ceil((top + side) * height / new_height),
+            left * width // new_width : math.ceil((left + side) * width / new_width),
+        ]
+        peak = float(kept.max())
+        if peak <= 0:
+            raise ValueError(
+                f"the region {region} lies outside the centre crop of the {width} x {height} picture; use "
+                "geometry='pad'"
+            )
+        if (cut := 1 - float(kept.sum() / mask.sum())) > 0.001:
+            logger.warning("the centre crop cuts %.0f %% off the region %s; geometry='pad' keeps it", 100 * cut, region)
         mask = _resize(mask, new_height, new_width)[top : top + side, left : left + side]
     else:
         mask = _resize(mask, side, side)
     reached = float(mask.max())
-    if reached <= 0:
-        raise ValueError(
-            f"the region {region} lies outside the centre crop of the {width} x {height} picture; use geometry='pad'"
-        )
-    if reached < peak:
+    if 0 < reached < peak:
         mask = mask * np.float32(peak / reached)
     return 1 - np.float32(region.strength) * (1 - mask)
 

@@ -170,3 +170,20 @@ def test_settings_that_would_part_picture_and_alpha_are_refused():
         AlphaCLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 32, "width": 32})
     with pytest.raises(ValueError, match="expected geometry"):
         AlphaCLIPImageProcessor(geometry="fit")
+
+
+def test_the_centre_crop_decides_by_the_regions_own_place(caplog):
+    """Of a picture of 300 x 100 the crop keeps columns 100 to 200; resizing must not draw a region into it."""
+    processor = AlphaCLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    image = Image.new("RGB", (300, 100))
+    with pytest.raises(ValueError, match="outside the centre crop"):
+        processor(image, regions=Region.from_box(0, 0, 99.9, 100))
+    processor(image, regions=Region.from_box(110, 10, 190, 90))
+    assert not caplog.records
+    processor(image, regions=Region.from_box(50, 10, 150, 90))
+    assert "cuts 50 %" in caplog.text
+
+
+def test_rescaling_is_no_setting_of_a_call():
+    with pytest.raises(ValueError, match="do_rescale"):
+        AlphaCLIPImageProcessor()(Image.new("RGB", (9, 9)), do_rescale=False)
