@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedModel
 
-from mllm.data.templates import DESCRIBE_REGION
 from mllm.processing import AlphaLlavaProcessor
+from mllm.processing_blip2 import AlphaBlip2Processor
 from vision_tower import Region
 
 Turn = tuple[str, str]  # question, answer
@@ -20,11 +20,14 @@ Turn = tuple[str, str]  # question, answer
 # filled from the checkpoint's again, and giving both is deprecated. `max_length` beside `max_new_tokens` would warn.
 _GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_length": None}
 
+# T5's relative positions have no end; this is the length it was trained with (arXiv 1910.10683, section 3.1.2)
+_T5_LENGTH = 512
+
 
 class RegionChat:
-    """A model and its processor, answering greedily."""
+    """A LLaVA or BLIP-2 and its processor, answering greedily."""
 
-    def __init__(self, model: PreTrainedModel, processor: AlphaLlavaProcessor) -> None:
+    def __init__(self, model: PreTrainedModel, processor: AlphaLlavaProcessor | AlphaBlip2Processor) -> None:
         self.model = model
         self.processor = processor
 
@@ -51,7 +54,7 @@ class RegionChat:
         Raises:
             ValueError: If the region does not fit the picture, or the conversation is longer than the model's context.
         """
-        conversation = build_conversation(image, region, question, history)
+        conversation = self.conversation(image, region, question, history)
         return self._generate([conversation], max_new_tokens, streamer)[0]
 
     def answer_batch(
@@ -62,17 +65,40 @@ class RegionChat:
         Raises:
             ValueError: As `answer`, for any of them.
         """
-        return self._generate([build_conversation(*request) for request in requests], max_new_tokens)
+        return self._generate([self.conversation(*request) for request in requests], max_new_tokens)
 
     def check_length(self, question: str | None, max_new_tokens: int) -> None:
         """Raise ValueError if a single question with an image and its answer does not fit the model's context."""
-        conversation = build_conversation(None, Region.whole(), question)
+        conversation = self.conversation(None, Region.whole(), question)
         tokens = len(self.processor.encode_conversation(conversation, add_generation_prompt=True))
         self._check_tokens(tokens, max_new_tokens)
 
+    def conversation(
+        self, image: Image.Image | None, region: Region, question: str | None, history: Sequence[Turn] = ()
+    ) -> list[dict]:
+        """The conversation of a question, None asking for a description: the image item, with its region, stands in
+        the first turn.
+
+        Raises:
+            ValueError: If the question is not valid Unicode (a terminal's broken bytes arrive as lone surrogates).
+        """
+        question = self.processor.description_wordings[0] if question is None else question
+        question.encode()  # UnicodeEncodeError is a ValueError; the tokenizer would raise a TypeError
+        messages = []
+        for asked, answered in history:
+            messages.append({"role": "user", "content": [{"type": "text", "text": asked}]})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answered}]})
+        messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
+        messages[0]["content"].insert(0, {"type": "image", "image": image, "region": region})
+        return messages
+
     def _check_tokens(self, tokens: int, max_new_tokens: int) -> None:
-        limit = self.model.config.get_text_config().max_position_embeddings
-        if tokens + max_new_tokens > limit:
+        config = self.model.config.get_text_config()
+        if config.is_encoder_decoder:  # prompt and answer are sequences of their own
+            limit, needed = _T5_LENGTH, max(tokens, max_new_tokens)
+        else:
+            limit, needed = config.max_position_embeddings, tokens + max_new_tokens
+        if needed > limit:
             raise ValueError(
                 f"the conversation takes {tokens} tokens and the answer up to {max_new_tokens}, the model reads "
                 f"{limit}; ask a shorter question or start anew"
@@ -88,27 +114,10 @@ class RegionChat:
         check_alpha(inputs)
         inputs = inputs.to(self.model.device, self.model.dtype)
         output = self.model.generate(**inputs, **_GREEDY, max_new_tokens=max_new_tokens, streamer=streamer)
-        texts = self.processor.batch_decode(output[:, prompt_length:], skip_special_tokens=True)
+        prompt_returned = not self.model.config.get_text_config().is_encoder_decoder
+        answers = output[:, prompt_length:] if prompt_returned else output
+        texts = self.processor.batch_decode(answers, skip_special_tokens=True)
         return [text.strip() for text in texts]
-
-
-def build_conversation(
-    image: Image.Image | None, region: Region, question: str | None, history: Sequence[Turn] = ()
-) -> list[dict]:
-    """The conversation of a question: the image item, with its region, stands in the first turn.
-
-    Raises:
-        ValueError: If the question is not valid Unicode (a terminal's broken bytes arrive as lone surrogates).
-    """
-    question = DESCRIBE_REGION if question is None else question
-    question.encode()  # UnicodeEncodeError is a ValueError; the tokenizer would raise a TypeError
-    messages = []
-    for asked, answered in history:
-        messages.append({"role": "user", "content": [{"type": "text", "text": asked}]})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answered}]})
-    messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
-    messages[0]["content"].insert(0, {"type": "image", "image": image, "region": region})
-    return messages
 
 
 def check_alpha(inputs: BatchFeature) -> None:

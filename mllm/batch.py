@@ -155,7 +155,7 @@ def _run_record(chat: RegionChat, requests_path: str, model_name: str, batch_siz
         "weights": fingerprint(chat.model.config._name_or_path, chat.model.config),
         "quantised": str(getattr(chat.model, "quantization_method", None)),
         "alpha and adapter": _added_weights(chat.model),
-        "dtype": str(chat.model.dtype),
+        "dtype": str(chat.model.get_input_embeddings().weight.dtype),  # BLIP-2 keeps its Q-Former in float32
         "requests": hashlib.sha256(Path(requests_path).read_bytes()).hexdigest(),
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,

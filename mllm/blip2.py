@@ -5,19 +5,23 @@
   23 blocks, which is where Alpha-CLIP's released weights fit.
 """
 
+import os
+from typing import Any
+
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoProcessor,
-    BatchFeature,
+    AutoTokenizer,
     Blip2Config,
     Blip2ForConditionalGeneration,
-    Blip2Processor,
     Blip2QFormerModel,
     Blip2VisionConfig,
     Blip2VisionModel,
@@ -25,11 +29,17 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.image_utils import ImageInput
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vision_tower import AlphaCLIPVisionConfig, AlphaCLIPVisionModel, AlphaConv2d, AlphaPatchEmbedding, Region
-from vision_tower.image_processing_alpha_clip import check_processor_call
+from mllm.processing_blip2 import AlphaBlip2Processor
+from vision_tower import (
+    AlphaCLIPImageProcessor,
+    AlphaCLIPVisionConfig,
+    AlphaCLIPVisionModel,
+    AlphaConv2d,
+    AlphaPatchEmbedding,
+)
+from vision_tower.conversion import read_tower_for
 from vision_tower.modeling_alpha_clip import check_loaded
 
 
@@ -161,37 +171,85 @@ class AlphaBlip2ForConditionalGeneration(Blip2ForConditionalGeneration):
         return (model, report) if output_loading_info else model
 
 
-class AlphaBlip2Processor(Blip2Processor):
-    """BLIP-2's text with its query tokens, and `AlphaCLIPImageProcessor` (geometry "stretch") behind one call."""
+# full names, as Transformers 5 wants them; a list of one's own drops the default lm_head
+NEVER_QUANTISED = ("vision_model", "qformer", "language_projection", "language_model.lm_head")
 
-    def __call__(
-        self,
-        images: ImageInput | None = None,
-        text: str | list[str] | None = None,
-        regions: Region | list | None = None,
-        **kwargs,
-    ) -> BatchFeature:
-        """Prepare images with their regions and prompts.
 
-        Args:
-            images: One image or a list.
-            text: One prompt or a list: "" to describe, "Question: What is this? Answer:" to ask.
-            regions: One `Region` or None (the whole image) for each image.
-            **kwargs: As in `Blip2Processor`.
+def vision_tower(model: AlphaBlip2ForConditionalGeneration) -> AlphaBlip2VisionModel | AlphaCLIPBlip2VisionModel:
+    """The model's tower, which BLIP-2 calls `vision_model`."""
+    return model.vision_model
 
-        Returns:
-            `pixel_values` (B, 4, S, S), and `input_ids` and `attention_mask` (B, T) where there is text.
 
-        Raises:
-            ValueError: If there are regions without images, or a region does not fit its image.
-        """
-        if images is not None:
-            check_processor_call(self.image_processor, kwargs)
-        if regions is not None:
-            if images is None:
-                raise ValueError("got regions without images; pass the images that they lie in")
-            kwargs["regions"] = regions
-        return super().__call__(images=images, text=text, **kwargs)
+def load_model(name: str | os.PathLike, config: Blip2Config, **kwargs: Any) -> AlphaBlip2ForConditionalGeneration:
+    """Load a BLIP-2 checkpoint with an alpha tower, ours or a stock one.
+
+    Args:
+        name: Directory or hub id.
+        config: Its configuration, as `AutoConfig` gives it.
+        **kwargs: As in `from_pretrained`.
+
+    Raises:
+        ValueError: If a weight is missing (a stock BLIP-2 has no alpha weight, ours must), left over, or of another
+            shape.
+    """
+    try:
+        model, report = AlphaBlip2ForConditionalGeneration.from_pretrained(name, output_loading_info=True, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights in {name} are damaged ({error}); were they copied or downloaded whole?"
+        ) from error
+    if report["missing_keys"] and isinstance(config, AlphaBlip2Config):
+        raise ValueError(f"the weights in {name} lack the alpha weight, which its config.json promises")
+    return model
+
+
+def load_alpha_weights(model: AlphaBlip2ForConditionalGeneration, source: str | os.PathLike) -> None:
+    """Overwrite the CLIP tower of a loaded BLIP-2 with Alpha-CLIP's first blocks; the norm after it stays BLIP-2's.
+
+    Args:
+        model: With a CLIP tower; changed in place.
+        source: An original checkpoint (.pth, .safetensors) or a directory of ours.
+
+    Raises:
+        ValueError: If the model's tower is EVA's, or the checkpoint is no whole Alpha-CLIP tower that fits.
+    """
+    tower = vision_tower(model)
+    if not isinstance(tower, AlphaCLIPBlip2VisionModel):
+        raise ValueError(
+            "this BLIP-2 has an EVA ViT-g tower, whose Q-Former cannot read Alpha-CLIP's ViT-L; Alpha-CLIP's weights "
+            "fit LAVIS' ViT-L BLIP-2 (scripts/convert_lavis_blip2.py)"
+        )
+    weights = read_tower_for(tower.config, source, first_blocks=True)
+    weights |= {f"post_layernorm.{key}": tensor for key, tensor in tower.post_layernorm.state_dict().items()}
+    tower.load_state_dict(weights)  # strict; casts to the tower's dtype and device
+
+
+def load_processor(name: str | os.PathLike, config: Blip2Config, **hub: Any) -> AlphaBlip2Processor:
+    """The processor of a BLIP-2 directory that knows nothing of regions: its tokenizer and image settings, pictures
+    stretched to a square as BLIP-2 was trained.
+
+    Raises:
+        ValueError: If its tokenizer's `<image>` is not the token that the model looks for.
+    """
+    stock = AutoImageProcessor.from_pretrained(name, backend="pil", **hub)
+    side = config.vision_config.image_size
+    image_processor = AlphaCLIPImageProcessor(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=list(stock.image_mean),
+        image_std=list(stock.image_std),
+        geometry="stretch",
+    )
+    processor = AlphaBlip2Processor(
+        image_processor, AutoTokenizer.from_pretrained(name, **hub), num_query_tokens=config.num_query_tokens
+    )
+    found = processor.tokenizer.convert_tokens_to_ids("<image>")
+    if found != config.image_token_index:
+        raise ValueError(
+            f"the tokenizer in {name} gives <image> the id {found}, the model expects {config.image_token_index}: no "
+            "image would reach it"
+        )
+    return processor
 
 
 for _config, _model in (

@@ -77,7 +77,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that every command of this project shares."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", help="directory or hub id of a LLaVA-1.5 (default: the embedded model, drawn scenes only)"
+        "--model", help="directory or hub id of a LLaVA-1.5 or BLIP-2 (default: the embedded model, drawn scenes only)"
     )
     group.add_argument(
         "--alpha-weights",
@@ -221,7 +221,8 @@ def load_chat(args: argparse.Namespace):
     )
     name = args.model or "embedded model (drawn scenes only, no photographs)"
     attention = model.config.text_config._attn_implementation
-    print(f"model: {name} | device: {model.device} | dtype: {model.dtype} | attention: {attention}", file=sys.stderr)
+    dtype = model.get_input_embeddings().weight.dtype  # BLIP-2 keeps its Q-Former in float32
+    print(f"model: {name} | device: {model.device} | dtype: {dtype} | attention: {attention}", file=sys.stderr)
     return RegionChat(model, processor)
 
 

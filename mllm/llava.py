@@ -9,9 +9,17 @@ from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mllm.processing import AlphaLlavaProcessor
-from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig
-from vision_tower.conversion import fuse, read_tower
+from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel
+from vision_tower.conversion import fuse, read_tower_for
 from vision_tower.modeling_alpha_clip import check_loaded
+
+# Full names: since Transformers 5 a bare "vision_tower" skips nothing. A list of one's own drops the default lm_head.
+NEVER_QUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
+
+
+def vision_tower(model: LlavaForConditionalGeneration) -> AlphaCLIPVisionModel:
+    """The model's tower."""
+    return model.model.vision_tower
 
 
 def with_alpha_tower(config: LlavaConfig) -> LlavaConfig:
@@ -31,7 +39,7 @@ def with_alpha_tower(config: LlavaConfig) -> LlavaConfig:
     return config
 
 
-def load_llava(name: str | os.PathLike, config: LlavaConfig, **kwargs: Any) -> LlavaForConditionalGeneration:
+def load_model(name: str | os.PathLike, config: LlavaConfig, **kwargs: Any) -> LlavaForConditionalGeneration:
     """Load a LLaVA-1.5 checkpoint, with CLIP's tower or ours, in any key layout.
 
     Args:
@@ -70,16 +78,8 @@ def load_alpha_weights(model: LlavaForConditionalGeneration, source: str | os.Pa
     Raises:
         ValueError: If the checkpoint is no whole Alpha-CLIP tower, or one of another size.
     """
-    tower = model.model.vision_tower
-    config, weights = read_tower(source)
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size", "image_size")
-    for name in (*sizes, "hidden_act"):
-        if getattr(config, name) != getattr(tower.config, name):
-            raise ValueError(
-                f"the alpha weights in {source} are for another tower: {name} {getattr(config, name)}, this model's "
-                f"is {getattr(tower.config, name)}; LLaVA-1.5 takes those of ViT-L/14@336"
-            )
-    tower.load_state_dict(weights)  # strict; casts to the tower's dtype and device
+    tower = vision_tower(model)
+    tower.load_state_dict(read_tower_for(tower.config, source))  # strict; casts to the tower's dtype and device
 
 
 def fused_llava(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
@@ -96,7 +96,7 @@ def fused_llava(model: LlavaForConditionalGeneration) -> LlavaForConditionalGene
     return fused
 
 
-def load_llava_processor(name: str | os.PathLike, config: LlavaConfig, **hub: Any) -> AlphaLlavaProcessor:
+def load_processor(name: str | os.PathLike, config: LlavaConfig, **hub: Any) -> AlphaLlavaProcessor:
     """The processor of a LLaVA-1.5 directory that knows nothing of regions: its tokenizer and image settings, in our
     format.
 

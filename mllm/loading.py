@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -18,18 +19,26 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig, LlavaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    Blip2Config,
+    LlavaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from mllm.llava import load_alpha_weights, load_llava, load_llava_processor
+from mllm import blip2, llava
 from mllm.processing import AlphaLlavaProcessor
+from mllm.processing_blip2 import AlphaBlip2Processor
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
-# Full names: since Transformers 5 a bare "vision_tower" skips nothing. A list of one's own drops the default lm_head.
-_NEVER_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+_FAMILIES = {"llava": llava, "blip-2": blip2, "alpha_blip2": blip2}  # by model_type
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "model"
 
 
@@ -46,12 +55,12 @@ def load(
     load_in: str | None = None,
     adapter: str | os.PathLike | None = None,
     compile: bool = False,  # noqa: A002, the name that torch and Transformers use
-) -> tuple[PreTrainedModel, AlphaLlavaProcessor]:
-    """Load a LLaVA-1.5 with an alpha tower in evaluation mode, and its processor.
+) -> tuple[PreTrainedModel, AlphaLlavaProcessor | AlphaBlip2Processor]:
+    """Load a LLaVA-1.5 or BLIP-2 with an alpha tower in evaluation mode, and its processor.
 
     Args:
-        model: A directory or a hub id of a LLaVA-1.5, with CLIP's tower or ours; None is the embedded model, which
-            knows drawn scenes only (docs/shapes.md).
+        model: A directory or a hub id of a LLaVA-1.5 or BLIP-2, with its stock tower or ours; None is the embedded
+            model, which knows drawn scenes only (docs/shapes.md).
         device: "auto" (cuda, else mps, else cpu), "cpu", "cuda" or "mps"; ignored with `device_map`.
         device_map: As in `from_pretrained`.
         dtype: "auto" (as stored), a torch dtype, or its name.
@@ -59,9 +68,9 @@ def load(
         trust_remote_code: Whether code from the model directory may run.
         attn_implementation: "eager", "sdpa", ... as in `from_pretrained`.
         alpha_weights: An Alpha-CLIP checkpoint (original file, or a directory of ours) that replaces the tower's
-            weights after the LLaVA is loaded; released LLaVAs carry plain CLIP, which ignores regions.
+            weights after the model is loaded; released models carry plain CLIP, which ignores regions.
         load_in: "4bit" (nf4) or "8bit": the language model's matrices are quantised by bitsandbytes, on a CPU too;
-            tower and projector are not.
+            tower and projector (BLIP-2: and Q-Former) are not.
         adapter: Directory of a LoRA adapter (PEFT) that was trained for this model.
         compile: Compile the vision tower with `torch.compile`: the first picture takes a minute, the others less than
             before.
@@ -78,17 +87,18 @@ def load(
     config = _read_config(name, hub)
     if load_in is not None and device_map is None:
         device_map = {"": pick_device(device)}  # quantised on the device, never moved afterwards
-    loaded = load_llava(
+    family = _FAMILIES[config.model_type]
+    loaded = family.load_model(
         name,
         config,
         dtype=dtype,
         device_map=device_map,
-        quantization_config=quantization(load_in),
+        quantization_config=quantization(load_in, family.NEVER_QUANTISED),
         attn_implementation=attn_implementation,
         **{key: value for key, value in hub.items() if key != "trust_remote_code"},
     )
     if alpha_weights is not None:
-        load_alpha_weights(loaded, alpha_weights)
+        family.load_alpha_weights(loaded, alpha_weights)
     if adapter is not None:
         load_adapter(loaded, adapter)
     if _ignores_regions(loaded):
@@ -96,7 +106,7 @@ def load(
     if device_map is None:
         loaded = loaded.to(pick_device(device))
     if compile:
-        loaded.model.vision_tower.compile()  # in place: names and saving stay as they are
+        family.vision_tower(loaded).compile()  # in place: names and saving stay as they are
     return loaded.eval(), _load_processor(name, config, hub)
 
 
@@ -106,8 +116,8 @@ def _ignores_regions(model: PreTrainedModel) -> bool:
     return not any(weight.is_meta or weight.any() for weight in alphas)
 
 
-def quantization(load_in: str | None) -> BitsAndBytesConfig | None:
-    """How bitsandbytes loads the language model; None as it is stored.
+def quantization(load_in: str | None, never_quantised: Sequence[str]) -> BitsAndBytesConfig | None:
+    """How bitsandbytes loads a model but for the modules `never_quantised`; None as it is stored.
 
     Raises:
         ValueError: If bitsandbytes is absent or the name is neither "4bit" nor "8bit".
@@ -123,7 +133,7 @@ def quantization(load_in: str | None) -> BitsAndBytesConfig | None:
         load_in_8bit=load_in == "8bit",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        llm_int8_skip_modules=_NEVER_QUANTISED,
+        llm_int8_skip_modules=list(never_quantised),
     )
 
 
@@ -183,8 +193,8 @@ def hub_answers() -> bool:
     return True
 
 
-def _read_config(name: str | os.PathLike, hub: dict) -> LlavaConfig:
-    """The configuration of a LLaVA, or a ValueError that says what the name stands for instead."""
+def _read_config(name: str | os.PathLike, hub: dict) -> LlavaConfig | Blip2Config:
+    """The configuration of a LLaVA or BLIP-2, or a ValueError that says what the name stands for instead."""
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
         raise ValueError(f"expected a model directory, got {name} without a config.json")
     if not os.path.isdir(name) and (os.path.exists(name) or os.path.isabs(name) or str(name).startswith((".", "~"))):
@@ -196,15 +206,17 @@ def _read_config(name: str | os.PathLike, hub: dict) -> LlavaConfig:
         if hub.get("local_files_only"):
             reason = "there is no such directory, and without network only models in the hub's cache can be loaded"
         raise ValueError(f"cannot load the model {name}: {reason}") from error
-    if not isinstance(config, LlavaConfig):
-        raise ValueError(f"expected a LLaVA-1.5 model (model_type 'llava'), got {config.model_type!r} in {name}")
+    if config.model_type not in _FAMILIES:
+        raise ValueError(f"expected a LLaVA-1.5 or BLIP-2 model, got model_type {config.model_type!r} in {name}")
     return config
 
 
-def _load_processor(name: str | os.PathLike, config: LlavaConfig, hub: dict) -> AlphaLlavaProcessor:
+def _load_processor(
+    name: str | os.PathLike, config: LlavaConfig | Blip2Config, hub: dict
+) -> AlphaLlavaProcessor | AlphaBlip2Processor:
     """The model's own processor if it is ours, else one built from its tokenizer and image settings."""
     processor = AutoProcessor.from_pretrained(name, backend="pil", **hub)
-    if isinstance(processor, AlphaLlavaProcessor):
+    if isinstance(processor, AlphaLlavaProcessor | AlphaBlip2Processor):
         return processor
-    logger.info("%s has no alpha processor: pictures are padded to a square, questions asked as LLaVA-1.5 does", name)
-    return load_llava_processor(name, config, **hub)
+    logger.info("%s has no alpha processor: pictures and questions are prepared as its authors did", name)
+    return _FAMILIES[config.model_type].load_processor(name, config, **hub)

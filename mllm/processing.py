@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoProcessor, BatchFeature, LlavaProcessor, PreTrainedConfig
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 
+from mllm.data.templates import DESCRIBE_REGION_WORDINGS
 from vision_tower import Region
 from vision_tower.image_processing_alpha_clip import check_processor_call
 
@@ -50,6 +51,8 @@ class AlphaLlavaProcessor(LlavaProcessor):
     An image without a region is looked at as a whole. `system` is a sentence put before every conversation that has
     none of its own: None (the Hugging Face LLaVA-1.5 format) or `VICUNA_V1_SYSTEM` (the original code's).
     """
+
+    description_wordings = DESCRIBE_REGION_WORDINGS  # how a description is asked for; chat uses the first
 
     def __init__(
         self,
@@ -170,17 +173,8 @@ class AlphaLlavaProcessor(LlavaProcessor):
         return [token for token in ids for _ in range(self.num_image_tokens if token == self.image_token_id else 1)]
 
     def _checked(self, conversation: Sequence[Message]) -> list[dict]:
-        """A copy with content as lists and the system sentence in place."""
-        messages = []
-        for message in conversation:
-            content = message.get("content")
-            items = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            if message.get("role") not in _ROLES or not isinstance(items, list | tuple):
-                raise ValueError(f"expected messages with a role out of {_ROLES} and content, got {dict(message)!r}")
-            for item in items:
-                if unknown := item.keys() - (_IMAGE_KEYS if item.get("type") == "image" else {"type", "text"}):
-                    raise ValueError(f"unknown {sorted(unknown)} in a {item.get('type')} item: it would be ignored")
-            messages.append({"role": message["role"], "content": list(items)})
+        """A checked copy with the system sentence in place."""
+        messages = check_messages(conversation)
         if self.system and messages and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system}]})
         return messages
@@ -188,10 +182,29 @@ class AlphaLlavaProcessor(LlavaProcessor):
     def _multimodal_inputs_from_conversations(self, conversations, *args, **kwargs):
         images, videos, audios, extra = super()._multimodal_inputs_from_conversations(conversations, *args, **kwargs)
         regions = [
-            [_as_region(item.get("region")) for item in image_items(conversation) if item.keys() & _SOURCE_KEYS]
+            [as_region(item.get("region")) for item in image_items(conversation) if item.keys() & _SOURCE_KEYS]
             for conversation in conversations
         ]
         return images, videos, audios, {**extra, "regions": regions if any(images) else None}
+
+
+def check_messages(conversation: Sequence[Message]) -> list[dict]:
+    """A copy of the messages with their content as lists.
+
+    Raises:
+        ValueError: If a message is malformed, or an item has a key that would be dropped silently.
+    """
+    messages = []
+    for message in conversation:
+        content = message.get("content")
+        items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if message.get("role") not in _ROLES or not isinstance(items, list | tuple):
+            raise ValueError(f"expected messages with a role out of {_ROLES} and content, got {dict(message)!r}")
+        for item in items:
+            if unknown := item.keys() - (_IMAGE_KEYS if item.get("type") == "image" else {"type", "text"}):
+                raise ValueError(f"unknown {sorted(unknown)} in a {item.get('type')} item: it would be ignored")
+        messages.append({"role": message["role"], "content": list(items)})
+    return messages
 
 
 def image_items(conversation: Sequence[Message]) -> list[Mapping]:
@@ -254,7 +267,7 @@ def _without_pixels(item: Mapping) -> dict:
     return {"type": "image"} if item["type"] == "image" else dict(item)
 
 
-def _as_region(value: Any) -> Region | None:
+def as_region(value: Any) -> Region | None:
     """A region of a chat message: a `Region`, its JSON, its command-line text, or None."""
     if isinstance(value, Mapping):
         return Region.from_json(dict(value))

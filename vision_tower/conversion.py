@@ -294,3 +294,32 @@ def read_tower(path: str | os.PathLike) -> tuple[AlphaCLIPVisionConfig, StateDic
     if report["missing_keys"]:
         raise ValueError(f"{path} holds a plain CLIP without an alpha weight: every region would be ignored")
     return model.config, model.state_dict()
+
+
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "patch_size", "image_size", "hidden_act")
+
+
+def read_tower_for(wanted: AlphaCLIPVisionConfig, path: str | os.PathLike, *, first_blocks: bool = False) -> StateDict:
+    """As `read_tower`, for a tower that exists: the weights, checked against its configuration.
+
+    Args:
+        wanted: Configuration of the tower that will take the weights.
+        path: Original checkpoint file, or directory of ours.
+        first_blocks: Whether a tower with fewer blocks takes the first ones.
+
+    Raises:
+        ValueError: If the tower there is of another size, naming it.
+    """
+    config, weights = read_tower(path)
+    blocks, wanted_blocks = config.num_hidden_layers, wanted.num_hidden_layers
+    sizes = [(name, getattr(config, name), getattr(wanted, name)) for name in _SIZES]
+    if not (first_blocks and blocks > wanted_blocks):
+        sizes.append(("num_hidden_layers", blocks, wanted_blocks))
+    for name, found, expected in sizes:
+        if found != expected:
+            raise ValueError(
+                f"the alpha weights in {path} are for another tower: {name} {found}, this model's is {expected}; "
+                "take those of its own size (LLaVA-1.5: ViT-L/14@336, LAVIS' ViT-L BLIP-2: ViT-L/14)"
+            )
+    surplus = tuple(f"encoder.layers.{index}." for index in range(wanted_blocks, blocks))
+    return {key: tensor for key, tensor in weights.items() if not key.startswith(surplus)}

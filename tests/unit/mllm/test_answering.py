@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-from mllm.answering import RegionChat, build_conversation, check_alpha
+from mllm.answering import RegionChat, check_alpha
 from mllm.data.templates import DESCRIBE_REGION
 from tests.tiny import noise_picture
 from vision_tower import Region
@@ -50,8 +50,8 @@ def test_sampling_settings_of_a_checkpoint_are_ignored(chat, tiny_llava):
         model.generation_config = saved
 
 
-def test_conversations_put_the_image_first_and_keep_the_history():
-    messages = build_conversation(IMAGE, LEFT, None, [("a", "b")])
+def test_conversations_put_the_image_first_and_keep_the_history(chat):
+    messages = chat.conversation(IMAGE, LEFT, None, [("a", "b")])
     assert [m["role"] for m in messages] == ["user", "assistant", "user"]
     assert messages[0]["content"][0] == {"type": "image", "image": IMAGE, "region": LEFT}
     assert messages[2]["content"] == [{"type": "text", "text": DESCRIBE_REGION}]
