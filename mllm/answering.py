@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedModel
 
-from mllm.processing import AlphaLlavaProcessor
-from mllm.processing_blip2 import AlphaBlip2Processor
+from mllm.loading import AlphaProcessor
 from vision_tower import Region
 
 Turn = tuple[str, str]  # question, answer
@@ -27,7 +26,7 @@ _T5_LENGTH = 512
 class RegionChat:
     """A LLaVA or BLIP-2 and its processor, answering greedily."""
 
-    def __init__(self, model: PreTrainedModel, processor: AlphaLlavaProcessor | AlphaBlip2Processor) -> None:
+    def __init__(self, model: PreTrainedModel, processor: AlphaProcessor) -> None:
         self.model = model
         self.processor = processor
 

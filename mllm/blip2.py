@@ -173,6 +173,8 @@ class AlphaBlip2ForConditionalGeneration(Blip2ForConditionalGeneration):
 
 # full names, as Transformers 5 wants them; a list of one's own drops the default lm_head
 NEVER_QUANTISED = ("vision_model", "qformer", "language_projection", "language_model.lm_head")
+# what can be trained or frozen -> its parameters' prefix
+PARTS = {name: name for name in ("vision_model", "query_tokens", "qformer", "language_projection", "language_model")}
 
 
 def vision_tower(model: AlphaBlip2ForConditionalGeneration) -> AlphaBlip2VisionModel | AlphaCLIPBlip2VisionModel:

@@ -15,6 +15,13 @@ from vision_tower.modeling_alpha_clip import check_loaded
 
 # Full names: since Transformers 5 a bare "vision_tower" skips nothing. A list of one's own drops the default lm_head.
 NEVER_QUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
+# what can be trained or frozen -> its parameters' prefix
+PARTS = {
+    "vision_tower": "model.vision_tower",
+    "multi_modal_projector": "model.multi_modal_projector",
+    "language_model": "model.language_model",
+    "lm_head": "lm_head",
+}
 
 
 def vision_tower(model: LlavaForConditionalGeneration) -> AlphaCLIPVisionModel:

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FAMILIES = {"llava": llava, "blip-2": blip2, "alpha_blip2": blip2}  # by model_type
+AlphaProcessor = AlphaLlavaProcessor | AlphaBlip2Processor
+FAMILIES = {"llava": llava, "blip-2": blip2, "alpha_blip2": blip2}  # by model_type
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "model"
 
 
@@ -55,7 +56,7 @@ def load(
     load_in: str | None = None,
     adapter: str | os.PathLike | None = None,
     compile: bool = False,  # noqa: A002, the name that torch and Transformers use
-) -> tuple[PreTrainedModel, AlphaLlavaProcessor | AlphaBlip2Processor]:
+) -> tuple[PreTrainedModel, AlphaProcessor]:
     """Load a LLaVA-1.5 or BLIP-2 with an alpha tower in evaluation mode, and its processor.
 
     Args:
@@ -87,7 +88,7 @@ def load(
     config = _read_config(name, hub)
     if load_in is not None and device_map is None:
         device_map = {"": pick_device(device)}  # quantised on the device, never moved afterwards
-    family = _FAMILIES[config.model_type]
+    family = FAMILIES[config.model_type]
     loaded = family.load_model(
         name,
         config,
@@ -206,17 +207,15 @@ def _read_config(name: str | os.PathLike, hub: dict) -> LlavaConfig | Blip2Confi
         if hub.get("local_files_only"):
             reason = "there is no such directory, and without network only models in the hub's cache can be loaded"
         raise ValueError(f"cannot load the model {name}: {reason}") from error
-    if config.model_type not in _FAMILIES:
+    if config.model_type not in FAMILIES:
         raise ValueError(f"expected a LLaVA-1.5 or BLIP-2 model, got model_type {config.model_type!r} in {name}")
     return config
 
 
-def _load_processor(
-    name: str | os.PathLike, config: LlavaConfig | Blip2Config, hub: dict
-) -> AlphaLlavaProcessor | AlphaBlip2Processor:
+def _load_processor(name: str | os.PathLike, config: LlavaConfig | Blip2Config, hub: dict) -> AlphaProcessor:
     """The model's own processor if it is ours, else one built from its tokenizer and image settings."""
     processor = AutoProcessor.from_pretrained(name, backend="pil", **hub)
-    if isinstance(processor, AlphaLlavaProcessor | AlphaBlip2Processor):
+    if isinstance(processor, AlphaProcessor):
         return processor
     logger.info("%s has no alpha processor: pictures and questions are prepared as its authors did", name)
-    return _FAMILIES[config.model_type].load_processor(name, config, **hub)
+    return FAMILIES[config.model_type].load_processor(name, config, **hub)

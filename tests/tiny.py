@@ -3,8 +3,23 @@
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPConfig, LlamaConfig, LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    Blip2QFormerConfig,
+    CLIPConfig,
+    LlamaConfig,
+    LlamaTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    OPTConfig,
+    T5Config,
+)
 
+from mllm.blip2 import (
+    AlphaBlip2Config,
+    AlphaBlip2ForConditionalGeneration,
+    AlphaBlip2Processor,
+    AlphaCLIPBlip2VisionConfig,
+)
 from mllm.llava import build_llava_processor
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig
 
@@ -88,3 +103,38 @@ def build_tiny_llava(geometry="pad"):
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, geometry=geometry
     )
     return model, build_llava_processor(image_processor, tokenizer, config)
+
+
+def tiny_text_config(kind, tokenizer):
+    """A 2-layer OPT ("opt") or T5 ("t5"), 64 wide: bitsandbytes packs blocks of 64."""
+    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": len(tokenizer)}
+    if kind == "opt":
+        sizes = {"hidden_size": 64, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        return OPTConfig(word_embed_proj_dim=64, max_position_embeddings=512, **sizes, **ids)
+    return T5Config(d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, **ids)
+
+
+def tiny_blip2_parts(kind):
+    """A tokenizer, and what every BLIP-2 config of a 2-layer OPT or T5 has beside its tower."""
+    tokenizer = tiny_tokenizer()
+    qformer = Blip2QFormerConfig(
+        vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    text = tiny_text_config(kind, tokenizer)
+    config = {"qformer_config": qformer, "text_config": text, "num_query_tokens": 4}
+    return tokenizer, {**config, "image_token_index": image_token}
+
+
+def build_tiny_blip2(kind):
+    """A random BLIP-2 with an Alpha-CLIP tower whose alpha weight is not zero, and its processor."""
+    tokenizer, config = tiny_blip2_parts(kind)
+    torch.manual_seed(0)
+    vision = AlphaCLIPBlip2VisionConfig(**tiny_vision_config(initializer_range=0.2))
+    model = AlphaBlip2ForConditionalGeneration(AlphaBlip2Config(vision_config=vision, **config, initializer_range=0.2))
+    torch.nn.init.normal_(model.query_tokens)  # at zero, all queries are alike
+    torch.nn.init.normal_(model.vision_model.embeddings.patch_embedding.alpha.weight, std=0.3)
+    images = AlphaCLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, geometry="stretch"
+    )
+    return model.eval(), AlphaBlip2Processor(images, tokenizer, num_query_tokens=config["num_query_tokens"])

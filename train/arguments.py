@@ -11,33 +11,33 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 REGION_INPUTS = ("box", "mask", "mixed")
-PARTS = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
 
 
 @dataclass
 class ModelArguments:
     """Which model, and which of its parts are trained."""
 
-    model: str = field(metadata={"help": "directory or hub id of a LLaVA-1.5"})
+    model: str = field(metadata={"help": "directory or hub id of a LLaVA-1.5 or BLIP-2"})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, ... (Transformers' default)"})
     optimizer: str = field(
         default="trainer",
         metadata={"help": "trainer (Trainer's `optim`), or muon (Muon for matrices, AdamW for the rest)"},
     )
     train_parts: list[str] = field(
-        default_factory=lambda: list(PARTS), metadata={"help": f"parts trained in full, out of {', '.join(PARTS)}"}
+        default_factory=list,
+        metadata={
+            "help": "parts trained in full, by the model's names: vision_tower, language_model, ... (default: all)"
+        },
     )
 
     def __post_init__(self) -> None:
-        """Check the names.
+        """Check the name.
 
         Raises:
-            ValueError: If a part or the optimizer is unknown.
+            ValueError: If the optimizer is unknown.
         """
         if self.optimizer not in ("trainer", "muon"):
             raise ValueError(f"optimizer: expected trainer or muon, got {self.optimizer!r}")
-        if unknown := set(self.train_parts) - set(PARTS):
-            raise ValueError(f"train_parts: expected names out of {', '.join(PARTS)}, got {sorted(unknown)}")
 
 
 @dataclass

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from mllm.processing import AlphaLlavaProcessor, Message, image_items
+from mllm.loading import AlphaProcessor
+from mllm.processing import Message, image_items
 
 IGNORE_INDEX = -100  # the loss skips these labels: torch's and Transformers' default
 
@@ -19,7 +20,7 @@ class ConversationCollator:
     elsewhere.
     """
 
-    def __init__(self, processor: AlphaLlavaProcessor) -> None:
+    def __init__(self, processor: AlphaProcessor) -> None:
         self.processor = processor
 
     def __call__(self, conversations: Sequence[Sequence[Message]]) -> dict[str, torch.Tensor]:
@@ -43,7 +44,7 @@ class ConversationCollator:
         return {**batch, "labels": labels}
 
 
-def encode_with_labels(processor: AlphaLlavaProcessor, conversation: Sequence[Message]) -> tuple[list[int], list[int]]:
+def encode_with_labels(processor: AlphaProcessor, conversation: Sequence[Message]) -> tuple[list[int], list[int]]:
     """Token ids of a conversation and their labels, equally long.
 
     The answer's place is found by encoding the conversation up to it: no search for "ASSISTANT:", which a user may

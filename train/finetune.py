@@ -1,4 +1,4 @@
-"""Tune a LLaVA with an alpha tower on regions.
+"""Tune a LLaVA or BLIP-2 with an alpha tower on regions.
 
     python -m train.finetune train/recipes/RECIPE.yaml --data DIR --output_dir OUT [--flag value ...]
 
@@ -14,13 +14,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 import mllm
 from mllm.data import visual_genome
-from mllm.processing import AlphaLlavaProcessor
-from train.arguments import PARTS, DataArguments, parse_args
+from mllm.loading import FAMILIES, AlphaProcessor
+from train.arguments import DataArguments, parse_args
 from train.collators import ConversationCollator
 from train.optimizers import MuonWithAdamW
 from train.sampling import ConversationDataset, RegionFacts, group_by_region
@@ -38,16 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, processor = mllm.load(
             model_args.model, device="cpu", dtype="float32", attn_implementation=model_args.attn_implementation
         )
+        freeze(model, model_args.train_parts)
     except (ValueError, OSError) as error:
         print(f"region-tune: error: {error}", file=sys.stderr)  # noqa: T201
         return 2
-    freeze(model, model_args.train_parts)
     optimizer = build_optimizer(model, model_args.optimizer, training_args)
+    wordings = processor.description_wordings
     trainer = Trainer(
         model=model,
         optimizers=(optimizer, None),
         args=training_args,
-        train_dataset=ConversationDataset(facts, data_args.max_turns, data_args.weight_of_kind(), data_args.mask_share),
+        train_dataset=ConversationDataset(
+            facts, data_args.max_turns, data_args.weight_of_kind(), data_args.mask_share, wordings
+        ),
         data_collator=ConversationCollator(processor),
         processing_class=processor,
     )
@@ -56,17 +58,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def freeze(model: nn.Module, train_parts: Sequence[str]) -> None:
-    """Train the named parts in full, freeze the rest, and log the table of both."""
-    for part in PARTS:
-        module = model.lm_head if part == "lm_head" else model.model.get_submodule(part)
-        trained = part in train_parts
-        module.requires_grad_(trained)
-        count = sum(parameter.numel() for parameter in module.parameters())
+def freeze(model: PreTrainedModel, train_parts: Sequence[str]) -> None:
+    """Train the named parts in full (all of them without a name), freeze the rest, and log the table of both.
+
+    Raises:
+        ValueError: If the model has no such part, or is one whose answers this trainer cannot label.
+    """
+    if model.config.get_text_config().is_encoder_decoder:
+        raise ValueError("expected a decoder-only language model (LLaMA, OPT), got an encoder-decoder (T5)")
+    parts = FAMILIES[model.config.model_type].PARTS
+    if unknown := set(train_parts) - parts.keys():
+        raise ValueError(f"train_parts: expected names out of {', '.join(parts)}, got {sorted(unknown)}")
+    for part, prefix in parts.items():
+        trained = part in train_parts or not train_parts
+        members = [p for name, p in model.named_parameters() if name == prefix or name.startswith(f"{prefix}.")]
+        for parameter in members:
+            parameter.requires_grad_(trained)
+        count = sum(parameter.numel() for parameter in members)
         logger.info("%-24s %12s parameters  %s", part, f"{count:,}", "trained" if trained else "frozen")
 
 
-def build_optimizer(model: nn.Module, name: str, args: TrainingArguments) -> MuonWithAdamW | None:
+def build_optimizer(model: PreTrainedModel, name: str, args: TrainingArguments) -> MuonWithAdamW | None:
     """The recipe's own optimizer, or None for Trainer's."""
     if name == "trainer":
         return None
@@ -101,7 +113,7 @@ def refuse_test_split(root: Path) -> None:
         raise ValueError(f"{root} holds the split {split!r}: training on it would make every later score worthless")
 
 
-def save(trainer: Trainer, processor: AlphaLlavaProcessor, data_args: DataArguments) -> None:
+def save(trainer: Trainer, processor: AlphaProcessor, data_args: DataArguments) -> None:
     """Write the model, its processor and the resolved arguments to the output folder."""
     out = trainer.args.output_dir
     trainer.save_model(out)

@@ -5,7 +5,7 @@ drawn.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -64,11 +64,13 @@ class ConversationDataset(Dataset):
         max_turns: int = 1,
         turn_weights: Mapping[str, float] | None = None,
         mask_share: float = 0.5,
+        description_wordings: Sequence[str] = DESCRIBE_REGION_WORDINGS,
     ) -> None:
         self.facts = facts
         self.mask_share = mask_share  # of a region that is known as box and as mask
         self.max_turns = max_turns
         self.turn_weights = dict(turn_weights or {})  # by kind of turn; 1 for the others
+        self.description_wordings = description_wordings  # the processor's
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -85,7 +87,7 @@ class ConversationDataset(Dataset):
         for position, turn in enumerate(chosen):
             _, question, answer = facts.turns[turn]
             if question is None:
-                question = DESCRIBE_REGION_WORDINGS[rng.integers(len(DESCRIBE_REGION_WORDINGS))]
+                question = self.description_wordings[rng.integers(len(self.description_wordings))]
             content = [{"type": "text", "text": question}]
             if position == 0:
                 content.insert(0, {"type": "image", "image": facts.sample.open_image(), "region": region})

@@ -5,20 +5,15 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, OPTConfig, T5Config
+from transformers import Blip2Config, Blip2ForConditionalGeneration
 
 import mllm
 from mllm import chat
 from mllm.answering import RegionChat
-from mllm.blip2 import (
-    AlphaBlip2Config,
-    AlphaBlip2ForConditionalGeneration,
-    AlphaBlip2Processor,
-    AlphaCLIPBlip2VisionConfig,
-)
+from mllm.blip2 import AlphaBlip2Processor
 from mllm.processing_blip2 import conversation_prompt
-from tests.tiny import noise_picture, tiny_tokenizer, tiny_vision_config
-from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionModel, Region
+from tests.tiny import build_tiny_blip2, noise_picture, tiny_blip2_parts, tiny_vision_config
+from vision_tower import AlphaCLIPVisionModel, Region
 from vision_tower.image_processing_alpha_clip import ALPHA_MEAN, ALPHA_STD
 
 IMAGE = noise_picture(60, 40)
@@ -26,40 +21,13 @@ LEFT, RIGHT = Region.from_box(0, 0, 30, 40), Region.from_box(30, 0, 60, 40)
 QUERIES = 4
 
 
-def text_config(kind, tokenizer):
-    ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": len(tokenizer)}
-    if kind == "opt":
-        sizes = {"hidden_size": 64, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        return OPTConfig(word_embed_proj_dim=64, max_position_embeddings=512, **sizes, **ids)
-    return T5Config(d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, **ids)
-
-
-def parts(kind):
-    tokenizer = tiny_tokenizer()
-    qformer = Blip2QFormerConfig(
-        vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
-    )
-    image_token = tokenizer.convert_tokens_to_ids("<image>")
-    text = text_config(kind, tokenizer)
-    config = {"qformer_config": qformer, "text_config": text, "num_query_tokens": QUERIES}
-    return tokenizer, {**config, "image_token_index": image_token}
-
-
 @pytest.fixture(scope="module", params=["opt", "t5"])
 def folder(request, tmp_path_factory):
     """A tiny BLIP-2 with an Alpha-CLIP tower whose alpha weight is random, as `save_pretrained` writes it."""
-    tokenizer, config = parts(request.param)
-    torch.manual_seed(0)
-    vision = AlphaCLIPBlip2VisionConfig(**tiny_vision_config(initializer_range=0.2))
-    model = AlphaBlip2ForConditionalGeneration(AlphaBlip2Config(vision_config=vision, **config, initializer_range=0.2))
-    nn.init.normal_(model.query_tokens)
-    nn.init.normal_(model.vision_model.embeddings.patch_embedding.alpha.weight, std=0.3)
-    images = AlphaCLIPImageProcessor(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, geometry="stretch"
-    )
+    model, processor = build_tiny_blip2(request.param)
     out = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(out)
-    AlphaBlip2Processor(images, tokenizer, num_query_tokens=QUERIES).save_pretrained(out)
+    processor.save_pretrained(out)
     return out
 
 
@@ -157,7 +125,7 @@ def test_command_line(folder, tmp_path, capsys):
 
 
 def test_stock_directory_loads_with_a_warning(tmp_path, caplog):
-    tokenizer, config = parts("opt")
+    tokenizer, config = tiny_blip2_parts("opt")
     sizes = tiny_vision_config()
     sizes.pop("projection_dim")
     torch.manual_seed(0)

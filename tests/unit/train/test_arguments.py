@@ -34,7 +34,6 @@ def test_flags_win_over_the_recipe(tmp_path):
         ("a: [", "is not YAML"),
         ("region_input: circle", "region_input: expected one of"),
         ("max_turns: 0", "max_turns: expected 1 or more"),
-        ("train_parts: [tower]", "train_parts: expected names out of"),
         ("optimizer: sgd", "optimizer: expected trainer or muon"),
         ("turn_weights: [left=0]", "turn_weights: expected KIND=WEIGHT"),
         ("turn_weights: [left]", "turn_weights: expected KIND=WEIGHT"),

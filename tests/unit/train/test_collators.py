@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mllm.processing import VICUNA_V1_SYSTEM
-from tests.tiny import build_tiny_llava, noise_picture
+from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_picture
 from train.collators import IGNORE_INDEX, ConversationCollator, encode_with_labels
 from vision_tower import Region
 
@@ -48,6 +48,24 @@ def test_labels_spell_the_answers_and_nothing_else(turns, system):
                 current = []
     assert not current
     assert answers == [answer for _, answer in turns]
+
+
+@pytest.mark.parametrize(("question", "answer"), [("", "a cat"), ("What is </s> <image>?", "a cat")])
+def test_blip2_labels_begin_where_generation_begins(question, answer):
+    model, processor = build_tiny_blip2("opt")
+    turns = conversation((question, answer))
+    ids, labels = encode_with_labels(processor, turns)
+    first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+    prompt = processor.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=True)["input_ids"][0]
+    assert ids[:first] == prompt and labels[first:] == ids[first:]
+    assert processor.tokenizer.decode(labels[first:]).strip() == "a cat</s>"
+    batch = ConversationCollator(processor)([turns, turns])
+    with torch.no_grad():
+        loss = model(**batch).loss
+        inputs = {"input_ids": torch.tensor([ids]), "pixel_values": batch["pixel_values"][:1]}
+        logits = model(**inputs).logits[0].log_softmax(-1)
+    by_hand = torch.stack([-logits[i - 1, ids[i]] for i in range(first, len(ids))]).mean()
+    torch.testing.assert_close(loss, by_hand, atol=1e-4, rtol=0)
 
 
 def test_the_first_label_is_predicted_at_the_end_of_the_prompt():

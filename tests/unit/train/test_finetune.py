@@ -7,7 +7,7 @@ import torch
 
 import mllm
 from mllm.data import shapes
-from tests.tiny import build_tiny_llava
+from tests.tiny import build_tiny_blip2, build_tiny_llava
 from train import finetune
 from train.optimizers import MuonWithAdamW
 
@@ -88,6 +88,27 @@ def test_only_the_named_parts_move(start, data, tmp_path):
     )
     names = moved(start, tmp_path / "out")
     assert names and all(name.startswith("model.multi_modal_projector.") for name in names)
+
+
+def test_unknown_parts_and_t5_are_refused(start, data, tmp_path, capsys):
+    assert run(start, data / "train", tmp_path / "out", "--train_parts", "tower") == 2
+    assert "train_parts: expected names out of vision_tower" in capsys.readouterr().err
+    model, processor = build_tiny_blip2("t5")
+    model.save_pretrained(tmp_path / "t5")
+    processor.save_pretrained(tmp_path / "t5")
+    assert run(tmp_path / "t5", data / "train", tmp_path / "out") == 2
+    assert "decoder-only" in capsys.readouterr().err
+
+
+def test_blip2_trains_its_parts(data, tmp_path):
+    model, processor = build_tiny_blip2("opt")
+    model.save_pretrained(tmp_path / "start")
+    processor.save_pretrained(tmp_path / "start")
+    flags = "--train_parts", "query_tokens", "qformer", "--learning_rate", "1e-2"
+    assert run(tmp_path / "start", data / "train", tmp_path / "out", *flags) == 0
+    names = moved(tmp_path / "start", tmp_path / "out")
+    assert "query_tokens" in names and any(name.startswith("qformer.") for name in names)
+    assert all(name.startswith(("query_tokens", "qformer.")) for name in names)
 
 
 def test_same_seed_same_model(start, data, tmp_path):
