@@ -38,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             model_args.model, device="cpu", dtype="float32", attn_implementation=model_args.attn_implementation
         )
         freeze(model, model_args.train_parts)
+        optimizer = build_optimizer(model, model_args.optimizer, training_args)
     except (ValueError, OSError) as error:
         print(f"region-tune: error: {error}", file=sys.stderr)  # noqa: T201
         return 2
-    optimizer = build_optimizer(model, model_args.optimizer, training_args)
     wordings = processor.description_wordings
     trainer = Trainer(
         model=model,
@@ -109,7 +109,7 @@ def refuse_test_split(root: Path) -> None:
     nothing.
     """
     record = root / "dataset.json"
-    if record.exists() and (split := json.loads(record.read_text(encoding="utf-8"))["split"]) != "train":
+    if record.exists() and (split := json.loads(record.read_text(encoding="utf-8")).get("split")) != "train":
         raise ValueError(f"{root} holds the split {split!r}: training on it would make every later score worthless")
 
 

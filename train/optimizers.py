@@ -29,6 +29,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(
+                f"optimizer muon needs torch 2.9 or newer, this is {torch.__version__}; take optimizer: trainer"
+            )
         matrices, others, undecayed = _split(model)
         self.parts = [
             torch.optim.AdamW(

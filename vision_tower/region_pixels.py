@@ -17,6 +17,7 @@ _SUBROWS = 8  # scan lines a pixel row, for polygons; across a line, coverage is
 
 def mask_pixels(mask: Any) -> np.ndarray:
     """uint8 (H, W), 0 outside to 255 inside."""
+    ours = isinstance(mask, str) and mask.startswith(PNG_URI)  # written by `Region.to_json`, also of a faint mask
     if isinstance(mask, str | os.PathLike):
         mask = _open_mask(mask)
     if isinstance(mask, Image.Image):
@@ -32,6 +33,11 @@ def mask_pixels(mask: Any) -> np.ndarray:
         low, high = int(array.min()), int(array.max())
         if 0 <= low and high <= 1:
             return array.astype(np.uint8) * np.uint8(255)
+        if array.dtype == np.uint8 and high < 128 and not ours:
+            raise ValueError(
+                f"the mask's values end at {high} of 255, as in a map of labels; give one object (mask == label), and a "
+                "faint region as its strength"
+            )
         if array.dtype == np.uint8 or (0 <= low and high <= 255 and np.isin(array, (0, 255)).all()):
             return array.astype(np.uint8)
     elif array.dtype.kind == "f" and np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1:

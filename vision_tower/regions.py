@@ -85,6 +85,8 @@ class Region:
             raise ValueError(
                 f"expected fractions from 0 to 1 of the picture, got {_numbers(box)}; pixels are a plain box"
             )
+        if not normalized and max(box) <= 1 and any(value % 1 for value in box):
+            logger.warning("the box %s is a part of one pixel; fractions of the picture are nbox", _numbers(box))
         return cls("nbox" if normalized else "box", box, strength)
 
     @classmethod

@@ -118,8 +118,17 @@ def scene_hash(pixels: np.ndarray) -> bytes:
 
 
 def training_scenes(model: str | os.PathLike) -> set[bytes]:
-    """The hashes of the scenes that a model of the Shapes world was trained on."""
-    packed = (Path(model) / TRAINING_SCENES).read_bytes()
+    """The hashes of the scenes that a model of the Shapes world was trained on.
+
+    Raises:
+        ValueError: If the model does not say which they were.
+    """
+    try:
+        packed = (Path(model) / TRAINING_SCENES).read_bytes()
+    except FileNotFoundError:
+        raise ValueError(
+            f"{model} has no {TRAINING_SCENES}: whether it saw a scene in training cannot be told"
+        ) from None
     return {packed[start : start + 8] for start in range(0, len(packed), 8)}
 
 

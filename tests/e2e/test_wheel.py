@@ -116,8 +116,6 @@ def test_commands_run_from_another_folder(wheel, environment, elsewhere):
 
 
 def test_question_about_a_scene(environment, elsewhere):
-    if not (ROOT / "mllm" / "assets" / "model").is_dir():
-        pytest.skip("mllm/assets/ has no model yet")
     (scene,) = environment.rglob(SCENE)
     region = ["--nbox", "0.25,0.25,0.75,0.75"]
     flags = ["--image", scene, *region, "--ask", "What is this?", "--json", "--device", "cpu"]

@@ -32,9 +32,9 @@ def masks(draw):
     height, width = draw(st.integers(1, 30)), draw(st.integers(1, 30))
     pixels = draw(st.binary(min_size=height * width, max_size=height * width))
     array = np.frombuffer(pixels, np.uint8).reshape(height, width)
-    array = array if draw(st.booleans()) else (array > 127).astype(np.uint8)
+    array = array / 255 if draw(st.booleans()) else (array > 127).astype(np.uint8)
     if not array.any():
-        array = array + np.uint8(1)
+        array = array + array.dtype.type(1)
     return Region.from_mask(array, strength=draw(strengths))
 
 
@@ -330,3 +330,19 @@ def test_palette_masks_with_several_objects_are_refused():
     image.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
     with pytest.raises(ValueError, match="several objects"):
         Region.from_mask(image)
+
+
+def test_a_map_of_labels_is_no_faint_mask():
+    labels = np.array([[0, 1], [2, 0]], np.uint8)
+    for mask in (labels, Image.fromarray(labels)):
+        with pytest.raises(ValueError, match="map of labels"):
+            Region.from_mask(mask)
+    assert Region.from_mask(labels == 2).mask(2, 2).tolist() == [[0, 0], [1, 0]]
+
+
+def test_fractions_given_as_pixels_are_noticed(caplog):
+    Region.from_box(0, 0, 1, 1)  # the first pixel
+    Region.from_box(0.1, 0.1, 0.5, 0.5, normalized=True)
+    assert not caplog.records
+    Region.from_box(0.1, 0.1, 0.5, 0.5)
+    assert "fractions of the picture are nbox" in caplog.text
