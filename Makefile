@@ -9,7 +9,7 @@ BOX_1 := 22,8,48,42
 BOX_2 := 62,59,92,86
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu check style bench embedded-model embedded-scores clean
+.PHONY: help setup demo test test-slow test-gpu check style bench compatibility embedded-model embedded-scores clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -56,6 +56,9 @@ style: setup ## style, mended
 bench: setup ## the benchmarks; their tables are kept in docs/benchmarks.md
 	$(BIN)/python scripts/bench_tower.py
 	$(BIN)/python scripts/bench_chat.py
+
+compatibility: setup ## write docs/compatibility.md from the tests that compare with other people's code
+	$(BIN)/python -m pytest -m compatibility --write-compatibility
 
 embedded-model: setup ## rebuild the embedded model from nothing (one and a half to two hours on 2 cores)
 	$(BIN)/python scripts/build_embedded_model.py

@@ -6,6 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.compatibility import (  # noqa: F401, pytest finds hooks and fixtures here
+    measured,
+    pytest_addoption,
+    pytest_configure,
+    pytest_runtest_makereport,
+    pytest_sessionfinish,
+)
 from tests.tiny import build_tiny_llava
 
 ROOT = Path(__file__).resolve().parent.parent

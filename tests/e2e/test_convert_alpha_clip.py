@@ -135,7 +135,12 @@ def tiny_clip_dir(folder, projection_dim):
     return folder
 
 
-def test_text_tower_completes_the_model(checkpoint, with_projection, tmp_path):
+@pytest.mark.compatibility(
+    "transformers CLIPModel",
+    "--text-from: text features beside the converted tower",
+    "1.3e-6 relative",
+)
+def test_text_tower_completes_the_model(checkpoint, with_projection, tmp_path, measured):
     clip = tiny_clip_dir(tmp_path / "clip", 48)
     assert convert(checkpoint, tmp_path / "full", "--text-from", clip) == 0
     model, processor = (
@@ -149,12 +154,18 @@ def test_text_tower_completes_the_model(checkpoint, with_projection, tmp_path):
         texts = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
         text = stock.get_text_features(**texts).pooler_output
         image = with_projection(inputs["pixel_values"]).image_embeds
+    measured((output.text_embeds - text / text.norm(dim=-1, keepdim=True)).abs().max())
     torch.testing.assert_close(output.text_embeds, text / text.norm(dim=-1, keepdim=True))
     torch.testing.assert_close(output.image_embeds, image / image.norm(dim=-1, keepdim=True))
     assert torch.equal(model.logit_scale, stock.logit_scale)
 
 
-def test_fused_tower_is_stock_clip(checkpoint, with_projection, tmp_path):
+@pytest.mark.compatibility(
+    "transformers CLIPVisionModel, num_channels=4",
+    "fused tower: hidden state and embeddings",
+    "1e-5",
+)
+def test_fused_tower_is_stock_clip(checkpoint, with_projection, tmp_path, measured):
     assert convert(checkpoint, tmp_path / "fused", "--fused") == 0
     assert all(".alpha." not in key for key in load_file(tmp_path / "fused" / "model.safetensors"))
     pixels = torch.randn(2, 4, 32, 32)
@@ -163,6 +174,7 @@ def test_fused_tower_is_stock_clip(checkpoint, with_projection, tmp_path):
     assert not report["missing_keys"] and not report["unexpected_keys"]
     with torch.no_grad():
         expected = with_projection(pixels)
+        measured((tower(pixels).last_hidden_state - expected.last_hidden_state).abs().max())
         torch.testing.assert_close(tower(pixels).last_hidden_state, expected.last_hidden_state, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(projected(pixels).image_embeds, expected.image_embeds, rtol=1e-5, atol=1e-5)
     with pytest.raises(RuntimeError, match="channels"):
@@ -196,7 +208,12 @@ def test_alpha_weights_of_another_size_are_refused(checkpoint, tiny_llava_dir):
         mllm.load(tiny_llava_dir, device="cpu", alpha_weights=checkpoint)
 
 
-def test_fused_llava_is_stock_llava(checkpoint, clip_llava, tmp_path):
+@pytest.mark.compatibility(
+    "transformers LLaVA-1.5, no code of ours",
+    "fused LLaVA in a fresh process: logits, and equal generated ids",
+    "1e-4",
+)
+def test_fused_llava_is_stock_llava(checkpoint, clip_llava, tmp_path, measured):
     model, processor = mllm.load(clip_llava, device="cpu", alpha_weights=checkpoint)
     model.save_pretrained(tmp_path / "ours")
     processor.save_pretrained(tmp_path / "ours")
@@ -213,6 +230,7 @@ def test_fused_llava_is_stock_llava(checkpoint, clip_llava, tmp_path):
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, timeout=120)
         logits, generated = torch.load(tmp_path / "out.pt")
         with torch.no_grad():
+            measured((logits - model(**inputs).logits).abs().max())
             torch.testing.assert_close(logits, model(**inputs).logits, rtol=1e-4, atol=1e-4)
             assert torch.equal(generated, model.generate(**inputs, max_new_tokens=8))
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from tests.tiny import noise_picture, tiny_vision_config
@@ -31,6 +32,11 @@ assert "vision_tower" not in sys.modules
 """
 
 
+@pytest.mark.compatibility(
+    "transformers trust_remote_code",
+    "tower and image processor in a process without this package",
+    "equal",
+)
 def test_tower_and_image_processor_load_elsewhere(tmp_path):
     torch.manual_seed(0)
     model = AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**tiny_vision_config())).eval()

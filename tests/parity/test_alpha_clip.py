@@ -48,13 +48,19 @@ def run(model, content):
         return model(pixel_values=pixels, output_hidden_states=True)
 
 
-def test_features_and_every_block_equal_the_original(original):
+@pytest.mark.compatibility(
+    "SunzeY/AlphaCLIP model.py",
+    "converted checkpoint: features and every block's hidden states",
+    "1e-5 relative",
+)
+def test_features_and_every_block_equal_the_original(original, measured):
     content, checkpoint = original
     output = run(converted(checkpoint), content)
     blocks = sorted(key for key in content if key.startswith("output.hidden_states."))
     assert len(blocks) == len(output.hidden_states) - 1
     errors = {key: relative_error(output.hidden_states[int(key.rsplit(".", 1)[1])], content[key]) for key in blocks}
     errors["features"] = relative_error(output.image_embeds, content["output.features"])
+    measured(max(errors.values()))
     assert max(errors.values()) < TOLERANCE, errors
 
 
@@ -65,6 +71,7 @@ def test_another_alpha_gives_other_features(original):
     assert relative_error(run(model, inverted).image_embeds, content["output.features"]) > 1e-2
 
 
+@pytest.mark.compatibility("SunzeY/AlphaCLIP checkpoints", "converted to ours and back", "equal")
 def test_back_to_the_original_layout_is_equal(original):
     _, checkpoint = original
     config, weights = from_original(checkpoint)

@@ -44,6 +44,11 @@ def loaded(report):
     return {key for key in report["missing_keys"]}
 
 
+@pytest.mark.compatibility(
+    "transformers CLIPVisionModel",
+    "tower at zero alpha; float32, bfloat16, float16; eager and sdpa; every hidden state",
+    "equal",
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_zero_alpha_equals_clip_in_every_dtype(clip_dir, pixels, dtype, attention):
@@ -73,6 +78,11 @@ def layouts(clip_dir, tmp_path):
     return {"old": old, "new": new, "full": tmp_path / "full"}
 
 
+@pytest.mark.compatibility(
+    "transformers CLIP checkpoints",
+    "old, new and full-CLIP key layouts loaded into our tower",
+    "equal",
+)
 def test_three_layouts_load_with_exactly_the_alpha_missing(clip_dir, tmp_path, pixels):
     expected = CLIPVisionModel.from_pretrained(clip_dir).eval()(pixels[0]).pooler_output
     for name, folder in layouts(clip_dir, tmp_path).items():
@@ -110,6 +120,11 @@ def test_trained_alpha_survives_each_root(clip_dir, tmp_path):
         assert torch.equal(again.embeddings.patch_embedding.alpha.weight, trained)
 
 
+@pytest.mark.compatibility(
+    "transformers CLIPModel",
+    "AlphaCLIPModel and AlphaCLIPVisionModelWithProjection at zero alpha",
+    "equal",
+)
 def test_full_model_and_projection_equal_clip(clip_dir, tmp_path, pixels):
     full = layouts(clip_dir, tmp_path)["full"]
     text = {"input_ids": torch.tensor([[1, 5, 9, 2]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)}

@@ -53,6 +53,7 @@ def both(stock_dir):
     return stock, *mllm.load(stock_dir, device="cpu")
 
 
+@pytest.mark.compatibility("transformers LLaVA-1.5", "logits, greedy and 3-beam ids at zero alpha", "equal")
 def test_zero_alpha_gives_stock_logits_and_ids(both):
     stock, ours, processor = both
     assert torch.count_nonzero(dict(ours.model.named_parameters())[ALPHA]) == 0
@@ -68,6 +69,7 @@ def test_zero_alpha_gives_stock_logits_and_ids(both):
         )
 
 
+@pytest.mark.compatibility("transformers LlavaProcessor", "token ids of questions", "equal")
 @pytest.mark.parametrize("question", ["What is this?", "  two  spaces", "a\nb", "é 漢 🦙", "ends with a space "])
 def test_inputs_equal_the_stock_processor(both, question):
     _, _, processor = both
@@ -129,6 +131,11 @@ def test_576_image_tokens_at_336(both):
     assert inputs["pixel_values"].shape == (1, 4, 336, 336)
 
 
+@pytest.mark.compatibility(
+    "llava-hf checkpoints",
+    "hub-legacy, 4.52 and flat key layouts loaded with our tower",
+    "equal",
+)
 @pytest.mark.parametrize("layout", ["hub-legacy", "4.52", "flat"])
 def test_every_key_layout_loads(stock_dir, both, tmp_path, layout):
     """hub-legacy is llava-hf's own: `language_model.model.*`, `vision_tower.vision_model.*`."""
@@ -164,6 +171,11 @@ def test_a_missing_tower_tensor_raises(stock_dir, tmp_path):
         mllm.load(folder, device="cpu")
 
 
+@pytest.mark.compatibility(
+    "transformers Auto classes",
+    "our LLaVA saved and loaded by AutoModelForImageTextToText and AutoProcessor",
+    "equal",
+)
 def test_saved_model_comes_back_bit_for_bit_through_the_auto_classes(tiny_llava, tmp_path):
     model, processor = tiny_llava
     model.save_pretrained(tmp_path)

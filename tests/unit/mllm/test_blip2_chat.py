@@ -155,6 +155,11 @@ def test_alpha_weights_are_the_first_blocks_and_keep_the_norm(folder, tmp_path):
         assert torch.equal(tensor, wanted), key
 
 
+@pytest.mark.compatibility(
+    "bitsandbytes nf4 and int8 on a CPU",
+    "tiny BLIP-2 (OPT, T5): only the language model is quantised, batches answer",
+    "runs",
+)
 @pytest.mark.parametrize("load_in", ["4bit", "8bit"])
 def test_only_the_language_model_is_quantised(folder, load_in):
     pytest.importorskip("bitsandbytes", reason="an optional dependency; make setup installs it on Linux")

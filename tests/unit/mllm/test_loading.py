@@ -44,10 +44,16 @@ def adapter(tiny_llava_dir, tmp_path_factory):
     return folder, [logits(tuned, processor, region) for region in (LEFT, RIGHT)]
 
 
-def test_adapter_gives_the_logits_it_was_saved_with(tiny_llava, tiny_llava_dir, adapter):
+@pytest.mark.compatibility(
+    "peft LoRA",
+    "adapter with an alpha weight loaded: the logits it was saved with",
+    "1.3e-6 relative",
+)
+def test_adapter_gives_the_logits_it_was_saved_with(tiny_llava, tiny_llava_dir, adapter, measured):
     folder, expected = adapter
     model, processor = mllm.load(tiny_llava_dir, device="cpu", adapter=folder)
     for region, saved in zip((LEFT, RIGHT), expected, strict=True):
+        measured(((logits(model, processor, region) - saved).abs() / saved.abs().clamp(min=1)).max())
         torch.testing.assert_close(logits(model, processor, region), saved)
         assert (logits(*tiny_llava, region) - saved).abs().max() > 1e-2
     assert (expected[0] - expected[1]).abs().max() > 1e-3
@@ -89,6 +95,11 @@ def test_adapter_for_another_model_is_refused(tiny_llava_dir, adapter, tmp_path)
         mllm.load(tiny_llava_dir, device="cpu", adapter=tiny_llava_dir)
 
 
+@pytest.mark.compatibility(
+    "bitsandbytes nf4 and int8 on a CPU",
+    "embedded model: tower equal, same descriptions",
+    "equal",
+)
 @pytest.mark.parametrize("load_in", ["4bit", "8bit"])
 def test_only_the_language_model_is_quantised(embedded, load_in):
     pytest.importorskip("bitsandbytes", reason="an optional dependency; make setup installs it on Linux")

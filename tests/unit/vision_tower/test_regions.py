@@ -110,6 +110,7 @@ def test_box_coverage_sums_to_its_area_inside(region):
         assert region.mask(60, 60).sum() == pytest.approx(area, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.compatibility("pycocotools", "COCO RLE read and written", "equal")
 @given(st.integers(0, 2**32 - 1))
 @settings(max_examples=60)
 def test_rle_agrees_with_pycocotools(seed):

@@ -1,0 +1,95 @@
+"""docs/compatibility.md: a row for each test marked `compatibility`, written by `make compatibility`, checked by `make
+test`.
+
+A marked test names the other system, what was run and the tolerance that it asserts; through the fixture `measured` it
+tells the worst difference that it saw. Differences depend on the processor: rows and tolerances are compared with the
+page, measured values only have to stay within the tolerance, which the test itself asserts.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "compatibility.md"
+ROWS = pytest.StashKey[dict]()
+HEAD = """# Compatibility
+
+What other people's code was run beside ours, and how far the numbers were apart. Written by `make compatibility` from
+the tests named in the last column; `make test` fails when a row has no passing test or the page is not what the tests
+say. "equal" means bit for bit. Models are small and random, in the original layouts; **nothing here was run on released
+weights**. Differences are in float32 unless a row says otherwise and depend on the processor: these are of one CPU,
+torch {torch}, transformers {transformers}.
+
+| system | what was run | tolerance | worst difference | test |
+|---|---|---|---|---|
+"""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-compatibility", action="store_true", help="write docs/compatibility.md from what passed")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "compatibility(system, run, tolerance): a row of docs/compatibility.md")
+    config.stash[ROWS] = {}
+
+
+@pytest.fixture
+def measured(record_property):
+    """Tell the worst difference that a test saw."""
+    return lambda value: record_property("worst difference", float(value))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    mark = item.get_closest_marker("compatibility")
+    if mark and (call.when == "call" or report.failed or report.skipped):
+        test = item.nodeid.partition("[")[0]
+        row = item.config.stash[ROWS].setdefault((*mark.args, test), {"outcomes": set(), "worst": []})
+        row["outcomes"].add(report.outcome)
+        row["worst"] += [value for name, value in item.user_properties if name == "worst difference"]
+    return report
+
+
+def pytest_sessionfinish(session, exitstatus):
+    config = session.config
+    rows = config.stash[ROWS]
+    if config.getoption("write_compatibility"):
+        if not exitstatus:
+            PAGE.write_text(page(rows), encoding="utf-8")
+    elif whole_run(config) and (wrong := differences(rows, PAGE.read_text(encoding="utf-8"))):
+        config.get_terminal_writer().line("\n" + "\n".join(wrong) + "\nrun: make compatibility", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def whole_run(config):
+    """Whether all tests were selected, as `make test` does."""
+    asked = config.getoption("file_or_dir") or config.getoption("keyword") or config.getoption("lf")
+    return not asked and "not slow" in config.getoption("markexpr") and not config.getoption("collectonly")
+
+
+def page(rows):
+    """The page's text; rows in the order in which their tests ran."""
+    lines = [f"| {' | '.join(key[:3])} | {worst(row)} | `{key[3]}` |" for key, row in rows.items()]
+    return HEAD.format(torch=torch.__version__.split("+")[0], transformers=transformers.__version__) + "".join(
+        f"{line}\n" for line in lines
+    )
+
+
+def worst(row):
+    """The largest of the measured differences; a test that measures none asserts equality."""
+    return f"{max(row['worst']):.1e}" if any(row["worst"]) else "0"
+
+
+def differences(rows, text):
+    """What the page says and no passing test does, and the other way round."""
+    cells = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines()]
+    written = {(*row[:3], row[4].strip("`")) for row in cells if len(row) == 5 and row[4].strip().startswith("`")}
+    passed = {key for key, row in rows.items() if "passed" in row["outcomes"] and "failed" not in row["outcomes"]}
+    skipped = {key for key, row in rows.items() if row["outcomes"] == {"skipped"}}  # no such library on this machine
+    return [f"docs/compatibility.md: no passing test for {row}" for row in sorted(written - passed - skipped)] + [
+        f"docs/compatibility.md: the page lacks {row}" for row in sorted(passed - written)
+    ]
