@@ -2,6 +2,7 @@
 ratios.
 
     python scripts/bench_tower.py [--pairs 7] [--photos DIR] [--only tower|compiled|images|memory]
+    python scripts/bench_tower.py --original DIR     against the code of SunzeY/AlphaCLIP in DIR (needs loralib)
 
 The tower has ViT-L/14-336's size and random weights. Prints Markdown rows for docs/benchmarks.md.
 """
@@ -9,6 +10,7 @@ The tower has ViT-L/14-336's size and random weights. Prints Markdown rows for d
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import resource
 import statistics
 import subprocess
@@ -22,7 +24,14 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel, Region
+from vision_tower import (
+    AlphaCLIPImageProcessor,
+    AlphaCLIPVisionConfig,
+    AlphaCLIPVisionModel,
+    AlphaCLIPVisionModelWithProjection,
+    Region,
+)
+from vision_tower.conversion import from_original
 
 # Source: openai/clip-vit-large-patch14-336, config.json
 VIT_L_336 = {
@@ -42,6 +51,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=7, help="timed pairs for each row (default 7)")
     parser.add_argument("--photos", type=Path, help="folder of photographs (default: random pixels, 640 x 480)")
+    parser.add_argument("--original", type=Path, help="checkout of SunzeY/AlphaCLIP: compare with its code, only")
     parser.add_argument("--only", choices=["tower", "compiled", "images", "memory"])
     parser.add_argument("--peak", help=argparse.SUPPRESS)  # a child process: print the peak memory of one side
     args = parser.parse_args()
@@ -52,6 +62,9 @@ def main() -> int:
         f"torch {torch.__version__}, {torch.get_num_threads()} threads\n\n"
         "| what | ratio (median) | range | pairs |\n|---|---|---|---|"
     )
+    if args.original:
+        bench_original(args)
+        return 0
     parts = {"tower": bench_tower, "memory": bench_memory, "compiled": bench_compiled, "images": bench_images}
     for name, part in parts.items():
         if args.only in (None, name):
@@ -113,6 +126,35 @@ def bench_tower(args: argparse.Namespace) -> None:
         for backward in (False, True):
             timed = pairs(runner(ours, 4, backward), runner(theirs, 3, backward), args.pairs)
             row(f"tower / CLIPVisionModel, {dtype}, forward{' + backward' if backward else ''}: time", timed)
+
+
+def bench_original(args: argparse.Namespace) -> None:
+    """Tower with its projection, plain and compiled, against the original's own code on the same random weights."""
+    spec = importlib.util.spec_from_file_location("original", args.original / "alpha_clip" / "model.py")
+    original = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(original)
+    for dtype, torch_dtype in DTYPES.items():
+        torch.manual_seed(0)
+        theirs = original.VisionTransformer(336, 14, width=1024, layers=24, heads=16, output_dim=768)
+        config, weights = from_original(theirs.state_dict())
+        ours = AlphaCLIPVisionModelWithProjection(config)
+        ours.load_state_dict(weights)
+        ours = ours.to(torch_dtype).eval()
+        theirs = theirs.to(torch_dtype).eval()
+        for module in theirs.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.float()  # its norms compute in float32 and keep their weights so
+        image, alpha = torch.randn(1, 3, 336, 336, dtype=torch_dtype), torch.randn(1, 1, 336, 336, dtype=torch_dtype)
+        pixels = torch.cat([image, alpha], dim=1)
+        with torch.no_grad():
+            run_ours, run_theirs = (lambda: ours(pixels).image_embeds), (lambda: theirs(image, alpha))  # noqa: B023
+            apart = ((run_ours() - run_theirs()).abs().max() / run_theirs().abs().max()).item()
+            row(f"tower / the original's code, {dtype}, forward: time", pairs(run_ours, run_theirs, args.pairs))
+            ours.vision_model.compile()
+            row(
+                f"compiled tower / the original's code, {dtype}, forward: time", pairs(run_ours, run_theirs, args.pairs)
+            )
+        print(f"| (features {apart:.1e} apart, relative, {dtype}) | | | |", flush=True)
 
 
 def bench_memory(args: argparse.Namespace) -> None:

@@ -15,6 +15,19 @@ class AlphaCLIPVisionConfig(CLIPVisionConfig):
 
     model_type = "alpha_clip_vision_model"
 
+    def __post_init__(self, **kwargs) -> None:
+        """Check the channels.
+
+        Raises:
+            ValueError: If they are not 3.
+        """
+        super().__post_init__(**kwargs)
+        if self.num_channels != 3:
+            raise ValueError(
+                f"expected num_channels 3 (RGB; alpha is extra), got {self.num_channels}: a fused export is for use "
+                "without this package, load what it was made from (docs/fused.md)"
+            )
+
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a config file; CLIP's vision config is taken as ours.

@@ -179,6 +179,8 @@ def test_fused_tower_is_stock_clip(checkpoint, with_projection, tmp_path, measur
         torch.testing.assert_close(projected(pixels).image_embeds, expected.image_embeds, rtol=1e-5, atol=1e-5)
     with pytest.raises(RuntimeError, match="channels"):
         tower(pixels[:, :3])
+    with pytest.raises(ValueError, match="a fused export is for use without this package"):
+        AlphaCLIPVisionModel.from_pretrained(tmp_path / "fused")
 
 
 def test_alpha_weights_replace_the_llava_tower(checkpoint, original, clip_llava, tmp_path, capsys):
@@ -233,6 +235,8 @@ def test_fused_llava_is_stock_llava(checkpoint, clip_llava, tmp_path, measured):
             measured((logits - model(**inputs).logits).abs().max())
             torch.testing.assert_close(logits, model(**inputs).logits, rtol=1e-4, atol=1e-4)
             assert torch.equal(generated, model.generate(**inputs, max_new_tokens=8))
+    with pytest.raises(ValueError, match="a fused export is for use without this package"):
+        mllm.load(tmp_path / "fused", device="cpu")
 
 
 def test_the_input_built_by_hand_is_the_processors(checkpoint, tmp_path):
