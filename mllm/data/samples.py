@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vision_tower import Region
@@ -113,6 +114,8 @@ def load_image(source: ImageSource | os.PathLike) -> Image.Image:
     except _DAMAGE as error:
         reason = " ".join(str(error).split())  # tarfile's messages have a line per method it tried
         raise ValueError(f"cannot read the image {name}: {reason}") from error
+    if image.mode.startswith("I"):  # 16 bits of grey: PIL's own conversion would cut at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -195,3 +195,9 @@ def test_another_size_than_stated_is_an_error(tmp_path):
     sample = RegionSample("7", str(tmp_path / "p.png"), (Region.whole(),), None, ("x",), meta=meta)
     with pytest.raises(ValueError, match="30 x 20 pixels, its data set says 60 x 40"):
         sample.open_image()
+
+
+def test_sixteen_bits_of_grey_keep_their_tones(tmp_path):
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(grey * 257).save(tmp_path / "deep.png")
+    assert np.array_equal(np.asarray(load_image(str(tmp_path / "deep.png")))[..., 1], grey)
