@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model_args.model, device="cpu", dtype="float32", attn_implementation=model_args.attn_implementation
         )
         freeze(model, model_args.train_parts)
+        end_answers_at(model, processor.tokenizer.eos_token_id)
         optimizer = build_optimizer(model, model_args.optimizer, training_args)
     except (ValueError, OSError) as error:
         print(f"region-tune: error: {error}", file=sys.stderr)  # noqa: T201
@@ -76,6 +77,16 @@ def freeze(model: PreTrainedModel, train_parts: Sequence[str]) -> None:
             parameter.requires_grad_(trained)
         count = sum(parameter.numel() for parameter in members)
         logger.info("%-24s %12s parameters  %s", part, f"{count:,}", "trained" if trained else "frozen")
+
+
+def end_answers_at(model: PreTrainedModel, token: int) -> None:
+    """Let generation end at the token that ends the trained answers: released BLIP-2 with OPT ends at a newline only,
+    and would go on to the longest answer.
+    """
+    text = model.config.get_text_config()
+    known = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+    if token not in known:
+        text.eos_token_id = [*(end for end in known if end is not None), token]
 
 
 def build_optimizer(model: PreTrainedModel, name: str, args: TrainingArguments) -> MuonWithAdamW | None:

@@ -12,7 +12,7 @@ from transformers import (
     AutoProcessor,
 )
 
-from .alpha_embedding import AlphaConv2d, AlphaPatchEmbedding
+from .alpha_embedding import AlphaConv2d, AlphaPatchEmbedding, add_alpha_channel, load_with_alpha
 from .configuration_alpha_clip import AlphaCLIPConfig, AlphaCLIPVisionConfig
 from .image_processing_alpha_clip import AlphaCLIPImageProcessor
 from .modeling_alpha_clip import AlphaCLIPModel, AlphaCLIPVisionModel, AlphaCLIPVisionModelWithProjection
@@ -30,6 +30,8 @@ __all__ = [
     "AlphaConv2d",
     "AlphaPatchEmbedding",
     "Region",
+    "add_alpha_channel",
+    "load_with_alpha",
 ]
 
 # exist_ok: importing the package twice (a notebook's reload, a remote-code copy beside it) is fine.

@@ -35,8 +35,8 @@ def mask_pixels(mask: Any) -> np.ndarray:
             return array.astype(np.uint8) * np.uint8(255)
         if array.dtype == np.uint8 and high < 128 and not ours:
             raise ValueError(
-                f"the mask's values end at {high} of 255, as in a map of labels; give one object (mask == label), and a "
-                "faint region as its strength"
+                f"the mask's values end at {high} of 255, as in a map of labels; give one object (mask == label), and "
+                "a faint region as its strength"
             )
         if array.dtype == np.uint8 or (0 <= low and high <= 255 and np.isin(array, (0, 255)).all()):
             return array.astype(np.uint8)

@@ -102,6 +102,7 @@ def test_unknown_parts_and_t5_are_refused(start, data, tmp_path, capsys):
 
 def test_blip2_trains_its_parts(data, tmp_path):
     model, processor = build_tiny_blip2("opt")
+    model.config.text_config.eos_token_id = 13  # released ones end at a newline
     model.save_pretrained(tmp_path / "start")
     processor.save_pretrained(tmp_path / "start")
     flags = "--train_parts", "query_tokens", "qformer", "--learning_rate", "1e-2"
@@ -109,6 +110,8 @@ def test_blip2_trains_its_parts(data, tmp_path):
     names = moved(tmp_path / "start", tmp_path / "out")
     assert "query_tokens" in names and any(name.startswith("qformer.") for name in names)
     assert all(name.startswith(("query_tokens", "qformer.")) for name in names)
+    tuned, _ = mllm.load(tmp_path / "out", device="cpu")
+    assert tuned.language_model.generation_config.eos_token_id == [13, processor.tokenizer.eos_token_id]
 
 
 def test_same_seed_same_model(start, data, tmp_path):

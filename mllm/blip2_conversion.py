@@ -1,0 +1,272 @@
+"""LAVIS' BLIP-2 with a CLIP ViT-L -> ours: Q-Former, query tokens, `ln_vision`, and the projection into the language
+model, whose own weights are not in LAVIS' file.
+
+Source of the layout: lavis/models/blip2_models/{blip2,blip2_qformer,blip2_t5,blip2_opt,Qformer}.py and
+lavis/models/clip_vit.py of salesforce/LAVIS at 506965b. Every size is read off the tensors. The text side that stage 1
+trains is dropped by name; any other tensor too few, too many or of another shape is an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Blip2QFormerConfig
+
+from mllm.blip2 import AlphaCLIPBlip2VisionConfig
+from vision_tower import AlphaCLIPVisionConfig
+from vision_tower.conversion import StateDict, from_original
+
+logger = logging.getLogger(__name__)
+
+VIT_L_BLOCKS = 23  # Source: `create_clip_vit_L` in lavis/models/clip_vit.py: CLIP's 24 without the last
+PROJECTIONS = {"t5_proj": "t5", "opt_proj": "opt"}  # LAVIS' name -> model_type of the language model behind it
+
+_KEYS = {
+    "query_tokens": "query_tokens",
+    "ln_vision.weight": "vision_model.post_layernorm.weight",
+    "ln_vision.bias": "vision_model.post_layernorm.bias",
+    "Qformer.bert.embeddings.LayerNorm.weight": "qformer.layernorm.weight",
+    "Qformer.bert.embeddings.LayerNorm.bias": "qformer.layernorm.bias",
+}
+_LAYER_KEYS = {
+    "attention.self.query": "attention.attention.query",
+    "attention.self.key": "attention.attention.key",
+    "attention.self.value": "attention.attention.value",
+    "attention.output.dense": "attention.output.dense",
+    "attention.output.LayerNorm": "attention.output.LayerNorm",
+    "crossattention.self.query": "crossattention.attention.query",
+    "crossattention.self.key": "crossattention.attention.key",
+    "crossattention.self.value": "crossattention.attention.value",
+    "crossattention.output.dense": "crossattention.output.dense",
+    "crossattention.output.LayerNorm": "crossattention.output.LayerNorm",
+    "intermediate_query.dense": "intermediate_query.dense",
+    "output_query.dense": "output_query.dense",
+    "output_query.LayerNorm": "output_query.LayerNorm",
+}
+_LAYER = "Qformer.bert.encoder.layer"
+_TOWER = "visual_encoder."
+_HEAD_WIDTH = 64  # Source: bert-base-uncased, from which `Blip2Base.init_Qformer` takes its configuration: 768 / 12
+# what stage 1 trains beside queries and cross-attention, and an index buffer
+_TEXT_SIDE = re.compile(
+    r"Qformer\.bert\.embeddings\.(word_embeddings\.weight|position_embeddings\.weight|position_ids)"
+    r"|Qformer\.bert\.encoder\.layer\.\d+\.(intermediate\.dense|output\.dense|output\.LayerNorm)\.(weight|bias)"
+    r"|Qformer\.cls\.predictions\.(bias|(decoder|transform\.dense|transform\.LayerNorm)\.(weight|bias))"
+    r"|(vision_proj|text_proj|itm_head)\.(weight|bias)|temp"
+)
+
+
+def read_lavis(path: str | os.PathLike) -> StateDict:
+    """The tensors of one of LAVIS' checkpoints, `{"model": {...}}`, opened without running code.
+
+    Raises:
+        ValueError: If the file is missing, damaged, wants to run code, or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"expected one of LAVIS' checkpoint files (.pth), got {path}, which is no file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is not a plain file of weights: opening it would run code, or it is damaged; save its 'model' "
+            "alone with torch.save({'model': ...})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"{path} is damaged or no file of weights: {first}; was it copied whole?") from error
+    tensors = content.get("model") if isinstance(content, Mapping) else None
+    if not isinstance(tensors, Mapping) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise ValueError(
+            f"expected LAVIS' {{'model': names to tensors}} in {path}; is it a BLIP-2 checkpoint of LAVIS?"
+        )
+    return dict(tensors)
+
+
+def projection_of(lavis: StateDict) -> str | None:
+    """Which of `PROJECTIONS` the checkpoint holds; None for a stage-1 file."""
+    return next((name for name in PROJECTIONS if f"{name}.weight" in lavis), None)
+
+
+def from_lavis(
+    lavis: StateDict, tower: tuple[AlphaCLIPVisionConfig, StateDict] | None = None, blocks: int = VIT_L_BLOCKS
+) -> tuple[dict[str, Any], StateDict]:
+    """LAVIS' tensors and a tower -> `AlphaBlip2ForConditionalGeneration`, all but its language model.
+
+    Args:
+        lavis: What `read_lavis` gives.
+        tower: What `vision_tower.conversion.read_tower` gives for an Alpha-CLIP; None takes the checkpoint's own CLIP
+            tower, if it holds one, with alpha at zero.
+        blocks: How many of the tower's blocks the Q-Former was trained behind.
+
+    Returns:
+        Fields of `AlphaBlip2Config` (`vision_config`, `qformer_config`, `num_query_tokens`), and float32 weights.
+
+    Raises:
+        ValueError: If a tensor is missing, left over, of another shape, or holds NaN or infinity (the first is named),
+            there is no projection into a language model, or the tower does not fit the Q-Former.
+    """
+    own_blocks = _check_own_tower(lavis)
+    if own_blocks not in (0, blocks):
+        raise ValueError(
+            f"the Q-Former was trained behind the {own_blocks} blocks of the tower in its own file, not {blocks}; "
+            f"convert with {own_blocks} (--blocks)"
+        )
+    qformer_config = qformer_config_from_lavis(lavis)
+    vision_config, weights = _shorten(*(tower or _own_tower(lavis)), blocks)
+    if vision_config.hidden_size != qformer_config.encoder_hidden_size:
+        raise ValueError(
+            f"this Q-Former reads a tower {qformer_config.encoder_hidden_size} wide (EVA ViT-g: 1408), the tower given "
+            f"is {vision_config.hidden_size} wide; Alpha-CLIP's ViT-L/14 fits LAVIS' vitL checkpoints "
+            "(blip2_pretrained_flant5xl_vitL.pth); a ViT-g BLIP-2 is loaded from Salesforce/blip2-* as it is"
+        )
+    kept = {key: t for key, t in lavis.items() if not key.startswith(_TOWER) and not _TEXT_SIDE.fullmatch(key)}
+    _check_tensors(kept, _lavis_shapes(lavis, qformer_config))
+    weights |= {_name_from_lavis(key): tensor for key, tensor in kept.items()}
+    fields = {
+        "vision_config": vision_config,
+        "qformer_config": qformer_config,
+        "num_query_tokens": lavis["query_tokens"].shape[1],
+    }
+    return fields, {key: tensor.float() for key, tensor in weights.items()}
+
+
+def _name_from_lavis(key: str) -> str:
+    if key in _KEYS:
+        return _KEYS[key]
+    if not key.startswith(_LAYER):
+        return f"language_projection.{key.rsplit('.', 1)[1]}"
+    index, name, kind = re.fullmatch(rf"{re.escape(_LAYER)}\.(\d+)\.(.+)\.(weight|bias)", key).groups()
+    return f"qformer.encoder.layer.{index}.{_LAYER_KEYS[name]}.{kind}"
+
+
+def _check_own_tower(lavis: StateDict) -> int:
+    """How many blocks the checkpoint's own CLIP tower has, 0 for none; an EVA tower is a ValueError."""
+    if any(key.startswith((f"{_TOWER}blocks.", f"{_TOWER}patch_embed.")) for key in lavis):
+        raise ValueError(
+            "the checkpoint holds an EVA ViT-g tower, which Alpha-CLIP's ViT-L cannot replace; take one of LAVIS' vitL "
+            "checkpoints, or load the ViT-g BLIP-2 from Salesforce/blip2-*"
+        )
+    return len({found[1] for key in lavis if (found := re.match(rf"{_TOWER}transformer\.resblocks\.(\d+)\.", key))})
+
+
+def _own_tower(lavis: StateDict) -> tuple[AlphaCLIPVisionConfig, StateDict]:
+    """The CLIP tower of the checkpoint itself, its alpha weight zero."""
+    own = {key.removeprefix(_TOWER): tensor for key, tensor in lavis.items() if key.startswith(_TOWER)}
+    if not own:
+        raise ValueError(
+            "the checkpoint holds no tower (LAVIS does not save a frozen one): give Alpha-CLIP's weights "
+            "(--vision-tower clip_l14_grit20m_fultune_2xe.pth)"
+        )
+    logger.warning(
+        "the tower is the checkpoint's own CLIP and its alpha weight is zero: every region gets the same answer until "
+        "it is trained; give --vision-tower for Alpha-CLIP's"
+    )
+    if (convolution := own.get("conv1.weight")) is not None:
+        width = len(convolution)
+        # an Alpha-CLIP has these besides; LAVIS' tower ends at its last block, and what follows that is not used
+        own["conv1_alpha.weight"] = torch.zeros_like(convolution[:, :1])
+        own |= {"proj": torch.zeros(width, 1), "ln_post.weight": torch.zeros(width), "ln_post.bias": torch.zeros(width)}
+    try:
+        config, weights = from_original(own)
+    except ValueError as error:
+        raise ValueError(f"the tower ({_TOWER}*): {error}") from error
+    prefix = "vision_model."
+    return config, {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
+
+
+def _shorten(
+    config: AlphaCLIPVisionConfig, weights: StateDict, blocks: int
+) -> tuple[AlphaCLIPBlip2VisionConfig, StateDict]:
+    """The first `blocks` of a tower, without the norm after its last one."""
+    found = config.num_hidden_layers
+    if not 1 <= blocks <= found:
+        raise ValueError(
+            f"expected a tower of at least {blocks} blocks (CLIP's ViT-L has 24), got {found}; give the ViT-L/14, or "
+            "another number of blocks (--blocks)"
+        )
+    not_used = ("post_layernorm.", *(f"encoder.layers.{index}." for index in range(blocks, found)))
+    not_its_own = ("model_type", "architectures", "auto_map", "dtype", "projection_dim")
+    fields = {key: value for key, value in config.to_dict().items() if key not in not_its_own}
+    shorter = AlphaCLIPBlip2VisionConfig(**{**fields, "num_hidden_layers": blocks})
+    return shorter, {f"vision_model.{key}": t for key, t in weights.items() if not key.startswith(not_used)}
+
+
+def qformer_config_from_lavis(lavis: StateDict) -> Blip2QFormerConfig:
+    """The configuration of LAVIS' Q-Former, read off its tensors.
+
+    Raises:
+        ValueError: If it is not one of LAVIS' BLIP-2 checkpoints, or one of stage 1, without a projection.
+    """
+    layer = f"{_LAYER}.0"
+    keys = ("query_tokens", f"{layer}.crossattention.self.key.weight", f"{layer}.intermediate_query.dense.weight")
+    for key, dimensions in zip(keys, (3, 2, 2), strict=True):
+        if key not in lavis or lavis[key].ndim != dimensions:
+            found = "nothing" if key not in lavis else tuple(lavis[key].shape)
+            raise ValueError(f"expected a BLIP-2 checkpoint of LAVIS with {key} ({dimensions} dimensions), got {found}")
+    if projection_of(lavis) is None:
+        raise ValueError(
+            "this is a stage-1 checkpoint (blip2_pretrained_vitL.pth): it has no projection into a language model "
+            "(t5_proj, opt_proj); take blip2_pretrained_flant5xl_vitL.pth, or begin a projection at random to train it "
+            "(--new-projection)"
+        )
+    queries, crossing, inner = (lavis[key] for key in keys)
+    width = queries.shape[-1]
+    if width % _HEAD_WIDTH:
+        raise ValueError(f"expected query_tokens (1, queries, {_HEAD_WIDTH} a head), got {tuple(queries.shape)}")
+    layers = {int(found[1]) for key in lavis if (found := re.match(rf"{re.escape(_LAYER)}\.(\d+)\.", key))}
+    crossed = [index for index in sorted(layers) if f"{_LAYER}.{index}.crossattention.self.key.weight" in lavis]
+    return Blip2QFormerConfig(
+        hidden_size=width,
+        num_hidden_layers=max(layers) + 1,
+        num_attention_heads=width // _HEAD_WIDTH,
+        intermediate_size=len(inner),
+        encoder_hidden_size=crossing.shape[1],
+        cross_attention_frequency=crossed[1] if len(crossed) > 1 else max(layers) + 1,
+    )
+
+
+def _lavis_shapes(lavis: StateDict, config: Blip2QFormerConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of such a checkpoint, but for tower and text side."""
+    width, inner, seen = config.hidden_size, config.intermediate_size, config.encoder_hidden_size
+    projection = projection_of(lavis)
+    shapes: dict[str, tuple[int, ...]] = {"query_tokens": (1, lavis["query_tokens"].shape[1], width)}
+    matrices = {projection: (*lavis[f"{projection}.weight"].shape[:1], width)}  # as wide as its language model
+    norms = {"ln_vision": seen, "Qformer.bert.embeddings.LayerNorm": width}
+    for index in range(config.num_hidden_layers):
+        crosses = index % config.cross_attention_frequency == 0
+        for name in _LAYER_KEYS:
+            if name.startswith("crossattention.") and not crosses:
+                continue
+            key = f"{_LAYER}.{index}.{name}"
+            if name.endswith("LayerNorm"):
+                norms[key] = width
+            elif name in ("crossattention.self.key", "crossattention.self.value"):
+                matrices[key] = (width, seen)
+            else:
+                matrices[key] = {"intermediate_query.dense": (inner, width), "output_query.dense": (width, inner)}.get(
+                    name, (width, width)
+                )
+    for name, shape in (matrices | {name: (size,) for name, size in norms.items()}).items():
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
+    return shapes
+
+
+def _check_tensors(tensors: StateDict, expected: dict[str, tuple[int, ...]]) -> None:
+    for problem, keys in (
+        ("lacks", sorted(expected.keys() - tensors.keys())),
+        ("holds more than a BLIP-2 of LAVIS:", sorted(tensors.keys() - expected.keys())),
+    ):
+        if keys:
+            raise ValueError(f"the checkpoint {problem} {keys[0]} ({len(keys)} such tensors)")
+    for key, shape in expected.items():
+        if tuple(tensors[key].shape) != shape:
+            raise ValueError(f"expected {key} of shape {shape}, got {tuple(tensors[key].shape)}")
+        if not torch.isfinite(tensors[key]).all():
+            raise ValueError(f"{key} holds NaN or infinity: the checkpoint is damaged")
