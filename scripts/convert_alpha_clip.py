@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPVisionConfig
 
@@ -38,6 +39,14 @@ from vision_tower import (
     AlphaCLIPVisionModelWithProjection,
 )
 from vision_tower.conversion import RELEASED_CHECKPOINTS, StateDict, from_original, fuse, read_checkpoint, to_original
+
+# names in memory -> llava-hf's
+_HUB_PREFIXES = {
+    "model.vision_tower.": "vision_tower.vision_model.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,8 +166,21 @@ def save_fused(config: AlphaCLIPVisionConfig, weights: StateDict, out: Path) -> 
 
 
 def save_fused_llava(model: torch.nn.Module, processor, out: Path) -> None:
-    """A whole LLaVA whose tower is stock CLIP of four channels; picture settings and tokenizer beside it."""
-    fused_llava(model).save_pretrained(out)
+    """A whole LLaVA whose tower is stock CLIP of four channels; picture settings and tokenizer beside it.
+
+    `save_pretrained` would leave `vision_model.` out of the tower's names, and Transformers before 5 would leave the
+    tower random: the names are those of llava-hf, which every version reads.
+    """
+    fused = fused_llava(model)
+    fused.config.architectures = [type(fused).__name__]
+    fused.config.dtype = fused.dtype
+    fused.config.save_pretrained(out)
+    fused.generation_config.save_pretrained(out)
+    weights = {}
+    for key, tensor in fused.state_dict().items():
+        prefix = next(prefix for prefix in _HUB_PREFIXES if key.startswith(prefix))
+        weights[_HUB_PREFIXES[prefix] + key.removeprefix(prefix)] = tensor
+    save_torch_state_dict(weights, out, max_shard_size="5GB")
     processor.tokenizer.save_pretrained(out)
     side = model.config.vision_config.image_size
     CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(out)
