@@ -167,7 +167,7 @@ def _training(record: dict) -> str:
     rows = {"data": Path(str(record["data"].pop("data", "unknown"))).name, **record["data"]}
     rows |= {name: record["training"][name] for name in _TOLD if record["training"].get(name) not in (None, -1)}
     losses = [entry["loss"] for entry in record.get("log", []) if "loss" in entry]
-    rows |= {"last loss": losses[-1]} if losses else {}
+    rows |= {"last loss": f"{float(losses[-1]):.3g}"} if losses else {}
     return "## Training\n\n| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
@@ -189,6 +189,7 @@ def _eval_results(scores: dict) -> list[EvalResult]:
             task_type="image-text-to-text",
             dataset_type="shapes",
             dataset_name=f"Shapes: {measure}",
+            dataset_config=measure,  # without it the results would be taken for one
             metric_type="exact_match",
             metric_value=round(entry["score"], 4),
         )

@@ -77,7 +77,10 @@ def test_a_llava_with_record_and_scores(tiny_llava, tmp_path):
     for file in (tmp_path / "out").glob("*.*"):
         assert file.suffix == ".safetensors" or "somebody" not in file.read_text(encoding="utf-8")
     assert "description, box" in card.text
-    assert {result.metric_type for result in card.data.eval_results} == {"exact_match"}
+    stored = json.loads((EMBEDDED_MODEL / "scores.json").read_text())["seed 1"]
+    for result in card.data.eval_results:
+        assert result.metric_value == round(stored[result.dataset_config]["score"], 4)
+    assert "description, mask" in {result.dataset_config for result in card.data.eval_results}
     scope = run_example(card, {"lab/llava": tmp_path / "out"})
     assert scope["inputs"]["pixel_values"].shape[1] == 4
 
