@@ -145,7 +145,8 @@ def test_alpha_weights_are_the_first_blocks_and_keep_the_norm(folder, tmp_path):
     torch.manual_seed(5)
     fields = tiny_vision_config(num_hidden_layers=4)
     tower = AlphaCLIPVisionModel(AlphaCLIPVisionModel.config_class(**fields))
-    nn.init.normal_(tower.embeddings.patch_embedding.alpha.weight, std=0.3)
+    for weight in (tower.embeddings.patch_embedding.alpha.weight, tower.post_layernorm.weight):
+        nn.init.normal_(weight, std=0.3)
     tower.save_pretrained(tmp_path)
     before = mllm.load(folder, device="cpu")[0].vision_model.post_layernorm.state_dict()
     loaded, _ = mllm.load(folder, device="cpu", alpha_weights=tmp_path)
