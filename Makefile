@@ -60,7 +60,7 @@ bench: setup ## the benchmarks; their tables are kept in docs/benchmarks.md
 compatibility: setup ## write docs/compatibility.md from the tests that compare with other people's code
 	$(BIN)/python -m pytest -m compatibility --write-compatibility
 
-embedded-model: setup ## rebuild the embedded model from nothing (one and a half to two hours on 2 cores)
+embedded-model: setup ## rebuild the embedded model from nothing (about one and a half hours on 2 cores)
 	$(BIN)/python scripts/build_embedded_model.py
 
 embedded-scores: setup ## the README's table: score the embedded model on scenes it never saw

@@ -77,7 +77,7 @@ def test_a_llava_with_record_and_scores(tiny_llava, tmp_path):
     for file in (tmp_path / "out").glob("*.*"):
         assert file.suffix == ".safetensors" or "somebody" not in file.read_text(encoding="utf-8")
     assert "description, box" in card.text
-    stored = json.loads((EMBEDDED_MODEL / "scores.json").read_text())["seed 1"]
+    stored = json.loads((EMBEDDED_MODEL / "scores.json").read_text())["seed 2"]
     for result in card.data.eval_results:
         assert result.metric_value == round(stored[result.dataset_config]["score"], 4)
     assert "description, mask" in {result.dataset_config for result in card.data.eval_results}
