@@ -234,14 +234,7 @@ def load_processor(name: str | os.PathLike, config: Blip2Config, **hub: Any) -> 
         ValueError: If its tokenizer's `<image>` is not the token that the model looks for.
     """
     stock = AutoImageProcessor.from_pretrained(name, backend="pil", **hub)
-    side = config.vision_config.image_size
-    image_processor = AlphaCLIPImageProcessor(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_mean=list(stock.image_mean),
-        image_std=list(stock.image_std),
-        geometry="stretch",
-    )
+    image_processor = AlphaCLIPImageProcessor.for_size(config.vision_config.image_size, "stretch", like=stock)
     processor = AlphaBlip2Processor(
         image_processor, AutoTokenizer.from_pretrained(name, **hub), num_query_tokens=config.num_query_tokens
     )

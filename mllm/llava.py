@@ -110,14 +110,7 @@ def load_processor(name: str | os.PathLike, config: LlavaConfig, **hub: Any) -> 
     Pictures are padded to a square, as LLaVA-1.5 was trained; a centre crop could cut the region away.
     """
     stock = AutoImageProcessor.from_pretrained(name, backend="pil", **hub)
-    side = config.vision_config.image_size
-    image_processor = AlphaCLIPImageProcessor(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_mean=list(stock.image_mean),
-        image_std=list(stock.image_std),
-        geometry="pad",
-    )
+    image_processor = AlphaCLIPImageProcessor.for_size(config.vision_config.image_size, "pad", like=stock)
     return build_llava_processor(image_processor, AutoTokenizer.from_pretrained(name, **hub), config)
 
 

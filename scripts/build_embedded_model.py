@@ -102,9 +102,7 @@ def write_start(out: Path, seed: int) -> None:
         max_new_tokens=64,
     )
     model.save_pretrained(out)
-    image_processor = AlphaCLIPImageProcessor(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, geometry="pad"
-    )
+    image_processor = AlphaCLIPImageProcessor.for_size(IMAGE_SIZE, "pad")
     build_llava_processor(image_processor, tokenizer, config).save_pretrained(out)
 
 

@@ -96,10 +96,7 @@ def write_start(out: Path, tower: Path, seed: int) -> None:
     nn.init.normal_(model.query_tokens, std=0.02)  # zero in a fresh model: all queries would stay alike
     load_alpha_weights(model, tower)
     model.save_pretrained(out)
-    side = model.config.vision_config.image_size
-    images = AlphaCLIPImageProcessor(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, geometry="stretch"
-    )
+    images = AlphaCLIPImageProcessor.for_size(model.config.vision_config.image_size, "stretch")
     AlphaBlip2Processor(images, tokenizer, num_query_tokens=QUERIES).save_pretrained(out)
 
 

@@ -196,10 +196,7 @@ def save_original(weights: StateDict, out: Path) -> None:
 
 def image_processor(config: AlphaCLIPVisionConfig) -> AlphaCLIPImageProcessor:
     """CLIP's preprocessing at the tower's size."""
-    side = config.image_size
-    return AlphaCLIPImageProcessor(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, geometry="crop"
-    )
+    return AlphaCLIPImageProcessor.for_size(config.image_size, "crop")
 
 
 if __name__ == "__main__":

@@ -91,9 +91,7 @@ def convert(args: argparse.Namespace) -> tuple[AlphaBlip2ForConditionalGeneratio
     side = fields["vision_config"].image_size
     if side != _LAVIS_IMAGE_SIZE:
         logger.warning("LAVIS trained this Q-Former on %d pixels, the tower takes %d", _LAVIS_IMAGE_SIZE, side)
-    images = AlphaCLIPImageProcessor(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, geometry="stretch"
-    )
+    images = AlphaCLIPImageProcessor.for_size(side, "stretch")
     processor = AlphaBlip2Processor(images, tokenizer, num_query_tokens=fields["num_query_tokens"])  # adds <image>
     image_token = tokenizer.convert_tokens_to_ids("<image>")
     if image_token >= text_config.vocab_size:  # resizing would tie Flan-T5's output to its input embedding

@@ -134,7 +134,5 @@ def build_tiny_blip2(kind):
     model = AlphaBlip2ForConditionalGeneration(AlphaBlip2Config(vision_config=vision, **config, initializer_range=0.2))
     torch.nn.init.normal_(model.query_tokens)  # at zero, all queries are alike
     torch.nn.init.normal_(model.vision_model.embeddings.patch_embedding.alpha.weight, std=0.3)
-    images = AlphaCLIPImageProcessor(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, geometry="stretch"
-    )
+    images = AlphaCLIPImageProcessor.for_size(32, "stretch")
     return model.eval(), AlphaBlip2Processor(images, tokenizer, num_query_tokens=config["num_query_tokens"])

@@ -102,6 +102,15 @@ class AlphaCLIPImageProcessor(PilBackend):
                 f"with resizing and cropping on, got size {dict(self.size)} and crop_size {dict(self.crop_size)}"
             )
 
+    @classmethod
+    def for_size(cls, side: int, geometry: str, like: Any = None) -> AlphaCLIPImageProcessor:
+        """The processor for a tower of `side` x `side` pixels, with the mean and deviation of another image processor
+        (`like`), CLIP's when not given.
+        """
+        colours = {} if like is None else {"image_mean": list(like.image_mean), "image_std": list(like.image_std)}
+        crop_size = {"height": side, "width": side}
+        return cls(size={"shortest_edge": side}, crop_size=crop_size, geometry=geometry, **colours)
+
     def preprocess(
         self,
         images: ImageInput,

@@ -70,9 +70,7 @@ def clip_llava(original, tmp_path_factory):
     tokenizer = tiny_tokenizer()
     config = tiny_llava_config(tokenizer, CLIPVisionConfig(**{**fields, "model_type": "clip_vision_model"}))
     LlavaForConditionalGeneration(config).save_pretrained(folder)
-    image_processor = AlphaCLIPImageProcessor(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, geometry="pad"
-    )
+    image_processor = AlphaCLIPImageProcessor.for_size(32, "pad")
     build_llava_processor(image_processor, tokenizer, config).save_pretrained(folder)
     return folder
 
@@ -251,9 +249,9 @@ def test_the_input_built_by_hand_is_the_processors(checkpoint, tmp_path):
     mask = Image.fromarray(region.mask(40, 64).astype(np.uint8) * 255)
     names = {"image": image, "mask": mask}
     exec(lines.replace('"OUT"', repr(str(tmp_path / "OUT"))), names)
-    ours = AlphaCLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, geometry="pad")(
-        images=image, regions=region, return_tensors="pt"
-    )["pixel_values"]
+    ours = AlphaCLIPImageProcessor.for_size(32, "pad")(images=image, regions=region, return_tensors="pt")[
+        "pixel_values"
+    ]
     torch.testing.assert_close(names["pixel_values"][:, :3], ours[:, :3], atol=0.02, rtol=0)
     assert ((names["pixel_values"] - ours)[:, 3].abs() > 0.2).float().mean() < 0.01
 

@@ -41,9 +41,7 @@ def test_tower_and_image_processor_load_elsewhere(tmp_path):
     torch.manual_seed(0)
     model = AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**tiny_vision_config())).eval()
     torch.nn.init.normal_(model.embeddings.patch_embedding.alpha.weight, std=0.3)
-    processor = AlphaCLIPImageProcessor(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, geometry="pad"
-    )
+    processor = AlphaCLIPImageProcessor.for_size(32, "pad")
     folder = tmp_path / "tower"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -59,9 +59,7 @@ def write_towers(folder: Path) -> tuple[str, str]:
     fields = {key: value for key, value in tower.config.to_dict().items() if key not in ("model_type", "auto_map")}
     fused = CLIPVisionModel(CLIPVisionConfig(**{**fields, "num_channels": 4}))
     fused.load_state_dict(fuse(tower.state_dict()))
-    processor = AlphaCLIPImageProcessor(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, geometry="pad"
-    )
+    processor = AlphaCLIPImageProcessor.for_size(32, "pad")
     for name, model in (("ours", tower), ("fused", fused)):
         model.save_pretrained(folder / name)
         processor.save_pretrained(folder / name)

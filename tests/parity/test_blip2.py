@@ -68,9 +68,7 @@ def processor_for(size=32):
     backend.pre_tokenizer = Whitespace()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **special)
-    images = AlphaCLIPImageProcessor(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}, geometry="stretch"
-    )
+    images = AlphaCLIPImageProcessor.for_size(size, "stretch")
     return AlphaBlip2Processor(images, tokenizer, num_query_tokens=4)
 
 
