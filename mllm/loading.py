@@ -32,6 +32,7 @@ from transformers import (
 from mllm import blip2, llava
 from mllm.processing import AlphaLlavaProcessor
 from mllm.processing_blip2 import AlphaBlip2Processor
+from vision_tower import AlphaCLIPImageProcessor
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -215,7 +216,8 @@ def _read_config(name: str | os.PathLike, hub: dict) -> LlavaConfig | Blip2Confi
 def _load_processor(name: str | os.PathLike, config: LlavaConfig | Blip2Config, hub: dict) -> AlphaProcessor:
     """The model's own processor if it is ours, else one built from its tokenizer and image settings."""
     processor = AutoProcessor.from_pretrained(name, backend="pil", **hub)
-    if isinstance(processor, AlphaProcessor):
+    # a tokenizer copied from one of ours names our processor; its image settings may still be a stock one's
+    if isinstance(processor, AlphaProcessor) and isinstance(processor.image_processor, AlphaCLIPImageProcessor):
         return processor
     logger.info("%s has no alpha processor: pictures and questions are prepared as its authors did", name)
     return FAMILIES[config.model_type].load_processor(name, config, **hub)

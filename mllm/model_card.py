@@ -7,25 +7,30 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
 
-import mllm.blip2  # noqa: F401, registers its configurations
-from vision_tower import Region
+from vision_tower import AlphaCLIPVisionConfig, Region
 
-# what a directory can be built from -> licence id of the hub, and in words
-# Source: the READMEs of SunzeY/AlphaCLIP, openai/CLIP, haotian-liu/LLaVA and salesforce/LAVIS; BLIP-2's and LLaVA-1.5's
-# language models have terms of their own
+# what a directory can be built from -> licence id (the hub's, or a name where the hub has none), and in words
+# Source: the READMEs of SunzeY/AlphaCLIP, openai/CLIP, haotian-liu/LLaVA and salesforce/LAVIS, and the cards of
+# llava-hf/llava-1.5-7b-hf and Salesforce/blip2-*
 LICENCES = {
-    "alpha-clip": ("cc-by-nc-4.0", "Alpha-CLIP's weights: research only (CC BY-NC 4.0 data, CLIP's terms)"),
+    "alpha-clip": (
+        "alpha-clip-research-only",
+        "Alpha-CLIP's weights: research use only, within CLIP's terms; the data behind them is CC BY-NC 4.0",
+    ),
     "clip": ("mit", "OpenAI's CLIP: MIT"),
     "llava-1.5": ("llama2", "LLaVA-1.5: the LLAMA 2 community licence of its Vicuna"),
-    "blip-2": ("mit", "BLIP-2: MIT on the hub, BSD-3-Clause in LAVIS; its language model's licence besides"),
-    "shapes": ("apache-2.0", "trained from nothing on Shapes scenes: Apache-2.0"),
+    "blip-2": ("mit", "BLIP-2: MIT on the hub, BSD-3-Clause in LAVIS; its language model's licence besides: unknown"),
+    "shapes": ("apache-2.0", "trained from nothing on this project's Shapes scenes: Apache-2.0"),
 }
+_NAMED_LICENCES = ("alpha-clip-research-only",)  # not among the hub's: stated as license "other" with this name
 _KINDS = {  # model_type -> title, pipeline tag
     "alpha_clip_vision_model": ("An Alpha-CLIP vision tower", "image-feature-extraction"),
     "alpha_clip": ("Alpha-CLIP with its text tower", "zero-shot-image-classification"),
@@ -38,7 +43,7 @@ from transformers import AutoImageProcessor, AutoModel
 from vision_tower import Region
 
 model, processor = AutoModel.from_pretrained("{name}"), AutoImageProcessor.from_pretrained("{name}")
-inputs = processor(image, Region.{region}, return_tensors="pt")
+inputs = processor(image, regions=Region.{region}, return_tensors="pt")
 features = model(**inputs).last_hidden_state""",
     "alpha_clip": """\
 from vision_tower import AlphaCLIPModel, AlphaCLIPProcessor, Region
@@ -52,138 +57,240 @@ chances = model(**inputs).logits_per_image.softmax(-1)""",
 import mllm
 from vision_tower import Region
 
-model, processor = mllm.load("{name}"{adapter})
+model, processor = mllm.load("{name}")
 inputs = processor(images=image, regions=Region.{region}, text="What is this?", return_tensors="pt")
 print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))""",
 }
 _EXAMPLES["alpha_blip2"] = _EXAMPLES["llava"].replace('"What is this?"', '"Question: What is this? Answer:"')
-# what of a training record is told
-_TOLD = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type", "seed")
+_ABOUT = """\
+CLIP with a fourth input channel, alpha, that says where to look ([Alpha-CLIP](https://arxiv.org/abs/2312.03818)). A
+region is the fourth channel of `pixel_values`, which is (B, 4, H, W); three channels mean the whole image."""
+_SHAPES_ONLY = "**It knows only drawn scenes of the Shapes world: no photographs, no people, no other questions.**"
+_FILES = {
+    "config.json": "the architecture",
+    "adapter_config.json": "LoRA's settings",
+    "*.safetensors": "the weights",
+    "generation_config.json": "how `generate` runs by default",
+    "preprocessor_config.json": "how a picture and its region are prepared",
+    "processor_config.json": "how a picture, its region and the text are prepared",
+    "tokenizer*": "the tokenizer",
+    "chat_template.jinja": "the conversation format",
+    "scores.json": "the scores below",
+    "*.py": "source files that `trust_remote_code=True` runs where this project is not installed",
+}
+_TOLD = (  # what of the training arguments is told
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "weight_decay"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16", "seed"),
+)
 
 
 def model_card(
-    folder: str | os.PathLike, repo_id: str, *, built_from: Sequence[str] = (), base_model: str | None = None
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    built_from: Sequence[str] = (),
+    licence: str | None = None,
+    base_model: str | None = None,
+    language: Sequence[str] = (),
 ) -> ModelCard:
     """The card of a tower, a LLaVA or BLIP-2 with a tower, or a LoRA adapter (PEFT).
 
     Args:
         folder: What `save_pretrained` or `train.finetune` wrote.
         repo_id: "owner/name" that it will be published under.
-        built_from: Names out of `LICENCES`; without one, the licence is stated as unknown.
-        base_model: Hub id of the model that it was made from.
+        built_from: Names out of `LICENCES`.
+        licence: The hub's id of a licence, in place of `built_from`; without either, it is stated as unknown.
+        base_model: Hub id of the model that it was made from; an adapter's own when not given.
+        language: ISO 639 codes of the languages that it answers in; left out when not given.
 
     Raises:
-        ValueError: If the folder holds none of these, a name is unknown, or an adapter's base model is a local folder
-            and no `base_model` is given.
+        ValueError: If the folder holds none of these, a file in it is damaged, a name is unknown, both `built_from`
+            and `licence` are given, or `base_model` is no hub id.
     """
     folder = Path(folder)
     if unknown := set(built_from) - LICENCES.keys():
         raise ValueError(f"expected parts out of {', '.join(LICENCES)}, got {sorted(unknown)}")
-    adapter = _read_json(folder / "adapter_config.json")
-    if adapter:
-        base_model = base_model or adapter.get("base_model_name_or_path")
-        if not base_model or os.path.exists(base_model) or base_model.count("/") != 1:
-            raise ValueError("an adapter's card needs the hub id of the model that it was trained for; give base_model")
+    if built_from and licence:
+        raise ValueError(f"got built_from and the licence {licence!r}; the parts say the licence, give one of both")
+    adapter = read_json(folder / "adapter_config.json")
     config = None if adapter else _read_config(folder)
-    kind = config.model_type if config else "llava"
-    title, pipeline = ("A LoRA adapter", "image-text-to-text") if adapter else _KINDS[kind]
-    ids = sorted({LICENCES[part][0] for part in built_from})
-    record, scores = _read_json(folder / "training_record.json"), _read_json(folder / "scores.json")
+    if adapter or base_model:
+        base_model = check_base_model(base_model or adapter.get("base_model_name_or_path"))
+    kind = config.model_type if config else _kind_of_adapter(adapter)
+    title, pipeline = _KINDS[kind]
+    runs = _read_scores(folder / "scores.json")
     data = ModelCardData(
-        license=ids[0] if len(ids) == 1 else "other" if ids else "unknown",
-        license_name=" and ".join(ids) if len(ids) > 1 else None,
+        **_licence_fields(built_from, licence),
+        language=list(language) or None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag=pipeline,
         base_model=base_model,
-        tags=["alpha-clip", "region"],
-        model_name=repo_id.split("/")[-1],
-        eval_results=_eval_results(scores) or None,
+        tags=["alpha-clip", "region", *(["lora"] if adapter else [])],
+        **({"model_name": repo_id.split("/")[-1], "eval_results": _eval_results(runs)} if runs else {}),
     )
     parts = [
-        f"---\n{data.to_yaml()}\n---\n\n# {title}: {repo_id}",
+        f"---\n{data.to_yaml()}\n---\n\n# {f'A LoRA adapter for {title}' if adapter else title}: {repo_id}",
         _ABOUT,
-        _example(kind, repo_id, base_model, adapter),
+        *([_SHAPES_ONLY] if "shapes" in built_from else []),
+        _example(kind, repo_id, base_model if adapter else None),
+        _architecture(config, folder) if config else _lora(adapter),
+        _table("Files", {f"`{name}`": words for name, words in _FILES.items() if any(folder.glob(name))}),
+        _training(read_json(folder / "training_record.json")),
+        _scores(runs),
+        _licence(built_from, licence),
     ]
-    parts += [_shape(config)] if config else [_adapter(adapter)]
-    parts += [_training(record)] if record else []
-    parts += [_scores(scores)] if scores else []
-    parts += [_licence(built_from)]
-    return ModelCard("\n\n".join(parts) + "\n")
+    return ModelCard("\n\n".join(part for part in parts if part) + "\n")
 
 
-_ABOUT = """\
-CLIP with a fourth input channel, alpha, that says where to look ([Alpha-CLIP](https://arxiv.org/abs/2312.03818)). A
-region is the fourth channel of `pixel_values`, which is (B, 4, H, W); three channels mean the whole image."""
+def check_base_model(base_model: str | None) -> str:
+    """The hub id of the model that an adapter or a model was made from.
+
+    Raises:
+        ValueError: If it is absent, a folder of this machine, or no hub id.
+    """
+    try:
+        validate_repo_id(base_model or "")
+    except HFValidationError:
+        base_model = None
+    if not base_model or os.path.exists(base_model):
+        raise ValueError(
+            "expected the hub id of the model that it was made from, got none or a folder; give base_model"
+        )
+    return base_model
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where there is no file.
+
+    Raises:
+        ValueError: If the file is damaged or holds no object.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); was it copied whole?") from error
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"expected names and values in {file}, got {str(found)[:40]}")
+    return found
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"expected a model or adapter directory, got {folder} without config.json or adapter_config.json"
-        )
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ValueError(f"cannot read {folder / 'config.json'}: {str(error).strip().splitlines()[0]}") from error
     if config.model_type not in _KINDS:
         raise ValueError(f"expected a model out of {', '.join(_KINDS)}, got {config.model_type!r} in {folder}")
+    if config.model_type == "llava" and config.vision_config.model_type != AlphaCLIPVisionConfig.model_type:
+        found = config.vision_config.model_type
+        raise ValueError(f"expected a LLaVA with our tower, got a tower {found!r}; save what mllm.load({folder}) gives")
+    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        raise ValueError(f"{folder} has no processor; save it there too: processor.save_pretrained({str(folder)!r})")
     return config
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def _kind_of_adapter(adapter: dict) -> str:
+    """Which of `_KINDS` it was trained for; PEFT notes the class where no task type is set."""
+    mapping = adapter.get("auto_mapping") or {}
+    return "alpha_blip2" if "Blip2" in mapping.get("base_model_class", "") else "llava"
 
 
-def _example(kind: str, repo_id: str, base_model: str | None, adapter: dict) -> str:
-    names = {"name": base_model if adapter else repo_id, "adapter": f', adapter="{repo_id}"' if adapter else ""}
+def _table(title: str, rows: dict[str, Any]) -> str:
+    return f"## {title}\n\n| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+
+
+def _example(kind: str, repo_id: str, base_model: str | None) -> str:
     region = str(Region.from_box(40, 60, 220, 200)).replace("box:", "from_box(").replace(",", ", ") + ")"
-    code = _EXAMPLES[kind].format(region=region, **names)
-    return f"## Use\n\nWith this project installed, and a picture `image` (PIL):\n\n```python\n{code}\n```"
+    code = _EXAMPLES[kind].format(region=region, name=base_model or repo_id)
+    if base_model:  # an adapter: `mllm.load` takes it as a directory
+        code = code.replace("import mllm\n", "import mllm\nfrom huggingface_hub import snapshot_download\n")
+        code = code.replace(f'load("{base_model}"', f'load("{base_model}", adapter=snapshot_download("{repo_id}")')
+    return f"## Use\n\nWith alpha-clip-mllm installed, and a picture `image` (PIL):\n\n```python\n{code}\n```"
 
 
-def _shape(config: PreTrainedConfig) -> str:
-    """What the config says of tower and language model, as a table."""
-    vision = getattr(config, "vision_config", config)
+def _architecture(config: PreTrainedConfig, folder: Path) -> str:
+    """What config and processor say of tower, language model and pictures."""
+    vision = getattr(config, "vision_config", config)  # a tower's directory is the tower
     side = vision.image_size // vision.patch_size
+    files = [read_json(folder / name) for name in ("processor_config.json", "preprocessor_config.json")]
+    geometry = [found["geometry"] for file in files if "geometry" in (found := file.get("image_processor", file))]
     rows = {
+        "class": ", ".join(f"`{name}`" for name in config.architectures or ["unknown"]),
         "tower": f"`{vision.model_type}`, {vision.num_hidden_layers} blocks, {vision.hidden_size} wide",
         "picture": f"{vision.image_size} x {vision.image_size} pixels, {side} x {side} patches of {vision.patch_size}",
+        "geometry": f"`{geometry[0]}`" if geometry else "as the stock processor's files say",
     }
-    text = getattr(config, "text_config", None)
+    text = getattr(config, "text_config", None)  # absent from a tower
     if text is not None:
         rows["text side"] = f"`{text.model_type}`, {text.num_hidden_layers} blocks, {text.hidden_size} wide"
     if config.model_type == "llava":
-        rows["image tokens"] = f"{side * side}, from hidden state {config.vision_feature_layer}"
+        tokens = side * side + (config.vision_feature_select_strategy == "full")
+        rows["image tokens"] = f"{tokens}, from hidden state {config.vision_feature_layer}"
     if config.model_type == "alpha_blip2":
         rows["image tokens"] = f"{config.num_query_tokens}, from a Q-Former"
-    return "## Architecture\n\n| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return _table("Architecture", rows)
 
 
-def _adapter(adapter: dict) -> str:
-    rows = {"rank": adapter.get("r"), "alpha": adapter.get("lora_alpha"), "in": f"`{adapter.get('target_modules')}`"}
-    rows["trained in full"] = f"`{adapter.get('modules_to_save')}`"
-    return "## LoRA\n\n| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+def _lora(adapter: dict) -> str:
+    names = {"r": "rank", "lora_alpha": "alpha", "target_modules": "in", "modules_to_save": "trained in full"}
+    return _table("LoRA", {words: f"`{adapter[name]}`" for name, words in names.items() if adapter.get(name)})
 
 
 def _training(record: dict) -> str:
-    """Data by its folder's own name only, the arguments that matter, and the last loss."""
-    rows = {"data": Path(str(record["data"].pop("data", "unknown"))).name, **record["data"]}
-    rows |= {name: record["training"][name] for name in _TOLD if record["training"].get(name) not in (None, -1)}
-    losses = [entry["loss"] for entry in record.get("log", []) if "loss" in entry]
-    rows |= {"last loss": f"{float(losses[-1]):.3g}"} if losses else {}
-    return "## Training\n\n| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    """Data, the arguments that matter and the losses; of folders their own names only."""
+    if not record:
+        return ""
+    training = record.get("training", {})
+    rows = dict(record.get("data", {}))
+    rows |= {name: training[name] for name in _TOLD if training.get(name) not in (None, "None", -1, False)}
+    if "max_steps" in rows:
+        rows.pop("num_train_epochs", None)  # Trainer does not heed it then
+    losses = [float(entry["loss"]) for entry in record.get("log", []) if "loss" in entry]
+    rows |= {"loss, first and last logged": f"{losses[0]:.3g}, {losses[-1]:.3g}"} if losses else {}
+    return _table("Training", {name: _without_folders(value) for name, value in rows.items()})
 
 
-def _scores(scores: dict) -> str:
-    """One table of all measures; a file of several runs has a column each."""
-    lines = [f"| measure | {' | '.join(scores)} |", "|---" * (1 + len(scores)) + "|"]
-    for measure in next(iter(scores.values())):
-        cells = [
-            f"{run[measure]['score']:.1%} of {run[measure]['of']}" if measure in run else "" for run in scores.values()
-        ]
-        lines.append(f"| {measure} | {' | '.join(cells)} |")
-    return "## Scores\n\nExactly right answers, greedy.\n\n" + "\n".join(lines)
+def _without_folders(value: Any) -> str:
+    """A value in words; of a path of any system the last name, since the others are this machine's."""
+    if isinstance(value, list):
+        return ", ".join(_without_folders(entry) for entry in value)
+    return PureWindowsPath(value).name if isinstance(value, str) else str(value)
 
 
-def _eval_results(scores: dict) -> list[EvalResult]:
-    first = next(iter(scores.values()), {})
+def _read_scores(file: Path) -> dict[str, dict[str, dict]]:
+    """Run -> measure -> {"score", "of", maybe "blind"}; a file of one run is that run.
+
+    Raises:
+        ValueError: If the file holds something else.
+    """
+    scores = read_json(file)
+    try:
+        runs = {"right": scores} if scores and any("score" in entry for entry in scores.values()) else scores
+        for entry in (entry for run in runs.values() for entry in run.values()):
+            entry["score"] + entry["of"] + entry.get("blind", 0)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"expected in {file} what scripts/score_embedded_model.py --json writes: {error!r}") from error
+    return runs
+
+
+def _scores(runs: dict) -> str:
+    """One table of all measures with a column for each run."""
+    if not runs:
+        return ""
+    lines = [f"| measure | {' | '.join(runs)} | of | best without the region |", "|---" * (3 + len(runs)) + "|"]
+    for measure in dict.fromkeys(measure for run in runs.values() for measure in run):
+        cells = [f"{run[measure]['score']:.1%}" if measure in run else "" for run in runs.values()]
+        entry = next(run[measure] for run in runs.values() if measure in run)
+        blind = f"{entry['blind']:.1%}" if "blind" in entry else ""
+        lines.append(f"| {measure} | {' | '.join(cells)} | {entry['of']} | {blind} |")
+    return "## Scores\n\nExactly right answers on Shapes, drawn scenes; greedy.\n\n" + "\n".join(lines)
+
+
+def _eval_results(runs: dict) -> list[EvalResult]:
+    """The first run's descriptions for the metadata; controls without a region stay in the table."""
+    first = next(iter(runs.values()), {})
     return [
         EvalResult(
             task_type="image-text-to-text",
@@ -198,7 +305,17 @@ def _eval_results(scores: dict) -> list[EvalResult]:
     ]
 
 
-def _licence(built_from: Sequence[str]) -> str:
+def _licence_fields(built_from: Sequence[str], licence: str | None) -> dict[str, str]:
+    """The metadata's licence: the only one there is, else "other" with a name made of all."""
+    ids = sorted({LICENCES[part][0] for part in built_from}) or [licence or "unknown"]
+    if len(ids) == 1 and ids[0] not in _NAMED_LICENCES:
+        return {"license": ids[0]}
+    return {"license": "other", "license_name": "-and-".join(ids)}
+
+
+def _licence(built_from: Sequence[str], licence: str | None) -> str:
+    if licence:
+        return f"## Licence\n\n`{licence}`, as its publisher states."
     if not built_from:
         return "## Licence\n\nUnknown: its publisher has not said what it was built from."
     lines = "\n".join(f"- {LICENCES[part][1]}" for part in built_from)

@@ -3,12 +3,14 @@
     python scripts/push_to_hub.py DIR OWNER/NAME --built-from alpha-clip llava-1.5 [--base-model ID] [--private]
     python scripts/push_to_hub.py DIR OWNER/NAME --to FOLDER      writes what would be uploaded, without network
 
-A README.md in DIR is somebody's own card: it is kept as it is with --keep-card, and an error without.
+A README.md in DIR is somebody's own card: it is kept as it is with --keep-card, and an error without. (The empty form
+that PEFT writes beside an adapter is nobody's.)
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -16,15 +18,21 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+import yaml
+from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
 
 from mllm.loading import hub_answers
-from mllm.model_card import LICENCES, model_card
+from mllm.model_card import LICENCES, check_base_model, model_card, read_json
 
 # what only the machine that trained can use, or that names its folders
-_NOT_PUBLISHED = ("checkpoint-*", "runs", "*.tmp", "training_args.bin", "training_record.json")
+_NOT_PUBLISHED = (
+    *(".*", "*.tmp", "__pycache__", "checkpoint-*", "global_step*", "runs", "training_args.bin"),
+    *("training_record.json", "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state*.pth"),
+)
+_CONNECTION_ERROR = HfHubHTTPError.__bases__[0]  # of the HTTP client that the hub's library has; no OSError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,15 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", metavar="DIR", type=Path)
     parser.add_argument("repo_id", metavar="OWNER/NAME")
-    parser.add_argument("--built-from", nargs="+", default=[], choices=LICENCES, help="whose licences apply")
+    licence = parser.add_mutually_exclusive_group()
+    licence.add_argument("--built-from", nargs="+", default=[], choices=LICENCES, help="whose licences apply")
+    licence.add_argument(
+        "--licence", metavar="ID", help="the hub's id of a licence, where none of these parts is in it"
+    )
     parser.add_argument("--base-model", metavar="ID", help="hub id of the model that it was made from")
+    parser.add_argument("--language", nargs="+", default=[], metavar="CODE", help="languages it answers in, as in: en")
     parser.add_argument("--private", action="store_true")
     parser.add_argument("--keep-card", action="store_true", help="DIR's own README.md is the card")
     parser.add_argument("--to", metavar="FOLDER", type=Path, help="write the files there, upload nothing")
     args = parser.parse_args(argv)
     try:
         publish(args)
-    except (ValueError, OSError, HFValidationError, HfHubHTTPError, LocalTokenNotFoundError) as error:
+    except (ValueError, OSError, _CONNECTION_ERROR) as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())[:600]}", file=sys.stderr)
         return 2
     print(f"wrote {args.to}" if args.to else f"published {args.repo_id}")
@@ -50,41 +63,108 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def publish(args: argparse.Namespace) -> None:
-    """Copy the folder with its card aside, then move it to its place or upload it.
+    """Put the folder and its card together aside, then move them to their place or upload them in one commit.
 
     Raises:
         ValueError: If the folder is not whole, has a card of its own, or the hub cannot be reached.
-        HFValidationError: If the name is no "owner/name".
     """
     validate_repo_id(args.repo_id)
     if args.repo_id.count("/") != 1:
         raise ValueError(f"expected OWNER/NAME, got {args.repo_id!r}")
-    if not args.folder.is_dir() or not [*args.folder.glob("*.safetensors")]:
-        raise ValueError(f"expected a directory with weights (*.safetensors), got {args.folder}; was it saved whole?")
-    if (args.folder / "README.md").exists() and not args.keep_card:
-        raise ValueError(f"{args.folder} has a README.md of its own; publish it with --keep-card, or move it away")
-    if args.keep_card and not (args.folder / "README.md").exists():
-        raise ValueError(f"--keep-card: {args.folder} has no README.md")
     if args.to and args.to.exists():
         raise ValueError(f"{args.to} exists; choose a new name or delete it")
-    card = None
-    if not args.keep_card:
-        card = model_card(args.folder, args.repo_id, built_from=args.built_from, base_model=args.base_model)
-    if not args.to and not hub_answers():
-        raise ValueError("the hub does not answer; with --to FOLDER the files are written without it")
+    check_whole(args.folder)
+    card = choose_card(args)
     if args.to:
         args.to.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.to.parent if args.to else None) as folder:
-        whole = Path(folder) / "published"
-        shutil.copytree(args.folder, whole, ignore=shutil.ignore_patterns(*_NOT_PUBLISHED))
-        if card is not None:
-            card.save(whole / "README.md")
-        if args.to:
-            os.replace(whole, args.to)
-            return
-        api = HfApi()
-        api.create_repo(args.repo_id, private=args.private, exist_ok=True)
-        api.upload_folder(repo_id=args.repo_id, folder_path=whole, commit_message="Upload with its model card")
+        with tempfile.TemporaryDirectory(dir=args.to.parent, prefix=f".{args.to.name}.") as folder:
+            gather(args, card, Path(folder) / "published", shutil.copy2)
+            os.replace(Path(folder) / "published", args.to)
+        return
+    if not hub_answers():
+        raise ValueError("the hub does not answer; with --to FOLDER the files are written without it")
+    if get_token() is None:
+        raise ValueError("the hub needs to know who publishes: `hf auth login`, or its token in HF_TOKEN")
+    with tempfile.TemporaryDirectory() as folder:
+        gather(args, card, Path(folder), os.symlink)  # a model of many GB is not copied to be read once
+        upload(args, Path(folder))
+
+
+def check_whole(folder: Path) -> None:
+    """Raise ValueError if a weight file is missing or cut off; the settings beside them are the card's to check."""
+    if not folder.is_dir():
+        raise ValueError(f"expected a directory, got {folder}")
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ValueError(
+            f"expected a model or adapter directory, got {folder} without config.json or adapter_config.json"
+        )
+    parts = set(read_json(folder / "model.safetensors.index.json").get("weight_map", {}).values())
+    files = sorted({*folder.glob("*.safetensors"), *(folder / part for part in parts)})
+    if not files:
+        raise ValueError(f"expected weights (*.safetensors) in {folder}, got none; was it saved whole?")
+    for file in files:
+        try:
+            safe_open(file, "pt")  # reads the header and compares it with the file's size
+        except (SafetensorError, FileNotFoundError) as error:
+            raise ValueError(f"{file} is missing or damaged ({error}); was it saved whole?") from error
+
+
+def choose_card(args: argparse.Namespace) -> ModelCard | None:
+    """The card to write; None where the folder's own is kept.
+
+    Raises:
+        ValueError: If the folder has a card of its own and nothing says to keep it, or has none to keep.
+    """
+    own = args.folder / "README.md"
+    if args.keep_card:
+        if not own.is_file():
+            raise ValueError(f"--keep-card: {args.folder} has no README.md")
+        try:
+            ModelCard.load(own)
+        except yaml.YAMLError as error:
+            raise ValueError(f"the metadata of {own} is no YAML: {error}") from error
+        return None
+    if own.exists() and not is_empty_form(own.read_text(encoding="utf-8")):
+        raise ValueError(f"{args.folder} has a README.md of its own; publish it with --keep-card, or move it away")
+    return model_card(
+        args.folder,
+        args.repo_id,
+        built_from=args.built_from,
+        licence=args.licence,
+        base_model=args.base_model,
+        language=args.language,
+    )
+
+
+def is_empty_form(text: str) -> bool:
+    """Whether a card is the hub's empty form with PEFT's version under it, in which nobody wrote a word."""
+    form = ModelCard.from_template(ModelCardData()).text
+    return ModelCard(text, ignore_metadata_errors=True).text.split("### Framework versions")[0].strip() == form.strip()
+
+
+def gather(args: argparse.Namespace, card: ModelCard | None, out: Path, place) -> None:
+    """What is published, in `out`; `place(file, to)` copies or links a file."""
+    written = {} if card is None else {"README.md": str(card)}
+    if adapter := read_json(args.folder / "adapter_config.json"):  # PEFT notes the folder of the machine that trained
+        adapter["base_model_name_or_path"] = check_base_model(args.base_model or adapter["base_model_name_or_path"])
+        written["adapter_config.json"] = json.dumps(adapter, indent=2) + "\n"
+    left_out = shutil.ignore_patterns(*_NOT_PUBLISHED, *written)
+    shutil.copytree(args.folder.resolve(), out, ignore=left_out, copy_function=place, dirs_exist_ok=True)
+    for name, text in written.items():
+        (out / name).write_text(text, encoding="utf-8")
+
+
+def upload(args: argparse.Namespace, folder: Path) -> None:
+    """One commit, in which the hub checks the card's metadata first.
+
+    Raises:
+        ValueError: If it should be private and the repository is there and public.
+    """
+    api = HfApi()
+    api.create_repo(args.repo_id, private=args.private, exist_ok=True)
+    if args.private and not api.model_info(args.repo_id).private:  # `create_repo` leaves what is there as it is
+        raise ValueError(f"{args.repo_id} is there and public; choose a new name, or make it private on the hub")
+    api.upload_folder(repo_id=args.repo_id, folder_path=folder, commit_message="Upload with its model card")
 
 
 if __name__ == "__main__":

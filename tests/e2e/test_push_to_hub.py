@@ -2,25 +2,37 @@
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
-from huggingface_hub import ModelCard
+import torch
+from huggingface_hub import ModelCard, constants
+from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModel
 
 import mllm
-from mllm.loading import EMBEDDED_MODEL
 from scripts import push_to_hub
-from tests.tiny import build_tiny_blip2, noise_picture, tiny_clip_config, tiny_vision_config
-from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPModel, AlphaCLIPVisionConfig, AlphaCLIPVisionModel
-from vision_tower.configuration_alpha_clip import AlphaCLIPConfig
+from tests.tiny import (
+    build_tiny_blip2,
+    noise_picture,
+    tiny_clip_config,
+    tiny_tokenizer,
+    tiny_vision_config,
+)
+from vision_tower import (
+    AlphaCLIPConfig,
+    AlphaCLIPImageProcessor,
+    AlphaCLIPModel,
+    AlphaCLIPProcessor,
+    AlphaCLIPVisionConfig,
+    AlphaCLIPVisionModel,
+)
 
-RECORD = {
-    "data": {"data": "/home/somebody/secret/vg_train", "region_input": "box"},
-    "training": {"learning_rate": 0.001, "seed": 7, "max_steps": -1, "output_dir": "/home/somebody/out"},
-    "log": [{"loss": 1.5}, {"loss": 0.25}, {"train_runtime": 3}],
-}
+ADDRESS = "http://127.0.0.1:9"  # a port that nobody listens on
 
 
 def push(*arguments):
@@ -30,117 +42,213 @@ def push(*arguments):
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tower")
-    AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**tiny_vision_config())).save_pretrained(folder)
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    AlphaCLIPImageProcessor(geometry="crop", **size).save_pretrained(folder)
+    model = AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**tiny_vision_config()))
+    torch.nn.init.normal_(model.embeddings.patch_embedding.alpha.weight, std=0.3)
+    model.save_pretrained(folder)
+    AlphaCLIPImageProcessor.for_size(32, "crop").save_pretrained(folder)
     return folder
 
 
-def run_example(card, names):
-    """The card's own code, with a local folder in place of the hub id."""
-    (code,) = re.findall(r"```python\n(.*?)```", card.content, re.DOTALL)
-    for hub_id, folder in names.items():
-        code = code.replace(f'"{hub_id}"', repr(str(folder)))
-    scope = {"image": noise_picture(300, 260)}
-    exec(code, scope)
-    return scope
+@pytest.fixture
+def run_example(monkeypatch):
+    """Run a card's own code, with local folders in place of hub ids; gives its variables."""
+
+    def run(card, folders):
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # PEFT would look an adapter's base model up
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", str)  # a folder is there already
+        (code,) = re.findall(r"```python\n(.*?)```", card.content, re.DOTALL)
+        for hub_id, folder in folders.items():
+            assert f'"{hub_id}"' in code
+            code = code.replace(f'"{hub_id}"', repr(str(folder)))
+        scope = {"image": noise_picture(300, 260)}
+        exec(code, scope)
+        fed = scope["inputs"]["pixel_values"]
+        assert fed.shape[1] == 4 and fed[:, 3].unique().numel() > 1  # a region, not the whole image
+        return scope
+
+    return run
 
 
-def test_a_tower_with_its_sources(tower, tmp_path):
-    assert push(tower, "lab/tower", "--to", tmp_path / "out", "--built-from", "alpha-clip") == 0
+def test_a_tower_with_its_sources(tower, tmp_path, run_example):
+    assert push(tower, "lab/tower", "--to", tmp_path / "out", "--built-from", "alpha-clip", "--language", "en") == 0
     published = {file.name for file in (tmp_path / "out").iterdir()}
-    assert {"README.md", "config.json", "model.safetensors", "modeling_alpha_clip.py", "regions.py"} <= published
+    assert published == {file.name for file in tower.iterdir()} | {"README.md"}
+    assert {"config.json", "model.safetensors", "modeling_alpha_clip.py", "regions.py"} <= published
+    for name in published - {"README.md"}:
+        assert (tmp_path / "out" / name).read_bytes() == (tower / name).read_bytes()
     card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert card.data.license == "cc-by-nc-4.0" and card.data.pipeline_tag == "image-feature-extraction"
-    assert "3 blocks, 32 wide" in card.text and "4 x 4 patches of 8" in card.text
-    assert "research only" in card.text
-    scope = run_example(card, {"lab/tower": tmp_path / "out"})
-    assert scope["features"].shape == (1, 17, 32)
-    assert scope["inputs"]["pixel_values"][:, 3].unique().numel() > 1  # a region, not the whole image
+    assert card.data.license_name == "alpha-clip-research-only" and card.data.language == ["en"]
+    assert card.data.pipeline_tag == "image-feature-extraction"
+    features = run_example(card, {"lab/tower": tmp_path / "out"})["features"]
+    assert features.shape == (1, 17, 32)
     assert type(AutoModel.from_pretrained(tmp_path / "out")) is AlphaCLIPVisionModel
 
 
-def test_a_llava_with_record_and_scores(tiny_llava, tmp_path):
-    model, processor = tiny_llava
-    for part in (model, processor):
-        part.save_pretrained(tmp_path / "in")
-    (tmp_path / "in" / "training_record.json").write_text(json.dumps(RECORD))
-    (tmp_path / "in" / "scores.json").write_text((EMBEDDED_MODEL / "scores.json").read_text())
-    (tmp_path / "in" / "checkpoint-3").mkdir()
+def test_a_llava_without_what_only_its_machine_can_use(tiny_llava_dir, tmp_path, run_example):
+    shutil.copytree(tiny_llava_dir, tmp_path / "in")
+    record = {"data": {"data": "/home/somebody/vg"}, "training": {"output_dir": "/home/somebody/out"}, "log": []}
+    (tmp_path / "in" / "training_record.json").write_text(json.dumps(record))
+    for folder in ("checkpoint-3", ".git"):
+        (tmp_path / "in" / folder).mkdir()
+        (tmp_path / "in" / folder / "trace").write_text("/home/somebody")
+    for name in ("training_args.bin", "optimizer.pt", "trainer_state.json"):
+        (tmp_path / "in" / name).write_text("/home/somebody")
     flags = ["--built-from", "llava-1.5", "alpha-clip", "--base-model", "llava-hf/llava-1.5-7b-hf"]
-    assert push(tmp_path / "in", "lab/llava", "--to", tmp_path / "out", *flags) == 0
-    card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert card.data.license == "other" and card.data.license_name == "cc-by-nc-4.0 and llama2"
+    assert push(tmp_path / "in", "lab/llava", "--to", tmp_path / "new" / "out", *flags) == 0
+    out = tmp_path / "new" / "out"
+    assert {file.name for file in out.iterdir()} == {file.name for file in tiny_llava_dir.iterdir()} | {"README.md"}
+    assert [file.name for file in out.parent.iterdir()] == ["out"]
+    assert not [file for file in out.iterdir() if b"somebody" in file.read_bytes()]
+    card = ModelCard.load(out / "README.md")
     assert card.data.base_model == "llava-hf/llava-1.5-7b-hf" and card.data.library_name == "transformers"
-    assert "| data | vg_train |" in card.text and "| last loss | 0.25 |" in card.text and "| seed | 7 |" in card.text
-    assert not (tmp_path / "out" / "checkpoint-3").exists()
-    for file in (tmp_path / "out").glob("*.*"):
-        assert file.suffix == ".safetensors" or "somebody" not in file.read_text(encoding="utf-8")
-    assert "description, box" in card.text
-    stored = json.loads((EMBEDDED_MODEL / "scores.json").read_text())["seed 2"]
-    for result in card.data.eval_results:
-        assert result.metric_value == round(stored[result.dataset_config]["score"], 4)
-    assert "description, mask" in {result.dataset_config for result in card.data.eval_results}
-    scope = run_example(card, {"lab/llava": tmp_path / "out"})
-    assert scope["inputs"]["pixel_values"].shape[1] == 4
+    assert "| data | vg |" in card.text
+    run_example(card, {"lab/llava": out})
 
 
-def test_blip2_text_model_and_adapter(tiny_llava, tiny_llava_dir, tmp_path):
-    model, processor = build_tiny_blip2("opt")
-    for part in (model, processor):
+def test_a_blip2_and_a_model_with_text_tower(tmp_path, run_example):
+    for part in build_tiny_blip2("opt"):
         part.save_pretrained(tmp_path / "blip2")
-    assert push(tmp_path / "blip2", "lab/blip2", "--to", tmp_path / "b") == 0
+    assert push(tmp_path / "blip2", "lab/blip2", "--to", tmp_path / "b", "--licence", "mit") == 0
     card = ModelCard.load(tmp_path / "b" / "README.md")
-    assert card.data.license == "unknown" and "has not said" in card.text and "from a Q-Former" in card.text
-    assert run_example(card, {"lab/blip2": tmp_path / "b"})["inputs"]["pixel_values"].shape[1] == 4
-    AlphaCLIPModel(AlphaCLIPConfig(**tiny_clip_config().to_dict())).save_pretrained(tmp_path / "clip")
+    assert card.data.license == "mit" and "4, from a Q-Former" in card.text
+    run_example(card, {"lab/blip2": tmp_path / "b"})
+    tokenizer = tiny_tokenizer()
+    config = tiny_clip_config().to_dict()
+    config["text_config"] |= {"vocab_size": len(tokenizer), "max_position_embeddings": 32}
+    AlphaCLIPModel(AlphaCLIPConfig(**config)).save_pretrained(tmp_path / "clip")
+    AlphaCLIPProcessor(AlphaCLIPImageProcessor.for_size(32, "crop"), tokenizer).save_pretrained(tmp_path / "clip")
     assert push(tmp_path / "clip", "lab/clip", "--to", tmp_path / "c") == 0
-    assert ModelCard.load(tmp_path / "c" / "README.md").data.pipeline_tag == "zero-shot-image-classification"
-    tuned = get_peft_model(mllm.load(tiny_llava_dir, device="cpu")[0], LoraConfig(target_modules=["q_proj"], r=3))
-    tuned.save_pretrained(tmp_path / "lora")
-    (tmp_path / "lora" / "README.md").unlink()  # PEFT's own
-    assert push(tmp_path / "lora", "lab/lora", "--to", tmp_path / "l", "--base-model", "lab/base") == 0
-    card = ModelCard.load(tmp_path / "l" / "README.md")
-    assert card.data.library_name == "peft" and card.data.base_model == "lab/base" and "| rank | 3 |" in card.text
-    assert run_example(card, {"lab/lora": tmp_path / "l", "lab/base": tiny_llava_dir})["model"] is not None
+    card = ModelCard.load(tmp_path / "c" / "README.md")
+    assert card.data.pipeline_tag == "zero-shot-image-classification"
+    assert run_example(card, {"lab/clip": tmp_path / "c"})["chances"].shape == (1, 2)
+
+
+def test_an_adapter_names_its_model_and_no_folder(tiny_llava_dir, tmp_path, run_example, capsys):
+    config = LoraConfig(target_modules=["q_proj"], r=3)
+    get_peft_model(mllm.load(tiny_llava_dir, device="cpu")[0], config).save_pretrained(tmp_path / "lora")
+    form = (tmp_path / "lora" / "README.md").read_text()  # PEFT's, with nothing filled in
+    assert push(tmp_path / "lora", "lab/lora", "--to", tmp_path / "out") == 2  # trained from a folder
+    assert "hub id of the model" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert push(tmp_path / "lora", "lab/lora", "--to", tmp_path / "out", "--base-model", "lab/base") == 0
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "lab/base"
+    assert not [file for file in (tmp_path / "out").iterdir() if str(tiny_llava_dir).encode() in file.read_bytes()]
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.library_name == "peft" and card.data.base_model == "lab/base" and "| rank | `3` |" in card.text
+    model = run_example(card, {"lab/lora": tmp_path / "out", "lab/base": tiny_llava_dir})["model"]
+    assert any(isinstance(module, LoraLayer) for module in model.modules())
+    assert (tmp_path / "lora" / "README.md").read_text() == form
+    (tmp_path / "lora" / "README.md").write_text(form.replace("## Uses", "## Uses\n\nCats.", 1))
+    assert push(tmp_path / "lora", "lab/lora", "--to", tmp_path / "mine", "--base-model", "lab/base") == 2
+    assert "README.md of its own" in capsys.readouterr().err  # somebody wrote a word into it
+
+
+def test_a_card_of_ones_own_is_kept_letter_for_letter(tower, tmp_path, capsys):
+    shutil.copytree(tower, tmp_path / "in")
+    mine = "---\nlicense: mit\n---\n\nMine.\r\n"
+    (tmp_path / "in" / "README.md").write_bytes(mine.encode())
+    assert push(tmp_path / "in", "lab/x", "--to", tmp_path / "out") == 2
+    assert "--keep-card" in capsys.readouterr().err
+    assert push(tmp_path / "in", "lab/x", "--to", tmp_path / "out", "--keep-card") == 0
+    assert (
+        (tmp_path / "out" / "README.md").read_bytes() == (tmp_path / "in" / "README.md").read_bytes() == mine.encode()
+    )
+    (tmp_path / "in" / "README.md").write_text("---\nlicense: [mit\n---\n")
+    assert push(tmp_path / "in", "lab/x", "--to", tmp_path / "other", "--keep-card") == 2
+    assert "no YAML" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line_and_leave_nothing(tower, tmp_path, capsys):
     def refused(*arguments):
+        there = set(tmp_path.iterdir())
         assert push(*arguments, "--to", tmp_path / "out") == 2
         error = capsys.readouterr().err
         assert error.startswith("push_to_hub.py: error:") and error.count("\n") == 1
-        assert not (tmp_path / "out").exists()
+        assert set(tmp_path.iterdir()) == there
         return error
 
     assert "no owner//x" in refused(tower, "no owner//x")
     assert "OWNER/NAME" in refused(tower, "name")
-    assert "with weights" in refused(tmp_path, "lab/x")
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    assert "without config.json" in refused(tmp_path, "lab/x")
-    (tmp_path / "README.md").write_text("mine")
-    assert "README.md of its own" in refused(tmp_path, "lab/x")
-    assert (tmp_path / "README.md").read_text() == "mine"
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    (tmp_path / "README.md").unlink()
-    assert "hub id of the model" in refused(tmp_path, "lab/x")
+    assert "expected a directory" in refused(tmp_path / "absent", "lab/x")
     assert "has no README.md" in refused(tower, "lab/x", "--keep-card")
+    folder = tmp_path / "in"
+    shutil.copytree(tower, folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-100])
+    assert "model.safetensors is missing or damaged" in refused(folder, "lab/x")
+    (folder / "model.safetensors").unlink()
+    assert "expected weights" in refused(folder, "lab/x")
+    (folder / "model-1.safetensors").write_bytes(weights)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-2.safetensors is missing" in refused(folder, "lab/x")
+    (folder / "config.json").unlink()
+    assert "without config.json" in refused(folder, "lab/x")
+    (tmp_path / "out").mkdir()
+    assert "exists; choose a new name" in refused(tower, "lab/x")
 
 
-def test_the_calls_to_the_hub(tower, tmp_path, monkeypatch, capsys):
-    calls = []
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for `HfApi` that notes its calls; `hub.private` is what the repository is afterwards."""
+    stand_in = SimpleNamespace(calls=[], private=True)
 
     def upload_folder(**given):
-        calls.append((given["repo_id"], sorted(file.name for file in given["folder_path"].iterdir())))
+        files = {
+            str(file.relative_to(given["folder_path"])): file.read_bytes() for file in given["folder_path"].iterdir()
+        }
+        stand_in.calls.append(("upload_folder", given["repo_id"], files))
 
-    api = SimpleNamespace(create_repo=lambda name, **given: calls.append((name, given)), upload_folder=upload_folder)
-    monkeypatch.setattr(push_to_hub, "HfApi", lambda: api)
-    monkeypatch.setattr(push_to_hub, "hub_answers", lambda: False)
-    assert push(tower, "lab/tower") == 2 and not calls
-    assert "does not answer" in capsys.readouterr().err
+    stand_in.create_repo = lambda name, **given: stand_in.calls.append(("create_repo", name, given))
+    stand_in.model_info = lambda name: SimpleNamespace(private=stand_in.private)
+    stand_in.upload_folder = upload_folder
+    monkeypatch.setattr(push_to_hub, "HfApi", lambda: stand_in)
     monkeypatch.setattr(push_to_hub, "hub_answers", lambda: True)
-    assert push(tower, "lab/tower", "--private") == 0
-    (created, uploaded) = calls
-    assert created == ("lab/tower", {"private": True, "exist_ok": True})
-    assert uploaded[0] == "lab/tower" and {"README.md", "model.safetensors"} <= set(uploaded[1])
-    assert not (tower / "README.md").exists()
+    monkeypatch.setattr(push_to_hub, "get_token", lambda: "token")
+    return stand_in
+
+
+def test_the_calls_to_the_hub(tower, tmp_path, hub):
+    before = {file.name: file.read_bytes() for file in tower.iterdir()}
+    assert push(tower, "lab/tower", "--private", "--built-from", "clip") == 0
+    assert push(tower, "lab/tower", "--to", tmp_path / "out", "--built-from", "clip") == 0
+    written = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert hub.calls == [
+        ("create_repo", "lab/tower", {"private": True, "exist_ok": True}),
+        ("upload_folder", "lab/tower", written),
+    ]
+    assert {file.name: file.read_bytes() for file in tower.iterdir()} == before
+
+
+def test_nothing_is_uploaded_to_a_public_repository_that_should_be_private(tower, hub, capsys):
+    hub.private = False
+    assert push(tower, "lab/tower", "--private") == 2
+    assert "public" in capsys.readouterr().err
+    assert [call[0] for call in hub.calls] == ["create_repo"]
+    assert push(tower, "lab/tower") == 0
+
+
+def test_the_hub_cannot_be_reached_or_says_no(tower, hub, monkeypatch, capsys):
+    def refused():
+        assert push(tower, "lab/tower") == 2
+        error = capsys.readouterr().err
+        assert error.startswith("push_to_hub.py: error:") and error.count("\n") == 1
+        return error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(push_to_hub, "get_token", lambda: None)
+        assert "hf auth login" in refused()
+        patch.setattr(push_to_hub, "hub_answers", lambda: False)
+        assert "--to FOLDER" in refused()
+    assert not hub.calls
+    api = huggingface_hub.HfApi(endpoint=ADDRESS, token="token")  # the real one, as behind a proxy that is down
+    with monkeypatch.context() as patch:
+        patch.setattr(push_to_hub, "HfApi", lambda: api)
+        assert "refused" in refused()
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert refused()
+
+    def forbidden(*_, **__):
+        raise HfHubHTTPError("403 Forbidden:\nno rights to lab", response=SimpleNamespace(headers={}, request=None))
+
+    hub.create_repo = forbidden
+    assert "403 Forbidden: no rights to lab" in refused()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from mllm.llava import build_llava_processor
 from mllm.loading import EMBEDDED_MODEL
 from tests.tiny import build_tiny_llava, noise_picture, tiny_llava_config, tiny_tokenizer, tiny_vision_config
 from train.sampling import ConversationDataset, group_by_region
-from vision_tower import Region
+from vision_tower import AlphaCLIPImageProcessor, Region
 
 BOX = Region.from_box(2, 2, 30, 30)
 
@@ -146,3 +147,14 @@ def test_a_broken_config_is_one_line(tmp_path, capsys):
 def test_alpha_is_zero_where_clip_was_loaded(tmp_path):
     model, _ = mllm.load(clip_llava(tmp_path), device="cpu")
     assert not torch.any(model.model.vision_tower.embeddings.patch_embedding.alpha.weight)
+
+
+def test_stock_image_settings_beside_our_tokenizer(tiny_llava_dir, tmp_path):
+    """The tokenizer names our processor, the image settings are CLIP's: regions must not be lost, nor refused."""
+    shutil.copytree(tiny_llava_dir, tmp_path / "mixed")
+    (tmp_path / "mixed" / "processor_config.json").unlink()
+    settings = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}}
+    (tmp_path / "mixed" / "preprocessor_config.json").write_text(json.dumps(settings))
+    _, processor = mllm.load(tmp_path / "mixed", device="cpu")
+    assert isinstance(processor.image_processor, AlphaCLIPImageProcessor)
+    assert processor.image_processor.geometry == "pad"
