@@ -76,6 +76,7 @@ _FILES = {
     "tokenizer*": "the tokenizer",
     "chat_template.jinja": "the conversation format",
     "scores.json": "the scores below",
+    "training_scenes.bin": "hashes of the Shapes scenes that it was trained on, so that none is scored",
     "*.py": "source files that `trust_remote_code=True` runs where this project is not installed",
 }
 _TOLD = (  # what of the training arguments is told
@@ -319,4 +320,4 @@ def _licence(built_from: Sequence[str], licence: str | None) -> str:
     if not built_from:
         return "## Licence\n\nUnknown: its publisher has not said what it was built from."
     lines = "\n".join(f"- {LICENCES[part][1]}" for part in built_from)
-    return f"## Licence\n\nWhat was built from several parts is bound by the terms of each:\n\n{lines}"
+    return f"## Licence\n\nThe weights are bound by the terms of everything that they come from:\n\n{lines}"

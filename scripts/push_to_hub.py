@@ -148,9 +148,10 @@ def gather(args: argparse.Namespace, card: ModelCard | None, out: Path, place) -
     if adapter := read_json(args.folder / "adapter_config.json"):  # PEFT notes the folder of the machine that trained
         adapter["base_model_name_or_path"] = check_base_model(args.base_model or adapter["base_model_name_or_path"])
         written["adapter_config.json"] = json.dumps(adapter, indent=2) + "\n"
-    left_out = shutil.ignore_patterns(*_NOT_PUBLISHED, *written)
+    left_out = shutil.ignore_patterns(*_NOT_PUBLISHED)
     shutil.copytree(args.folder.resolve(), out, ignore=left_out, copy_function=place, dirs_exist_ok=True)
     for name, text in written.items():
+        (out / name).unlink(missing_ok=True)  # a link would be written through, into the folder itself
         (out / name).write_text(text, encoding="utf-8")
 
 

@@ -197,7 +197,7 @@ def test_the_checkpoints_own_tower_ignores_regions_and_says_so(sources, tmp_path
     inputs = inputs_for(processor, [LEFT, None])
     plain = {**inputs, "pixel_values": inputs["pixel_values"][:, :3]}
     assert torch.equal(logits(model, inputs), logits(model, plain))
-    assert torch.equal(*logits(model, inputs))
+    torch.testing.assert_close(*logits(model, inputs))  # rows of a batch may round differently
 
 
 def test_a_stage_1_checkpoint_begins_its_projection_when_asked(sources, tmp_path, capsys, caplog):

@@ -69,6 +69,26 @@ def run_example(monkeypatch):
     return run
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for `HfApi` that notes its calls; `hub.private` is what the repository is afterwards."""
+    stand_in = SimpleNamespace(calls=[], private=True)
+
+    def upload_folder(**given):
+        files = {
+            str(file.relative_to(given["folder_path"])): file.read_bytes() for file in given["folder_path"].iterdir()
+        }
+        stand_in.calls.append(("upload_folder", given["repo_id"], files))
+
+    stand_in.create_repo = lambda name, **given: stand_in.calls.append(("create_repo", name, given))
+    stand_in.model_info = lambda name: SimpleNamespace(private=stand_in.private)
+    stand_in.upload_folder = upload_folder
+    monkeypatch.setattr(push_to_hub, "HfApi", lambda: stand_in)
+    monkeypatch.setattr(push_to_hub, "hub_answers", lambda: True)
+    monkeypatch.setattr(push_to_hub, "get_token", lambda: "token")
+    return stand_in
+
+
 def test_a_tower_with_its_sources(tower, tmp_path, run_example):
     assert push(tower, "lab/tower", "--to", tmp_path / "out", "--built-from", "alpha-clip", "--language", "en") == 0
     published = {file.name for file in (tmp_path / "out").iterdir()}
@@ -123,10 +143,10 @@ def test_a_blip2_and_a_model_with_text_tower(tmp_path, run_example):
     assert run_example(card, {"lab/clip": tmp_path / "c"})["chances"].shape == (1, 2)
 
 
-def test_an_adapter_names_its_model_and_no_folder(tiny_llava_dir, tmp_path, run_example, capsys):
+def test_an_adapter_names_its_model_and_no_folder(tiny_llava_dir, tmp_path, run_example, hub, capsys):
     config = LoraConfig(target_modules=["q_proj"], r=3)
     get_peft_model(mllm.load(tiny_llava_dir, device="cpu")[0], config).save_pretrained(tmp_path / "lora")
-    form = (tmp_path / "lora" / "README.md").read_text()  # PEFT's, with nothing filled in
+    saved = {file.name: file.read_text(errors="replace") for file in (tmp_path / "lora").iterdir()}
     assert push(tmp_path / "lora", "lab/lora", "--to", tmp_path / "out") == 2  # trained from a folder
     assert "hub id of the model" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert push(tmp_path / "lora", "lab/lora", "--to", tmp_path / "out", "--base-model", "lab/base") == 0
@@ -136,7 +156,10 @@ def test_an_adapter_names_its_model_and_no_folder(tiny_llava_dir, tmp_path, run_
     assert card.data.library_name == "peft" and card.data.base_model == "lab/base" and "| rank | `3` |" in card.text
     model = run_example(card, {"lab/lora": tmp_path / "out", "lab/base": tiny_llava_dir})["model"]
     assert any(isinstance(module, LoraLayer) for module in model.modules())
-    assert (tmp_path / "lora" / "README.md").read_text() == form
+    assert push(tmp_path / "lora", "lab/lora", "--base-model", "lab/base") == 0  # of links: the folder stays as it was
+    assert hub.calls[-1][2] == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    assert {file.name: file.read_text(errors="replace") for file in (tmp_path / "lora").iterdir()} == saved
+    form = saved["README.md"]  # PEFT's, with nothing filled in
     (tmp_path / "lora" / "README.md").write_text(form.replace("## Uses", "## Uses\n\nCats.", 1))
     assert push(tmp_path / "lora", "lab/lora", "--to", tmp_path / "mine", "--base-model", "lab/base") == 2
     assert "README.md of its own" in capsys.readouterr().err  # somebody wrote a word into it
@@ -185,26 +208,6 @@ def test_mistakes_are_one_line_and_leave_nothing(tower, tmp_path, capsys):
     assert "without config.json" in refused(folder, "lab/x")
     (tmp_path / "out").mkdir()
     assert "exists; choose a new name" in refused(tower, "lab/x")
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A stand-in for `HfApi` that notes its calls; `hub.private` is what the repository is afterwards."""
-    stand_in = SimpleNamespace(calls=[], private=True)
-
-    def upload_folder(**given):
-        files = {
-            str(file.relative_to(given["folder_path"])): file.read_bytes() for file in given["folder_path"].iterdir()
-        }
-        stand_in.calls.append(("upload_folder", given["repo_id"], files))
-
-    stand_in.create_repo = lambda name, **given: stand_in.calls.append(("create_repo", name, given))
-    stand_in.model_info = lambda name: SimpleNamespace(private=stand_in.private)
-    stand_in.upload_folder = upload_folder
-    monkeypatch.setattr(push_to_hub, "HfApi", lambda: stand_in)
-    monkeypatch.setattr(push_to_hub, "hub_answers", lambda: True)
-    monkeypatch.setattr(push_to_hub, "get_token", lambda: "token")
-    return stand_in
 
 
 def test_the_calls_to_the_hub(tower, tmp_path, hub):
