@@ -25,13 +25,13 @@ def test_build_from_nothing(tmp_path):
         "--scenes",
         "300",
         "--max_steps",
-        "60",
+        "100",
     ]
     command += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "assets" / "model"), "--logging_steps", "10"]
     subprocess.run(command, check=True, cwd=tmp_path)
     out = tmp_path / "assets" / "model"
     log = [entry["loss"] for entry in json.loads((out / "training_record.json").read_text())["log"] if "loss" in entry]
-    assert float(log[-1]) < 2 < math.log(640)  # the loss of a guess among the vocabulary's words is log(640) = 6.5
+    assert float(log[-1]) < 2 < math.log(640)  # measured: 1.1; the loss of a guess among the vocabulary's words is log(640) = 6.5
     assert len(shapes.training_scenes(out)) == 300
     model, processor = mllm.load(out)
     scene = tmp_path / "assets" / "scenes" / "scene_1.png"
