@@ -31,7 +31,8 @@ def test_build_from_nothing(tmp_path):
     subprocess.run(command, check=True, cwd=tmp_path)
     out = tmp_path / "assets" / "model"
     log = [entry["loss"] for entry in json.loads((out / "training_record.json").read_text())["log"] if "loss" in entry]
-    assert float(log[-1]) < 2 < math.log(640)  # measured: 1.1; the loss of a guess among the vocabulary's words is log(640) = 6.5
+    # measured: 1.1; the loss of a guess among the vocabulary's words is log(640) = 6.5
+    assert float(log[-1]) < 2 < math.log(640)
     assert len(shapes.training_scenes(out)) == 300
     model, processor = mllm.load(out)
     scene = tmp_path / "assets" / "scenes" / "scene_1.png"
