@@ -5,13 +5,14 @@ evaluation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedModel
 
 from mllm.loading import AlphaProcessor
+from mllm.processing import image_items
 from vision_tower import Region
 
 Turn = tuple[str, str]  # question, answer
@@ -21,6 +22,13 @@ _GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_l
 
 # T5's relative positions have no end; this is the length it was trained with (arXiv 1910.10683, section 3.1.2)
 _T5_LENGTH = 512
+
+
+class Answer(NamedTuple):
+    """A text, and whether it was cut at the longest length allowed instead of ending by itself."""
+
+    text: str
+    cut: bool
 
 
 class RegionChat:
@@ -54,7 +62,7 @@ class RegionChat:
             ValueError: If the region does not fit the picture, or the conversation is longer than the model's context.
         """
         conversation = self.conversation(image, region, question, history)
-        return self._generate([conversation], max_new_tokens, streamer)[0]
+        return self._generate([conversation], max_new_tokens, streamer)[0].text
 
     def answer_batch(
         self, requests: Sequence[tuple[Image.Image, Region, str | None]], *, max_new_tokens: int = 128
@@ -64,7 +72,31 @@ class RegionChat:
         Raises:
             ValueError: As `answer`, for any of them.
         """
+        return [answer.text for answer in self.answers(requests, max_new_tokens=max_new_tokens)]
+
+    def answers(
+        self,
+        requests: Sequence[tuple[Image.Image | None, Region | None, str | None]],
+        *,
+        max_new_tokens: int = 128,
+    ) -> list[Answer]:
+        """As `answer_batch`, telling which answers were cut. Neither image nor region: the question alone, which shows
+        what a model knows without looking; then none of the batch may have one.
+
+        Raises:
+            ValueError: As `answer`; or if an image has no region, or the model cannot answer without an image.
+        """
+        for image, region, _ in requests:
+            if (image is None) != (region is None):
+                raise ValueError("expected an image with its region (Region.whole() for all of it), or neither")
+        if len({image is None for image, _, _ in requests}) > 1:
+            raise ValueError("expected images for all requests of a batch, or for none")
         return self._generate([self.conversation(*request) for request in requests], max_new_tokens)
+
+    def prompt(self, question: str | None, *, with_image: bool = True) -> str:
+        """The text that the model gets for a question, None asking for a description."""
+        conversation = self.conversation(None, Region.whole() if with_image else None, question)
+        return self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
 
     def check_length(self, question: str | None, max_new_tokens: int) -> None:
         """Raise ValueError if a single question with an image and its answer does not fit the model's context."""
@@ -73,10 +105,10 @@ class RegionChat:
         self._check_tokens(tokens, max_new_tokens)
 
     def conversation(
-        self, image: Image.Image | None, region: Region, question: str | None, history: Sequence[Turn] = ()
+        self, image: Image.Image | None, region: Region | None, question: str | None, history: Sequence[Turn] = ()
     ) -> list[dict]:
         """The conversation of a question, None asking for a description: the image item, with its region, stands in
-        the first turn.
+        the first turn. Without a region there is no image item.
 
         Raises:
             ValueError: If the question is not valid Unicode (a terminal's broken bytes arrive as lone surrogates).
@@ -88,7 +120,8 @@ class RegionChat:
             messages.append({"role": "user", "content": [{"type": "text", "text": asked}]})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answered}]})
         messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
-        messages[0]["content"].insert(0, {"type": "image", "image": image, "region": region})
+        if region is not None:
+            messages[0]["content"].insert(0, {"type": "image", "image": image, "region": region})
         return messages
 
     def _check_tokens(self, tokens: int, max_new_tokens: int) -> None:
@@ -103,20 +136,32 @@ class RegionChat:
                 f"{limit}; ask a shorter question or start anew"
             )
 
+    def _end_tokens(self) -> list[int]:
+        """Tokens that end an answer; BLIP-2's language model generates by settings of its own."""
+        language_model = getattr(self.model, "language_model", self.model)
+        settings = language_model.generation_config if hasattr(language_model, "generation_config") else None
+        ends = (settings or self.model.generation_config).eos_token_id
+        return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
     @torch.inference_mode()
-    def _generate(self, conversations: list[list[dict]], max_new_tokens: int, streamer: Any = None) -> list[str]:
+    def _generate(self, conversations: list[list[dict]], max_new_tokens: int, streamer: Any = None) -> list[Answer]:
         inputs = self.processor.apply_chat_template(
             conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
         prompt_length = inputs["input_ids"].shape[1]
         self._check_tokens(prompt_length, max_new_tokens)
-        check_alpha(inputs)
+        if any(image_items(conversation) for conversation in conversations):
+            check_alpha(inputs)
         inputs = inputs.to(self.model.device, self.model.dtype)
         output = self.model.generate(**inputs, **_GREEDY, max_new_tokens=max_new_tokens, streamer=streamer)
         prompt_returned = not self.model.config.get_text_config().is_encoder_decoder
         answers = output[:, prompt_length:] if prompt_returned else output
         texts = self.processor.batch_decode(answers, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        ended = torch.isin(answers.cpu(), torch.tensor(self._end_tokens(), dtype=answers.dtype)).any(1)
+        return [
+            Answer(text.strip(), not end and answers.shape[1] >= max_new_tokens)
+            for text, end in zip(texts, ended.tolist(), strict=True)
+        ]
 
 
 def check_alpha(inputs: BatchFeature) -> None:

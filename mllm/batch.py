@@ -154,7 +154,7 @@ def _run_record(chat: RegionChat, requests_path: str, model_name: str, batch_siz
         "model": model_name,
         "weights": fingerprint(chat.model.config._name_or_path, chat.model.config),
         "quantised": str(getattr(chat.model, "quantization_method", None)),
-        "alpha and adapter": _added_weights(chat.model),
+        "alpha and adapter": added_weights(chat.model),
         "dtype": str(chat.model.get_input_embeddings().weight.dtype),  # BLIP-2 keeps its Q-Former in float32
         "requests": hashlib.sha256(Path(requests_path).read_bytes()).hexdigest(),
         "batch_size": batch_size,
@@ -163,7 +163,7 @@ def _run_record(chat: RegionChat, requests_path: str, model_name: str, batch_siz
     }
 
 
-def _added_weights(model: PreTrainedModel) -> str:
+def added_weights(model: PreTrainedModel) -> str:
     """A hash of the alpha weight and LoRA matrices as loaded: they may come from elsewhere than the model directory."""
     digest = hashlib.sha256()
     for name, tensor in model.named_parameters():
@@ -193,27 +193,43 @@ def _prepare_output(path: str, record: dict, requests: Sequence[Request], batch_
     check_folder(path)
     record_path = Path(f"{path}.run.json")
     output = Path(path)
+    if not record_path.exists() and output.exists() and output.stat().st_size:
+        raise ValueError(f"{path} exists and was not written by a batch run; choose another --output")
+    if not claim_run(record_path, record, path):
+        output.touch()
+        return []
+    return _whole_batches(output, requests, batch_size)
+
+
+def claim_run(record_path: Path, record: dict, output: str) -> bool:
+    """Write down what makes a run, or check that it is what made the earlier one; whether there was an earlier one.
+
+    Args:
+        record_path: JSON file of the record.
+        record: Whatever must be the same for two runs to write one output.
+        output: The output's name, for messages.
+
+    Raises:
+        ValueError: If the output belongs to another run, or its record is damaged.
+    """
     if not record_path.exists():
-        if output.exists() and output.stat().st_size:
-            raise ValueError(f"{path} exists and was not written by a batch run; choose another --output")
         temporary = Path(f"{record_path}.tmp")
         temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
         os.replace(temporary, record_path)
-        output.touch()
-        return []
+        return False
     try:
         earlier = json.loads(record_path.read_text(encoding="utf-8"))
         damaged = not isinstance(earlier, dict)
     except ValueError:
         damaged = True
     if damaged:
-        raise ValueError(f"{record_path} is damaged; choose another --output, or delete it together with {path}")
+        raise ValueError(f"{record_path} is damaged; choose another output, or delete it together with {output}")
     if changed := [name for name in record if record[name] != earlier.get(name)]:
         raise ValueError(
-            f"{path} belongs to a run with other {', '.join(changed)}; choose another --output, or delete "
+            f"{output} belongs to a run with other {', '.join(changed)}; choose another output, or delete "
             f"it and {record_path}"
         )
-    return _whole_batches(output, requests, batch_size)
+    return True
 
 
 def _whole_batches(output: Path, requests: Sequence[Request], batch_size: int) -> list[dict]:

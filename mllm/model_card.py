@@ -244,7 +244,7 @@ def _training(record: dict) -> str:
     if not record:
         return ""
     training = record.get("training", {})
-    rows = dict(record.get("data", {}))
+    rows = record.get("model", {}) | record.get("data", {})
     rows |= {name: training[name] for name in _TOLD if training.get(name) not in (None, "None", -1, False)}
     if "max_steps" in rows:
         rows.pop("num_train_epochs", None)  # Trainer does not heed it then

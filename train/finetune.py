@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 import mllm
 from mllm.data import visual_genome
 from mllm.loading import FAMILIES, AlphaProcessor
-from train.arguments import DataArguments, parse_args
+from train.arguments import DataArguments, ModelArguments, parse_args
 from train.collators import ConversationCollator
 from train.optimizers import MuonWithAdamW
 from train.sampling import ConversationDataset, RegionFacts, group_by_region
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    save(trainer, processor, data_args)
+    save(trainer, processor, model_args, data_args)
     return 0
 
 
@@ -124,13 +124,14 @@ def refuse_test_split(root: Path) -> None:
         raise ValueError(f"{root} holds the split {split!r}: training on it would make every later score worthless")
 
 
-def save(trainer: Trainer, processor: AlphaProcessor, data_args: DataArguments) -> None:
+def save(trainer: Trainer, processor: AlphaProcessor, model_args: ModelArguments, data_args: DataArguments) -> None:
     """Write the model, its processor and the resolved arguments to the output folder."""
     out = trainer.args.output_dir
     trainer.save_model(out)
     if trainer.is_world_process_zero():
         processor.save_pretrained(out)
         record = {
+            "model": vars(model_args),
             "data": vars(data_args),
             "training": trainer.args.to_sanitized_dict(),
             "log": trainer.state.log_history,

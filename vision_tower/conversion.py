@@ -281,7 +281,7 @@ def read_tower(path: str | os.PathLike) -> tuple[AlphaCLIPVisionConfig, StateDic
     """Configuration and weights of an `AlphaCLIPVisionModel`, from an original checkpoint file or a directory of ours.
 
     Raises:
-        ValueError: If the file or directory does not hold a whole tower with its alpha weight.
+        ValueError: If the file or directory does not hold a whole tower with its alpha weight, or is damaged.
     """
     if not os.path.isdir(path):
         config, weights = from_original(read_checkpoint(path))
@@ -291,6 +291,8 @@ def read_tower(path: str | os.PathLike) -> tuple[AlphaCLIPVisionConfig, StateDic
         model, report = AlphaCLIPVisionModel.from_pretrained(path, output_loading_info=True)
     except OSError as error:
         raise ValueError(f"expected a directory with an Alpha-CLIP tower in {path}: {_first_line(error)}") from error
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {path} are damaged ({_first_line(error)}); was it copied whole?") from error
     if report["missing_keys"]:
         raise ValueError(f"{path} holds a plain CLIP without an alpha weight: every region would be ignored")
     return model.config, model.state_dict()

@@ -76,6 +76,7 @@ def test_training_moves_all_that_reaches_the_loss(start, data, tmp_path, optimiz
     assert not names & unread
     assert everything - unread - key_bias <= names
     record = json.loads((tmp_path / "out" / "training_record.json").read_text())
+    assert record["model"]["optimizer"] == optimizer
     assert record["training"]["max_steps"] == 2 and record["data"]["data"].endswith("train")
 
 

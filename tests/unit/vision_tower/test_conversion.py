@@ -175,3 +175,11 @@ def test_read_tower_takes_file_and_directory(original, tmp_path):
     tower.load_state_dict(weights)
     tower.save_pretrained(tmp_path / "tower")
     assert same(conversion.read_tower(tmp_path / "tower")[1], weights)
+
+
+def test_read_tower_names_a_directory_with_damaged_weights(tmp_path):
+    AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**tiny_clip_config().vision_config.to_dict())).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="damaged"):
+        conversion.read_tower(tmp_path)
