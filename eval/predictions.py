@@ -1,0 +1,230 @@
+"""Predictions on disk: our own `predictions.jsonl`, and other systems' files joined with their references."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mllm.data.samples import RegionSample, TarMember
+
+# Names under which the files of the field keep the id and the text of a result, and the texts of a reference.
+_ID_KEYS = ("id", "image_id", "annotation_id", "ann_id", "question_id")
+_TEXT_KEYS = ("prediction", "caption", "generated_refexp", "answer", "text")
+_REFERENCE_KEYS = ("references", "caption", "answer", "refexp")
+_NAMED = 5  # ids named in a message
+
+
+def record_of(sample: RegionSample, prompt: str, answer: Mapping[str, Any], data: Path) -> dict[str, Any]:
+    """A line of `predictions.jsonl`. `answer` holds "prediction", or "error" for a sample that could not be answered.
+
+    The image is named relative to the data folder, so that the file is the same wherever the data lies.
+    """
+    return {
+        "id": sample.id,
+        "image": image_name(sample, data),
+        "region": sample.regions[0].to_json() if sample.regions else None,
+        "question": sample.question,
+        "prompt": prompt,
+        **answer,
+        "references": list(sample.references),
+        "meta": dict(sample.meta),
+    }
+
+
+def image_name(sample: RegionSample, data: Path) -> str:
+    """The image relative to the data folder, with forward slashes; "tar!member" inside an archive."""
+    if isinstance(sample.image, TarMember):
+        return f"{Path(os.path.relpath(sample.image.tar, data)).as_posix()}!{sample.image.name}"
+    return "" if isinstance(sample.image, bytes) else Path(os.path.relpath(sample.image, data)).as_posix()
+
+
+def write_predictions(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write records, one a line; the file is there only when it is whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    os.replace(temporary, path)
+
+
+def read_predictions(
+    path: str | os.PathLike, references: str | os.PathLike | None = None, *, allow_missing: bool = False
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records of a file of predictions, and a note for each thing that was left out.
+
+    Args:
+        path: A run's folder or its `predictions.jsonl`; any JSONL with `id`, `prediction` and `references`; or another
+            system's results: JSONL or a JSON list of {"image_id", "caption"} (COCO) or {"annotation_id",
+            "generated_refexp"} (Google Refexp).
+        references: For files without them: JSONL of {"id", "references"}, COCO caption annotations, or MDETR's and
+            GLaMM's JSON with the expression in its images or annotations.
+        allow_missing: Leave out samples without a prediction (and say so) instead of refusing the file.
+
+    Raises:
+        ValueError: If a file cannot be read, is empty, holds an id twice, or its ids are not those of the references.
+    """
+    path = Path(path)
+    path = path / "predictions.jsonl" if path.is_dir() else path
+    results = _by_id(path, _rows(path), _TEXT_KEYS)
+    if references is None:
+        records = [_complete(path, sample_id, row) for sample_id, row in results.items()]
+    else:
+        records = _joined(path, results, Path(references))
+    missing = [record["id"] for record in records if record["prediction"] is None]
+    if not missing:
+        return records, []
+    what = f"{len(missing)} of {len(records)} samples have no prediction ({_named(missing)})"
+    if not allow_missing or len(missing) == len(records):
+        errors = {record["error"] for record in records if "error" in record}
+        why = f": {sorted(errors)[0]}" if errors else ""
+        raise ValueError(
+            f"{path}: {what}{why}. Mend them and run again, or score the others with --allow-missing, which is said "
+            "beside every number"
+        )
+    return [record for record in records if record["prediction"] is not None], [f"INCOMPLETE: {what}"]
+
+
+def _complete(path: Path, sample_id: str, row: dict) -> dict[str, Any]:
+    """One of our own lines, checked."""
+    references = row.get("references")
+    if not isinstance(references, list) or not references or not all(isinstance(text, str) for text in references):
+        raise ValueError(
+            f"{path}: {sample_id} has no list of 'references'; give a file of them with --references, or score a file "
+            "of {'id', 'prediction', 'references'} lines"
+        )
+    return {**row, "id": sample_id, "prediction": _text(path, sample_id, row), "meta": row.get("meta") or {}}
+
+
+def _text(path: Path, sample_id: str, row: dict) -> str | None:
+    if "error" in row:
+        return None
+    value = next((row[key] for key in _TEXT_KEYS if key in row), None)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{path}: expected text as the prediction of {sample_id}, got {type(value).__name__}")
+    return value
+
+
+def _joined(path: Path, results: dict[str, dict], references_path: Path) -> list[dict[str, Any]]:
+    """The results in the order of the references; every id must be in both."""
+    references = read_references(references_path)
+    if unknown := [sample_id for sample_id in results if sample_id not in references]:
+        raise ValueError(
+            f"{path}: {len(unknown)} of {len(results)} ids are unknown to {references_path} ({_named(unknown)}); "
+            "are both of the same data set and split?"
+        )
+    records = []
+    for sample_id, texts in references.items():
+        row = results.get(sample_id, {})
+        text = _text(path, sample_id, row) if row else None
+        kept = {key: row[key] for key in ("error", "question", "image", "region") if key in row}
+        records.append({"id": sample_id, **kept, "prediction": text, "references": texts, "meta": row.get("meta", {})})
+    return records
+
+
+def read_references(path: str | os.PathLike) -> dict[str, list[str]]:
+    """The references by id: all texts of an id in the order of the file.
+
+    Raises:
+        ValueError: If the file is none of the forms that `read_predictions` names.
+    """
+    path = Path(path)
+    content = _json(path)
+    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
+        rows = content["annotations"]
+        if rows and "caption" not in rows[0]:  # MDETR: the expression is its image's caption
+            rows = content.get("images", [])
+    elif isinstance(content, dict):  # by id: a list of texts, or of {"caption": ...}
+        rows = [_entry(key, value) for key, values in content.items() for value in values]
+    else:
+        rows = content if isinstance(content, list) else _lines(path)
+    references: dict[str, list[str]] = {}
+    for row in rows:
+        sample_id, value = _id(path, row, without="image_id" in row), _first(row, _REFERENCE_KEYS)
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{path}: {sample_id} has no reference under one of {', '.join(_REFERENCE_KEYS)}")
+        references.setdefault(sample_id, []).extend(texts)
+    if not references:
+        raise ValueError(f"{path} holds no reference")
+    return references
+
+
+def _entry(key: str, value: Any) -> dict:
+    text = value.get("caption") if isinstance(value, dict) else value
+    return {"id": key, "caption": text}
+
+
+def _rows(path: Path) -> Iterator[dict]:
+    content = _json(path)
+    return iter(content) if isinstance(content, list) else _lines(path)
+
+
+def _by_id(path: Path, rows: Iterable[Any], keys: Sequence[str]) -> dict[str, dict]:
+    by_id: dict[str, dict] = {}
+    twice = []
+    for row in rows:
+        if not isinstance(row, dict) or not (row.keys() & {*keys, "error"}):
+            raise ValueError(f"{path}: expected objects with an id and one of {', '.join(keys)}, got {str(row)[:100]}")
+        # COCO's annotations and MDETR's have ids of their own beside `image_id`; results have only that
+        sample_id = _id(path, row, without=False)
+        if sample_id in by_id:
+            twice.append(sample_id)
+        by_id[sample_id] = row
+    if twice:
+        raise ValueError(f"{path}: ids must differ, but {len(twice)} occur again ({_named(twice)})")
+    if not by_id:
+        raise ValueError(f"{path} is empty: it holds no prediction")
+    return by_id
+
+
+def _id(path: Path, row: Any, without: bool) -> str:
+    """The id of a row as text; `without` passes over "id", which in COCO's annotations is not what results name."""
+    value = _first(row, _ID_KEYS[without:]) if isinstance(row, dict) else None
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise ValueError(f"{path}: expected an id (text or whole number) under {', '.join(_ID_KEYS)}, got {row!s:.100}")
+    return str(value)
+
+
+def _first(row: Mapping, keys: Sequence[str]) -> Any:
+    return next((row[key] for key in keys if key in row), None)
+
+
+def _json(path: Path) -> Any:
+    """The content of a file that is one JSON value, or None when it is JSONL (several lines, or one object with an
+    id).
+    """
+    text = _content(path)
+    first, *others = text.split("\n", 1)
+    if first.strip().startswith("{"):
+        try:
+            line = json.loads(first)
+        except ValueError:
+            line = None  # goes on over several lines
+        if line is not None and ((others and others[0].strip()) or _first(line, _ID_KEYS) is not None):
+            return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _lines(path: Path) -> Iterator[dict]:
+    for number, line in enumerate(_content(path).split("\n"), 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error}); was the file cut short?") from error
+
+
+def _content(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def _named(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:_NAMED]) + (" ..." if len(ids) > _NAMED else "")

@@ -1,0 +1,109 @@
+"""Exact match and the controls, on cases small enough to count by hand."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eval.controls import (
+    INPUTS,
+    best_blind_score,
+    references_of_shown_region,
+    show,
+    with_whole_image,
+    with_wrong_region,
+)
+from eval.metrics.exact_match import exact_match
+from mllm.data.samples import RegionSample
+from vision_tower import Region
+
+
+def sample(image_id, number, answer, kind=None):
+    meta = {"image_id": image_id, **({"type": kind} if kind else {})}
+    region = Region.from_box(number, 0, number + 1, 1)
+    return RegionSample(f"{image_id}-{number}-{kind}", "x.png", (region,), None, (answer,), meta=meta)
+
+
+def test_exact_match_counts_letters():
+    assert exact_match(["a", "b", "C"], [("a",), ("x", "b"), ("c",)]) == pytest.approx(2 / 3)
+    with pytest.raises(ValueError):
+        exact_match([], [])
+    with pytest.raises(ValueError):
+        exact_match(["a"], [])
+
+
+def test_wrong_region_is_another_one_of_the_same_picture():
+    samples = [sample(1, 0, "a"), sample(1, 1, "b"), sample(1, 2, "c"), sample(2, 0, "alone")]
+    wrong = with_wrong_region(samples)
+    assert [w.regions for w in wrong] == [samples[1].regions, samples[2].regions, samples[0].regions]
+    assert [w.references for w in wrong] == [("a",), ("b",), ("c",)]
+    assert references_of_shown_region(samples) == [("b",), ("c",), ("a",)]
+    assert [w.meta["shown_references"] for w in wrong] == [["b"], ["c"], ["a"]]
+
+
+def test_wrong_region_is_of_another_place():
+    def at(box, answer, **size):
+        return RegionSample(answer, "x.png", (Region.from_box(*box),), None, (answer,), meta={"image_id": 1, **size})
+
+    boxes = {"a": (0, 0, 10, 10), "a again": (1, 0, 10, 10), "b": (50, 0, 60, 10)}
+    for size in ({}, {"width": 100, "height": 50}):
+        samples = [at(box, answer, **size) for answer, box in boxes.items()]
+        assert references_of_shown_region(samples) == [("b",), ("b",), ("a",)]
+
+
+def test_wrong_region_needs_no_size_of_the_picture():
+    box = Region.from_box(0.1, 0.1, 0.2, 0.2, normalized=True)
+    mask = np.zeros((20, 30), bool)
+    mask[10:, 10:] = True
+    regions = {
+        "box": box,
+        "mask": Region.from_mask(mask),
+        "other box": Region.from_box(0.6, 0.6, 0.9, 0.9, normalized=True),
+    }
+    samples = [RegionSample(name, "x.png", (region,), None, (name,)) for name, region in regions.items()]
+    assert references_of_shown_region(samples) == [("mask",), ("other box",), ("box",)]
+
+
+@pytest.fixture
+def picture():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8))
+
+
+def shown(picture, region_input):
+    region = Region.from_box(10, 20, 40, 50)
+    image, alpha = show(RegionSample("1", "x.png", (region,), None, ("a",)), region_input, picture)
+    return region, image, alpha
+
+
+def test_every_input_shows_what_it_says(picture):
+    pixels = np.asarray(picture)
+    for name in ("box", "mask", "wrong"):
+        region, image, alpha = shown(picture, name)
+        assert image is picture and alpha == region
+    assert shown(picture, "whole")[1:] == (picture, Region.whole())
+    assert shown(picture, "blind")[1:] == (None, None)
+    _, cropped, alpha = shown(picture, "crop")
+    assert alpha.is_whole and np.array_equal(np.asarray(cropped), pixels[20:50, 10:40])
+    _, blurred, alpha = shown(picture, "blur")
+    changed = (np.asarray(blurred) != pixels).any(-1)
+    inside = np.zeros((60, 80), bool)
+    inside[20:50, 10:40] = True
+    assert alpha.is_whole and not changed[inside].any() and changed[~inside].mean() > 0.95
+    _, boxed, alpha = shown(picture, "red-box")
+    red = (np.asarray(boxed) == (255, 0, 0)).all(-1)
+    outline = np.zeros((60, 80), bool)
+    outline[20:51, [10, 40]] = outline[[20, 50], 10:41] = True  # PIL's rectangle includes both ends
+    assert alpha.is_whole and np.array_equal(red, outline)
+    with pytest.raises(ValueError, match=", ".join(INPUTS)):
+        shown(picture, "circle")
+
+
+def test_whole_image():
+    (whole,) = with_whole_image([sample(1, 0, "a")])
+    assert whole.regions == (Region.whole(),) and whole.references == ("a",)
+
+
+def test_best_blind_score_by_hand():
+    # picture 1: red twice of three; picture 2: one of two; sizes: 1 of 1
+    samples = [sample(1, 0, "red", "colour"), sample(1, 1, "red", "colour"), sample(1, 2, "blue", "colour")]
+    samples += [sample(2, 0, "red", "colour"), sample(2, 1, "blue", "colour"), sample(2, 0, "large", "size")]
+    assert best_blind_score(samples) == pytest.approx((2 + 1 + 1) / 6)

@@ -1,0 +1,131 @@
+"""Evaluation runs: what is fed, what is written, and that neither processes nor kills change a byte."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mllm
+from eval.controls import with_wrong_region
+from eval.generate import Settings, generate, run
+from mllm.answering import RegionChat
+from mllm.data import shapes
+from mllm.data.visual_genome import read_region_questions, read_regions
+from vision_tower.image_processing_alpha_clip import ALPHA_MEAN, ALPHA_STD
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    shapes.write(folder, 4, 5, "test", progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def samples(data):
+    return list(read_regions(data))
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return RegionChat(*mllm.load(device="cpu"))
+
+
+def predictions(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_the_region_reaches_the_model_under_every_input(chat, samples, data, tmp_path, monkeypatch):
+    fed = []
+    real = chat.model.generate
+
+    def spy(**inputs):
+        fed.append(inputs.get("pixel_values"))
+        return real(**inputs)
+
+    monkeypatch.setattr(chat.model, "generate", spy)
+    sample = samples[0]
+    mask = sample.regions[0].mask(96, 96)
+    for name in ("box", "wrong", "whole", "crop", "blur", "red-box", "blind"):
+        fed.clear()
+        chosen = with_wrong_region(samples)[:1] if name == "wrong" else [sample]
+        run(chat, chosen, tmp_path / name, Settings(name), data=data)
+        if name == "blind":
+            assert fed[-1] is None
+            continue
+        alpha = (fed[-1][0, 3].float().numpy() * ALPHA_STD + ALPHA_MEAN) > 0.5
+        wanted = {"box": mask, "wrong": samples[1].regions[0].mask(96, 96)}.get(name, np.ones((96, 96))) > 0.5
+        assert (alpha & wanted).sum() / (alpha | wanted).sum() >= 0.95
+
+
+def test_records(chat, samples, data, tmp_path):
+    settings = Settings("box", "Name it: {question}", batch_size=4, max_new_tokens=2)
+    questions = list(read_region_questions(data))[:5]
+    assert run(chat, questions, tmp_path, settings, data=data) == 0
+    records = predictions(tmp_path)
+    assert [record["id"] for record in records] == [sample.id for sample in questions]
+    first = records[0]
+    assert first["image"] == "VG_100K/1.png" and first["region"] == questions[0].regions[0].to_json()
+    assert first["prompt"] == chat.prompt(f"Name it: {questions[0].question}") and first["references"]
+    assert first["meta"]["type"] == "size"
+
+
+def test_answers_are_those_of_region_chat(chat, samples, data, tmp_path):
+    run(chat, samples, tmp_path, Settings("box", None, batch_size=7), data=data)
+    found = [record["prediction"] for record in predictions(tmp_path)]
+    assert found == generate(chat, samples, batch_size=7)
+    right = sum(p == s.references[0] for p, s in zip(found, samples, strict=True))
+    assert right / len(samples) > 0.8
+
+
+def test_a_cut_answer_says_so(chat, samples, data, tmp_path):
+    run(chat, samples[:2], tmp_path / "short", Settings(max_new_tokens=3), data=data)
+    assert all(record["cut"] for record in predictions(tmp_path / "short"))
+    run(chat, samples[:2], tmp_path / "long", Settings(max_new_tokens=30), data=data)
+    assert not any("cut" in record for record in predictions(tmp_path / "long"))
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(chat, samples, data, tmp_path, monkeypatch):
+    settings = Settings("box", None, batch_size=4)
+    run(chat, samples, tmp_path / "whole", settings, data=data)
+    asked = []
+    real = RegionChat.answers
+
+    def dying(self, requests, **kwargs):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(requests))
+        return real(self, requests, **kwargs)
+
+    monkeypatch.setattr(RegionChat, "answers", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run(chat, samples, tmp_path / "killed", settings, data=data)
+    part = tmp_path / "killed" / "parts" / "0.jsonl"
+    part.write_bytes(part.read_bytes() + b'{"batch": 2, "answ')  # torn by the kill
+    asked.append(None)  # lives from here on
+    run(chat, samples, tmp_path / "killed", settings, data=data)
+    assert sum(n for n in asked if n) == len(samples)  # nothing twice
+    assert (tmp_path / "killed" / "predictions.jsonl").read_bytes() == (
+        tmp_path / "whole" / "predictions.jsonl"
+    ).read_bytes()
+
+
+def test_one_unreadable_picture_is_named_and_mended_later(chat, samples, data, tmp_path):
+    settings = Settings("box", None, batch_size=4)
+    run(chat, samples, tmp_path / "good", settings, data=data)
+    picture = Path(samples[0].image)
+    content = picture.read_bytes()
+    try:
+        picture.write_bytes(content[:200])
+        failed = run(chat, samples, tmp_path / "bad", settings, data=data)
+        of_picture = [sample.id for sample in samples if sample.image == str(picture)]
+        wrong = [record for record in predictions(tmp_path / "bad") if "error" in record]
+        assert failed == len(of_picture) and [record["id"] for record in wrong] == of_picture
+        assert all("1.png" in record["error"] and "prediction" not in record for record in wrong)
+    finally:
+        picture.write_bytes(content)
+    assert run(chat, samples, tmp_path / "bad", settings, data=data) == 0
+    assert (tmp_path / "bad" / "predictions.jsonl").read_bytes() == (
+        tmp_path / "good" / "predictions.jsonl"
+    ).read_bytes()

@@ -1,0 +1,115 @@
+"""Predictions of ours and of others: joined by id, and never scored when something does not fit."""
+
+import json
+
+import pytest
+
+from eval.predictions import read_predictions, read_references
+
+
+def write(path, content):
+    lines = isinstance(content, list) and path.suffix == ".jsonl"
+    path.write_text("\n".join(map(json.dumps, content)) if lines else json.dumps(content), encoding="utf-8")
+    return path
+
+
+ROWS = [{"id": 1, "prediction": "a cat", "references": ["a cat"]}, {"id": "x", "prediction": "", "references": ["b"]}]
+
+
+def test_jsonl_with_references(tmp_path):
+    records, notes = read_predictions(write(tmp_path / "p.jsonl", ROWS))
+    assert [(r["id"], r["prediction"], r["references"]) for r in records] == [("1", "a cat", ["a cat"]), ("x", "", ["b"])]
+    assert notes == []
+
+
+def test_a_single_line_is_jsonl_too(tmp_path):
+    (record,), _ = read_predictions(write(tmp_path / "p.jsonl", ROWS[:1]))
+    assert record["prediction"] == "a cat"
+
+
+COCO = {
+    "images": [{"id": 7}, {"id": 9}],
+    "annotations": [
+        {"id": 1, "image_id": 7, "caption": "first"},
+        {"id": 2, "image_id": 7, "caption": "second"},
+        {"id": 7, "image_id": 9, "caption": "third"},
+    ],
+}
+MDETR = {
+    "images": [{"id": 7, "caption": "first", "original_id": 1}, {"id": 9, "caption": "third", "original_id": 1}],
+    "annotations": [{"id": 5, "image_id": 7, "bbox": [0, 0, 1, 1]}, {"id": 6, "image_id": 9, "bbox": [0, 0, 1, 1]}],
+}
+
+
+@pytest.mark.parametrize(
+    "references, expected",
+    [
+        (COCO, {"7": ["first", "second"], "9": ["third"]}),
+        (MDETR, {"7": ["first"], "9": ["third"]}),
+        ({"7": ["first"], "9": [{"image_id": 9, "id": 9, "caption": ["third"]}]}, {"7": ["first"], "9": ["third"]}),
+        ([{"id": 7, "references": ["first"]}, {"id": 9, "references": ["third"]}], {"7": ["first"], "9": ["third"]}),
+    ],
+    ids=["coco", "mdetr", "by id", "list"],
+)
+@pytest.mark.parametrize("results", [[{"image_id": 9, "caption": "b"}, {"image_id": 7, "caption": "a"}]])
+def test_results_of_others(tmp_path, references, expected, results):
+    file = write(tmp_path / "references.json", references)
+    assert read_references(file) == expected
+    records, _ = read_predictions(write(tmp_path / "results.json", results), file)
+    assert [(r["id"], r["prediction"], r["references"]) for r in records] == [
+        ("7", "a", expected["7"]),
+        ("9", "b", expected["9"]),
+    ]
+
+
+def test_result_lines_of_the_google_toolkit(tmp_path):
+    results = write(tmp_path / "r.json", [{"annotation_id": 5, "generated_refexp": "tie"}])
+    references = write(tmp_path / "ref.jsonl", [{"id": 5, "references": ["the tie", "a red tie"]}])
+    assert read_predictions(results, references)[0][0]["prediction"] == "tie"
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([], "empty"),
+        ([*ROWS, {**ROWS[0], "prediction": "again"}], "1 occur again .1."),
+        ([{"id": 1, "prediction": "a"}], "--references"),
+        ([{"id": 1, "references": ["a"]}], "prediction"),
+        ([{"prediction": "a", "references": ["a"]}], "an id"),
+        ([{"id": 1, "prediction": 3, "references": ["a"]}], "text"),
+        ([{"id": 1, "prediction": "a", "references": []}], "references"),
+        ([{"id": 1, "prediction": "a", "references": "a"}], "references"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, rows, message):
+    with pytest.raises(ValueError, match=message):
+        read_predictions(write(tmp_path / "p.jsonl", rows))
+
+
+def test_torn_and_missing_files_are_named(tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1])[:20])
+    with pytest.raises(ValueError, match="line 2.*cut short"):
+        read_predictions(tmp_path / "p.jsonl")
+    with pytest.raises(ValueError, match="cannot read"):
+        read_predictions(tmp_path / "no.jsonl")
+
+
+def test_unknown_and_missing_ids_are_never_left_out_silently(tmp_path):
+    references = write(tmp_path / "ref.jsonl", [{"id": i, "references": ["a"]} for i in range(4)])
+    unknown = write(tmp_path / "u.jsonl", [{"id": i, "prediction": "a"} for i in (0, 1, 2, 3, 8)])
+    with pytest.raises(ValueError, match="1 of 5 ids are unknown .* .8."):
+        read_predictions(unknown, references)
+    with pytest.raises(ValueError, match="unknown"):
+        read_predictions(unknown, references, allow_missing=True)
+    missing = write(tmp_path / "m.jsonl", [{"id": i, "prediction": "a"} for i in (3, 0, 1)])
+    with pytest.raises(ValueError, match="1 of 4 samples have no prediction .2."):
+        read_predictions(missing, references)
+    records, notes = read_predictions(missing, references, allow_missing=True)
+    assert [r["id"] for r in records] == ["0", "1", "3"] and "INCOMPLETE: 1 of 4" in notes[0]
+
+
+def test_an_unanswered_sample_is_missing(tmp_path):
+    rows = [ROWS[0], {"id": 2, "error": "there is no image file x.png", "references": ["b"]}]
+    with pytest.raises(ValueError, match="no image file x.png"):
+        read_predictions(write(tmp_path / "p.jsonl", rows))
+    assert len(read_predictions(tmp_path / "p.jsonl", allow_missing=True)[0]) == 1
