@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from mllm.answering import RegionChat
+from mllm.data.jsonl import region_in
 from mllm.data.samples import load_image
 from mllm.overlay import check_folder
 from vision_tower import Region
@@ -138,10 +139,7 @@ def _prepare(
     path = str(folder / request.record["image"])
     if path not in pictures:
         pictures[path] = load_image(path)
-    region = request.record["region"]
-    if isinstance(region, dict) and isinstance(region.get("mask"), str) and not region["mask"].startswith("data:"):
-        region = {**region, "mask": str(folder / region["mask"])}
-    region = Region.from_json(region)
+    region = region_in(folder, request.record["region"])
     chat.processor.image_processor(pictures[path], region)  # does the region fit the picture?
     question = request.record.get("question")
     chat.check_length(question, max_new_tokens)

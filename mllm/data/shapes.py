@@ -1,11 +1,12 @@
-"""Write the Shapes world to disk in Visual Genome's own format.
+"""Write the Shapes world to disk in Visual Genome's own format, and in RefCOCOg's.
 
     python -m mllm.data.shapes --out DIR --images N --seed S [--split train|test|novel|background]
 
 `DIR` then holds `image_data.json`, `region_descriptions.json` (one canonical phrase an object),
 `question_answers.json`, `qa_to_region_mapping.json`, `objects.json`, `region_masks.json` (COCO RLE by region id) and
-`VG_100K/<image_id>.png`, so the Visual Genome reader takes it like the real thing; `dataset.json` says which split and
-seed it is. The same seed gives the same JSON bytes and the same pixels.
+`VG_100K/<image_id>.png`, so the Visual Genome reader takes it like the real thing; `refs(umd).p` and `instances.json`,
+so RefCOCOg's does; `dataset.json` says which split and seed it is. The same seed gives the same bytes and the same
+pixels.
 
 Splits: `train` and `test` share colour-shape pairs and backgrounds; `novel` draws only pairs that `train` never has;
 `background` is `test` on backgrounds that `train` never has.
@@ -14,10 +15,13 @@ Splits: `train` and `test` share colour-shape pairs and backgrounds; `novel` dra
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import pickle
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +29,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm.auto import tqdm
 
+from mllm.data.records import read_json
+from mllm.data.samples import RegionSample
 from mllm.data.shapes_world import (
     BACKGROUNDS,
     COLOURS,
@@ -149,6 +155,7 @@ def write(out: str | os.PathLike, count: int, seed: int, split: str = "train", *
         image_id = records.add(rng, scene)
         Image.fromarray(scene.pixels).save(out / "VG_100K" / f"{image_id}.png")
     records.save(out)
+    _write_refs(out, records, "train" if split == "train" else "val")
     about = {"world": "shapes", "split": split, "seed": seed, "images": count}
     (out / "dataset.json").write_text(json.dumps(about), encoding="utf-8")  # training refuses another split than train
 
@@ -214,6 +221,60 @@ class _Records:
         for name, content in vars(self).items():
             if not name.startswith("_"):
                 (out / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def _write_refs(out: Path, records: _Records, split: str) -> None:
+    """The same objects in the layout of lichengunc/refer: a ref, with its one expression, and an annotation each."""
+    annotations, refs = [], []
+    for of_image, described in zip(records.objects, records.region_descriptions, strict=True):
+        for obj, region in zip(of_image["objects"], described["regions"], strict=True):
+            number, mask = obj["object_id"], records.region_masks[str(obj["object_id"])]
+            annotation = {
+                "id": number,
+                "image_id": of_image["image_id"],
+                "category_id": SHAPES.index(obj["names"][0]) + 1,
+                "bbox": [obj["x"], obj["y"], obj["w"], obj["h"]],
+                "area": int(coco_mask.area({**mask, "counts": mask["counts"].encode("ascii")})),
+                "segmentation": mask,
+                "iscrowd": 0,
+            }
+            annotations.append(annotation)
+            words, file = region["phrase"], f"{of_image['image_id']}_{number}.png"
+            sentence = {"sent_id": number, "raw": words, "sent": words, "tokens": words.split()}
+            about = {key: annotation[key] for key in ("image_id", "category_id")}
+            ref = {"ref_id": number, "ann_id": number, **about, "file_name": file, "split": split}
+            refs.append({**ref, "sent_ids": [number], "sentences": [sentence]})
+    images = [
+        {"id": entry["image_id"], "file_name": f"{entry['image_id']}.png", "width": SCENE_SIZE, "height": SCENE_SIZE}
+        for entry in records.image_data
+    ]
+    categories = [{"id": index, "name": name, "supercategory": "shape"} for index, name in enumerate(SHAPES, 1)]
+    instances = {"images": images, "annotations": annotations, "categories": categories}
+    (out / "instances.json").write_text(json.dumps(instances), encoding="utf-8")
+    (out / "refs(umd).p").write_bytes(pickle.dumps(refs, protocol=2))  # as Python 2 wrote the published ones
+
+
+def with_same_class(samples: Iterable[RegionSample], root: str | os.PathLike) -> Iterator[RegionSample]:
+    """The samples of a Shapes folder, their meta with `same_class`: how many other objects of the picture have the
+    region's shape.
+    """
+    counts: dict[int, int] = {}
+    for entry in read_json(Path(root) / "objects.json", list):
+        shapes = Counter(obj["names"][0] for obj in entry["objects"])
+        counts |= {obj["object_id"]: shapes[obj["names"][0]] - 1 for obj in entry["objects"]}
+    for sample in samples:
+        same = {"same_class": counts[sample.meta["region_id"]]}
+        yield dataclasses.replace(sample, meta={**sample.meta, **same})
+
+
+def expect_split(root: str | os.PathLike, split: str) -> None:
+    """Raise ValueError unless a folder is this split of the Shapes world."""
+    found = read_json(Path(root) / "dataset.json", dict)
+    if found.get("world") != "shapes" or found.get("split") != split:
+        raise ValueError(
+            f"expected the split {split!r} of the Shapes world in {root}, got {found.get('split')!r} of "
+            f"{found.get('world')!r}; write it with python -m mllm.data.shapes --split {split}"
+        )
 
 
 def _object_record(object_id: int, box: dict, obj: ShapeObject) -> dict:

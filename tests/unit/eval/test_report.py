@@ -153,7 +153,7 @@ def test_it_opens_offline_and_runs_nothing(folder):
     assert policy.startswith("default-src 'none'")
     for _, attributes in page.tags:
         assert not [name for name in attributes if name.startswith("on")]
-        assert attributes.get("src", "data:").startswith("data:image/jpeg;base64,")
+        assert attributes.get("src", "data:image/jpeg;base64,").startswith("data:image/jpeg;base64,")
         assert attributes.get("href", "#").startswith("#")
     ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
     assert {link["href"][1:] for link in page.all("a")} == ids
@@ -279,6 +279,12 @@ def test_without_a_folder_of_pictures(folder):
     records = records_of(3)
     write_report(folder / "r.html", {}, metrics_of(records), records, {}, None, scores=[0, 0, 0])
     assert "the folder of the pictures was not given" in Page(folder / "r.html").text
+
+
+@pytest.mark.parametrize("length", [{"predictions": 4.26, "references": 5.0}, 4.26])
+def test_the_length_of_captions_stands_there(folder, length):
+    records = records_of(2)
+    assert "4.3" in report(folder, records, metrics_of(records, length=length)).text
 
 
 def test_untrusted_text_stays_text(folder):

@@ -202,7 +202,7 @@ def test_every_oddity_of_questions_is_counted(small):
     first, second = read_region_questions(small, report=report)
     assert (first.id, first.question, first.references) == ("vg-qa-1", "What?", ("A clock.",))
     assert first.regions == (Region.from_box(0, 70, 15, 80),)
-    size = {"image_id": 1, "width": 100, "height": 80}
+    size = {"image_id": 1, "width": 100, "height": 80, "area": 15 * 10 / (100 * 80)}
     assert first.meta == {**size, "qa_id": 1, "region_id": 1, "type": "what"}
     assert (second.id, second.question) == ("vg-qa-8", "old keys?")
     assert second.meta == {**size, "qa_id": 8, "region_id": 1}
@@ -221,6 +221,7 @@ def test_every_oddity_of_questions_is_counted(small):
     report = ReadReport()
     (free,) = read_free_questions(small, report=report)
     assert free.id == "vg-qa-20" and free.regions == (Region.whole(),)
+    del size["area"]
     assert free.meta == {**size, "qa_id": 20, "type": "count"}
     assert report.counts == {
         "read": 1,
@@ -344,9 +345,9 @@ MAPPING = "qa_to_region_mapping"
         (REGIONS, '[{"regions": [{"region_id": 1}]}]', "expected a whole number 'image_id'"),
         (REGIONS, in_list({"phrase": "x"}), "expected 'region_id' or 'id', a whole number"),
         (REGIONS, in_list({"region_id": 1, "x": 1}), "region 1 has no 'y'"),
-        (REGIONS, in_list(region(1, x="0")), "expected pixels in 'x' of region 1, got '0'"),
-        (REGIONS, in_list(region(1, width=None)), "expected pixels in 'width' of region 1"),
-        (REGIONS, in_list(region(1, y=float("nan"))), "pixels in 'y' of region 1, got nan"),
+        (REGIONS, in_list(region(1, x="0")), "in pixels as the box of 1, got .'0', 0, 5, 5."),
+        (REGIONS, in_list(region(1, width=None)), "in pixels as the box of 1, got .0, 0, None, 5."),
+        (REGIONS, in_list(region(1, y=float("nan"))), "not whole JSON"),
         (REGIONS, in_list(region(1, phrase=["x"])), "expected text in 'phrase'"),
         (QAS, None, "is missing"),
         (QAS, '[{"id": 1, "regions": []}]', "expected a list 'qas'"),

