@@ -11,13 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from eval.metrics.captions import BLEU, METRICS, bleu_of_counts, score_captions
-from eval.metrics.exact_match import exact_match
-from eval.metrics.intervals import RESAMPLES, Difference, paired_difference, resampled_totals
-from eval.metrics.questions import score_answers
+from eval.metrics.intervals import RESAMPLES, Difference
 from eval.page import ordering_metric, p_value, picture_of, write_page
 from eval.predictions import read_predictions
-from eval.tasks import QUESTION_METRICS
+from eval.score import measure, picture_of_each
+from eval.tasks import CAPTION_METRICS, QUESTION_METRICS
 
 _NAMED = 5  # ids named in a message
 _CHANGED = 24  # samples that are shown
@@ -26,17 +24,6 @@ _CHANGED = 24  # samples that are shown
 _BINDING = ("item", "references")
 # What two runs may differ in, and a reader must know: keys of run.json
 _SAID = ("model", "weights", "alpha and adapter", "region_input", "strength", "geometry", "prompt", "max_new_tokens")
-# Its value is not the mean of its samples' scores, of which the difference is: it may even have another sign.
-_OF_ITEMS = "METEOR"
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """A metric of one file: its value, the score of each sample (N,), and BLEU's counts (N, 10)."""
-
-    value: float
-    items: np.ndarray
-    counts: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +70,7 @@ class Comparison:
                 interval = f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
                 lines.append(
                     f"{metric:<14}{100 * values[0]:>8.1f}{100 * values[index]:>8.1f}{100 * found.value:>+9.1f}"
-                    f"{'*' if metric == _OF_ITEMS else ' '} {interval:<18}{p_value(found.p)}"
+                    f"  {interval:<18}{p_value(found.p)}"
                 )
         if self.changed:
             lines.append(f"\nChanged most, by {self.ordering}:")
@@ -147,66 +134,22 @@ def compare(
     files = [base] + [_matched(paths[0], base, path, found) for path, found in zip(paths[1:], others, strict=True)]
     metrics = metrics or _metric_names(paths[0], base)
     measured = [measure(records, metrics) for records in files]
-    groups = [record["meta"].get("image_id") for record in base]
-    groups = None if None in groups else groups
+    groups = picture_of_each(base)
     differences = {
-        metric: [
-            _difference(metric, measured[0][metric], other[metric], groups, resamples, seed) for other in measured[1:]
-        ]
+        metric: [measured[0].difference(other, metric, groups, resamples, seed) for other in measured[1:]]
         for metric in metrics
     }
     ordering = ordering_metric(list(metrics))
     return Comparison(
         names=[str(path) for path in paths],
         items=len(base),
-        values={metric: [found[metric].value for found in measured] for metric in metrics},
+        values={metric: [found.values[metric] for found in measured] for metric in metrics},
         differences=differences,
         ordering=ordering,
-        changed=_changed_most(files, [found[ordering].items for found in measured], changed),
+        changed=_changed_most(files, [found.items[ordering] for found in measured], changed),
         notes=_notes(runs, metrics, groups is not None),
         image_root=next((run["data"] for run in runs if run.get("data")), None),
     )
-
-
-def measure(records: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict[str, Measured]:
-    """The value of each metric and the scores of the samples.
-
-    Raises:
-        ValueError: If a metric is unknown, or needs Java where there is none.
-    """
-    predictions = [record["prediction"] for record in records]
-    references = [record["references"] for record in records]
-    captions = [metric for metric in metrics if metric in METRICS]
-    found: dict[str, Measured] = {}
-    if captions:
-        scores = score_captions(predictions, references, metrics=captions)
-        for name in captions:
-            counts = scores.bleu_counts if name in BLEU else None
-            found[name] = Measured(float(scores.corpus[name]), np.asarray(scores.items[name]), counts)
-        # of captions letter for letter, of answers after VQA's normalisation
-        exact = [exact_match([text], [right]) for text, right in zip(predictions, references, strict=True)]
-        found["exact match"] = Measured(float(np.mean(exact)), np.array(exact))
-    elif metrics:
-        for name, items in score_answers(predictions, references).items():
-            found[name] = Measured(float(np.mean(items)), np.asarray(items))
-    if unknown := [metric for metric in metrics if metric not in found]:
-        raise ValueError(f"unknown metric {', '.join(unknown)}; expected some of {', '.join(found)}")
-    return {metric: found[metric] for metric in metrics}
-
-
-def _difference(
-    metric: str, base: Measured, other: Measured, groups: Sequence | None, resamples: int, seed: int
-) -> Difference:
-    """Of BLEU from its counts, summed anew in each resample; of the others the mean difference of the samples."""
-    if base.counts is None:
-        return paired_difference(base.items, other.items, groups=groups, resamples=resamples, seed=seed)
-    # side by side, so that both are made of the same drawn samples
-    totals = resampled_totals(np.concatenate([base.counts, other.counts], 1), groups, resamples, seed)
-    drawn = (bleu_of_counts(totals[:, 10:]) - bleu_of_counts(totals[:, :10]))[:, BLEU.index(metric)]
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
-    p = min(1.0, 2 * (tail + 1) / (resamples + 1))  # as `paired_difference`
-    return Difference(other.value - base.value, float(low), float(high), float(p))
 
 
 def _run_json(path: Path) -> dict[str, Any]:
@@ -271,7 +214,7 @@ def _metric_names(path: Path, records: Sequence[Mapping[str, Any]]) -> list[str]
     file = (path if path.is_dir() else path.parent) / "metrics.json"
     if file.is_file():
         return list(_read_json(file)["metrics"])
-    return list(QUESTION_METRICS if all(record.get("question") for record in records) else METRICS)
+    return list(QUESTION_METRICS if all(record.get("question") for record in records) else CAPTION_METRICS)
 
 
 def _changed_most(files: list[list[dict]], scores: list[np.ndarray], count: int) -> list[Changed]:
@@ -292,8 +235,6 @@ def _notes(runs: Sequence[Mapping[str, Any]], metrics: Sequence[str], clustered:
             f"{silent} of {len(runs)} have no run.json: that their protocol is one shows in ids and references alone"
         )
     notes.append(f"intervals: paired bootstrap over {'pictures' if clustered else 'samples'}")
-    if _OF_ITEMS in metrics:
-        notes.append(f"* the difference of {_OF_ITEMS} is that of the samples' mean scores: the values are no means")
     return notes
 
 

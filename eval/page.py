@@ -19,7 +19,7 @@ from vision_tower import Region
 
 # Metrics by which samples are put in order, the first there is: those whose value for one sample means something, and
 # does not depend on the other samples as CIDEr's does.
-_ORDERING = ("token F1", "ROUGE-L", "METEOR", "CIDEr", "exact match")
+_ORDERING = ("token F1", "ROUGE-L", "METEOR", "CIDEr", "exact match", "exactly right")
 _SIDE = 320  # pixels of the longer side of a picture on the page
 _QUALITY = 80  # of JPEG: about 20 KB a photograph
 _LONGEST = 300  # characters of a text that are shown

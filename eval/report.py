@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from eval import published
-from eval.compare import measure
 from eval.controls import INPUTS
 from eval.page import ordering_metric, picture_of, write_page
+from eval.score import measure
 
 # Columns left out of the table of inputs, which would not fit a screen; metrics.json has them.
 _LEFT_OUT = ("BLEU-1", "BLEU-2", "BLEU-3")
@@ -59,7 +59,7 @@ def write_report(
     """
     main_metric = ordering_metric(list(metrics["metrics"]))
     if scores is None:
-        scores = measure(records, [main_metric])[main_metric].items
+        scores = measure(records, [main_metric]).items[main_metric]
     if len(scores) != len(records):
         raise ValueError(f"expected a score for each of the {len(records)} records, got {len(scores)}")
     right = _right(run, metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +12,17 @@ import numpy as np
 
 from eval.metrics import captions, questions
 from eval.metrics.exact_match import exact_matches
-from eval.metrics.intervals import Interval, interval_of_captions, interval_of_mean
+from eval.metrics.intervals import (
+    RESAMPLES,
+    Difference,
+    Interval,
+    difference_of_captions,
+    interval_of_captions,
+    interval_of_mean,
+    paired_difference,
+)
 
-LETTERS = "exact, letter for letter"  # for the drawn world, whose answers are canonical
+LETTERS = "exactly right"  # letter for letter: for the drawn world, whose answers are canonical
 METRICS = (LETTERS, *captions.METRICS, *questions.METRICS)
 # Upper ends of the buckets of a region's share of its picture. Absolute sizes, as COCO's, would depend on the pictures.
 _AREAS = ((0.01, "under 1 % of the picture"), (0.1, "1 to 10 %"), (float("inf"), "over 10 %"))
@@ -41,14 +50,14 @@ def score(
     Raises:
         ValueError: If there is no record, a metric is unknown, or it needs Java where there is none.
     """
-    values, items, interval, notes = _values(records, metrics)
-    groups = [record["meta"].get("image_id") for record in records]
-    result: dict[str, Any] = {"items": len(records), "metrics": {}, "by": _by_kind(records, metrics, items)}
+    found = measure(records, metrics)
+    groups = picture_of_each(records)
+    result: dict[str, Any] = {"items": len(records), "metrics": {}, "by": _by_kind(records, metrics, found.items)}
     for name in metrics:
-        entry: dict[str, Any] = {"value": values[name], "low": None, "high": None, "interval": None}
+        entry: dict[str, Any] = {"value": found.values[name], "low": None, "high": None, "interval": None}
         if with_intervals:
-            found = interval(name, None if None in groups else groups, seed=seed)
-            entry.update(low=found.low, high=found.high, interval=found.how)
+            interval = found.interval(name, groups, seed)
+            entry.update(low=interval.low, high=interval.high, interval=interval.how)
         result["metrics"][name] = entry
     words = [len(record["prediction"].split()) for record in records]
     counts = {
@@ -61,23 +70,50 @@ def score(
         "words a reference": statistics.fmean(len(text.split()) for r in records for text in r["references"]),
     }
     result["counts"] = counts
-    result["notes"] = [*notes, *(f"{count:,} {what}" for what, count in counts.items() if count)]
+    result["notes"] = [*found.notes, *(f"{count:,} {what}" for what, count in counts.items() if count)]
     return result
 
 
-def item_scores(records: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict[str, np.ndarray]:
-    """The scores (N,) of each record by metric.
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What the metrics say of some records.
+
+    Attributes:
+        values: Of all of them, by metric.
+        items: Of each (N,), by metric. The values of BLEU and METEOR are not the means of these.
+        captions: What the bootstrap of the caption metrics needs; None without such a metric.
+    """
+
+    values: dict[str, float]
+    items: dict[str, np.ndarray]
+    captions: captions.CaptionScores | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know of the values."""
+        return self.captions.notes if self.captions else ()
+
+    def interval(self, name: str, groups: Sequence | None, seed: int) -> Interval:
+        """The 95 % interval of a metric, over groups of items where there are any."""
+        if self.captions and name in self.captions.corpus:
+            return interval_of_captions(self.captions, name, groups, seed=seed)
+        return interval_of_mean(self.items[name], groups, seed=seed)
+
+    def difference(
+        self, other: Measured, name: str, groups: Sequence | None, resamples: int = RESAMPLES, seed: int = 0
+    ) -> Difference:
+        """`other` minus this, of the same items in the same order."""
+        if self.captions and name in self.captions.corpus:
+            return difference_of_captions(self.captions, other.captions, name, groups, resamples, seed)
+        return paired_difference(self.items[name], other.items[name], groups, resamples, seed)
+
+
+def measure(records: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Measured:
+    """The values of metrics.
 
     Raises:
         ValueError: As `score`.
     """
-    return _values(records, metrics)[1]
-
-
-def _values(
-    records: Sequence[Mapping[str, Any]], metrics: Sequence[str]
-) -> tuple[dict[str, float], dict[str, np.ndarray], Callable[..., Interval], list[str]]:
-    """Values of the whole, scores of the items, the bootstrap by name, and notes."""
     if not records:
         raise ValueError("there is nothing to score: no predictions")
     if unknown := set(metrics) - set(METRICS):
@@ -94,17 +130,16 @@ def _values(
         items["VQA accuracy"] = np.array([questions.vqa_accuracy(prediction, answers) for prediction, answers in pairs])
     values = {name: float(scores.mean()) for name, scores in items.items()}
     wanted = [name for name in metrics if name in captions.METRICS]
-    found = captions.score_captions(predictions, references, wanted) if wanted else None
-    if found:
-        values |= found.corpus
-        items |= found.items
+    if not wanted:
+        return Measured(values, items)
+    found = captions.score_captions(predictions, references, wanted)
+    return Measured(values | found.corpus, items | found.items, found)
 
-    def interval(name: str, groups: Sequence | None, seed: int) -> Interval:
-        if found and name in found.corpus:
-            return interval_of_captions(found, name, groups, seed=seed)
-        return interval_of_mean(items[name], groups, seed=seed)
 
-    return values, items, interval, list(found.notes) if found else []
+def picture_of_each(records: Sequence[Mapping[str, Any]]) -> list | None:
+    """The picture of each record, over which intervals are drawn; None where a record does not name it."""
+    pictures = [record["meta"].get("image_id") for record in records]
+    return None if None in pictures else pictures
 
 
 def _by_kind(

@@ -157,7 +157,7 @@ def _jsonl(data: Path, form: str) -> Iterable[RegionSample]:
 
 
 _SHAPES_FILES = "what `python -m mllm.data.shapes --out DIR --images N --seed S --split {}` writes"
-_SHAPES_METRICS = ("exact, letter for letter", *CAPTION_METRICS)
+_SHAPES_METRICS = ("exactly right", *CAPTION_METRICS)
 _TASKS = (
     _refer_task("refcocog", "umd", "val", False, 4896),
     _refer_task("refcocog", "umd", "val", True, 2573),
@@ -222,7 +222,7 @@ _TASKS = (
         "1",
         item="question",
         max_new_tokens=32,
-        metrics=("exact, letter for letter", *QUESTION_METRICS),
+        metrics=("exactly right", *QUESTION_METRICS),
         verified=True,
     ),
     Task(

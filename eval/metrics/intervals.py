@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -61,12 +61,10 @@ def interval_of_captions(
 
     Args: as `interval_of_mean`.
     """
-    if name in BLEU:
-        totals = resampled_totals(scores.bleu_counts, groups, resamples, seed)
-        return _interval(bleu_of_counts(totals)[:, BLEU.index(name)], _unit(groups), resamples)
-    if name == "METEOR":
-        totals = resampled_totals(scores.meteor_statistics, groups, resamples, seed)
-        return _interval(meteor_of_statistics(totals), _unit(groups), resamples)
+    if name in _OF_TOTALS:
+        columns, of_totals = _OF_TOTALS[name]
+        totals = resampled_totals(columns(scores), groups, resamples, seed)
+        return _interval(of_totals(totals), _unit(groups), resamples)
     found = interval_of_mean(scores.items[name], groups, resamples, seed)
     return found._replace(how=found.how + (", document frequencies fixed" if name == "CIDEr" else ""))
 
@@ -87,11 +85,33 @@ def paired_difference(
         raise ValueError(f"expected scores of the same items, got {len(a_items)} and {len(b_items)}")
     difference = np.asarray(b_items, float) - np.asarray(a_items, float)
     totals = resampled_totals(np.stack([difference, np.ones(len(difference))], 1), groups, resamples, seed)
-    drawn = totals[:, 0] / totals[:, 1]
-    low, high, _ = _interval(drawn, "", resamples)
-    tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
-    # as many draws as there were cannot show less than one in so many
-    return Difference(float(difference.mean()), low, high, float(min(1.0, 2 * (tail + 1) / (resamples + 1))))
+    return _difference(float(difference.mean()), totals[:, 0] / totals[:, 1])
+
+
+def difference_of_captions(
+    a: CaptionScores,
+    b: CaptionScores,
+    name: str,
+    groups: Sequence[Hashable] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Difference:
+    """The difference b - a of a caption metric: of BLEU and METEOR between the values of each drawn corpus, as these
+    are no means of items.
+
+    Raises:
+        ValueError: As `paired_difference`.
+    """
+    value_of = _OF_TOTALS.get(name)
+    if value_of is None:
+        return paired_difference(a.items[name], b.items[name], groups, resamples, seed)
+    columns, of_totals = value_of
+    if len(columns(a)) != len(columns(b)):
+        raise ValueError(f"expected scores of the same items, got {len(columns(a))} and {len(columns(b))}")
+    # side by side, so that both are made of the same drawn items
+    totals = resampled_totals(np.concatenate([columns(a), columns(b)], 1), groups, resamples, seed)
+    half = totals.shape[1] // 2
+    return _difference(b.corpus[name] - a.corpus[name], of_totals(totals[:, half:]) - of_totals(totals[:, :half]))
 
 
 def resampled_totals(columns: np.ndarray, groups: Sequence[Hashable] | None, resamples: int, seed: int) -> np.ndarray:
@@ -115,9 +135,30 @@ def _weights(count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def _interval(drawn: np.ndarray, unit: str, resamples: int) -> Interval:
+    return Interval(*_ends(drawn), f"95 % percentile bootstrap over {unit}, {resamples:,} resamples")
+
+
+def _difference(value: float, drawn: np.ndarray) -> Difference:
+    tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
+    # so many draws cannot show less than one in so many
+    return Difference(value, *_ends(drawn), float(min(1.0, 2 * (tail + 1) / (len(drawn) + 1))))
+
+
+def _ends(drawn: np.ndarray) -> tuple[float, float]:
     low, high = np.percentile(drawn, [(100 - _LEVEL) / 2, (100 + _LEVEL) / 2])
-    return Interval(float(low), float(high), f"95 % percentile bootstrap over {unit}, {resamples:,} resamples")
+    return float(low), float(high)
 
 
 def _unit(groups: Sequence[Hashable] | None) -> str:
     return "items" if groups is None else "pictures"
+
+
+def _bleu(order: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda totals: bleu_of_counts(totals)[:, order]
+
+
+# metric that is no mean of items -> what of the items is added up, and the value (R,) of the sums (R, K)
+_OF_TOTALS: dict[str, tuple[Callable, Callable]] = {
+    **{name: (lambda scores: scores.bleu_counts, _bleu(order)) for order, name in enumerate(BLEU)},
+    "METEOR": (lambda scores: scores.meteor_statistics, meteor_of_statistics),
+}

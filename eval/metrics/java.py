@@ -14,14 +14,13 @@ import shutil
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 # What is removed after tokenising. Source: `PUNCTUATIONS` of pycocoevalcap 1.2, tokenizer/ptbtokenizer.py
-_PUNCTUATION = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())
+PUNCTUATION = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())
 # All that Java or Python take for the end of a line: one inside a caption would shift every caption after it.
 _LINE_BREAKS = re.compile("[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+")
 # METEOR writes numbers in the language of its machine ("0,42" in German) and then cannot read its own.
@@ -82,7 +81,7 @@ def tokenize(captions: Sequence[str], timeout: float | None = None) -> list[str]
     output = done.stdout.decode("utf-8").removesuffix("\n").split("\n") if done.stdout else []
     if done.returncode or len(output) != len(lines):
         raise _broken("the tokenizer", done.returncode, len(output), len(lines), done.stderr)
-    return [" ".join(word for word in line.split(" ") if word not in _PUNCTUATION).strip() for line in output]
+    return [" ".join(word for word in line.split(" ") if word not in PUNCTUATION).strip() for line in output]
 
 
 def meteor(
@@ -149,24 +148,30 @@ class _Meteor:
 
     def ask(self, lines: Sequence[str], expected: int, limit: float) -> list[str]:
         """Send lines and take as many as expected, within `limit` seconds."""
-        watchdog = threading.Timer(limit, self._program.kill)
-        # written beside the reading: else both sides would wait for the other with full pipes
-        writer = threading.Thread(target=self._write, args=(lines,), daemon=True)
-        started = time.monotonic()
-        watchdog.start()
-        writer.start()
-        answers = [line for line in (self._program.stdout.readline() for _ in range(expected)) if line.endswith(b"\n")]
-        watchdog.cancel()
+        answers: list[bytes] = []
+        # Written beside the reading: else both sides would wait for the other with full pipes. Read beside the waiting:
+        # a pipe that the program left to a child of its own does not end when the program is killed.
+        threading.Thread(target=self._write, args=(lines,), daemon=True).start()
+        reader = threading.Thread(target=self._read, args=(answers, expected), daemon=True)
+        reader.start()
+        try:
+            reader.join(limit)
+            late = reader.is_alive()
+        finally:
+            if len(answers) != expected:  # what it still says would be taken for the answers to the next lines
+                self._program.kill()
+                _meteor.cache_clear()
         if len(answers) == expected:
-            writer.join()
             return [line.decode("utf-8").strip() for line in answers]
-        self._program.kill()
         code = self._program.wait()
-        _meteor.cache_clear()
-        if time.monotonic() - started >= limit:
+        if late:
             raise ValueError(f"METEOR gave no answer within {limit:.0f} seconds; nothing was scored")
         self._errors.seek(0)
         raise _broken("METEOR", code, len(answers), expected, self._errors.read())
+
+    def _read(self, answers: list[bytes], expected: int) -> None:
+        while len(answers) < expected and (line := self._program.stdout.readline()).endswith(b"\n"):
+            answers.append(line)
 
     def _write(self, lines: Sequence[str]) -> None:
         try:
@@ -178,7 +183,7 @@ class _Meteor:
 
 def _field(text: str) -> str:
     """Text that cannot be taken for METEOR's separator. Source: `_stat` of pycocoevalcap 1.2, meteor/meteor.py."""
-    return text.replace("|||", "").replace("  ", " ")
+    return _LINE_BREAKS.sub(" ", text).replace("|||", "").replace("  ", " ")
 
 
 def _jar(folder: str, name: str) -> str:
@@ -195,7 +200,7 @@ def _command(arguments: Sequence[str]) -> list[str]:
 
 def _environment() -> dict[str, str]:
     """Without the variables that could undo our settings."""
-    return {**os.environ, "LC_ALL": "C", "JAVA_TOOL_OPTIONS": "", "_JAVA_OPTIONS": ""}
+    return {**os.environ, "LC_ALL": "C", "JAVA_TOOL_OPTIONS": "", "_JAVA_OPTIONS": "", "JDK_JAVA_OPTIONS": ""}
 
 
 def _limit(lines: int, timeout: float | None) -> float:

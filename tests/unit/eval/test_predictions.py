@@ -18,7 +18,10 @@ ROWS = [{"id": 1, "prediction": "a cat", "references": ["a cat"]}, {"id": "x", "
 
 def test_jsonl_with_references(tmp_path):
     records, notes = read_predictions(write(tmp_path / "p.jsonl", ROWS))
-    assert [(r["id"], r["prediction"], r["references"]) for r in records] == [("1", "a cat", ["a cat"]), ("x", "", ["b"])]
+    assert [(r["id"], r["prediction"], r["references"]) for r in records] == [
+        ("1", "a cat", ["a cat"]),
+        ("x", "", ["b"]),
+    ]
     assert notes == []
 
 

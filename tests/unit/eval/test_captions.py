@@ -1,0 +1,153 @@
+"""Caption scores on cases that nobody needs a golden file for, and Java that misbehaves."""
+
+import stat
+
+import numpy as np
+import pytest
+
+from eval.metrics import java
+from eval.metrics.captions import METRICS, score_captions
+
+CAPTIONS = [
+    "a red bus on the road",
+    "two dogs play with a ball",
+    "the man in the yellow coat",
+    "a cup of coffee on a table",
+    "a woman who holds an umbrella",
+    "three zebras near the water",
+]
+
+
+def test_references_as_predictions():
+    found = score_captions(CAPTIONS, [[caption] for caption in CAPTIONS])
+    for name in METRICS:
+        assert found.corpus[name] == pytest.approx(10.0 if name == "CIDEr" else 1.0, abs=1e-6)
+    assert found.notes and "unstable" in found.notes[0]
+
+
+def test_shuffled_references():
+    found = score_captions(CAPTIONS, [[caption] for caption in CAPTIONS[1:] + CAPTIONS[:1]])
+    assert found.corpus["CIDEr"] < 0.5 and found.corpus["BLEU-4"] < 0.01 and found.corpus["METEOR"] < 0.2
+
+
+def test_grouping_raises_meteor_far_more_than_cider():
+    """What makes published numbers of RefCOCOg incomparable: the same captions, the references grouped or not."""
+    first = [caption.replace("a ", "the ") for caption in CAPTIONS]
+    second = ["something red", "some animals", "he who stands on the left", "the drink", "the lady", "animals"]
+    predictions = ["a bus", "dogs with a ball", "man on the left", "coffee", "lady with umbrella", "zebras"]
+    ungrouped = score_captions(predictions * 2, [[text] for text in first + second], ["METEOR", "CIDEr"]).corpus
+    grouped = score_captions(predictions, [list(pair) for pair in zip(first, second, strict=True)], ["METEOR", "CIDEr"])
+    assert grouped.corpus["METEOR"] > 1.2 * ungrouped["METEOR"]
+
+
+ODD = [
+    "",
+    "a\nb",
+    "\U0001f600",
+    "a ||| b",
+    "x\u2028y",
+    "\r\n",
+    "a\x85b",
+    "\ud800 dog",
+    "...",
+    "||| ||| |||",
+    "\x00 cat",
+]
+
+
+def test_odd_captions_do_not_shift_the_others():
+    """An empty line, a line break, an emoji or a separator inside a caption: every other caption keeps its score."""
+    plain = score_captions(CAPTIONS, [[caption] for caption in CAPTIONS])
+    mixed = [text for pair in zip(ODD[: len(CAPTIONS)], CAPTIONS, strict=True) for text in pair] + ODD[len(CAPTIONS) :]
+    references = [["a plain reference"] if text in ODD else [text] for text in mixed]
+    found = score_captions(mixed, references)
+    kept = [index for index, text in enumerate(mixed) if text in CAPTIONS]
+    for name in ("METEOR", "ROUGE-L", "BLEU-4"):
+        assert np.array_equal(found.items[name][kept], plain.items[name])
+    assert found.items["METEOR"][mixed.index("")] == 0 and found.items["ROUGE-L"][mixed.index("")] == 0
+    assert (found.items["CIDEr"][kept] > 9).all()
+
+
+def test_odd_references_do_not_shift_either():
+    references = [[caption, *ODD] for caption in CAPTIONS]
+    assert (score_captions(CAPTIONS, references, ["METEOR"]).items["METEOR"] == 1).all()
+
+
+def test_nothing_is_never_right():
+    found = score_captions(["", "a dog"], [[""], ["a dog"]])
+    assert all(found.items[name][0] == pytest.approx(0, abs=1e-6) for name in METRICS)
+
+
+def test_very_long_predictions_score_low_and_come_back():
+    found = score_captions(["word " * 10_000, *CAPTIONS], [["a dog"], *([caption] for caption in CAPTIONS)])
+    assert found.items["METEOR"][0] < 0.01 and (found.items["METEOR"][1:] == 1).all()
+    assert found.corpus["BLEU-1"] < 0.01
+
+
+def test_one_item_has_no_cider():
+    found = score_captions(CAPTIONS[:1], [CAPTIONS[:1]], ["CIDEr"])
+    assert found.corpus["CIDEr"] == 0 and "0 by definition" in found.notes[0]
+
+
+@pytest.mark.parametrize("predictions, references", [([], []), (["a"], []), (["a"], [[]]), (["a", "b"], [["a"]])])
+def test_what_does_not_match_is_refused(predictions, references):
+    with pytest.raises(ValueError, match="expected captions"):
+        score_captions(predictions, references)
+
+
+def test_unknown_metrics_are_refused():
+    with pytest.raises(ValueError, match="SPICE"):
+        score_captions(["a"], [["a"]], ["SPICE"])
+
+
+@pytest.fixture
+def fake_java(tmp_path, monkeypatch):
+    def make(script):
+        file = tmp_path / "java"
+        file.write_text(f"#!/bin/sh\n{script}\n")
+        file.chmod(file.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setattr(java, "java", lambda: str(file))
+        java._meteor.cache_clear()
+
+    yield make
+    java._meteor.cache_clear()
+
+
+ALL = [("the tokenizer", lambda: java.tokenize(["a"], 1)), ("METEOR", lambda: java.meteor(["a"], [["a"]], 1))]
+
+
+@pytest.mark.parametrize("name, call", ALL, ids=["tokenizer", "meteor"])
+def test_java_that_hangs_is_given_up(fake_java, name, call):
+    fake_java("exec sleep 60")
+    with pytest.raises(ValueError, match=f"{name} gave no answer within 1 seconds"):
+        call()
+
+
+@pytest.mark.parametrize("name, call", ALL, ids=["tokenizer", "meteor"])
+def test_java_that_dies_says_why(fake_java, name, call):
+    fake_java("read line; echo out of memory >&2; exit 3")
+    with pytest.raises(ValueError, match=f"{name} ended with code 3 .* out of memory"):
+        call()
+
+
+@pytest.mark.parametrize("name, call", ALL, ids=["tokenizer", "meteor"])
+def test_java_that_chatters_does_not_block(fake_java, name, call):
+    fake_java("head -c 3000000 /dev/zero >&2; exit 1")
+    with pytest.raises(ValueError, match="ended with code 1"):
+        call()
+
+
+def test_too_few_lines_are_never_matched_to_captions(fake_java):
+    fake_java("cat > /dev/null; echo one")
+    with pytest.raises(ValueError, match="1 of 2 lines"):
+        java.tokenize(["a", "b"])
+
+
+def test_no_java_says_what_to_install(monkeypatch, tmp_path):
+    java.java.cache_clear()
+    monkeypatch.setattr(java.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    with pytest.raises(ValueError, match="pip install"):
+        java.java()
+    java.java.cache_clear()
