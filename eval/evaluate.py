@@ -18,7 +18,7 @@ from eval.controls import CONTROLS, with_wrong_region
 from eval.generate import Processes, Settings, run
 from eval.predictions import image_name, read_predictions
 from eval.report import write_report
-from eval.score import score
+from eval.score import check_metrics, score
 from eval.tasks import Task
 from mllm.answering import RegionChat
 from mllm.batch import added_weights, claim_run, fingerprint
@@ -78,6 +78,7 @@ def evaluate(plan: Plan, load: Callable[[], RegionChat], model_name: str) -> dic
     Raises:
         ValueError: If data or pictures are missing, the folder belongs to another run, or a sample has no answer.
     """
+    check_metrics(plan.metrics)
     processes = Processes.start()
     samples = read_samples(plan)
     chat = load()

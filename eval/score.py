@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.metrics import captions, questions
+from eval.metrics import captions, java, questions
 from eval.metrics.exact_match import exact_matches
 from eval.metrics.intervals import (
     RESAMPLES,
@@ -116,8 +116,7 @@ def measure(records: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Mea
     """
     if not records:
         raise ValueError("there is nothing to score: no predictions")
-    if unknown := set(metrics) - set(METRICS):
-        raise ValueError(f"expected metrics out of {', '.join(METRICS)}, got {', '.join(sorted(unknown))}")
+    check_metrics(metrics)
     predictions = [record["prediction"] for record in records]
     references = [record["references"] for record in records]
     items: dict[str, np.ndarray] = {}
@@ -134,6 +133,14 @@ def measure(records: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Mea
         return Measured(values, items)
     found = captions.score_captions(predictions, references, wanted)
     return Measured(values | found.corpus, items | found.items, found)
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Raise ValueError if a metric is unknown, or needs Java where there is none: before an hour of answers."""
+    if unknown := set(metrics) - set(METRICS):
+        raise ValueError(f"expected metrics out of {', '.join(METRICS)}, got {', '.join(sorted(unknown))}")
+    if set(metrics) & set(captions.METRICS):
+        java.java()
 
 
 def picture_of_each(records: Sequence[Mapping[str, Any]]) -> list | None:

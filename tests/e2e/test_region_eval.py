@@ -1,0 +1,214 @@
+"""`region-eval` from files to report, on the drawn world: the command as a user types it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from eval import tasks
+from eval.cli import main
+from mllm.data import shapes
+
+FAST = ["--metrics", "exactly right", "ROUGE-L"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    shapes.write(folder, 6, 11, "test", progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A run with all controls."""
+    out = tmp_path_factory.mktemp("runs") / "all"
+    assert main(["run", "--task", "shapes-caption", "--data", str(data), "--out", str(out), "--controls", *FAST]) == 0
+    return out
+
+
+def read(out):
+    return json.loads((out / "metrics.json").read_text())
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+
+
+def fails(capsys, *arguments):
+    assert main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("region-eval: error: ")
+    return error
+
+
+def test_it_looks_where_it_is_told(finished):
+    found = read(finished)
+    inputs = {name: entry["metrics"]["exactly right"]["value"] for name, entry in found["inputs"].items()}
+    assert list(inputs) == ["box", "whole", "wrong", "blind", "crop", "blur", "red-box"]
+    assert inputs["box"] > 0.8 and inputs["whole"] < 0.3 and inputs["wrong"] < 0.1
+    assert found["inputs"]["wrong"]["shown"]["exactly right"]["value"] > 0.8
+    assert found["metrics"] == found["inputs"]["box"]["metrics"]
+    assert found["items"] == len(lines(finished)) and "same class" in found["by"]
+    assert found["command"].startswith("region-eval run --task shapes-caption")
+    assert {"torch", "transformers", "pycocoevalcap"} <= found["versions"].keys()
+
+
+def test_the_report_is_one_file_with_the_numbers(finished):
+    page = (finished / "report.html").read_text()
+    value = read(finished)["metrics"]["exactly right"]["value"]
+    assert f"{100 * value:.1f}" in page and "red-box" in page and "data:image/" in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+
+
+def test_an_equal_run_continues_and_another_is_refused(finished, data, capsys):
+    before = (finished / "predictions.jsonl").read_bytes()
+    run = ["run", "--task", "shapes-caption", "--data", data, "--out", finished, *FAST]
+    assert main([str(argument) for argument in run]) == 0
+    assert (finished / "predictions.jsonl").read_bytes() == before
+    assert "other prompt, wording" in fails(capsys, *run, "--prompt", "What?")
+    assert "other batch_size" in fails(capsys, *run, "--batch-size", 5)
+    assert "region_input" in fails(capsys, *run, "--region-input", "mask")
+    assert "strength" in fails(capsys, *run, "--strength", "0.5")
+    assert "samples" in fails(capsys, *run, "--limit", 3)
+
+
+def test_two_processes_give_the_same_bytes(finished, data, tmp_path):
+    """torchrun with two processes; the batches are those of one process, so the file is too."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    command += [
+        "-m",
+        "eval.cli",
+        "run",
+        "--task",
+        "shapes-caption",
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "two"),
+    ]
+    outs = {}
+    for batch, name in ((4, "one"), (4, "two")):
+        out = tmp_path / name
+        start = command if name == "two" else [sys.executable, *command[command.index("-m", 3) :]]
+        start = [str(out) if part == str(tmp_path / "two") else part for part in start]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([*start, "--batch-size", str(batch), *FAST], check=True, env=environment, cwd=data.parent)
+        outs[name] = (out / "predictions.jsonl").read_bytes()
+    assert outs["one"] == outs["two"] and len(list((tmp_path / "two" / "parts").iterdir())) == 2
+    shares = [len(part.read_text().splitlines()) for part in (tmp_path / "two" / "parts").iterdir()]
+    assert min(shares) >= 3  # both did some
+
+
+def test_scoring_the_file_again_gives_the_same(finished, tmp_path):
+    assert main(["score", str(finished), "--out", str(tmp_path / "s"), "--task", "shapes-caption", *FAST]) == 0
+    assert read(tmp_path / "s")["metrics"] == read(finished)["metrics"]
+    shuffled = tmp_path / "p.jsonl"
+    rows = (finished / "predictions.jsonl").read_text().splitlines(keepends=True)
+    shuffled.write_text("".join(reversed(rows)))
+    assert main(["score", str(shuffled), "--out", str(tmp_path / "r"), *FAST]) == 0
+    values = {name: entry["value"] for name, entry in read(tmp_path / "r")["metrics"].items()}
+    assert values == pytest.approx({name: entry["value"] for name, entry in read(finished)["metrics"].items()})
+
+
+def test_another_systems_results(tmp_path, capsys):
+    results, references = tmp_path / "results.json", tmp_path / "annotations.json"
+    results.write_text(json.dumps([{"image_id": 1, "caption": "a red bus"}, {"image_id": 2, "caption": "a dog"}]))
+    annotations = [{"id": 5, "image_id": i, "caption": "a red bus"} for i in (1, 2)]
+    references.write_text(json.dumps({"images": [{"id": 1}, {"id": 2}], "annotations": annotations}))
+    score = ["score", str(results), "--references", str(references), "--out", str(tmp_path / "out")]
+    assert main([*score, "--metrics", "exact match"]) == 0
+    assert read(tmp_path / "out")["metrics"]["exact match"]["value"] == 0.5
+    assert "50.0" in capsys.readouterr().out
+    assert "4,896 items" in fails(capsys, *score, "--task", "refcocog-umd-val/ungrouped")
+
+
+def test_compare(finished, tmp_path, capsys):
+    whole = finished / "controls" / "whole"
+    assert main(["compare", str(finished), str(whole), "--html", str(tmp_path / "c.html")]) == 0
+    text = capsys.readouterr().out
+    assert "exactly right" in text and "Changed most" in text
+    assert "data:image/" in (tmp_path / "c.html").read_text()
+    assert "ids" in fails(capsys, "compare", finished, write_half(finished, tmp_path))
+
+
+def write_half(finished, tmp_path):
+    half = tmp_path / "half.jsonl"
+    half.write_text("".join((finished / "predictions.jsonl").read_text().splitlines(keepends=True)[:5]))
+    return half
+
+
+def test_a_missing_picture_stops_before_the_model_unless_allowed(data, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(data, broken)
+    (broken / "VG_100K" / "3.png").unlink()
+    run = ["run", "--task", "shapes-caption", "--data", broken, "--out", tmp_path / "out", *FAST]
+    assert "1 of 6 pictures are missing" in fails(capsys, *run) and not (tmp_path / "out").exists()
+    assert main([str(argument) for argument in (*run, "--allow-missing")]) == 0
+    found = read(tmp_path / "out")
+    assert any("INCOMPLETE" in note for note in found["notes"]) and found["items"] < len(lines(tmp_path / "out"))
+    # mended, the same run completes, and says nothing any more
+    shutil.copy(data / "VG_100K" / "3.png", broken / "VG_100K" / "3.png")
+    assert main([str(argument) for argument in run]) == 0
+    assert not any("INCOMPLETE" in note for note in read(tmp_path / "out")["notes"])
+    assert read(tmp_path / "out")["items"] == len(lines(tmp_path / "out"))
+
+
+def test_questions(data, tmp_path):
+    run = ["run", "--task", "shapes-vqa", "--data", str(data), "--out", str(tmp_path / "q"), "--limit", "12"]
+    assert main([*run, "--region-input", "mask"]) == 0
+    found = read(tmp_path / "q")
+    assert found["metrics"]["exact match"]["value"] > 0.8 and "type" in found["by"]
+    assert "comparable with nothing" in found["notes"][0]
+
+
+def test_a_file_of_ones_own(data, tmp_path):
+    own = tmp_path / "mine.jsonl"
+    scene = lines_of(data)[0]
+    own.write_text(json.dumps({**scene, "image": os.path.relpath(data / scene["image"], tmp_path)}) + "\n")
+    assert main(["run", "--task", "jsonl", "--data", str(own), "--out", str(tmp_path / "o"), *FAST]) == 0
+    assert read(tmp_path / "o")["items"] == 1
+
+
+def lines_of(data):
+    from mllm.data.visual_genome import read_regions
+
+    sample = next(read_regions(data))
+    relative = os.path.relpath(sample.image, data)
+    return [{"image": relative, "region": sample.regions[0].to_json(), "answer": list(sample.references)}]
+
+
+def test_refcocog_layout_goes_through_the_same_command(data, tmp_path, capsys):
+    run = ["run", "--task", "refcocog-umd-val/grouped", "--data", data, "--out", tmp_path / "r", *FAST]
+    assert "2,573 items" in fails(capsys, *run)
+    assert main([str(argument) for argument in (*run, "--limit", 8)]) == 0
+    assert read(tmp_path / "r")["metrics"]["exactly right"]["value"] > 0.6 and not read(tmp_path / "r")["published"]
+
+
+def test_tasks_lists_every_protocol(capsys):
+    assert main(["tasks"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n{name}\n" in text for name in tasks.TASKS)
+    assert "UNVERIFIED" in text and "Alpha-CLIP + LLaVA-1.5-7B" in text
+
+
+def test_bad_input(data, tmp_path, capsys):
+    out = ["--out", tmp_path / "x"]
+    run = ["run", "--data", data, *out]
+    assert "unknown task" in fails(capsys, *run, "--task", "refcoco")
+    assert "novel" in fails(capsys, *run, "--task", "shapes-novel")
+    assert "test.json is missing" in fails(capsys, *run, "--task", "vg-test/full")
+    assert "at least 1" in fails(capsys, *run, "--task", "shapes-caption", "--batch-size", 0)
+    assert "strength" in fails(capsys, *run, "--task", "shapes-caption", "--strength", 2)
+    assert "metrics out of" in fails(capsys, *run, "--task", "shapes-caption", "--metrics", "SPICE")
+    assert "leave --region-input out" in fails(capsys, *run, "--task", "refcocog-lmms-eval", "--region-input", "box")
+    assert "directory" in fails(capsys, *run, "--task", "shapes-caption", "--model", tmp_path / "none")
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "is empty" in fails(capsys, "score", tmp_path / "empty.jsonl", *out)
+    assert "cannot read" in fails(capsys, "score", tmp_path / "no.jsonl", *out)
+    assert "two or more" in fails(capsys, "compare", tmp_path / "empty.jsonl")
+    assert not (tmp_path / "x").exists()

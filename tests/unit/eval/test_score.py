@@ -1,0 +1,83 @@
+"""What metrics.json says: values, intervals, kinds of regions, counts of what a reader must know."""
+
+import pytest
+
+from eval.score import score
+
+
+def record(number, prediction, reference, **meta):
+    question = meta.pop("question", None)
+    return {"id": str(number), "prediction": prediction, "references": [reference], "question": question, "meta": meta}
+
+
+RECORDS = [
+    record(0, "red", "red", image_id=1, area=0.005, same_class=0, question="What colour?"),
+    record(1, "blue", "red", image_id=1, area=0.05, same_class=1, question="what colour?"),
+    record(2, "2", "two", image_id=2, area=0.5, same_class=7, question="How many?"),
+    record(3, "", "two", image_id=2, area=1.0, same_class=3, question="Is it?"),
+]
+
+
+def test_values_and_kinds():
+    found = score(RECORDS, ["exactly right", "exact match"])
+    assert found["items"] == 4
+    assert found["metrics"]["exactly right"]["value"] == 0.25
+    entry = found["metrics"]["exact match"]
+    assert entry["value"] == 0.5 and entry["low"] == entry["high"] == 0.5  # one of two in each picture: drawn whole
+    assert "over pictures" in entry["interval"]
+    assert found["by"]["area"] == {
+        "under 1 % of the picture": {"items": 1, "exactly right": 1.0, "exact match": 1.0},
+        "1 to 10 %": {"items": 1, "exactly right": 0.0, "exact match": 0.0},
+        "over 10 %": {"items": 2, "exactly right": 0.0, "exact match": 0.5},
+    }
+    assert [(name, row["items"]) for name, row in found["by"]["same class"].items()] == [
+        ("0", 1),
+        ("1", 1),
+        ("3 or more", 2),
+    ]
+    assert {name: row["items"] for name, row in found["by"]["question word"].items()} == {
+        "what": 2,
+        "how": 1,
+        "other": 1,
+    }
+    assert "type" not in found["by"]
+
+
+def test_what_a_reader_must_know_is_counted():
+    long = record(4, "word " * 101, "a", image_id=3)
+    cut = {**record(5, "a red", "a red bus", image_id=3), "cut": True}
+    found = score([*RECORDS, long, cut], ["exact match"], with_intervals=False)
+    assert found["metrics"]["exact match"]["low"] is None
+    assert found["counts"] == {
+        "empty predictions": 1,
+        "predictions cut at the token limit": 1,
+        "predictions of over 100 words": 1,
+    }
+    assert len(found["notes"]) == 3
+    assert found["length"]["words a prediction"] == pytest.approx((3 + 101 + 2) / 6)
+
+
+def test_intervals_are_over_items_where_pictures_are_not_named():
+    rows = [{**row, "meta": {}} for row in RECORDS]
+    entry = score(rows, ["exact match"])["metrics"]["exact match"]
+    assert "over items" in entry["interval"] and entry["low"] < 0.5 < entry["high"]
+
+
+def test_captions_and_letters_together():
+    found = score(RECORDS, ["exactly right", "BLEU-1", "ROUGE-L", "CIDEr"])
+    assert list(found["metrics"]) == ["exactly right", "BLEU-1", "ROUGE-L", "CIDEr"]
+    assert "BLEU-1" not in found["by"]["area"]["over 10 %"] and "CIDEr" in found["by"]["area"]["over 10 %"]
+    assert any("unstable" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(
+    "records, metrics, message", [([], ["CIDEr"], "nothing to score"), (RECORDS, ["BLEU"], "got BLEU")]
+)
+def test_bad_input(records, metrics, message):
+    with pytest.raises(ValueError, match=message):
+        score(records, metrics)
+
+
+def test_vqa_accuracy_of_one_answer_is_refused():
+    with pytest.raises(ValueError, match="several people"):
+        score(RECORDS, ["VQA accuracy"])
