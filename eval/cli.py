@@ -194,7 +194,7 @@ def _score(args: argparse.Namespace) -> int:
     metrics = {"task": args.task, "protocol": protocol, **metrics, "inputs": {}}
     args.out.mkdir(parents=True, exist_ok=True)
     record = {"task": args.task, "protocol": protocol, "model": str(args.predictions)}
-    write_results(args.out, task, metrics, record, {"predictions": records}, args.command_line, args.seed, args.data)
+    write_results(args.out, task, metrics, record, records, {}, args.command_line, args.seed, args.data)
     print_metrics(metrics, args.out)
     return 0
 

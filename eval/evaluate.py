@@ -18,7 +18,7 @@ from eval.controls import CONTROLS, with_wrong_region
 from eval.generate import Processes, Settings, run
 from eval.predictions import image_name, read_predictions
 from eval.report import write_report
-from eval.score import check_metrics, score
+from eval.score import Measured, check_metrics, measure, picture_of_each, score
 from eval.tasks import Task
 from mllm.answering import RegionChat
 from mllm.batch import added_weights, claim_run, fingerprint
@@ -162,24 +162,42 @@ def finish(plan: Plan, record: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If samples have no prediction, and the plan does not allow that.
     """
-    by_input: dict[str, list[dict]] = {}
     metrics: dict[str, Any] = {}
+    others: dict[str, dict[str, str]] = {}
     for name in plan.inputs:
         if not (plan.folder(name) / "predictions.jsonl").exists():
             continue
-        by_input[name], notes = read_predictions(plan.folder(name), allow_missing=plan.allow_missing)
-        scored = score(by_input[name], plan.metrics, with_intervals=plan.intervals, seed=plan.seed)
+        records, notes = read_predictions(plan.folder(name), allow_missing=plan.allow_missing)
+        found = measure(records, plan.metrics)
+        scored = score(records, plan.metrics, with_intervals=plan.intervals, seed=plan.seed, measured=found)
         scored["notes"] = notes + scored["notes"]
-        if name == "wrong":  # what was shown is another region: its own references should be met
-            shown = [{**r, "references": r["meta"]["shown_references"]} for r in by_input[name]]
-            scored["shown"] = score(shown, plan.metrics, with_intervals=False)["metrics"]
+        entry = {key: scored[key] for key in ("items", "metrics", "notes")}
         if not metrics:
+            main, base = records, found
             metrics = {"task": plan.task.name, "protocol": record["protocol"], **scored, "inputs": {}}
-        metrics["inputs"][name] = {key: scored[key] for key in ("items", "metrics", "shown", "notes") if key in scored}
+        else:
+            others[name] = {record["id"]: record["prediction"] for record in records}
+            if plan.intervals:
+                entry["difference"] = _differences(plan, main, base, records, found)
+        if name == "wrong":  # what was shown is another region: its own references should be met
+            shown = [{**r, "references": r["meta"]["shown_references"]} for r in records]
+            entry["shown"] = score(shown, plan.metrics, with_intervals=False)["metrics"]
+        metrics["inputs"][name] = entry
     if plan.limit is not None:
         metrics["notes"].insert(0, f"only the first {plan.limit} samples: comparable with nothing")
-    write_results(plan.out, plan.task, metrics, record, by_input, plan.command, plan.seed, _root(plan.data))
+    write_results(plan.out, plan.task, metrics, record, main, others, plan.command, plan.seed, _root(plan.data))
     return metrics
+
+
+def _differences(
+    plan: Plan, main: list[dict], base: Measured, records: list[dict], found: Measured
+) -> dict[str, dict[str, float]]:
+    """The paired differences of an input to the main one, on the samples that both have."""
+    ids = {record["id"] for record in records}
+    if len(ids) < len(main):  # alone in their pictures, they have no wrong region
+        base = measure([record for record in main if record["id"] in ids], plan.metrics)
+    groups = picture_of_each(records)
+    return {name: base.difference(found, name, groups, seed=plan.seed)._asdict() for name in plan.metrics}
 
 
 def write_results(
@@ -187,20 +205,32 @@ def write_results(
     task: Task | None,
     metrics: dict[str, Any],
     record: dict[str, Any],
-    by_input: dict[str, list[dict]],
+    main: list[dict],
+    others: dict[str, dict[str, str]],
     command: str,
     seed: int,
     data: Path | None,
 ) -> None:
-    """Write metrics.json, with what remakes it and the published numbers beside it, and report.html."""
+    """Write metrics.json, with what remakes it and the published numbers beside it, and report.html.
+
+    Args:
+        out: Folder.
+        task: The protocol, or None where it is unknown.
+        metrics: As `eval.score.score` gives them, with task, protocol and inputs.
+        record: The content of run.json.
+        main: The records that the metrics are of.
+        others: Predictions by id under each other input.
+        command: What makes them again.
+        seed: Of the bootstrap.
+        data: Folder of the pictures, or None.
+    """
     whole = task is not None and task.comparable and record["protocol"].get("limited to") is None
     metrics["published"] = published.rows(task.name) if whole else []
     metrics |= {"command": command, "versions": versions(), "seed": seed}
     temporary = out / ".metrics.json.tmp"
     temporary.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, out / "metrics.json")
-    main = next(iter(by_input))
-    write_report(out / "report.html", record, metrics, by_input[main], by_input, data, seed=seed)
+    write_report(out / "report.html", record, metrics, main, others, data, seed=seed)
 
 
 def versions() -> dict[str, str]:

@@ -33,7 +33,7 @@ def write_report(
     run: Mapping[str, Any],
     metrics: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],
-    inputs: Mapping[str, Sequence[Mapping[str, Any]]],
+    others: Mapping[str, Mapping[str, str]],
     image_root: str | os.PathLike | None,
     *,
     scores: Sequence[float] | None = None,
@@ -47,7 +47,7 @@ def write_report(
         run: The content of run.json; what is missing is not shown.
         metrics: The content of metrics.json.
         records: The predictions that `metrics` is about.
-        inputs: Predictions by input (see `eval.controls.INPUTS`), the right region among them.
+        others: Predictions by id under each other input (see `eval.controls.INPUTS`).
         image_root: Folder that the records' images are relative to, or None.
         scores: One for each record, by the first of "token F1", "ROUGE-L", "METEOR", "CIDEr", "exact match" that is in
             `metrics`; None computes them. They put the samples in order.
@@ -63,7 +63,6 @@ def write_report(
     if len(scores) != len(records):
         raise ValueError(f"expected a score for each of the {len(records)} records, got {len(scores)}")
     right = _right(run, metrics)
-    others = {name: of_input for name, of_input in inputs.items() if name != right}
     groups = _groups(records, scores, others, image_root, max_pictures, seed)
     pictures = [sample["picture"] for group in groups for sample in group["samples"]]
     task = metrics.get("task")
@@ -188,13 +187,12 @@ def _difference(
 def _groups(
     records: Sequence[Mapping[str, Any]],
     scores: Sequence[float],
-    others: Mapping[str, Sequence[Mapping[str, Any]]],
+    others: Mapping[str, Mapping[str, str]],
     image_root: str | os.PathLike | None,
     count: int,
     seed: int,
 ) -> list[dict[str, Any]]:
     """Worst, best and random samples, none twice; random ones are out of all others."""
-    by_id = {name: {record["id"]: record["prediction"] for record in found} for name, found in others.items()}
     order = [int(index) for index in np.argsort(np.asarray(scores, dtype=float), kind="stable")]
     third = min(count // 3, len(order) // 3)
     worst, best, rest = order[:third], order[len(order) - third :][::-1], order[third : len(order) - third]
@@ -206,7 +204,7 @@ def _groups(
                 "record": records[index],
                 "score": float(scores[index]),
                 "picture": picture_of(records[index], image_root),
-                "others": [(name, found.get(records[index]["id"])) for name, found in by_id.items()],
+                "others": [(name, found.get(records[index]["id"])) for name, found in others.items()],
             }
             for index in chosen
         ]

@@ -31,7 +31,12 @@ _LONG = 100  # words; no caption of a region is as long
 
 
 def score(
-    records: Sequence[Mapping[str, Any]], metrics: Sequence[str], *, with_intervals: bool = True, seed: int = 0
+    records: Sequence[Mapping[str, Any]],
+    metrics: Sequence[str],
+    *,
+    with_intervals: bool = True,
+    seed: int = 0,
+    measured: Measured | None = None,
 ) -> dict[str, Any]:
     """Score predictions that are all there.
 
@@ -41,6 +46,7 @@ def score(
         with_intervals: Whether 95 % intervals are bootstrapped: over pictures where `meta` names them, as the regions
             of one picture are not independent.
         seed: Of the bootstrap.
+        measured: What `measure` gave for these, if it is there already.
 
     Returns:
         "items", "metrics" by name ({"value", "low", "high", "interval"}), "by" (values by kind of region or question),
@@ -50,7 +56,7 @@ def score(
     Raises:
         ValueError: If there is no record, a metric is unknown, or it needs Java where there is none.
     """
-    found = measure(records, metrics)
+    found = measure(records, metrics) if measured is None else measured
     groups = picture_of_each(records)
     result: dict[str, Any] = {"items": len(records), "metrics": {}, "by": _by_kind(records, metrics, found.items)}
     for name in metrics:

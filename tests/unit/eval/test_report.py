@@ -106,9 +106,14 @@ def report(folder, records, metrics=None, inputs=None, run=None, **others):
     path = folder / "report.html"
     scores = others.pop("scores", np.linspace(0, 1, len(records)))
     write_report(
-        path, run or {}, metrics or metrics_of(records), records, inputs or {}, folder, scores=scores, **others
+        path, run or {}, metrics or metrics_of(records), records, by_id(inputs or {}), folder, scores=scores, **others
     )
     return Page(path)
+
+
+def by_id(inputs):
+    """Predictions by id under each input but the right one."""
+    return {name: {r["id"]: r["prediction"] for r in found} for name, found in inputs.items() if name != "box"}
 
 
 CONTROLS = {
