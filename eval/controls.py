@@ -91,14 +91,13 @@ def with_wrong_region(samples: Sequence[RegionSample]) -> list[RegionSample]:
     """Each sample with another region of its picture; references stay those of the asked region.
 
     A sample whose picture has no other region is left out. What should come out is the *other* region's description:
-    compare with `references_of_shown_region`, or with `meta["shown_references"]`.
+    `meta["shown_references"]`, where the data has a right answer to the same question about it.
     """
-    return [
-        dataclasses.replace(
-            sample, regions=other.regions, meta={**sample.meta, "shown_references": list(other.references)}
-        )
-        for sample, other in _with_others(samples)
-    ]
+    shown = []
+    for sample, other in _with_others(samples):
+        known = {"shown_references": list(other.references)} if _kind(sample) == _kind(other) else {}
+        shown.append(dataclasses.replace(sample, regions=other.regions, meta={**sample.meta, **known}))
+    return shown
 
 
 def references_of_shown_region(samples: Sequence[RegionSample]) -> list[tuple[str, ...]]:
@@ -107,7 +106,7 @@ def references_of_shown_region(samples: Sequence[RegionSample]) -> list[tuple[st
 
 
 def _with_others(samples: Sequence[RegionSample]) -> list[tuple[RegionSample, RegionSample]]:
-    """Each sample with the next one of its picture that is about another place."""
+    """Each sample with the next one of its picture that is about another place, if possible with the same question."""
     by_image: dict[object, list[RegionSample]] = defaultdict(list)
     for sample in samples:
         by_image[sample.meta.get("image_id", sample.image)].append(sample)
@@ -116,10 +115,15 @@ def _with_others(samples: Sequence[RegionSample]) -> list[tuple[RegionSample, Re
         boxes = np.array([_box(sample) for sample in group])
         for index, sample in enumerate(group):
             order = np.roll(np.arange(len(group)), -index - 1)[:-1]
-            apart = order[_overlap(boxes[index], boxes[order]) <= _WRONG_OVERLAP]
-            if len(apart):
-                pairs.append((sample, group[apart[0]]))
+            apart = [group[other] for other in order[_overlap(boxes[index], boxes[order]) <= _WRONG_OVERLAP]]
+            if apart:
+                pairs.append((sample, next((o for o in apart if _kind(o) == _kind(sample)), apart[0])))
     return pairs
+
+
+def _kind(sample: RegionSample) -> str | None:
+    """What is asked: the type of the question where the data has types, else its words; None for a description."""
+    return sample.question and sample.meta.get("type", sample.question)
 
 
 def _box(sample: RegionSample) -> tuple[float, float, float, float]:

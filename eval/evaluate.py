@@ -180,8 +180,10 @@ def finish(plan: Plan, record: dict[str, Any]) -> dict[str, Any]:
             if plan.intervals:
                 entry["difference"] = _differences(plan, main, base, records, found)
         if name == "wrong":  # what was shown is another region: its own references should be met
-            shown = [{**r, "references": r["meta"]["shown_references"]} for r in records]
-            entry["shown"] = score(shown, plan.metrics, with_intervals=False)["metrics"]
+            known = [r for r in records if "shown_references" in r["meta"]]
+            shown = [{**r, "references": r["meta"]["shown_references"]} for r in known]
+            if shown:
+                entry["shown"] = score(shown, plan.metrics, with_intervals=False)["metrics"]
         metrics["inputs"][name] = entry
     if plan.limit is not None:
         metrics["notes"].insert(0, f"only the first {plan.limit} samples: comparable with nothing")

@@ -50,6 +50,23 @@ def test_wrong_region_is_of_another_place():
         assert references_of_shown_region(samples) == [("b",), ("b",), ("a",)]
 
 
+def test_the_other_region_is_asked_the_same_where_it_can_be():
+    def asked(x, question, answer):
+        return RegionSample(
+            answer, "x.png", (Region.from_box(x, 0, x + 9, 9),), question, (answer,), meta={"image_id": 1}
+        )
+
+    samples = [
+        asked(0, "colour?", "red"),
+        asked(0, "size?", "big"),
+        asked(50, "size?", "small"),
+        asked(50, "colour?", "blue"),
+    ]
+    wrong = with_wrong_region([*samples, asked(90, "who?", "me")])
+    assert [w.meta.get("shown_references") for w in wrong] == [["blue"], ["small"], ["big"], ["red"], None]
+    assert [w.regions[0].data[0] for w in wrong] == [50, 50, 0, 0, 0]
+
+
 def test_wrong_region_needs_no_size_of_the_picture():
     box = Region.from_box(0.1, 0.1, 0.2, 0.2, normalized=True)
     mask = np.zeros((20, 30), bool)
