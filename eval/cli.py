@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run|score|compare|tasks")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run|score|compare|export|tasks")
     _add_run(commands.add_parser("run", help="put a task to a model, score the answers, write a report"))
     _add_score(commands.add_parser("score", help="score a file of predictions, of any system"))
     compare = commands.add_parser("compare", help="the difference of two or more runs, with its 95 %% interval")
@@ -41,6 +41,11 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--html", metavar="FILE", help="write the comparison with pictures")
     compare.add_argument("--data", metavar="DIR", help="folder of the pictures (default: that of the first run)")
     compare.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
+    export = commands.add_parser("export", help="predictions and references as COCO caption files")
+    export.add_argument("predictions", metavar="FILE", help="a run, or JSONL of id, prediction, references")
+    export.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="folder of results.json, annotations.json"
+    )
     commands.add_parser("tasks", help="list the protocols and what their numbers may be compared with")
     for command in commands.choices.values():
         if command is not commands.choices["run"]:
@@ -87,6 +92,9 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
 
 def _add_scoring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metrics", nargs="+", metavar="NAME", help="default: the task's; METEOR needs Java")
+    parser.add_argument(
+        "--sentence-model", metavar="DIR", help="adds S-IoU and semantic similarity by this sentence-transformers model"
+    )
     parser.add_argument("--no-intervals", action="store_true", help="leave the bootstrap out: faster on large files")
     parser.add_argument("--allow-missing", action="store_true", help="score although samples have no prediction")
 
@@ -96,7 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     args.command_line = shlex.join([PROGRAM, *(sys.argv[1:] if argv is None else argv)])
     try:
-        return {"run": _run, "score": _score, "compare": _compare, "tasks": _tasks}[args.command](args)
+        return {"run": _run, "score": _score, "compare": _compare, "export": _export, "tasks": _tasks}[args.command](
+            args
+        )
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
@@ -130,7 +140,8 @@ def _run(args: argparse.Namespace) -> int:
         controls=args.controls,
         strength=args.strength,
         limit=args.limit,
-        metrics=_metrics(args, task),
+        metrics=_metrics(args, task.metrics),
+        sentence_model=args.sentence_model,
         intervals=not args.no_intervals,
         allow_missing=args.allow_missing,
         seed=args.seed,
@@ -153,8 +164,12 @@ def _region_input(task: Task, asked: str | None) -> str:
     return task.region_input
 
 
-def _metrics(args: argparse.Namespace, task: Task) -> tuple[str, ...]:
-    return tuple(args.metrics or task.metrics)
+def _metrics(args: argparse.Namespace, default: Sequence[str]) -> tuple[str, ...]:
+    """The metrics that are named, or the default; a sentence model adds those of its kind."""
+    from eval.metrics import similarity
+
+    names = tuple(args.metrics or default)
+    return names + tuple(name for name in similarity.METRICS if args.sentence_model and name not in names)
 
 
 def _device_of_rank(local_rank: int) -> str:
@@ -186,8 +201,14 @@ def _score(args: argparse.Namespace) -> int:
         raise ValueError(
             f"{questions} of {len(records)} samples are questions, the others captions: name the --metrics"
         )
-    names = args.metrics or (task.metrics if task else tasks.QUESTION_METRICS if questions else tasks.CAPTION_METRICS)
-    metrics = score(records, tuple(names), with_intervals=not args.no_intervals, seed=args.seed)
+    default = task.metrics if task else tasks.QUESTION_METRICS if questions else tasks.CAPTION_METRICS
+    metrics = score(
+        records,
+        _metrics(args, default),
+        with_intervals=not args.no_intervals,
+        seed=args.seed,
+        sentence_model=args.sentence_model,
+    )
     metrics["notes"] = notes + metrics["notes"]
     about = {"item": task.item, "references": task.references} if task else {}
     protocol = {**about, "items": len(records), "predictions": str(args.predictions)}
@@ -206,6 +227,15 @@ def _compare(args: argparse.Namespace) -> int:
     print(comparison.to_text())
     if args.html:
         comparison.write_html(Path(args.html), args.data)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from eval.coco_format import write_coco
+    from eval.predictions import read_predictions
+
+    write_coco(args.out, read_predictions(args.predictions)[0])
+    print(f"wrote {args.out / 'results.json'} and {args.out / 'annotations.json'}")
     return 0
 
 

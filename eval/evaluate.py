@@ -42,6 +42,7 @@ class Plan:
         strength: Of the regions, 0 to 1.
         limit: Only so many samples, or None.
         metrics: Names; the task's.
+        sentence_model: Directory for semantic similarity, or None.
         intervals: Whether 95 % intervals are made.
         allow_missing: Whether samples without a prediction may be left out.
         seed: Of the bootstrap.
@@ -56,6 +57,7 @@ class Plan:
     strength: float = 1.0
     limit: int | None = None
     metrics: tuple[str, ...] = ()
+    sentence_model: str | None = None
     intervals: bool = True
     allow_missing: bool = False
     seed: int = 0
@@ -78,7 +80,7 @@ def evaluate(plan: Plan, load: Callable[[], RegionChat], model_name: str) -> dic
     Raises:
         ValueError: If data or pictures are missing, the folder belongs to another run, or a sample has no answer.
     """
-    check_metrics(plan.metrics)
+    check_metrics(plan.metrics, plan.sentence_model)
     processes = Processes.start()
     samples = read_samples(plan)
     chat = load()
@@ -168,7 +170,7 @@ def finish(plan: Plan, record: dict[str, Any]) -> dict[str, Any]:
         if not (plan.folder(name) / "predictions.jsonl").exists():
             continue
         records, notes = read_predictions(plan.folder(name), allow_missing=plan.allow_missing)
-        found = measure(records, plan.metrics)
+        found = measure(records, plan.metrics, plan.sentence_model)
         scored = score(records, plan.metrics, with_intervals=plan.intervals, seed=plan.seed, measured=found)
         scored["notes"] = notes + scored["notes"]
         entry = {key: scored[key] for key in ("items", "metrics", "notes")}
@@ -183,7 +185,9 @@ def finish(plan: Plan, record: dict[str, Any]) -> dict[str, Any]:
             known = [r for r in records if "shown_references" in r["meta"]]
             shown = [{**r, "references": r["meta"]["shown_references"]} for r in known]
             if shown:
-                entry["shown"] = score(shown, plan.metrics, with_intervals=False)["metrics"]
+                entry["shown"] = score(shown, plan.metrics, with_intervals=False, sentence_model=plan.sentence_model)[
+                    "metrics"
+                ]
         metrics["inputs"][name] = entry
     if plan.limit is not None:
         metrics["notes"].insert(0, f"only the first {plan.limit} samples: comparable with nothing")
@@ -197,7 +201,7 @@ def _differences(
     """The paired differences of an input to the main one, on the samples that both have."""
     ids = {record["id"] for record in records}
     if len(ids) < len(main):  # alone in their pictures, they have no wrong region
-        base = measure([record for record in main if record["id"] in ids], plan.metrics)
+        base = measure([record for record in main if record["id"] in ids], plan.metrics, plan.sentence_model)
     groups = picture_of_each(records)
     return {name: base.difference(found, name, groups, seed=plan.seed)._asdict() for name in plan.metrics}
 

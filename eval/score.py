@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.metrics import captions, java, questions
+from eval.metrics import captions, java, questions, similarity
 from eval.metrics.exact_match import exact_matches
 from eval.metrics.intervals import (
     RESAMPLES,
@@ -23,7 +24,7 @@ from eval.metrics.intervals import (
 )
 
 LETTERS = "exactly right"  # letter for letter: for the drawn world, whose answers are canonical
-METRICS = (LETTERS, *captions.METRICS, *questions.METRICS)
+METRICS = (LETTERS, *captions.METRICS, *questions.METRICS, *similarity.METRICS)
 # Upper ends of the buckets of a region's share of its picture. Absolute sizes, as COCO's, would depend on the pictures.
 _AREAS = ((0.01, "under 1 % of the picture"), (0.1, "1 to 10 %"), (float("inf"), "over 10 %"))
 _MANY = 3  # neighbours of the same class; more are counted with them
@@ -37,6 +38,7 @@ def score(
     with_intervals: bool = True,
     seed: int = 0,
     measured: Measured | None = None,
+    sentence_model: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
     """Score predictions that are all there.
 
@@ -47,6 +49,7 @@ def score(
             of one picture are not independent.
         seed: Of the bootstrap.
         measured: What `measure` gave for these, if it is there already.
+        sentence_model: As `measure`.
 
     Returns:
         "items", "metrics" by name ({"value", "low", "high", "interval"}), "by" (values by kind of region or question),
@@ -56,7 +59,7 @@ def score(
     Raises:
         ValueError: If there is no record, a metric is unknown, or it needs Java where there is none.
     """
-    found = measure(records, metrics) if measured is None else measured
+    found = measure(records, metrics, sentence_model) if measured is None else measured
     groups = picture_of_each(records)
     result: dict[str, Any] = {"items": len(records), "metrics": {}, "by": _by_kind(records, metrics, found.items)}
     for name in metrics:
@@ -114,15 +117,17 @@ class Measured:
         return paired_difference(self.items[name], other.items[name], groups, resamples, seed)
 
 
-def measure(records: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Measured:
-    """The values of metrics.
+def measure(
+    records: Sequence[Mapping[str, Any]], metrics: Sequence[str], sentence_model: str | os.PathLike | None = None
+) -> Measured:
+    """The values of metrics; `sentence_model` is the directory that semantic similarity needs.
 
     Raises:
         ValueError: As `score`.
     """
     if not records:
         raise ValueError("there is nothing to score: no predictions")
-    check_metrics(metrics)
+    check_metrics(metrics, sentence_model)
     predictions = [record["prediction"] for record in records]
     references = [record["references"] for record in records]
     items: dict[str, np.ndarray] = {}
@@ -133,6 +138,10 @@ def measure(records: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Mea
     if "VQA accuracy" in metrics:
         pairs = zip(predictions, references, strict=True)
         items["VQA accuracy"] = np.array([questions.vqa_accuracy(prediction, answers) for prediction, answers in pairs])
+    if similarity.S_IOU in metrics:
+        items[similarity.S_IOU] = similarity.semantic_iou(predictions, references)
+    if similarity.SEMANTIC in metrics:
+        items[similarity.SEMANTIC] = similarity.semantic_similarity(predictions, references, sentence_model)
     values = {name: float(scores.mean()) for name, scores in items.items()}
     wanted = [name for name in metrics if name in captions.METRICS]
     if not wanted:
@@ -141,12 +150,14 @@ def measure(records: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Mea
     return Measured(values | found.corpus, items | found.items, found)
 
 
-def check_metrics(metrics: Sequence[str]) -> None:
-    """Raise ValueError if a metric is unknown, or needs Java where there is none: before an hour of answers."""
+def check_metrics(metrics: Sequence[str], sentence_model: str | os.PathLike | None = None) -> None:
+    """Raise ValueError if a metric is unknown, or needs what is not there: before an hour of answers."""
     if unknown := set(metrics) - set(METRICS):
         raise ValueError(f"expected metrics out of {', '.join(METRICS)}, got {', '.join(sorted(unknown))}")
     if set(metrics) & set(captions.METRICS):
         java.java()
+    if similarity.SEMANTIC in metrics and sentence_model is None:
+        raise ValueError("semantic similarity needs --sentence-model, a directory of a sentence-transformers model")
 
 
 def picture_of_each(records: Sequence[Mapping[str, Any]]) -> list | None:
