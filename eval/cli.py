@@ -47,9 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", required=True, type=Path, metavar="DIR", help="folder of results.json, annotations.json"
     )
     commands.add_parser("tasks", help="list the protocols and what their numbers may be compared with")
-    for command in commands.choices.values():
-        if command is not commands.choices["run"]:
-            command.add_argument("--version", action="version", version=f"{PROGRAM} {version('alpha-clip-mllm')}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('alpha-clip-mllm')}")
     return parser
 
 

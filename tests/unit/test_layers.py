@@ -16,7 +16,7 @@ TOWER_MAY_IMPORT = {"torch", "transformers", "numpy", "PIL", "safetensors"}  # t
 TOWER_MAY_TRY = {"pycocotools"}
 PACKAGE_OF_IMPORT = {"PIL": "pillow", "yaml": "pyyaml", "google": "protobuf"}
 # Besides its own extra, a folder needs nothing that is not a core dependency.
-EXTRA_OF_LAYER = {"vision_tower": (), "mllm": (), "eval": ("eval",), "train": ("train",)}
+EXTRA_OF_LAYER = {"vision_tower": (), "mllm": (), "eval": ("eval", "similarity"), "train": ("train",)}
 
 
 def source_files(layer):

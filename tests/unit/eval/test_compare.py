@@ -231,13 +231,13 @@ def test_the_interval_of_meteor_is_that_of_files_drawn_by_hand(tmp_path):
     (found,) = compare([a, b], metrics=["METEOR"]).differences["METEOR"]
     files = [[json.loads(line) for line in (path / "predictions.jsonl").open("rb")] for path in (a, b)]
     drawn = []
-    for rows in np.random.default_rng(5).integers(9, size=(200, 9)):
+    for rows in np.random.default_rng(5).integers(9, size=(100, 9)):
         values = [
             java.meteor([file[r]["prediction"] for r in rows], [file[r]["references"] for r in rows])[0]
             for file in files
         ]
         drawn.append(values[1] - values[0])
-    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=0.06)
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=0.08)
 
 
 def test_as_text(tmp_path):
