@@ -109,6 +109,8 @@ def _read_request(number: int, line: bytes) -> Request:
         problem = 'expected "image": path and "region": {...} ({"whole": true} for the whole image)'
     elif not isinstance(record.get("question", ""), str):
         problem = "expected the question as text"
+    elif "question" in record and not record["question"].strip():
+        problem = "the question is empty; leave it out to have the region described"
     return Request(record["id"], record, problem)
 
 

@@ -62,14 +62,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens (default 128)")
     batch = parser.add_argument_group("batch file")
-    batch.add_argument("--batch", metavar="JSONL", help='requests {"id", "image", "region", "question"?}, one a line')
+    batch.add_argument(
+        "--batch",
+        metavar="JSONL",
+        help='requests {"id", "image", "region", "question"?}, one a line; paths are relative to this file',
+    )
     batch.add_argument(
         "--output",
         metavar="JSONL",
         help='answers {"id", "answer"} or {"id", "error"}; an existing file of the same run is '
         "continued (a request that failed stays failed)",
     )
-    batch.add_argument("--batch-size", type=int, default=16, help="answers made at once (default 16)")
+    batch.add_argument("--batch-size", type=int, help="answers made at once (default 16)")
     return parser
 
 
@@ -128,6 +132,8 @@ def _run(args: argparse.Namespace) -> int:
         check_folder(args.save_overlay)
         keep_picture(args.image, args.save_overlay)
     chat = load_chat(args)
+    if args.model is None and region is not None:
+        warn_of_unknown_form(region)
     conversation = Conversation(chat, args.image, image, region, args.max_new_tokens)
     if args.ask is None and not args.json:
         return conversation.run(sys.stdin, overlay=args.save_overlay)
@@ -152,7 +158,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     has_region = args.whole or any(getattr(args, option) is not None for option in REGION_OPTIONS)
     if args.strength is not None and not 0 <= args.strength <= 1:  # also NaN
         raise ValueError(f"expected a --strength from 0 to 1, got {args.strength}")
-    if args.max_new_tokens < 1 or args.batch_size < 1:
+    if args.max_new_tokens < 1 or (args.batch_size is not None and args.batch_size < 1):
         raise ValueError("expected --max-new-tokens and --batch-size of at least 1")
     if args.batch:
         if not args.output:
@@ -166,8 +172,12 @@ def _check_arguments(args: argparse.Namespace) -> None:
             or args.save_overlay
         ):
             raise ValueError("--batch takes pictures, regions and questions from its file; leave the other flags out")
+    elif args.output or args.batch_size is not None:
+        raise ValueError("--output and --batch-size belong to --batch FILE")
     elif not args.image:
         raise ValueError("expected --image FILE, or --batch FILE")
+    elif args.ask is not None and not args.ask.strip():
+        raise ValueError("--ask is empty; leave it out to have the region described (with --json), or ask something")
     elif not has_region and args.strength is not None:
         raise ValueError(f"--strength belongs to a region; expected one of {options}")
     elif not has_region and (args.ask is not None or args.json):
@@ -191,6 +201,16 @@ def region_from_arguments(args: argparse.Namespace) -> Region | None:
                 raise ValueError(f"two strengths: {region.strength} in --{option} and --strength {args.strength}")
             return dataclasses.replace(region, strength=args.strength)
     return Region.whole() if args.whole else None
+
+
+def warn_of_unknown_form(region: Region) -> None:
+    """Say that the embedded model, trained on boxes and masks of whole objects, was asked in another way."""
+    if region.kind in ("points", "stroke") or region.strength < 0.9:
+        print(
+            "note: the embedded model learned from boxes and masks at strength 1; of other regions it often says "
+            "something wrong (docs/shapes.md)",
+            file=sys.stderr,
+        )
 
 
 def load_chat(args: argparse.Namespace):
@@ -222,8 +242,16 @@ def load_chat(args: argparse.Namespace):
     name = args.model or "embedded model (drawn scenes only, no photographs)"
     attention = model.config.text_config._attn_implementation
     dtype = model.get_input_embeddings().weight.dtype  # BLIP-2 keeps its Q-Former in float32
-    print(f"model: {name} | device: {model.device} | dtype: {dtype} | attention: {attention}", file=sys.stderr)
+    added = [f" | {what}: {value}" for what, value in _added(args).items() if value]
+    print(
+        f"model: {name} | device: {model.device} | dtype: {dtype} | attention: {attention}{''.join(added)}",
+        file=sys.stderr,
+    )
     return RegionChat(model, processor)
+
+
+def _added(args: argparse.Namespace) -> dict[str, str | None]:
+    return {"alpha weights": args.alpha_weights, "adapter": args.adapter, "language model in": args.load_in}
 
 
 def _batch(args: argparse.Namespace) -> int:
@@ -237,11 +265,15 @@ def _batch(args: argparse.Namespace) -> int:
         args.batch,
         args.output,
         model_name=args.model or "embedded",
-        batch_size=args.batch_size,
+        batch_size=args.batch_size or 16,
         max_new_tokens=args.max_new_tokens,
     )
     if failed:
-        print(f"{PROGRAM}: {failed} request(s) failed; their errors are in {args.output}", file=sys.stderr)
+        print(
+            f"{PROGRAM}: {failed} request(s) failed; their errors are in {args.output}. They stay failed when the "
+            "run is repeated: to try again, put those requests into another file, or delete the output",
+            file=sys.stderr,
+        )
     return 1 if failed else 0
 
 

@@ -25,7 +25,7 @@ a line of text asks about the region; an empty line asks for its description
 /box X0,Y0,X1,Y1  /nbox ...  /polygon ...  /mask FILE  /rle FILE  /point X,Y@RADIUS  /stroke X,Y;X,Y@WIDTH  /whole
                   another region (the conversation starts anew)
 /strength S       1: the region alone, 0: the whole image
-/image FILE       another picture (the region must be given again)
+/image FILE       another picture (the conversation starts anew, the region must be given again)
 /overlay FILE     write the picture with its region and the last answer
 /save FILE        write the conversation as JSON
 /reset            forget the turns so far
@@ -46,7 +46,11 @@ class Conversation:
         self.history: list[Turn] = []
 
     def run(self, lines: TextIO, *, overlay: str | None = None) -> int:
-        """Answer line by line until the end of input or /quit; a mistake costs one line and changes nothing."""
+        """Answer line by line until the end of input or /quit; a mistake costs one line and changes nothing.
+
+        Returns the exit code: 2 when lines came from a file or a pipe and one of them failed, so that a script sees it.
+        """
+        failed = False
         if lines.isatty():
             print(f"{self.image_name}, {self._region_name()}; /help lists the commands", file=sys.stderr)
         while True:
@@ -54,13 +58,15 @@ class Conversation:
                 print("> ", end="", file=sys.stderr, flush=True)
             line = lines.readline()
             if not line or line.strip() in ("/quit", "/exit"):
-                return 0
+                return 2 if failed and not lines.isatty() else 0
             try:
                 self._line(line.strip())
                 if overlay and self.history:
                     self.save_overlay(overlay)
             except (ValueError, OSError) as error:
-                print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+                failed = True
+                still = f" (still about {self._region_name()})" if line.startswith("/") and self.region else ""
+                print(f"error: {' '.join(str(error).split())}{still}", file=sys.stderr)
 
     def ask(self, question: str | None, *, stream: bool = True) -> str:
         """Answer a question and remember the turn.
@@ -98,7 +104,7 @@ class Conversation:
         commands: dict[str, Callable[[str], None]] = {
             "strength": self._set_strength,
             "image": self._set_image,
-            "overlay": self.save_overlay,
+            "overlay": self._overlay,
             "save": self._save,
         }
         if command in REGION_OPTIONS:
@@ -131,6 +137,10 @@ class Conversation:
         self.image_name, self.region = path, None
         self._forget(f"now {path} ({self.image.width} x {self.image.height} pixels); give a region")
 
+    def _overlay(self, path: str) -> None:
+        self.save_overlay(path)
+        print(f"wrote {path}", file=sys.stderr)
+
     def _forget(self, message: str) -> None:
         self.history = []
         print(message, file=sys.stderr)
@@ -146,6 +156,7 @@ class Conversation:
         temporary = Path(f"{path}.tmp")
         temporary.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, path)
+        print(f"wrote {path}: {len(self.history)} turns", file=sys.stderr)
 
     def _region_name(self) -> str:
         return "no region yet" if self.region is None else f"region {self.region}"

@@ -104,7 +104,9 @@ def load(
     if adapter is not None:
         load_adapter(loaded, adapter)
     if _ignores_regions(loaded):
-        logger.warning("the alpha weight of %s is zero: every region gets the same answer; give alpha_weights", name)
+        eva = config.model_type == "blip-2"
+        advice = "tune it, as no published weights fit EVA" if eva else "give alpha_weights (--alpha-weights)"
+        logger.warning("the alpha weight of %s is zero: every region gets the same answer; %s", name, advice)
     if device_map is None:
         loaded = loaded.to(pick_device(device))
     if compile:

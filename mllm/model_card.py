@@ -77,7 +77,7 @@ _FILES = {
     "chat_template.jinja": "the conversation format",
     "scores.json": "the scores below",
     "training_scenes.bin": "hashes of the Shapes scenes that it was trained on, so that none is scored",
-    "*.py": "source files that `trust_remote_code=True` runs where this project is not installed",
+    "*.py": "source files of the tower: a directory of the tower alone runs them with `trust_remote_code=True`",
 }
 _TOLD = (  # what of the training arguments is told
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "weight_decay"),
@@ -155,7 +155,8 @@ def check_base_model(base_model: str | None) -> str:
         base_model = None
     if not base_model or os.path.exists(base_model):
         raise ValueError(
-            "expected the hub id of the model that it was made from, got none or a folder; give base_model"
+            "expected the hub id of the model that it was made from, got none or a folder; give base_model "
+            "(--base-model)"
         )
     return base_model
 

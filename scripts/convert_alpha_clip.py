@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.out.exists():
             raise ValueError(f"{args.out} exists; choose a new name or delete it")
+        if args.out.suffix in (".pth", ".pt", ".safetensors") and not args.original:
+            raise ValueError(f"OUT is a directory, got {args.out}; add --original to write an original checkpoint file")
         convert(args)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)

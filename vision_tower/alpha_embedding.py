@@ -4,8 +4,11 @@ ViTs.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -144,8 +147,8 @@ def _patch_convolution(model: PreTrainedModel) -> str:
 
 
 def load_with_alpha(name: str | os.PathLike, model_class: Any = None, **kwargs: Any) -> PreTrainedModel:
-    """Load a model that `add_alpha_channel` has changed and `save_pretrained` has saved; a stock one gets alpha at
-    zero. `from_pretrained` alone would drop the alpha weight: the stock class has no place for it.
+    """Load a model that `add_alpha_channel` has changed and `save_pretrained` has saved. `from_pretrained` alone would
+    drop the alpha weight: the stock class has no place for it.
 
     Args:
         name: Directory or hub id.
@@ -153,7 +156,7 @@ def load_with_alpha(name: str | os.PathLike, model_class: Any = None, **kwargs: 
         **kwargs: As in `from_pretrained`.
 
     Raises:
-        ValueError: If a weight is missing, of another shape, or left over besides the alpha weight; or as
+        ValueError: If there is no alpha weight, a weight is missing, of another shape, or left over; or as
             `add_alpha_channel`.
     """
     hub = {option: kwargs[option] for option in _HUB_OPTIONS if option in kwargs}
@@ -164,16 +167,33 @@ def load_with_alpha(name: str | os.PathLike, model_class: Any = None, **kwargs: 
         if model_class is None:
             raise ValueError(f"expected a Transformers model class in {name}'s config, got {architecture}; give it")
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the report names mismatches
-    model, report = model_class.from_pretrained(name, **kwargs)
+    with _without_load_report():
+        model, report = model_class.from_pretrained(name, **kwargs)
     add_alpha_channel(model)
     key = next(key for key, module in model.named_modules() if isinstance(module, AlphaConv2d)) + ".weight"
     left_over = sorted(set(report["unexpected_keys"]) - {key})
     problems = sorted(report["missing_keys"]) + left_over + sorted(str(key) for key in report["mismatched_keys"])
     if problems:
         raise ValueError(f"the weights in {name} do not fit {type(model).__name__} (first: {problems[0]})")
-    if key in report["unexpected_keys"]:
-        model.get_parameter(key).data.copy_(_stored_alpha(name, key, hub))
+    if key not in report["unexpected_keys"]:
+        raise ValueError(
+            f"{name} has no alpha weight ({key}): every region would be ignored. To begin with a stock model, load it "
+            "with from_pretrained and give it to add_alpha_channel"
+        )
+    model.get_parameter(key).data.copy_(_stored_alpha(name, key, hub))
     return model
+
+
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Transformers' report would call the alpha weight unexpected; it is read afterwards, and the rest is checked."""
+    report = logging.getLogger("transformers.modeling_utils")
+    level = report.level
+    report.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        report.setLevel(level)
 
 
 def _stored_alpha(name: str | os.PathLike, key: str, hub: dict) -> torch.Tensor:

@@ -218,7 +218,9 @@ def to_original(ours: StateDict) -> StateDict:
     """
     for key in ("visual_projection.weight", f"vision_model.{ALPHA_WEIGHT}"):
         if key not in ours:
-            raise ValueError(f"expected {key} among the weights: the original layout has it")
+            raise ValueError(
+                f"expected {key} among the weights: the original layout has it (a LLaVA's tower has no projection)"
+            )
     original = {"proj": ours["visual_projection.weight"].T.contiguous()}
     original |= {theirs: ours[f"vision_model.{name}"] for theirs, name in _TOWER_KEYS.items()}
     layers = sum(key.endswith(".layer_norm1.weight") for key in ours)

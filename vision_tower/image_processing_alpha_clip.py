@@ -106,7 +106,14 @@ class AlphaCLIPImageProcessor(PilBackend):
     def for_size(cls, side: int, geometry: str, like: Any = None) -> AlphaCLIPImageProcessor:
         """The processor for a tower of `side` x `side` pixels, with the mean and deviation of another image processor
         (`like`), CLIP's when not given.
+
+        Raises:
+            ValueError: If the size is no whole number of pixels.
         """
+        if not isinstance(side, int) or side < 1:
+            raise ValueError(
+                f"expected the tower's side in pixels (crop_size['height'] of CLIP, 224 ...), got {side!r}"
+            )
         colours = {} if like is None else {"image_mean": list(like.image_mean), "image_std": list(like.image_std)}
         crop_size = {"height": side, "width": side}
         return cls(size={"shortest_edge": side}, crop_size=crop_size, geometry=geometry, **colours)

@@ -25,6 +25,10 @@ PUNCTUATION = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;"
 _LINE_BREAKS = re.compile("[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+")
 # METEOR writes numbers in the language of its machine ("0,42" in German) and then cannot read its own.
 _ENGLISH = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")
+# Half the memory of Java's own choice, and faster on two cores: 232,935 captions 0.6 GiB and 28 s against 1.25 and 36
+_SMALL = "-XX:+UseSerialGC"
+# METEOR's own 2 GB end at a caption of 5,000 words that repeats the reference's ("the dog the dog ..."); 10,000 take 6
+_METEOR_HEAP = "-Xmx6G"
 _CHUNKS = 20  # column of METEOR's statistics: runs of words that match in order
 _TIMEOUT, _TIMEOUT_PER_LINE = 120.0, 0.02  # seconds; about a hundred times what was measured
 
@@ -134,7 +138,7 @@ class _Meteor:
         jar = _jar("meteor", "meteor-1.5.jar")
         # to a file: a pipe that nobody empties would stop the program once it is full
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the program
-        arguments = ["-Xmx2G", "-jar", jar, "-", "-", "-stdio", "-l", "en", "-norm"]
+        arguments = [_METEOR_HEAP, "-jar", jar, "-", "-", "-stdio", "-l", "en", "-norm"]
         try:
             self._program = subprocess.Popen(
                 _command(arguments),
@@ -195,7 +199,7 @@ def _jar(folder: str, name: str) -> str:
 
 
 def _command(arguments: Sequence[str]) -> list[str]:
-    return [java(), *_ENGLISH, *arguments]
+    return [java(), *_ENGLISH, _SMALL, *arguments]
 
 
 def _environment() -> dict[str, str]:
@@ -208,5 +212,6 @@ def _limit(lines: int, timeout: float | None) -> float:
 
 
 def _broken(what: str, code: int, got: int, expected: int, errors: bytes) -> ValueError:
-    reason = (errors.decode("utf-8", "replace").strip().splitlines() or ["no message"])[-1]
+    lines = errors.decode("utf-8", "replace").strip().splitlines()
+    reason = next((line for line in reversed(lines) if not line.startswith("\tat ")), "no message")
     return ValueError(f"{what} ended with code {code} after {got} of {expected} lines: {reason[:300]}")

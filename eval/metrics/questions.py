@@ -51,10 +51,15 @@ def score_answers(predictions: Sequence[str], references: Sequence[Sequence[str]
     if not predictions or len(predictions) != len(references) or not all(references):
         raise ValueError(f"expected answers, each with references, got {len(predictions)} and {len(references)}")
     rows = [
-        np.max([_compare(normalise_answer(prediction), normalise_answer(text)) for text in refs], axis=0)
+        np.max([_compare(_comparable(prediction), _comparable(text)) for text in refs], axis=0)
         for prediction, refs in zip(predictions, references, strict=True)
     ]
     return dict(zip(METRICS[:3], np.array(rows, float).T, strict=True))
+
+
+def _comparable(text: str) -> str:
+    """Normalised; an article alone ("A.", a letter on a sign) is an answer, and stays."""
+    return normalise_answer(text) or _without_punctuation(_on_one_line(text)).strip().lower()
 
 
 def _compare(answer: str, reference: str) -> tuple[float, float, float]:

@@ -241,12 +241,13 @@ def test_fused_llava_is_stock_llava(checkpoint, clip_llava, tmp_path, measured):
         mllm.load(tmp_path / "fused", device="cpu")
 
 
-def test_the_input_built_by_hand_is_the_processors(checkpoint, tmp_path):
+@pytest.mark.parametrize("width, height", [(64, 40), (45, 64), (65, 40)], ids=["wide", "tall", "odd"])
+def test_the_input_built_by_hand_is_the_processors(checkpoint, tmp_path, width, height):
     """The lines of docs/fused.md against our image processor, in LLaVA's geometry."""
     assert convert(checkpoint, tmp_path / "OUT", "--fused") == 0
     lines = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "fused.md").read_text(encoding="utf-8"), re.DOTALL)[0]
-    image, region = noise_picture(64, 40), Region.from_box(8, 5, 30, 33)
-    mask = Image.fromarray(region.mask(40, 64).astype(np.uint8) * 255)
+    image, region = noise_picture(width, height), Region.from_box(8, 5, 30, 33)
+    mask = Image.fromarray(region.mask(height, width).astype(np.uint8) * 255)
     names = {"image": image, "mask": mask}
     exec(lines.replace('"OUT"', repr(str(tmp_path / "OUT"))), names)
     ours = AlphaCLIPImageProcessor.for_size(32, "pad")(images=image, regions=region, return_tensors="pt")[
@@ -268,6 +269,8 @@ def test_errors_leave_nothing_behind(checkpoint, original, tmp_path, capsys):
     assert "16 dimensions" in error and error.count("\n") == 1
     assert convert(checkpoint, tmp_path / "out", "--text-from", tmp_path / "nowhere") == 2
     assert "cannot load a CLIP" in capsys.readouterr().err
+    assert convert(checkpoint, tmp_path / "back.pth") == 2
+    assert "--original" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip", "cut.pth", "there"]
 
 

@@ -121,11 +121,22 @@ def test_saved_alpha_comes_back_only_through_load_with_alpha(stock, tmp_path, sh
     assert not any(isinstance(module, AlphaPatchEmbedding) for module in plain.modules())
 
 
-def test_a_stock_directory_gets_alpha_at_zero(stock, tmp_path):
+def test_a_stock_directory_is_refused(stock, tmp_path):
+    """Its alpha would be zero, and every region ignored without a word."""
     stock.save_pretrained(tmp_path)
-    ours = load_with_alpha(tmp_path)
+    with pytest.raises(ValueError, match="has no alpha weight.*add_alpha_channel"):
+        load_with_alpha(tmp_path)
+    ours = add_alpha_channel(type(stock).from_pretrained(tmp_path))
     assert torch.count_nonzero(alpha_of(ours)) == 0
     assert torch.equal(states(ours, pixels()), states(stock, pixels(4)[:, :3]))
+
+
+def test_a_good_load_reports_nothing(stock, tmp_path, caplog):
+    ours = add_alpha_channel(stock)
+    ours.save_pretrained(tmp_path)
+    caplog.clear()
+    load_with_alpha(tmp_path)
+    assert "UNEXPECTED" not in caplog.text
 
 
 def test_other_weights_are_an_error(stock, tmp_path):

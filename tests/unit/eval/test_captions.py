@@ -84,6 +84,31 @@ def test_very_long_predictions_score_low_and_come_back():
     assert found.corpus["BLEU-1"] < 0.01
 
 
+@pytest.mark.slow  # takes 6 GB of memory
+def test_ten_thousand_words_of_the_reference_are_scored():
+    """METEOR's own limit of 2 GB is too little for this; its alignment tries every repetition."""
+    found = score_captions(["the dog " * 5_000, CAPTIONS[0]], [["the dog near the cat"], [CAPTIONS[0]]], ["METEOR"])
+    assert 0 < found.items["METEOR"][0] < 0.01 and found.items["METEOR"][1] == 1
+
+
+def test_line_breaks_in_tokens_do_not_shift_meteor():
+    odd = ["a cat\non a mat", "a dog\r", "a ||| b", CAPTIONS[0]]
+    found = score_captions(odd, [[text] for text in odd], ["METEOR"], tokenized=True)
+    assert len(found.items["METEOR"]) == 4 and (found.items["METEOR"] == 1).all()
+
+
+def test_an_interrupted_meteor_does_not_answer_the_next_call(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    java.meteor(["a"], [["a"]])  # it runs, so that it would go on answering
+    with monkeypatch.context() as patch:
+        patch.setattr(java.threading.Thread, "join", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            java.meteor(["no such thing"] * 100, [["a dog"]] * 100)
+    assert java.meteor(["a dog"], [["a dog"]])[0] == 1
+
+
 def test_one_item_has_no_cider():
     found = score_captions(CAPTIONS[:1], [CAPTIONS[:1]], ["CIDEr"])
     assert found.corpus["CIDEr"] == 0 and "0 by definition" in found.notes[0]
@@ -116,16 +141,17 @@ def fake_java(tmp_path, monkeypatch):
 ALL = [("the tokenizer", lambda: java.tokenize(["a"], 1)), ("METEOR", lambda: java.meteor(["a"], [["a"]], 1))]
 
 
+@pytest.mark.parametrize("script", ["exec sleep 60", "sleep 60"], ids=["itself", "in a child of its own"])
 @pytest.mark.parametrize("name, call", ALL, ids=["tokenizer", "meteor"])
-def test_java_that_hangs_is_given_up(fake_java, name, call):
-    fake_java("exec sleep 60")
+def test_java_that_hangs_is_given_up(fake_java, name, call, script):
+    fake_java(script)
     with pytest.raises(ValueError, match=f"{name} gave no answer within 1 seconds"):
         call()
 
 
 @pytest.mark.parametrize("name, call", ALL, ids=["tokenizer", "meteor"])
 def test_java_that_dies_says_why(fake_java, name, call):
-    fake_java("read line; echo out of memory >&2; exit 3")
+    fake_java("read line; echo out of memory >&2; printf '\\tat Main\\n' >&2; exit 3")
     with pytest.raises(ValueError, match=f"{name} ended with code 3 .* out of memory"):
         call()
 

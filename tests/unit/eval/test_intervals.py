@@ -3,7 +3,23 @@
 import numpy as np
 import pytest
 
-from eval.metrics.intervals import interval_of_mean, paired_difference, resampled_totals
+from eval.metrics.captions import score_captions
+from eval.metrics.intervals import (
+    difference_of_captions,
+    interval_of_captions,
+    interval_of_mean,
+    paired_difference,
+    resampled_totals,
+)
+
+GOOD = ["a red bus on the road", "two dogs play with a ball", "a man in a coat", "a cup of tea on a table"] * 8
+POOR = ["a bus", "two cats play", "a man in the yellow coat", "the table"] * 8
+REFERENCES = [
+    ["a red bus on the wet road"],
+    ["two dogs play with the ball"],
+    ["the man in a coat"],
+    ["a cup of tea"],
+] * 8
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +67,27 @@ def test_totals_are_sums_of_drawn_items():
     assert set(np.unique(totals[:, 0])) <= {a + b + c for a in (1, 10, 100) for b in (1, 10, 100) for c in (1, 10, 100)}
     grouped = resampled_totals(columns, ["x", "y", "x"], 500, 0)
     assert set(map(tuple, grouped)) == {(202, 4), (111, 3), (20, 2)}
+
+
+@pytest.fixture(scope="module")
+def captions():
+    return [score_captions(texts, REFERENCES) for texts in (GOOD, POOR)]
+
+
+@pytest.mark.parametrize("name", ["BLEU-1", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"])
+def test_the_difference_of_captions_is_paired_and_has_a_sign(captions, name):
+    good, poor = captions
+    interval, found = interval_of_captions(good, name), difference_of_captions(poor, good, name)
+    assert interval.low < good.corpus[name] < interval.high
+    assert found.value == pytest.approx(good.corpus[name] - poor.corpus[name])
+    assert 0 < found.low < found.value < found.high and found.p < 0.01
+    back = difference_of_captions(good, poor, name)
+    assert (back.low, back.high) == pytest.approx((-found.high, -found.low)) and back.p == found.p
+    same = difference_of_captions(good, good, name)
+    assert same[:3] == (0, 0, 0) and same.p == 1
+
+
+@pytest.mark.parametrize("name", ["BLEU-4", "METEOR"])
+def test_captions_of_other_items_are_refused(captions, name):
+    with pytest.raises(ValueError, match="32 and 31"):
+        difference_of_captions(captions[0], score_captions(GOOD[1:], REFERENCES[1:], [name]), name)

@@ -44,6 +44,12 @@ def test_scores_by_hand():
     assert found["token F1"] == pytest.approx(np.array([2 / 3, 2 / 3, 0, 1, 1]))
 
 
+def test_an_article_alone_is_an_answer():
+    """ "A." on a sign; and of marks alone nothing is left to be right with."""
+    found = score_answers(["A", "the", "it says a", "?", "B"], [["A."], ["A."], ["red"], ["?"], ["A."]])
+    assert found["exact match"].tolist() == [1, 0, 0, 0, 0]
+
+
 def test_the_best_reference_counts():
     assert score_answers(["blue"], [["red", "green", "Blue."]])["exact match"].tolist() == [1]
 

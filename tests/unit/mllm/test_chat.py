@@ -119,6 +119,9 @@ def write_cut(path):
         (["--batch", "r.jsonl", "--output", "no/o.jsonl"], "there is no folder"),
         (["--batch", "r.jsonl", "--output", "."], "it is a folder"),
         (["--ask", "x", "--whole"], "expected --image"),
+        (["--image", "picture.png", "--whole", "--ask", " "], "--ask is empty"),
+        (["--image", "picture.png", "--whole", "--ask", "x", "--output", "o.jsonl"], "belong to --batch"),
+        (["--image", "picture.png", "--whole", "--ask", "x", "--batch-size", "4"], "belong to --batch"),
         (["--image", "picture.png", "--whole", "--ask", "x" * 100_000], "the model reads 512"),
         (["--batch", "r.jsonl"], "--batch needs --output"),
         (["--batch", "missing.jsonl", "--output", "o.jsonl"], "cannot read the requests"),
@@ -206,7 +209,7 @@ hello?
 
 def test_a_conversation(tiny_llava_dir, picture, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO(CONVERSATION.format(folder=tmp_path)))
-    assert run(tiny_llava_dir, "--image", picture) == 0
+    assert run(tiny_llava_dir, "--image", picture) == 2  # lines of a pipe failed
     captured = capsys.readouterr()
     errors = [line for line in captured.err.splitlines() if line.startswith("error:")]
     expected = ["no region yet", "outside the picture", "unknown command /nonsense", "no image file", "no region yet"]
@@ -216,7 +219,14 @@ def test_a_conversation(tiny_llava_dir, picture, tmp_path, monkeypatch, capsys):
     assert saved["turns"] == [] and saved["region"] == {"box": [0, 0, 20, 20], "strength": 0.5}
     assert [turn["question"] for turn in again["turns"]] == ["And now?"]
     assert again["region"] == saved["region"]  # a picture that cannot be opened changes nothing
-    assert "/strength S" in captured.err
+    assert "/strength S" in captured.err and f"wrote {tmp_path}/turns.json: 0 turns" in captured.err
+    assert "(still about region box:0,0,20,20)" in errors[1] and "still" not in errors[0]
+
+
+@pytest.mark.parametrize("flags, noted", [(["--point", "20,20@6"], True), (["--box", "2,2,30,30"], False)])
+def test_what_the_embedded_model_never_learned_is_noted(picture, capsys, flags, noted):
+    assert chat.main(["--image", str(picture), *flags, "--ask", "What is this?", "--max-new-tokens", "1"]) == 0
+    assert ("learned from boxes and masks" in capsys.readouterr().err) == noted
 
 
 def test_version(capsys):

@@ -187,3 +187,9 @@ def test_the_centre_crop_decides_by_the_regions_own_place(caplog):
 def test_rescaling_is_no_setting_of_a_call():
     with pytest.raises(ValueError, match="do_rescale"):
         AlphaCLIPImageProcessor()(Image.new("RGB", (9, 9)), do_rescale=False)
+
+
+@pytest.mark.parametrize("side", [None, 0, "336"])
+def test_a_processor_for_no_size_is_refused(side):
+    with pytest.raises(ValueError, match="side in pixels"):
+        AlphaCLIPImageProcessor.for_size(side, "crop")
