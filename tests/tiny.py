@@ -6,6 +6,7 @@ from PIL import Image
 from transformers import (
     Blip2QFormerConfig,
     CLIPConfig,
+    CLIPTokenizer,
     LlamaConfig,
     LlamaTokenizer,
     LlavaConfig,
@@ -69,6 +70,13 @@ def tiny_tokenizer():
     tokenizer = LlamaTokenizer(vocab=vocabulary, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<pad>"})
     return tokenizer
+
+
+def tiny_clip_tokenizer():
+    """CLIP's tokenizer with the letters for a vocabulary."""
+    letters = [chr(code) for code in range(97, 123)]
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *[letter + "</w>" for letter in letters]]
+    return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
 
 
 def tiny_llava_config(tokenizer, vision_config):

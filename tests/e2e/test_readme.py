@@ -10,6 +10,15 @@ import pytest
 
 from mllm import chat
 from mllm.loading import EMBEDDED_MODEL
+from tests.tiny import noise_picture, tiny_clip_config, tiny_clip_tokenizer
+from vision_tower import (
+    AlphaCLIPConfig,
+    AlphaCLIPImageProcessor,
+    AlphaCLIPModel,
+    AlphaCLIPProcessor,
+    AlphaCLIPVisionConfig,
+    AlphaCLIPVisionModel,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,6 +33,21 @@ def test_the_five_lines_run_as_written(monkeypatch, capsys):
     )
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip().endswith("ASSISTANT: a large striped orange diamond")
+
+
+def test_tower_and_model_run_as_written(tmp_path, monkeypatch):
+    """The two examples of the tower alone, on tiny directories under the names that they use."""
+    monkeypatch.chdir(tmp_path)
+    config = tiny_clip_config()
+    processor = AlphaCLIPImageProcessor.for_size(config.vision_config.image_size, "crop")
+    AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**config.vision_config.to_dict())).save_pretrained("TOWER")
+    processor.save_pretrained("TOWER")
+    AlphaCLIPModel(AlphaCLIPConfig(**config.to_dict())).save_pretrained("MODEL")
+    AlphaCLIPProcessor(processor, tiny_clip_tokenizer()).save_pretrained("MODEL")
+    code = "".join(body for language, body in BLOCKS if language == "python" and "AlphaCLIP" in body)
+    names = {"image": noise_picture(96, 96)}
+    exec(compile(code.replace("DIR_OR_HUB_ID", "TOWER"), "README.md", "exec"), names)
+    assert names["features"].shape[0] == 1 and names["probabilities"].shape == (1, 2)
 
 
 def commands():

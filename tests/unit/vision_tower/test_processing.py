@@ -6,16 +6,13 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, CLIPProcessor, CLIPTokenizer
 
-from tests.tiny import noise_picture, tiny_clip_config
+from tests.tiny import noise_picture, tiny_clip_config, tiny_clip_tokenizer
 from vision_tower import AlphaCLIPConfig, AlphaCLIPImageProcessor, AlphaCLIPModel, AlphaCLIPProcessor, Region
 
 
 def build():
-    letters = [chr(code) for code in range(97, 123)]
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *[letter + "</w>" for letter in letters]]
-    tokenizer = CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
     image_processor = AlphaCLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    return AlphaCLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
+    return AlphaCLIPProcessor(image_processor=image_processor, tokenizer=tiny_clip_tokenizer())
 
 
 def test_regions_and_texts_in_one_call(tmp_path):
