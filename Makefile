@@ -56,6 +56,7 @@ style: setup ## style, mended
 bench: setup ## the benchmarks; their tables are kept in docs/benchmarks.md
 	$(BIN)/python scripts/bench_tower.py
 	$(BIN)/python scripts/bench_chat.py
+	$(BIN)/python scripts/bench_scoring.py
 
 eval-demo: setup ## evaluate the embedded model on 40 drawn scenes, with every control (under 3 minutes)
 	@test -f build/eval/shapes/dataset.json || $(BIN)/python -m mllm.data.shapes --out build/eval/shapes --images 40 --seed 2 --split test
