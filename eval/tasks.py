@@ -23,6 +23,12 @@ QUESTION_METRICS = ("exact match", "contains", "token F1")
 SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
 _VG_FILES = "Visual Genome's region_descriptions.json and image_data.json, pictures in VG_100K and VG_100K_2"
 _REFER_FILES = "{}, instances.json, pictures in train2014"
+# Copies of RefCOCOg's umd val with an image entry for each expression: MDETR's, Osprey's, GLaMM's
+_JSON_COPIES = (
+    "finetune_refcocog_val.json",
+    "finetune_refcocog_val_with_mask.json",
+    "finetune_refcocog_val_captions.json",
+)
 
 # (data folder, "box" or "mask") -> samples
 Reader = Callable[[Path, str], Iterable[RegionSample]]
@@ -96,13 +102,22 @@ def _refer_task(data_set: str, split_by: str, split: str, grouped: bool, items: 
     """A split of RefCOCO, RefCOCO+ or RefCOCOg in the layout of lichengunc/refer."""
 
     def read(data: Path, form: str) -> Iterable[RegionSample]:
+        copies = [data / name for name in _JSON_COPIES if (data_set, split_by, split) == ("refcocog", "umd", "val")]
+        copy = next((file for file in copies if file.is_file()), None)
+        if copy is not None and not (data / f"refs({split_by}).p").exists():
+            return coco.read_captions(copy, data, grouped=grouped, region_input=form)
         return refcocog.read_refs(data, split_by=split_by, split=split, grouped=grouped, region_input=form)
 
     return Task(
         name=f"{data_set}-{split_by}-{split}/{'grouped' if grouped else 'ungrouped'}",
         kind="caption",
         read=read,
-        files=_REFER_FILES.format(f"refs({split_by}).p"),
+        files=_REFER_FILES.format(f"refs({split_by}).p")
+        + (
+            f" (or one of {', '.join(_JSON_COPIES)})"
+            if (data_set, split_by, split) == ("refcocog", "umd", "val")
+            else ""
+        ),
         references="all expressions of the region" if grouped else "1: each expression is an item of its own",
         items=items,
         item="region" if grouped else "expression",
@@ -120,7 +135,7 @@ def _vg_sample(name: str, count: int, seed: int) -> Task:
             raise ValueError(f"{name}: expected at least {count} regions of test images in {data}, got {len(samples)}")
         return random.Random(seed).sample(samples, count)
 
-    return Task(name, "caption", read, _VG_FILES, "1", count)
+    return Task(name, "caption", read, _VG_FILES, "1", count, verified=True)
 
 
 def _grit(file: str) -> Reader:
@@ -200,7 +215,6 @@ _TASKS = (
         prompt=SHORT_ANSWER,
         max_new_tokens=32,
         metrics=QUESTION_METRICS,
-        verified=True,
     ),
     Task(
         "shapes-caption", "caption", _shapes, _SHAPES_FILES.format("test"), "1", metrics=_SHAPES_METRICS, verified=True

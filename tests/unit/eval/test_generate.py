@@ -8,10 +8,12 @@ import pytest
 
 import mllm
 from eval.controls import with_wrong_region
+from eval.evaluate import answers_blind
 from eval.generate import Settings, generate, run
 from mllm.answering import RegionChat
 from mllm.data import shapes
 from mllm.data.visual_genome import read_region_questions, read_regions
+from tests.tiny import build_tiny_blip2
 from vision_tower.image_processing_alpha_clip import ALPHA_MEAN, ALPHA_STD
 
 
@@ -57,6 +59,18 @@ def test_the_region_reaches_the_model_under_every_input(chat, samples, data, tmp
         alpha = (fed[-1][0, 3].float().numpy() * ALPHA_STD + ALPHA_MEAN) > 0.5
         wanted = {"box": mask, "wrong": samples[1].regions[0].mask(96, 96)}.get(name, np.ones((96, 96))) > 0.5
         assert (alpha & wanted).sum() / (alpha | wanted).sum() >= 0.95
+
+
+def test_blip_2_has_no_blind_control(data, samples, tmp_path):
+    """Its prompt begins with the picture: refused before the run as main input, left out with a note as a control."""
+    blip2 = RegionChat(*build_tiny_blip2("opt"))
+    assert not answers_blind(blip2) and not (tmp_path / "parts" / "0.jsonl").exists()
+    with pytest.raises(ValueError, match="one image a conversation"):
+        run(blip2, samples, tmp_path, Settings("blind"), data=data)
+
+
+def test_llava_has_one(chat):
+    assert answers_blind(chat)
 
 
 def test_records(chat, samples, data, tmp_path):
