@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllm.chat import add_model_arguments
+from mllm.chat import add_model_arguments, exit_code
 
 if TYPE_CHECKING:  # torch and Transformers wait until the arguments are read
     from eval.tasks import Task
@@ -101,16 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, or 2 for bad input."""
     args = build_parser().parse_args(argv)
     args.command_line = shlex.join([PROGRAM, *(sys.argv[1:] if argv is None else argv)])
-    try:
-        return {"run": _run, "score": _score, "compare": _compare, "export": _export, "tasks": _tasks}[args.command](
-            args
-        )
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        message = " ".join(str(error).split())
-        print(f"{PROGRAM}: error: {message[:1500]}{' ...' if len(message) > 1500 else ''}", file=sys.stderr)
-        return 2
+    commands = {"run": _run, "score": _score, "compare": _compare, "export": _export, "tasks": _tasks}
+    return exit_code(PROGRAM, lambda: commands[args.command](args))
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -106,13 +106,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 1 when batch requests failed, 2 for bad input."""
     args = build_parser().parse_args(argv)
+    return exit_code(PROGRAM, lambda: _run(args))
+
+
+def exit_code(program: str, run: Callable[[], int]) -> int:
+    """What a command returns: its own code, 2 after a one-line message for bad input, 130 when it is interrupted."""
     try:
-        return _run(args)
+        return run()
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
-        print(f"{PROGRAM}: error: {message[:1500]}{' ...' if len(message) > 1500 else ''}", file=sys.stderr)
+        print(f"{program}: error: {message[:1500]}{' ...' if len(message) > 1500 else ''}", file=sys.stderr)
         return 2
 
 

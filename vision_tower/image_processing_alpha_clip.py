@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -151,7 +152,7 @@ class AlphaCLIPImageProcessor(PilBackend):
         geometry = self.geometry if geometry is None else geometry
         if geometry not in GEOMETRIES:
             raise ValueError(f"expected geometry out of {', '.join(GEOMETRIES)}, got {geometry!r}")
-        pictures = [_to_pil(image) for image in make_flat_list_of_images(self.fetch_images(images))]
+        pictures = [_to_pil(image) for image in make_flat_list_of_images(self.fetch_images(_open(images)))]
         regions_by_picture = _match_regions(regions, len(pictures), images)
         side = self.crop_size.height
         rgb = super().preprocess(
@@ -171,6 +172,13 @@ class AlphaCLIPImageProcessor(PilBackend):
         # torch shares the array: no copy
         data = torch.from_numpy(output) if return_tensors == "pt" else output
         return BatchFeature({"pixel_values": data}, tensor_type=None if return_tensors == "pt" else return_tensors)
+
+
+def _open(image: Any) -> Any:
+    """A picture file with its transparency, which Transformers' `load_image` drops; it is laid onto white later."""
+    if isinstance(image, list | tuple):
+        return [_open(entry) for entry in image]
+    return Image.open(image) if isinstance(image, str) and os.path.isfile(image) else image
 
 
 def place_alpha(region: Region, height: int, width: int, side: int, geometry: str) -> np.ndarray:

@@ -153,8 +153,8 @@ class _Instances:
         return file, region_of(self.path, row, box, (height, width), self.region_input), meta
 
 
-# what the unpickler raises on damaged files
-_UNPICKLING = (
+# What the unpickler raises on damaged files
+_DAMAGE = (
     pickle.UnpicklingError,
     ValueError,
     EOFError,
@@ -191,16 +191,7 @@ def read_pickle(path: Path) -> Any:
     try:
         # as its own reader does: refer.py of lichengunc/refer opens it in Python 2, whose bytes these are
         return _PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
-    except (
-        pickle.UnpicklingError,
-        ValueError,
-        EOFError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        MemoryError,
-    ) as error:
+    except _DAMAGE as error:
         raise ValueError(
             f"{path} is damaged, or no pickle of plain lists, dicts, strings and numbers: {error or 'cut short'}"
         ) from error

@@ -193,3 +193,15 @@ def test_rescaling_is_no_setting_of_a_call():
 def test_a_processor_for_no_size_is_refused(side):
     with pytest.raises(ValueError, match="side in pixels"):
         AlphaCLIPImageProcessor.for_size(side, "crop")
+
+
+def test_a_file_with_transparency_lies_on_white_as_the_picture_does(tmp_path):
+    picture = Image.new("RGBA", (40, 30), (10, 20, 200, 0))
+    picture.paste((200, 0, 0, 255), (5, 5, 20, 20))
+    picture.save(tmp_path / "a.png")
+    processor = AlphaCLIPImageProcessor.for_size(32, "pad")
+    of_file, of_picture = (
+        processor(image, return_tensors="pt")["pixel_values"] for image in (str(tmp_path / "a.png"), picture)
+    )
+    assert torch.equal(of_file, of_picture)
+    assert of_picture[0, :3, 16, 28].min() > 1.5  # white, normalised
