@@ -158,10 +158,7 @@ class RegionChat:
         answers = output[:, prompt_length:] if prompt_returned else output
         texts = self.processor.batch_decode(answers, skip_special_tokens=True)
         ended = torch.isin(answers.cpu(), torch.tensor(self._end_tokens(), dtype=answers.dtype)).any(1)
-        return [
-            Answer(text.strip(), not end and answers.shape[1] >= max_new_tokens)
-            for text, end in zip(texts, ended.tolist(), strict=True)
-        ]
+        return [Answer(text.strip(), cut=not end) for text, end in zip(texts, ended.tolist(), strict=True)]
 
 
 def check_alpha(inputs: BatchFeature) -> None:

@@ -25,6 +25,11 @@ def test_references_as_predictions():
     assert found.notes and "unstable" in found.notes[0]
 
 
+def test_both_sides_are_tokenised():
+    found = score_captions(["A RED bus, on the road."], [["a red bus on the road!"]])
+    assert found.items["ROUGE-L"][0] == found.items["METEOR"][0] == 1
+
+
 def test_shuffled_references():
     found = score_captions(CAPTIONS, [[caption] for caption in CAPTIONS[1:] + CAPTIONS[:1]])
     assert found.corpus["CIDEr"] < 0.5 and found.corpus["BLEU-4"] < 0.01 and found.corpus["METEOR"] < 0.2
