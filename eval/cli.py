@@ -179,7 +179,7 @@ def _positive(option: str, value: int) -> int:
 def _score(args: argparse.Namespace) -> int:
     from eval import tasks
     from eval.evaluate import write_results
-    from eval.predictions import read_predictions
+    from eval.predictions import read_predictions, write_predictions
     from eval.score import score
 
     records, notes = read_predictions(args.predictions, args.references, allow_missing=args.allow_missing)
@@ -203,7 +203,10 @@ def _score(args: argparse.Namespace) -> int:
     about = {"item": task.item, "references": task.references} if task else {}
     protocol = {**about, "items": len(records), "predictions": str(args.predictions)}
     metrics = {"task": args.task, "protocol": protocol, **metrics, "inputs": {}}
+    if (args.out / "run.json").exists():
+        raise ValueError(f"{args.out} is a run, whose own metrics would be lost; choose another --out")
     args.out.mkdir(parents=True, exist_ok=True)
+    write_predictions(args.out / "predictions.jsonl", records)  # joined with their references, to compare with
     record = {"task": args.task, "protocol": protocol, "model": str(args.predictions)}
     write_results(args.out, task, metrics, record, records, {}, args.command_line, args.seed, args.data)
     print_metrics(metrics, args.out)

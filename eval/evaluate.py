@@ -245,13 +245,18 @@ def write_results(
         seed: Of the bootstrap.
         data: Folder of the pictures, or None.
     """
-    whole = task is not None and task.comparable and record["protocol"].get("limited to") is None
-    metrics["published"] = published.rows(task.name) if whole else []
+    metrics["published"] = published.rows(task.name) if task and _is_comparable(task, metrics, record) else []
     metrics |= {"command": command, "versions": versions(), "seed": seed}
     temporary = out / ".metrics.json.tmp"
     temporary.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, out / "metrics.json")
     write_report(out / "report.html", record, metrics, main, others, data, seed=seed)
+
+
+def _is_comparable(task: Task, metrics: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether published numbers may stand beside these: all items of the protocol, with the region as it has it."""
+    complete = record["protocol"].get("limited to") is None and not any("INCOMPLETE" in n for n in metrics["notes"])
+    return task.comparable and complete and record.get("region_input") in ("box", "mask", None)
 
 
 def versions() -> dict[str, str]:

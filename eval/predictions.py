@@ -130,17 +130,10 @@ def read_references(path: str | os.PathLike) -> dict[str, list[str]]:
         ValueError: If the file is none of the forms that `read_predictions` names.
     """
     path = Path(path)
-    content = _json(path)
-    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
-        rows = content["annotations"]
-        if rows and "caption" not in rows[0]:  # MDETR: the expression is its image's caption
-            rows = content.get("images", [])
-    elif isinstance(content, dict):  # by id: a list of texts, or of {"caption": ...}
-        rows = [_entry(key, value) for key, values in content.items() for value in values]
-    else:
-        rows = content if isinstance(content, list) else _lines(path)
     references: dict[str, list[str]] = {}
-    for row in rows:
+    for row in _reference_rows(path, _json(path)):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: expected references as objects with an id, got {str(row)[:100]}")
         sample_id, value = _id(path, row, without="image_id" in row), _first(row, _REFERENCE_KEYS)
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
@@ -149,6 +142,17 @@ def read_references(path: str | os.PathLike) -> dict[str, list[str]]:
     if not references:
         raise ValueError(f"{path} holds no reference")
     return references
+
+
+def _reference_rows(path: Path, content: Any) -> Iterable[Any]:
+    if isinstance(content, dict) and isinstance(rows := content.get("annotations"), list):
+        captioned = bool(rows) and isinstance(rows[0], dict) and "caption" in rows[0]
+        return rows if captioned else content.get("images", [])  # MDETR: the expression is its image's caption
+    if isinstance(content, dict):  # by id: a list of texts, or of {"caption": ...}
+        if wrong := [key for key, values in content.items() if not isinstance(values, list)]:
+            raise ValueError(f"{path}: expected a list of references for each id, got none for {_named(wrong)}")
+        return [_entry(key, value) for key, values in content.items() for value in values]
+    return content if isinstance(content, list) else _lines(path)
 
 
 def _entry(key: str, value: Any) -> dict:

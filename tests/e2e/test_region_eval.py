@@ -100,6 +100,7 @@ def test_two_processes_give_the_same_bytes(data, tmp_path):
 def test_scoring_the_file_again_gives_the_same(finished, tmp_path):
     assert main(["score", str(finished), "--out", str(tmp_path / "s"), "--task", "shapes-caption", *FAST]) == 0
     assert read(tmp_path / "s")["metrics"] == read(finished)["metrics"]
+    assert main(["score", str(finished), "--out", str(finished), *FAST]) == 2  # the run's own metrics stay
     shuffled = tmp_path / "p.jsonl"
     rows = (finished / "predictions.jsonl").read_text().splitlines(keepends=True)
     shuffled.write_text("".join(reversed(rows)))
@@ -117,6 +118,7 @@ def test_another_systems_results(tmp_path, capsys):
     assert main([*score, "--metrics", "exact match"]) == 0
     assert read(tmp_path / "out")["metrics"]["exact match"]["value"] == 0.5
     assert "50.0" in capsys.readouterr().out
+    assert main(["compare", str(tmp_path / "out"), str(tmp_path / "out" / "predictions.jsonl")]) == 0
     assert "4,896 items" in fails(capsys, *score, "--task", "refcocog-umd-val/ungrouped")
 
 

@@ -89,6 +89,14 @@ def test_bad_files_are_named(tmp_path, rows, message):
         read_predictions(write(tmp_path / "p.jsonl", rows))
 
 
+@pytest.mark.parametrize(
+    "content", [{"a": 3}, {"a": [3]}, [1, 2], [{"id": 1}], {"annotations": [], "images": []}, {"annotations": [3]}]
+)
+def test_bad_references_are_named(tmp_path, content):
+    with pytest.raises(ValueError, match="r.json"):
+        read_references(write(tmp_path / "r.json", content))
+
+
 def test_torn_and_missing_files_are_named(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1])[:20])
     with pytest.raises(ValueError, match="line 2.*cut short"):
