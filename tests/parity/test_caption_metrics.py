@@ -121,6 +121,7 @@ def same_region(texts, regions=2573):
         low, high = (bonus, high) if len(found) > regions else (low, bonus)
 
 
+@pytest.mark.slow
 def test_human_line_of_refcocog(shared_data):
     """One person's expression of a region against the other's, both ways: METEOR 16.2, CIDEr 85.8 (the facts' figures).
 
@@ -138,6 +139,7 @@ def test_human_line_of_refcocog(shared_data):
     assert 100 * human["CIDEr"] == pytest.approx(85.8, abs=0.6)
 
 
+@pytest.mark.slow
 def test_real_expressions_as_predictions_shuffled_and_grouped(shared_data):
     """The facts' self-checks on 4,896 real expressions; measured CIDEr 9.74 and .051, METEOR 20.9 and 31.3."""
     texts, rng = expressions(shared_data), np.random.default_rng(0)
@@ -170,6 +172,7 @@ def test_drawn_corpora_score_what_the_scorers_give_them(material):
         assert meteor[index] == pytest.approx(expected["METEOR"], abs=1e-12)
 
 
+@pytest.mark.slow
 def test_beside_pycocoevalcap_with_empty_captions(material, monkeypatch):
     """Its own wrappers, run here, on captions of which some are empty: the same to the last digit."""
     from pycocoevalcap.bleu.bleu import Bleu
