@@ -3,6 +3,7 @@
 Measured worst cases stand beside the tolerances; the goldens per image are rounded to 8 digits.
 """
 
+import functools
 import gzip
 import json
 import os
@@ -86,11 +87,10 @@ def test_a_german_machine_gives_the_same_meteor(material, monkeypatch):
     rows = material[0][:20]
     texts = [row["test"] for row in rows], [row["refs"] for row in rows]
     expected = java.meteor(*texts)
-    java._meteor.cache_clear()
+    monkeypatch.setattr(java, "_meteor", functools.cache(java._Meteor))
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
     found = java.meteor(*texts)
-    java._meteor.cache_clear()
     assert found[0] == expected[0] and np.array_equal(found[1], expected[1])
 
 
