@@ -117,7 +117,8 @@ def load(
 def _ignores_regions(model: PreTrainedModel) -> bool:
     """Whether the alpha weight is zero, as it is where CLIP's weights were loaded and nothing else."""
     alphas = [weight for name, weight in model.named_parameters() if "patch_embedding.alpha." in name]
-    return not any(weight.is_meta or weight.any() for weight in alphas)
+    # on `meta`, or in pieces (DeepSpeed's ZeRO-3), a weight cannot be looked at
+    return not any(weight.is_meta or hasattr(weight, "ds_id") or weight.any() for weight in alphas)
 
 
 def quantization(load_in: str | None, never_quantised: Sequence[str]) -> BitsAndBytesConfig | None:

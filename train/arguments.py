@@ -4,54 +4,128 @@ errors.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 REGION_INPUTS = ("box", "mask", "mixed")
+EVAL_METRICS = ("exact match", "CIDEr")
 
 
 @dataclass
 class ModelArguments:
-    """Which model, and which of its parts are trained."""
+    """Which model, and which of its parts are trained how."""
 
-    model: str = field(metadata={"help": "directory or hub id of a LLaVA-1.5 or BLIP-2"})
+    model: str | None = field(
+        default=None, metadata={"help": "directory or hub id of a LLaVA-1.5 or BLIP-2 (default: the embedded model)"}
+    )
+    alpha_weights: str | None = field(
+        default=None, metadata={"help": "Alpha-CLIP checkpoint for the tower; released LLaVA carries plain CLIP"}
+    )
+    dtype: str = field(default="float32", metadata={"help": "of frozen weights; trained ones are kept in float32"})
+    load_in: str | None = field(default=None, metadata={"help": "4bit or 8bit: quantise the frozen language model"})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, ... (Transformers' default)"})
+    train_parts: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "parts trained in full, by the model's names: vision_tower, alpha, multi_modal_projector, ... "
+            "(default: all without LoRA, none with it)"
+        },
+    )
+    lora_r: int = field(default=0, metadata={"help": "rank of LoRA on the language model; 0: no LoRA"})
+    lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's scale is lora_alpha / r (default: 2 r)"})
+    lora_dropout: float = field(default=0.05, metadata={"help": "dropout before LoRA's matrices"})
+    lora_targets: list[str] = field(
+        default_factory=list, metadata={"help": "names of the layers, q_proj v_proj ... (default: every linear layer)"}
+    )
+    lora_tower: bool = field(default=False, metadata={"help": "LoRA on the vision tower too"})
+    learning_rates: list[str] = field(
+        default_factory=list,
+        metadata={"help": "of parts trained in full, where another than learning_rate: multi_modal_projector=2e-5"},
+    )
     optimizer: str = field(
         default="trainer",
         metadata={"help": "trainer (Trainer's `optim`), or muon (Muon for matrices, AdamW for the rest)"},
     )
-    train_parts: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "parts trained in full, by the model's names: vision_tower, language_model, ... (default: all)"
-        },
-    )
 
     def __post_init__(self) -> None:
-        """Check the name.
+        """Check the values.
 
         Raises:
-            ValueError: If the optimizer is unknown.
+            ValueError: If one is out of range, or two contradict each other.
         """
         if self.optimizer not in ("trainer", "muon"):
             raise ValueError(f"optimizer: expected trainer or muon, got {self.optimizer!r}")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {self.dtype!r}")
+        if self.lora_r < 0:
+            raise ValueError(f"lora_r: expected 0 (no LoRA) or more, got {self.lora_r}")
+        if self.load_in and not self.lora_r:
+            raise ValueError("load_in: quantised weights cannot be trained; give lora_r")
+        if not self.lora_r and (self.lora_targets or self.lora_tower or self.lora_alpha):
+            raise ValueError("lora_targets, lora_tower and lora_alpha need lora_r above 0")
+        if self.optimizer == "muon" and self.learning_rates:
+            raise ValueError("learning_rates: muon has one learning rate for all; use optimizer: trainer")
+        self.rate_of_part()
+
+    def rate_of_part(self) -> dict[str, float]:
+        """`learning_rates` as numbers by part.
+
+        Raises:
+            ValueError: If an entry is not PART=RATE with a rate above 0.
+        """
+        return _numbers("learning_rates", self.learning_rates)
 
 
 @dataclass
 class DataArguments:
     """Which data, and how a sample is made of it."""
 
-    data: str = field(metadata={"help": "folder in Visual Genome's layout (split: train)"})
+    data: list[str] = field(
+        metadata={"help": "folders in Visual Genome's or RefCOCOg's layout, or their indexes (scripts/prepare_data.py)"}
+    )
     region_input: str = field(default="box", metadata={"help": "box, mask, or mixed (one of both at random)"})
     mask_share: float = field(default=0.5, metadata={"help": "with mixed: how often the region is given as its mask"})
-    max_turns: int = field(default=1, metadata={"help": "a sample is a conversation of 1 to this many questions"})
+    box_jitter: float = field(
+        default=0.0, metadata={"help": "move each edge of a box by up to this share of its width or height (below 0.5)"}
+    )
+    min_strength: float = field(
+        default=1.0, metadata={"help": "soft alpha: a region's strength is drawn between this and 1"}
+    )
+    max_turns: int = field(default=1, metadata={"help": "a conversation is of 1 to this many questions"})
+    turn_kinds: list[str] = field(
+        default_factory=list,
+        metadata={"help": "only these kinds of turns: description, question, or a question's `type` (default: all)"},
+    )
     turn_weights: list[str] = field(
         default_factory=list,
         metadata={
             "help": "how often a kind of turn is drawn, others being 1: description=3 left=6 (a question's `type`)"
+        },
+    )
+    wordings: str | None = field(
+        default=None, metadata={"help": "how descriptions are asked for: own, gpt4roi, ... (default: the model's own)"}
+    )
+    question_suffix: str | None = field(
+        default=None,
+        metadata={"help": "added to questions; LLaVA: 'Answer the question using a single word or phrase.'"},
+    )
+    regions_per_image: int = field(
+        default=1, metadata={"help": "a sample is up to this many regions of one picture, each a conversation"}
+    )
+    max_missing: float = field(
+        default=0.001,
+        metadata={"help": "share of pictures that may be missing or damaged; they are listed and left out"},
+    )
+    eval_samples: int = field(default=200, metadata={"help": "held-out samples (split val) that evaluations use"})
+    eval_metrics: list[str] = field(
+        default_factory=lambda: ["exact match"],
+        metadata={
+            "help": "beside the loss: 'exact match', CIDEr (with frozen document frequencies; needs the extra eval)"
         },
     )
 
@@ -63,10 +137,16 @@ class DataArguments:
         """
         if self.region_input not in REGION_INPUTS:
             raise ValueError(f"region_input: expected one of {', '.join(REGION_INPUTS)}, got {self.region_input!r}")
-        if self.max_turns < 1:
-            raise ValueError(f"max_turns: expected 1 or more, got {self.max_turns}")
-        if not 0 <= self.mask_share <= 1:
-            raise ValueError(f"mask_share: expected a number from 0 to 1, got {self.mask_share}")
+        for name in ("max_turns", "regions_per_image", "eval_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
+        for name in ("mask_share", "min_strength", "max_missing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
+        if not 0 <= self.box_jitter < 0.5:  # opposite edges could meet
+            raise ValueError(f"box_jitter: expected a share from 0 to below 0.5, got {self.box_jitter}")
+        if unknown := set(self.eval_metrics) - set(EVAL_METRICS):
+            raise ValueError(f"eval_metrics: expected names out of {EVAL_METRICS}, got {sorted(unknown)}")
         self.weight_of_kind()
 
     def weight_of_kind(self) -> dict[str, float]:
@@ -75,37 +155,68 @@ class DataArguments:
         Raises:
             ValueError: If an entry is not KIND=WEIGHT with a positive weight.
         """
-        weights = {}
-        for entry in self.turn_weights:
-            kind, _, weight = entry.partition("=")
-            try:
-                weights[kind] = float(weight)
-            except ValueError:
-                weights[kind] = 0.0
-            if not weights[kind] > 0:
-                raise ValueError(f"turn_weights: expected KIND=WEIGHT with a weight above 0, got {entry!r}")
-        return weights
+        return _numbers("turn_weights", self.turn_weights)
+
+
+def _numbers(name: str, entries: Sequence[str]) -> dict[str, float]:
+    """NAME=NUMBER entries as a dict."""
+    numbers = {}
+    for entry in entries:
+        key, _, value = str(entry).partition("=")
+        try:
+            numbers[key] = float(value)
+        except ValueError:
+            numbers[key] = 0.0
+        if not numbers[key] > 0:
+            raise ValueError(f"{name}: expected NAME=NUMBER with a number above 0, got {entry!r}")
+    return numbers
 
 
 def parse_args(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Parse `[RECIPE.yaml] [--flag value ...]`.
+    """Parse `[RECIPE.yaml] [--flag value ...]`. `--deepspeed zero2` is the shipped file of that name.
 
     Raises:
-        ValueError: If the recipe is not a mapping, or has an unknown key.
+        ValueError: If the recipe is not a mapping, has an unknown key, or asks for what does not go together.
         OSError: If the recipe cannot be read.
     """
     # a launcher may put its own flags (--local_rank=0) before the recipe
     recipe = next((arg for arg in argv if arg.endswith((".yaml", ".yml"))), None)
     flags = [arg for arg in argv if arg != recipe]
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), prog="region-tune")
     defaults = _read_recipe(recipe) if recipe else {}
     known = {action.dest for action in parser._actions}
     if unknown := sorted(defaults.keys() - known):
         raise ValueError(f"{recipe}: unknown keys {', '.join(unknown)}")
+    # Trainer would drop what `forward` does not name before our collator sees it
+    parser.set_defaults(remove_unused_columns=False, report_to="none")
     parser.set_defaults(**defaults)
     for action in parser._actions:
         action.required = action.required and action.dest not in defaults
-    return parser.parse_args_into_dataclasses(flags)
+        if action.dest == "deepspeed":
+            action.type = _deepspeed_file
+            action.default = action.default and _deepspeed_file(action.default)
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses(flags)
+    if training_args.deepspeed and "optimizer" in json.loads(Path(training_args.deepspeed).read_text("utf-8")):
+        if model_args.learning_rates:
+            raise ValueError(
+                f"learning_rates: {training_args.deepspeed} brings an optimizer of one learning rate (offloading needs "
+                "it); take a file without it, zero2 or zero3"
+            )
+    if training_args.deepspeed and model_args.optimizer == "muon":
+        raise ValueError("optimizer: muon runs without DeepSpeed only; use optimizer: trainer")
+    if training_args.save_total_limit == 1:
+        raise ValueError("save_total_limit: expected 2 or more, since the older is deleted before the newer is whole")
+    return model_args, data_args, training_args
+
+
+def _deepspeed_file(name: str) -> str:
+    """A DeepSpeed JSON by the name of a shipped one, or by its path."""
+    shipped = Path(__file__).parent / "deepspeed" / f"{name}.json"
+    path = shipped if shipped.exists() else Path(name)
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.json")))
+        raise ValueError(f"deepspeed: expected one of {names}, or a JSON file, got {name!r}")
+    return str(path)
 
 
 def _read_recipe(path: str) -> dict:

@@ -13,27 +13,42 @@ IGNORE_INDEX = -100  # the loss skips these labels: torch's and Transformers' de
 
 
 class ConversationCollator:
-    """Makes a training batch of conversations.
+    """Makes a training batch of samples, each a list of conversations.
 
-    Returns `input_ids`, `attention_mask` and `labels` (B, T), padded on the right, and `pixel_values` (N, 4, S, S) for
-    all images in order. A label is the token itself inside an answer and its end-of-sequence token, `IGNORE_INDEX`
-    elsewhere.
+    Returns `input_ids`, `attention_mask` (B, T) and `labels` (B, L), padded on the right, and `pixel_values`
+    (N, 4, S, S) for all images in order. A label is the token itself inside an answer and its end-of-sequence token,
+    `IGNORE_INDEX` elsewhere; an encoder-decoder (T5) reads the prompt and has labels for the answer alone.
+
+    Args:
+        processor: Of the model.
+        encoder_decoder: Whether the language model is one.
+        max_length: Longest conversation in tokens, or None.
     """
 
-    def __init__(self, processor: AlphaProcessor) -> None:
+    def __init__(self, processor: AlphaProcessor, encoder_decoder: bool = False, max_length: int | None = None) -> None:
         self.processor = processor
+        self.encode = encode_prompt_and_answer if encoder_decoder else encode_with_labels
+        self.max_length = max_length
 
-    def __call__(self, conversations: Sequence[Sequence[Message]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[Sequence[Sequence[Message]]]) -> dict[str, torch.Tensor]:
         """Build the batch.
 
         Raises:
-            ValueError: If a turn's tokens are not a prefix of the conversation's, so that labels could not be placed.
+            ValueError: If a turn's tokens are not a prefix of the conversation's, so that labels could not be placed,
+                or a conversation is longer than `max_length`.
         """
-        encoded = [encode_with_labels(self.processor, conversation) for conversation in conversations]
+        conversations = [conversation for sample in samples for conversation in sample]
+        encoded = [self.encode(self.processor, conversation) for conversation in conversations]
+        longest = max(len(part) for pair in encoded for part in pair)
+        if self.max_length is not None and longest > self.max_length:
+            raise ValueError(
+                f"a conversation has {longest} tokens, the model reads {self.max_length}; lower max_turns, or leave "
+                "long answers out of the data"
+            )
         batch = self.processor.tokenizer.pad(
             {"input_ids": [ids for ids, _ in encoded]}, padding_side="right", return_tensors="pt"
         )
-        labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
+        labels = torch.full((len(encoded), max(len(row) for _, row in encoded)), IGNORE_INDEX)
         for row, (_, row_labels) in enumerate(encoded):
             labels[row, : len(row_labels)] = torch.tensor(row_labels)
         images = [item for conversation in conversations for item in image_items(conversation)]
@@ -42,6 +57,21 @@ class ConversationCollator:
                 [item["image"] for item in images], [item.get("region") for item in images], return_tensors="pt"
             )["pixel_values"]
         return {**batch, "labels": labels}
+
+
+def encode_prompt_and_answer(processor: AlphaProcessor, conversation: Sequence[Message]) -> tuple[list[int], list[int]]:
+    """Token ids of a question, and those of its answer with its end, for an encoder-decoder.
+
+    Raises:
+        ValueError: If the conversation has more than one turn.
+    """
+    if len(conversation) != 2:
+        raise ValueError(f"expected one question and its answer for T5, got {len(conversation)} messages; max_turns: 1")
+    prompt = processor.encode_conversation(conversation[:1], add_generation_prompt=True)
+    answer = "".join(item["text"] for item in conversation[1]["content"])
+    # split_special_tokens: "</s>" in an answer is text
+    ids = processor.tokenizer(answer, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return prompt, [*ids, processor.tokenizer.eos_token_id]
 
 
 def encode_with_labels(processor: AlphaProcessor, conversation: Sequence[Message]) -> tuple[list[int], list[int]]:

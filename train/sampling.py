@@ -1,96 +1,232 @@
-"""Records of a data set -> training conversations: what is known about a region, in a new selection each time it is
-drawn.
+"""Index -> training conversations: which regions make a sample, in which form, asked what; and in which order.
+
+Everything random is drawn from (seed, epoch, sample): a run that is resumed, or has other workers, draws the same.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from mllm.data.index import RegionFacts, RegionIndex
 from mllm.data.samples import RegionSample
-from mllm.data.templates import DESCRIBE_REGION_WORDINGS
+from mllm.processing import Message
+from train.arguments import DataArguments
 from vision_tower import Region
 
+logger = logging.getLogger(__name__)
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class RegionFacts:
-    """A region with all that can be asked about it.
-
-    `sample` is the first record of it, which opens and checks the picture. `forms` are the same region in several forms
-    (box, mask), one of which is drawn for a conversation; `turns` are (kind, question, answer), where the question None
-    stands for a description. A turn's kind is what the data set calls its questions' type, or "description" or
-    "question".
-    """
-
-    sample: RegionSample
-    forms: tuple[Region, ...]
-    turns: tuple[tuple[str, str | None, str], ...]
-
-
-def group_by_region(*readings: Iterable[RegionSample]) -> list[RegionFacts]:
-    """Collect samples by region. A region that is read in several forms (box, then mask) gets all of them.
-
-    Args:
-        *readings: Samples whose meta has `image_id`, and `region_id` where a sample is about a region; each of one
-            region.
-    """
-    samples: dict[tuple, RegionSample] = {}
-    forms: dict[tuple, dict[Region, None]] = {}  # a dict keeps the order
-    turns: dict[tuple, dict[tuple, None]] = {}
-    for sample in (sample for reading in readings for sample in reading):
-        key = (sample.meta["image_id"], sample.meta.get("region_id"))
-        (region,) = sample.regions
-        samples.setdefault(key, sample)
-        forms.setdefault(key, {})[region] = None
-        kind = "description" if sample.question is None else sample.meta.get("type", "question")
-        turns.setdefault(key, {})[kind, sample.question, sample.references[0]] = None
-    return [RegionFacts(samples[key], tuple(forms[key]), tuple(turns[key])) for key in samples]
+Conversation = list[Message]
 
 
 class ConversationDataset(Dataset):
-    """One conversation an index: a region in one of its forms, and 1 to `max_turns` different questions about it.
+    """Conversations about up to `regions_per_image` regions of one picture, which is opened once for all of them.
 
-    The choice is drawn anew each time from torch's generator, which a DataLoader seeds by epoch and worker: the same
-    seed and number of workers give the same run.
+    An index stands for a sample and an epoch: `epoch * len(dataset) + sample`, as `EpochSampler` gives them.
+
+    Attributes:
+        lengths: Characters of the longest turn of each sample, (N,): for grouping by length without opening a picture.
+        skipped: File that pictures which cannot be opened are listed in, a JSON line each.
     """
 
     def __init__(
         self,
-        facts: list[RegionFacts],
-        max_turns: int = 1,
-        turn_weights: Mapping[str, float] | None = None,
-        mask_share: float = 0.5,
-        description_wordings: Sequence[str] = DESCRIBE_REGION_WORDINGS,
+        indexes: Sequence[RegionIndex],
+        data_args: DataArguments,
+        split: str,
+        wordings: Sequence[str],
+        seed: int,
+        skipped: Path,
     ) -> None:
-        self.facts = facts
-        self.mask_share = mask_share  # of a region that is known as box and as mask
-        self.max_turns = max_turns
-        self.turn_weights = dict(turn_weights or {})  # by kind of turn; 1 for the others
-        self.description_wordings = description_wordings  # the processor's
+        self.indexes = indexes
+        self.data_args = data_args
+        self.wordings = wordings
+        self.seed = seed
+        self.skipped = skipped
+        kinds = data_args.turn_kinds
+        groups, lengths = [], []
+        for number, index in enumerate(indexes):
+            rows = index.rows(split, kinds)
+            for group in group_rows(rows, index.picture_of, data_args.regions_per_image):
+                groups.append((number, group))
+                lengths.append(int(index.length_of[group].max()))
+        self.groups = groups
+        self.lengths = np.array(lengths, np.int32)
 
     def __len__(self) -> int:
-        return len(self.facts)
+        return len(self.groups)
 
-    def __getitem__(self, index: int) -> list[dict]:
-        """A conversation as `apply_chat_template` takes it, with the opened picture in its first turn."""
-        facts = self.facts[index]
-        rng = np.random.default_rng(int(torch.randint(2**62, ())))
-        region = facts.forms[-1 if rng.random() < self.mask_share else 0]
-        weights = np.array([self.turn_weights.get(kind, 1.0) for kind, _, _ in facts.turns])
-        count = min(int(rng.integers(1, self.max_turns + 1)), len(facts.turns))
-        chosen = rng.choice(len(facts.turns), count, replace=False, p=weights / weights.sum())
+    def __getitem__(self, position: int) -> list[Conversation]:
+        """The conversations of a sample. Of a picture that cannot be opened the next sample's are returned, and its
+        name and the reason are added to the file `skipped`.
+
+        Raises:
+            ValueError: If more pictures could not be opened than `max_missing` allows.
+        """
+        epoch, sample = divmod(position, len(self))
+        number, rows = self.groups[sample]
+        facts = self.indexes[number].read(rows)
+        try:
+            image = facts[0].sample.open_image()
+        except ValueError as error:
+            self._skip(facts[0].sample, error)
+            return self[epoch * len(self) + (sample + 1) % len(self)]
+        rng = np.random.default_rng([self.seed, epoch, sample])
+        return [self._conversation(entry, image, rng) for entry in facts]
+
+    def _conversation(self, facts: RegionFacts, image, rng: np.random.Generator) -> Conversation:
+        """One conversation of 1 to `max_turns` different turns about a region, in a form and with a wording drawn for
+        it, as `apply_chat_template` takes it.
+        """
+        args = self.data_args
+        region = draw_region(facts, image.size, args, rng)
+        turns = [turn for turn in facts.turns if not args.turn_kinds or _is_kind(turn[0], args.turn_kinds)]
+        weights = np.array([args.weight_of_kind().get(kind, 1.0) for kind, _, _ in turns])
+        count = min(int(rng.integers(1, args.max_turns + 1)), len(turns))
         messages = []
-        for position, turn in enumerate(chosen):
-            _, question, answer = facts.turns[turn]
+        for position, turn in enumerate(rng.choice(len(turns), count, replace=False, p=weights / weights.sum())):
+            _, question, answer = turns[turn]
             if question is None:
-                question = self.description_wordings[rng.integers(len(self.description_wordings))]
+                question = self.wordings[rng.integers(len(self.wordings))]
+            elif args.question_suffix:
+                question = f"{question}\n{args.question_suffix}"
             content = [{"type": "text", "text": question}]
             if position == 0:
-                content.insert(0, {"type": "image", "image": facts.sample.open_image(), "region": region})
+                content.insert(0, {"type": "image", "image": image, "region": region})
             messages.append({"role": "user", "content": content})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return messages
+
+    def _skip(self, sample: RegionSample, error: ValueError) -> None:
+        """List a picture that cannot be opened, once, and stop when they are too many."""
+        name = str(sample.image)
+        known = skipped_pictures(self.skipped)
+        if name in known:
+            return
+        line = json.dumps({"image": name, "reason": str(error)}) + "\n"
+        descriptor = os.open(self.skipped, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, line.encode())  # one write: the lines of several workers do not mix
+        finally:
+            os.close(descriptor)
+        logger.warning("left out: %s", error)
+        pictures = sum(len(index.pictures) for index in self.indexes)
+        if len(known) + 1 > self.data_args.max_missing * pictures:
+            raise ValueError(
+                f"{len(known) + 1} of {pictures} pictures could not be opened, more than max_missing "
+                f"({self.data_args.max_missing:.1%}) allows; they are listed in {self.skipped}"
+            )
+
+
+def group_rows(rows: np.ndarray, picture_of: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Split rows into groups of at most `size` rows of one picture, as equal as can be; each row once.
+
+    A group's regions lie apart in the picture's list, where annotators' repetitions stand side by side.
+    """
+    if size == 1:
+        yield from rows[:, None]
+        return
+    ends = np.flatnonzero(np.diff(picture_of[rows])) + 1
+    for of_picture in np.split(rows, ends) if len(rows) else ():
+        count = -(-len(of_picture) // size)
+        for first in range(count):
+            yield of_picture[first::count]
+
+
+def draw_region(facts: RegionFacts, size: tuple[int, int], args: DataArguments, rng: np.random.Generator) -> Region:
+    """A region in one of its forms, its box perhaps jittered, its strength perhaps below 1.
+
+    Args:
+        facts: The region.
+        size: Width and height of the picture in pixels.
+        args: `region_input`, `mask_share`, `box_jitter`, `min_strength`.
+        rng: What is drawn from.
+
+    Raises:
+        ValueError: If a mask is asked for and the region has none.
+    """
+    region = facts.forms[0]
+    if region.is_whole:
+        return region
+    if args.region_input == "mask" or (args.region_input == "mixed" and rng.random() < args.mask_share):
+        if len(facts.forms) < 2:
+            raise ValueError(f"region {facts.sample.id} has no mask; use region_input: box")
+        region = facts.forms[-1]
+    if args.box_jitter and region.kind == "box":
+        region = Region.from_box(*jittered(region.data, size, args.box_jitter, rng))
+    if args.min_strength < 1:
+        region = dataclasses.replace(region, strength=float(rng.uniform(args.min_strength, 1)))
+    return region
+
+
+def jittered(box: Sequence[float], size: tuple[int, int], share: float, rng: np.random.Generator) -> list[float]:
+    """A box x0, y0, x1, y1 with each edge moved by up to `share` (below 0.5) of its width or height, inside the
+    picture; the box keeps an area.
+    """
+    x0, y0, x1, y1 = box
+    extent = np.array([x1 - x0, y1 - y0] * 2)
+    moved = np.array(box) + rng.uniform(-share, share, 4) * extent
+    return [float(value) for value in np.clip(moved, 0, [*size, *size])]
+
+
+class EpochSampler(Sampler[int]):
+    """A permutation an epoch, drawn from the seed and the epoch; with `lengths`, samples of like length come together.
+
+    Gives `epoch * N + sample`. Trainer calls `set_epoch`.
+    """
+
+    def __init__(self, count: int, seed: int, lengths: np.ndarray | None = None, batch_size: int = 1) -> None:
+        self.count = count
+        self.seed = seed
+        self.lengths = None if lengths is None else lengths.tolist()
+        self.batch_size = batch_size  # samples of one step, over all processes
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell which epoch comes next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        if self.lengths is None:
+            order = torch.randperm(self.count, generator=generator).tolist()
+        else:
+            order = LengthGroupedSampler(self.batch_size, lengths=self.lengths, generator=generator)
+        return (self.epoch * self.count + sample for sample in order)
+
+
+def missing_pictures(index: RegionIndex, split: str) -> list[str]:
+    """Paths of the split's pictures that are not there; one listing a folder, since asking for each takes minutes."""
+    listings: dict[str, set[str]] = {}
+    missing = []
+    for row in np.flatnonzero(index.split_of_picture == split):
+        folder, name = os.path.split(index.image_path(row))
+        if folder not in listings:
+            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if name not in listings[folder]:
+            missing.append(os.path.join(folder, name))
+    return missing
+
+
+def skipped_pictures(path: Path) -> set[str]:
+    """The pictures that a run has listed as left out."""
+    if not path.exists():
+        return set()
+    return {json.loads(line)["image"] for line in path.read_text(encoding="utf-8").splitlines()}
+
+
+def _is_kind(kind: str, wanted: Sequence[str]) -> bool:
+    """Whether a turn is of the kinds; "question" stands for every kind of question."""
+    return kind in wanted or ("question" in wanted and kind != "description")

@@ -51,6 +51,7 @@ SPLITS = {
     "test": (1, _SEEN_PAIRS, BACKGROUNDS),
     "novel": (2, NOVEL_PAIRS, BACKGROUNDS),
     "background": (3, _SEEN_PAIRS, UNSEEN_BACKGROUNDS),
+    "val": (4, _SEEN_PAIRS, BACKGROUNDS),
 }
 # question type -> wordings, one of which is drawn for each question
 QUESTIONS = {
@@ -64,6 +65,8 @@ QUESTIONS = {
     "below": ("What is below this?", "What is below it?"),
     "count": ("How many objects are there?", "How many objects do you see?"),
 }
+# asked only where `places` are wanted: the embedded model never heard of them, so that tuning has something to teach
+PLACE_QUESTIONS = ("Where in the picture is this?", "Where is it?", "In which part of the picture is it?")
 ATTRIBUTES = ("size", "pattern", "colour", "shape")
 # direction -> unit vector (x, y), y down
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -104,6 +107,12 @@ def questions(scene: Scene, index: int) -> Iterator[tuple[str, str]]:
             yield direction, f"{other.colour} {other.shape}"
 
 
+def place(obj: ShapeObject) -> str:
+    """In which of nine fields of the picture the object's centre lies: "top left", "top", ..., "centre", ..."""
+    row, column = (min(3 * value // SCENE_SIZE, 2) for value in (obj.y, obj.x))
+    return " ".join(filter(None, (("top", "", "bottom")[row], ("left", "", "right")[column]))) or "centre"
+
+
 def scenes(count: int, seed: int, split: str) -> Iterator[tuple[np.random.Generator, Scene]]:
     """`count` scenes of a split, each with its own generator: a longer set begins with the shorter one.
 
@@ -138,8 +147,11 @@ def training_scenes(model: str | os.PathLike) -> set[bytes]:
     return {packed[start : start + 8] for start in range(0, len(packed), 8)}
 
 
-def write(out: str | os.PathLike, count: int, seed: int, split: str = "train", *, progress: bool = True) -> None:
-    """Write `count` scenes of a split to the folder `out` in Visual Genome's layout.
+def write(
+    out: str | os.PathLike, count: int, seed: int, split: str = "train", *, places: bool = False, progress: bool = True
+) -> None:
+    """Write `count` scenes of a split to the folder `out` in Visual Genome's layout, with `places` also a question of
+    type "place" about each object.
 
     Raises:
         ValueError: If the split is unknown, `count` is not positive, or `out` already holds a data set.
@@ -150,7 +162,7 @@ def write(out: str | os.PathLike, count: int, seed: int, split: str = "train", *
     if (out / "image_data.json").exists():
         raise ValueError(f"{out} already holds a data set; choose another folder or delete it")
     (out / "VG_100K").mkdir(parents=True, exist_ok=True)
-    records = _Records()
+    records = _Records(places)
     for rng, scene in tqdm(scenes(count, seed, split), total=count, desc=f"shapes {split}", disable=not progress):
         image_id = records.add(rng, scene)
         Image.fromarray(scene.pixels).save(out / "VG_100K" / f"{image_id}.png")
@@ -163,7 +175,8 @@ def write(out: str | os.PathLike, count: int, seed: int, split: str = "train", *
 class _Records:
     """The JSON files of a data set while they grow; ids count from 1 in drawing order."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: bool = False) -> None:
+        self._places = places
         self.image_data: list[dict] = []
         self.region_descriptions: list[dict] = []
         self.question_answers: list[dict] = []
@@ -194,7 +207,8 @@ class _Records:
             box = {"x": x, "y": y, "width": width, "height": height}
             regions.append({"region_id": region_id, "image_id": image_id, **box, "phrase": obj.phrase, "synsets": []})
             objects.append(_object_record(region_id, box, obj))
-            for kind, answer in questions(scene, index):
+            asked = [*questions(scene, index), *([("place", place(obj))] if self._places else [])]
+            for kind, answer in asked:
                 qas.append(self._question(rng, image_id, kind, answer))
                 self.qa_to_region_mapping[str(self._qa_id)] = region_id
         if image_id % _COUNT_EVERY == 0:  # about the whole image: not mapped to a region
@@ -206,7 +220,8 @@ class _Records:
 
     def _question(self, rng: np.random.Generator, image_id: int, kind: str, answer: str) -> dict:
         self._qa_id += 1
-        wording = QUESTIONS[kind][rng.integers(len(QUESTIONS[kind]))]
+        wordings = PLACE_QUESTIONS if kind == "place" else QUESTIONS[kind]
+        wording = wordings[rng.integers(len(wordings))]
         return {
             "qa_id": self._qa_id,
             "image_id": image_id,
@@ -298,9 +313,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, required=True, help="number of scenes")
     parser.add_argument("--seed", type=int, required=True, help="same seed: same scenes")
     parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument("--places", action="store_true", help="also ask where in the picture each object is")
     args = parser.parse_args(argv)
     try:
-        write(args.out, args.images, args.seed, args.split)
+        write(args.out, args.images, args.seed, args.split, places=args.places)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     return 0

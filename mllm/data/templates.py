@@ -8,3 +8,20 @@ DESCRIBE_REGION_WORDINGS = (
     "Give a short description of this region.",
 )
 DESCRIBE_REGION = DESCRIBE_REGION_WORDINGS[0]
+
+# Presets by name. lmms-eval's is the prompt of its RefCOCOg tasks (lmms_eval/tasks/refcocog).
+WORDINGS = {
+    "own": DESCRIBE_REGION_WORDINGS,
+    "lmms-eval": ("Provide a short description for this region.",),
+}
+
+
+def wordings(preset: str) -> tuple[str, ...]:
+    """The wordings of a preset.
+
+    Raises:
+        ValueError: If there is no such preset.
+    """
+    if preset not in WORDINGS:
+        raise ValueError(f"wordings: expected one of {', '.join(WORDINGS)}, got {preset!r}")
+    return WORDINGS[preset]

@@ -14,6 +14,8 @@ from eval.metrics.exact_match import exact_match
 from mllm import chat as region_chat
 from mllm.answering import RegionChat
 from mllm.data import shapes
+from mllm.data.index import RegionIndex
+from mllm.data.prepare import make_index
 from mllm.data.visual_genome import read_region_questions, read_regions
 from mllm.loading import EMBEDDED_MODEL
 from train import finetune
@@ -163,20 +165,22 @@ def test_tuning_reads_the_region(embedded, root, tmp_path, fed):
     """One training step on the embedded model: its loss on true descriptions is low, on another object's descriptions
     high.
     """
+    from train.arguments import DataArguments
     from train.collators import ConversationCollator
-    from train.sampling import ConversationDataset, group_by_region
+    from train.sampling import ConversationDataset
 
     model, processor = embedded
-    facts = group_by_region(read_regions(root, region_input="mask"))
-    dataset = ConversationDataset(facts)
-    collate = ConversationCollator(processor)
-    conversations = [dataset[i] for i in range(8)]
+    make_index(root)
+    args = DataArguments(data=[str(root)], region_input="mask", turn_kinds=["description"])
+    dataset = ConversationDataset([RegionIndex(root)], args, "test", ["What is this?"], 0, tmp_path / "skipped.jsonl")
+    collator = ConversationCollator(processor)
+    conversations = [turns for number in range(8) for turns in dataset[number]]
     with torch.no_grad():
-        right = model(**collate(conversations)).loss
+        right = model(**collator([conversations])).loss
         regions = [c[0]["content"][0]["region"] for c in conversations]
         for conversation, region in zip(conversations, regions[1:] + regions[:1], strict=True):
             conversation[0]["content"][0]["region"] = region
-        wrong = model(**collate(conversations)).loss
+        wrong = model(**collator([conversations])).loss
     assert right < 0.2 < 1 < wrong
     for row in range(8):
         assert overlap(fed[0][row], regions[row], 96, 96) >= 0.95

@@ -14,11 +14,13 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, LlavaForCondition
 import mllm
 from mllm import chat
 from mllm.data import shapes
-from mllm.data.visual_genome import read_regions
+from mllm.data.index import RegionIndex
+from mllm.data.prepare import make_index
 from mllm.llava import build_llava_processor
 from mllm.loading import EMBEDDED_MODEL
 from tests.tiny import build_tiny_llava, noise_picture, tiny_llava_config, tiny_tokenizer, tiny_vision_config
-from train.sampling import ConversationDataset, group_by_region
+from train.arguments import DataArguments
+from train.sampling import ConversationDataset
 from vision_tower import AlphaCLIPImageProcessor, Region
 
 BOX = Region.from_box(2, 2, 30, 30)
@@ -67,12 +69,15 @@ def test_a_lost_alpha_weight_of_ours_is_an_error(tiny_llava_dir, tmp_path):
 
 def test_training_refuses_pictures_of_another_size(tmp_path):
     shapes.write(tmp_path / "s", 1, 5, "train", progress=False)
-    facts = group_by_region(read_regions(tmp_path / "s"))
-    assert ConversationDataset(facts)[0]
+    make_index(tmp_path / "s")
+    index, args = RegionIndex(tmp_path / "s"), DataArguments(data=["s"])
+    samples = ConversationDataset([index], args, "train", ["What?"], 0, tmp_path / "skipped.jsonl")
+    assert samples[0]
     picture = tmp_path / "s" / "VG_100K" / "1.png"
     Image.open(picture).resize((192, 192)).save(picture)
-    with pytest.raises(ValueError, match="regions would be shifted"):
-        ConversationDataset(facts)[0]
+    with pytest.raises(ValueError, match="1 of 1 pictures could not be opened"):
+        samples[0]
+    assert "regions would be shifted" in (tmp_path / "skipped.jsonl").read_text()
 
 
 @pytest.mark.parametrize("palette", [(0, 0, 0, 255, 255, 255), (255, 255, 255, 0, 0, 0), (0, 0, 0, 128, 0, 0)])

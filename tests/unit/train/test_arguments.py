@@ -14,7 +14,7 @@ REQUIRED = ["--model", "M", "--data", "D", "--output_dir", "O"]
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_parses(recipe):
     model, data, training = parse_args([str(recipe), *REQUIRED])
-    assert (model.model, data.data, training.output_dir) == ("M", "D", "O")
+    assert (model.model, data.data, training.output_dir) == ("M", ["D"], "O")
 
 
 def test_flags_win_over_the_recipe(tmp_path):
@@ -35,8 +35,20 @@ def test_flags_win_over_the_recipe(tmp_path):
         ("region_input: circle", "region_input: expected one of"),
         ("max_turns: 0", "max_turns: expected 1 or more"),
         ("optimizer: sgd", "optimizer: expected trainer or muon"),
-        ("turn_weights: [left=0]", "turn_weights: expected KIND=WEIGHT"),
-        ("turn_weights: [left]", "turn_weights: expected KIND=WEIGHT"),
+        ("turn_weights: [left=0]", "turn_weights: expected NAME=NUMBER"),
+        ("turn_weights: [left]", "turn_weights: expected NAME=NUMBER"),
+        ("learning_rates: [alpha=-1]", "learning_rates: expected NAME=NUMBER"),
+        ("box_jitter: 0.5", "box_jitter: expected a share from 0 to below 0.5"),
+        ("min_strength: 2", "min_strength: expected a number from 0 to 1"),
+        ("regions_per_image: 0", "regions_per_image: expected 1 or more"),
+        ("eval_metrics: [SPICE]", "eval_metrics: expected names out of"),
+        ("dtype: int8", "dtype: expected float32"),
+        ("load_in: 4bit", "quantised weights cannot be trained; give lora_r"),
+        ("lora_tower: true", "need lora_r above 0"),
+        ("save_total_limit: 1", "save_total_limit: expected 2 or more"),
+        ("deepspeed: zero9", "deepspeed: expected one of zero1, zero2, zero2_offload, zero3, zero3_offload"),
+        ("deepspeed: zero2\noptimizer: muon", "muon runs without DeepSpeed only"),
+        ("deepspeed: zero2_offload\nlearning_rates: [alpha=1.0]", "brings an optimizer of one learning rate"),
     ],
 )
 def test_bad_recipes(tmp_path, content, message):

@@ -5,7 +5,7 @@ import torch
 
 from mllm.processing import VICUNA_V1_SYSTEM
 from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_picture
-from train.collators import IGNORE_INDEX, ConversationCollator, encode_with_labels
+from train.collators import IGNORE_INDEX, ConversationCollator, encode_prompt_and_answer, encode_with_labels
 from vision_tower import Region
 
 PROCESSOR = build_tiny_llava()[1]
@@ -59,7 +59,7 @@ def test_blip2_labels_begin_where_generation_begins(question, answer):
     prompt = processor.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=True)["input_ids"][0]
     assert ids[:first] == prompt and labels[first:] == ids[first:]
     assert processor.tokenizer.decode(labels[first:]).strip() == "a cat</s>"
-    batch = ConversationCollator(processor)([turns, turns])
+    batch = ConversationCollator(processor)([[turns], [turns]])
     with torch.no_grad():
         loss = model(**batch).loss
         inputs = {"input_ids": torch.tensor([ids]), "pixel_values": batch["pixel_values"][:1]}
@@ -87,7 +87,7 @@ def test_loss_is_that_of_the_answer_tokens():
         conversation(("What?", "a cat")),
         conversation(("Which colour is this thing?", "black"), ("Size?", "small")),
     ]
-    batch = ConversationCollator(PROCESSOR)(turns)
+    batch = ConversationCollator(PROCESSOR)([turns])
     with torch.no_grad():
         loss = model(**batch).loss
         by_hand = []
@@ -102,9 +102,42 @@ def test_loss_is_that_of_the_answer_tokens():
 def test_batch_shapes_padding_and_regions():
     region = Region.from_box(4, 4, 20, 20)
     turns = [conversation(("What?", "a cat"), region=region), conversation(("What is this thing here?", "a small dog"))]
-    batch = ConversationCollator(PROCESSOR)(turns)
+    batch = ConversationCollator(PROCESSOR)([turns])
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
     assert batch["attention_mask"][0, -1] == 0 and batch["attention_mask"][1].all()
     assert (batch["labels"][batch["attention_mask"] == 0] == IGNORE_INDEX).all()
     expected = PROCESSOR.image_processor([IMAGE, IMAGE], [region, None], return_tensors="pt")["pixel_values"]
     assert torch.equal(batch["pixel_values"], expected)
+
+
+def test_t5_reads_the_prompt_and_has_labels_for_the_answer():
+    model, processor = build_tiny_blip2("t5")
+    turns = [conversation(("What?", "a cat")), conversation(("Which one is it?", "the small </s> dog"))]
+    batch = ConversationCollator(processor, encoder_decoder=True)([turns])
+    for row, turn in enumerate(turns):
+        prompt = processor.apply_chat_template(turn[:1], add_generation_prompt=True, tokenize=True)["input_ids"][0]
+        assert batch["input_ids"][row][batch["attention_mask"][row].bool()].tolist() == prompt
+        labels = batch["labels"][row][batch["labels"][row] != IGNORE_INDEX].tolist()
+        assert labels[-1] == processor.tokenizer.eos_token_id and labels.count(labels[-1]) == 1
+        assert processor.tokenizer.decode(labels[:-1]) == turn[1]["content"][0]["text"]
+    with torch.no_grad():
+        loss, by_hand = model(**batch).loss, []
+        for row, turn in enumerate(turns):
+            prompt, answer = encode_prompt_and_answer(processor, turn)
+            start = [model.config.text_config.decoder_start_token_id, *answer[:-1]]
+            logits = (
+                model(
+                    input_ids=torch.tensor([prompt]),
+                    pixel_values=batch["pixel_values"][row : row + 1],
+                    decoder_input_ids=torch.tensor([start]),
+                )
+                .logits[0]
+                .log_softmax(-1)
+            )
+            by_hand += [-logits[place, token] for place, token in enumerate(answer)]
+    torch.testing.assert_close(loss, torch.stack(by_hand).mean(), atol=1e-4, rtol=0)
+
+
+def test_a_conversation_longer_than_the_model_reads_is_refused():
+    with pytest.raises(ValueError, match="the model reads 8; lower max_turns"):
+        ConversationCollator(PROCESSOR, max_length=8)([[conversation(("What?", "a cat"))]])

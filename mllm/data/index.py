@@ -1,0 +1,342 @@
+"""A memory-mapped index of a data set's regions: what training reads, at any size.
+
+A folder with two Arrow tables and `index.json`, which says what they were made of. Visual Genome's 5.4 million regions
+open at once and cost no memory that the system could not take back.
+
+`pictures.arrow`, a row a picture and split: `image_id`, `image` (path from the data's folder), `width`, `height` in
+pixels (null: not stated), `split`. `regions.arrow`, a row a region, those of one picture side by side:
+`picture` (its row), `region_id` (null: the whole image), `forms` (the same region as box, as mask ...: the JSON of each),
+`turns` (kind, question or null for a description, answer), `length` (characters of the longest turn).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import posixpath
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mllm.data.records import read_json
+from mllm.data.samples import RegionSample
+from vision_tower import Region
+
+FORMAT = 1
+TRAIN, HELD_OUT = "train", "val"
+INDEX_FOLDER = "region_index"  # beside the data set's own files
+_WRITTEN_AT_ONCE = 20_000  # rows
+_NEEDED = "an index of regions needs the package datasets: pip install datasets"
+
+Turn = tuple[str, str | None, str]  # kind, question (None: a description), answer
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RegionFacts:
+    """A region with all that can be asked about it.
+
+    `sample` opens and checks the picture; its region is the first of `forms`, the same region in several forms (box,
+    mask). A turn's kind is what the data set calls its questions' type, or "description" or "question".
+    """
+
+    sample: RegionSample
+    forms: tuple[Region, ...]
+    turns: tuple[Turn, ...]
+
+
+class RegionIndex:
+    """An index on disk.
+
+    Attributes:
+        picture_of: Row of its picture for each region (N,), int32.
+        length_of: Characters of its longest turn for each region (N,), int32.
+        split_of_picture: Split of each picture, text (P,).
+    """
+
+    def __init__(self, folder: str | os.PathLike, root: str | os.PathLike | None = None) -> None:
+        """Open an index.
+
+        Args:
+            folder: The index, or the data set's folder, in which it is `region_index`.
+            root: Folder of the pictures, if the data was moved; by default the one that the index names.
+
+        Raises:
+            ValueError: If there is none, it is of another version, or was not written to its end.
+        """
+        folder = Path(folder)
+        if not (folder / "index.json").exists() and (folder / INDEX_FOLDER / "index.json").exists():
+            folder = folder / INDEX_FOLDER
+        if not (folder / "index.json").exists():
+            raise ValueError(f"expected a region index in {folder}; make it: python scripts/prepare_data.py ...")
+        self.folder = folder
+        self.record = read_json(folder / "index.json", dict)
+        if self.record.get("format") != FORMAT:
+            raise ValueError(f"{folder} has format {self.record.get('format')}, this is for {FORMAT}; make it anew")
+        self.root = Path(root) if root is not None else (folder / self.record["root"]).resolve()
+        try:
+            self.pictures, self.regions = (
+                _datasets().Dataset.from_file(str(folder / f"{name}.arrow")) for name in ("pictures", "regions")
+            )
+        except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+            raise ValueError(f"the index {folder} is damaged ({error}); make it anew") from error
+        if [len(self.pictures), len(self.regions)] != [self.record["pictures"], self.record["regions"]]:
+            raise ValueError(f"{folder} was not written to its end; make it anew")
+        self.picture_of = _numbers(self.regions, "picture")
+        self.length_of = _numbers(self.regions, "length")
+        self.split_of_picture = np.array(self.pictures["split"])
+
+    def __len__(self) -> int:
+        return len(self.regions)
+
+    def rows(self, split: str, kinds: Sequence[str] = ()) -> np.ndarray:
+        """Rows (M,) of the regions of a split, in order; with `kinds`, of those with a turn of these kinds, where
+        "question" stands for every kind but "description".
+        """
+        chosen = (self.split_of_picture == split)[self.picture_of]
+        if kinds:
+            chosen &= self._have(kinds)
+        return np.flatnonzero(chosen)
+
+    def _have(self, kinds: Sequence[str]) -> np.ndarray:
+        """Whether each region has a turn of these kinds, (N,)."""
+        try:
+            import pyarrow.compute as pc
+        except ImportError:
+            raise ValueError(_NEEDED) from None
+        found = []
+        for chunk in self.regions.data.column("turns").chunks:
+            kind = chunk.flatten().field("kind")
+            wanted = np.isin(np.array(pc.unique(kind).to_pylist()), kinds)  # few kinds, many turns
+            of_kind = pc.is_in(kind, value_set=pc.unique(kind).filter(wanted)).to_numpy(zero_copy_only=False)
+            if "question" in kinds:
+                of_kind |= pc.not_equal(kind, "description").to_numpy(zero_copy_only=False)
+            sums = np.concatenate([[0], np.cumsum(of_kind)])
+            offsets = chunk.offsets.to_numpy() - chunk.offsets[0].as_py()
+            found.append(sums[offsets[1:]] > sums[offsets[:-1]])
+        return np.concatenate(found) if found else np.zeros(0, bool)
+
+    def read(self, rows: Sequence[int]) -> list[RegionFacts]:
+        """Regions by their rows."""
+        table = self.regions[list(map(int, rows))]
+        return [self._facts({name: values[i] for name, values in table.items()}) for i in range(len(rows))]
+
+    def descriptions(self, split: str) -> list[str]:
+        """All descriptions of a split."""
+        turns = self.regions.select_columns("turns")
+        rows = self.rows(split, ["description"])
+        blocks = (turns[rows[at : at + _WRITTEN_AT_ONCE].tolist()] for at in range(0, len(rows), _WRITTEN_AT_ONCE))
+        return [
+            turn["answer"]
+            for block in blocks
+            for row in block["turns"]
+            for turn in row
+            if turn["kind"] == "description"
+        ]
+
+    def image_path(self, picture: int) -> str:
+        """Where a picture lies."""
+        return str(self.root / self.pictures[int(picture)]["image"])
+
+    def _facts(self, row: dict[str, Any]) -> RegionFacts:
+        picture = self.pictures[row["picture"]]
+        forms = tuple(Region.from_json(json.loads(form)) for form in row["forms"])
+        turns = tuple((turn["kind"], turn["question"], turn["answer"]) for turn in row["turns"])
+        meta = {"image_id": picture["image_id"], "region_id": row["region_id"]}
+        if picture["width"] is not None:
+            meta |= {"width": picture["width"], "height": picture["height"]}
+        name = f"{picture['image_id']}/{'whole' if row['region_id'] is None else row['region_id']}"
+        references = tuple(answer for _, question, answer in turns if question is None)
+        sample = RegionSample(name, str(self.root / picture["image"]), forms[:1], None, references, meta=meta)
+        return RegionFacts(sample, forms, turns)
+
+
+def write_index(
+    out: str | os.PathLike,
+    root: str | os.PathLike,
+    regions: Iterable[tuple[str, RegionSample]],
+    more: Iterable[tuple[str, RegionSample]] = (),
+    *,
+    made_of: str,
+) -> dict[str, Any]:
+    """Write an index and return its record, the content of `index.json`.
+
+    A region that occurs several times (as a box and as a mask, described and asked about) becomes one row. Of
+    `regions` the rows of one picture are held at a time, so those of a picture must follow each other; `more`, what
+    else is known about the same or other regions, is held in memory whole.
+
+    Args:
+        out: New folder; an index in it is replaced at the end, in one go.
+        root: The data set's folder, which the pictures' paths are made relative to.
+        regions: (split, sample) in the order of the pictures; each sample of one region, its meta with `image_id` and,
+            unless it is about the whole image, `region_id`.
+        more: As `regions`, in any order. A sample without a region is about the one of its `region_id`; if that never
+            comes, it is left out and counted in the record.
+        made_of: What the data is, for people.
+
+    Raises:
+        ValueError: If a sample lacks its ids, or what the readers raise.
+        OSError: If the folder cannot be written.
+    """
+    out, root = Path(out), Path(root)
+    known: dict[tuple, _Row] = {}
+    for split, sample in more:
+        _merge(known, split, sample)
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    writer = _Writer(partial, root)
+    for rows in _by_picture(regions):
+        for key, row in rows.items():
+            if (other := known.pop(key, None)) is not None:
+                row.add(other.sample, other.forms, other.turns)
+        writer.write(rows)
+    writer.write({key: row for key, row in known.items() if row.forms})
+    record = {
+        "format": FORMAT,
+        "made_of": made_of,
+        "root": os.path.relpath(root.resolve(), out.resolve()),
+        "turns_of_unknown_regions": sum(len(row.turns) for row in known.values() if not row.forms),
+        **writer.close(),
+    }
+    (partial / "index.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+    return record
+
+
+@dataclasses.dataclass(slots=True)
+class _Row:
+    """A region as it is collected, each form and turn once. Lists and no dicts: a million of them are held."""
+
+    sample: RegionSample | None
+    forms: list[Region]
+    turns: list[Turn]
+
+    def add(self, sample: RegionSample | None, forms: Iterable[Region], turns: Iterable[Turn]) -> None:
+        self.sample = self.sample or sample
+        self.forms += [form for form in forms if form not in self.forms]
+        self.turns += [turn for turn in turns if turn not in self.turns]
+
+
+def _merge(rows: dict[tuple, _Row], split: str, sample: RegionSample) -> None:
+    """Add a sample to the row of its region."""
+    meta = sample.meta
+    if "image_id" not in meta:
+        raise ValueError(f"sample {sample.id} has no image_id; an index needs it")
+    kind = "description" if sample.question is None else meta.get("type", "question")
+    key = (split, meta["image_id"], meta.get("region_id"))
+    if (row := rows.get(key)) is None:
+        row = rows[key] = _Row(None, [], [])
+    turns = [(kind, sample.question, answer) for answer in sample.references]
+    row.add(sample if sample.regions else None, sample.regions, turns)
+
+
+def _by_picture(samples: Iterable[tuple[str, RegionSample]]) -> Iterator[dict[tuple, _Row]]:
+    """The regions of one picture after the other, by key."""
+    rows: dict[tuple, _Row] = {}
+    current = None
+    for split, sample in samples:
+        picture = split, sample.meta.get("image_id")
+        if picture != current and rows:
+            yield rows
+            rows = {}
+        current = picture
+        _merge(rows, split, sample)
+    if rows:
+        yield rows
+
+
+class _Writer:
+    """Writes both tables, some thousand rows at once."""
+
+    def __init__(self, folder: Path, root: Path) -> None:
+        datasets = _datasets()
+        whole, words = datasets.Value("int64"), datasets.Value("string")
+        turn = {"kind": words, "question": words, "answer": words}
+        self.columns = {
+            "pictures": {
+                "image_id": words,
+                "image": words,
+                "width": whole,
+                "height": whole,
+                "split": words,
+            },
+            "regions": {
+                "picture": whole,
+                "region_id": whole,
+                "forms": datasets.List(words),
+                "turns": datasets.List(turn),
+                "length": whole,
+            },
+        }
+        self.tables = {
+            name: datasets.arrow_writer.ArrowWriter(
+                path=str(folder / f"{name}.arrow"), features=datasets.Features(columns)
+            )
+            for name, columns in self.columns.items()
+        }
+        self.waiting: dict[str, list[tuple]] = {name: [] for name in self.columns}
+        self.root = str(root)
+        self.picture_rows: dict[tuple, int] = {}
+        self.splits: Counter = Counter()
+        self.count = 0
+
+    def write(self, rows: dict[tuple, _Row]) -> None:
+        """Take rows; they are on disk after `close`."""
+        for (split, image_id, region_id), row in rows.items():
+            picture = self._picture(split, image_id, row.sample)
+            turns = [dict(zip(("kind", "question", "answer"), turn, strict=True)) for turn in row.turns]
+            length = max(len(question or "") + len(answer) for _, question, answer in row.turns)
+            forms = [json.dumps(form.to_json()) for form in row.forms]
+            self.waiting["regions"].append((picture, region_id, forms, turns, length))
+            self.splits[split] += 1
+        self.count += len(rows)
+        if len(self.waiting["regions"]) >= _WRITTEN_AT_ONCE:
+            self._flush()
+
+    def close(self) -> dict[str, Any]:
+        """Write what is left; returns the counts."""
+        self._flush()
+        for table in self.tables.values():
+            table.finalize()
+        return {"pictures": len(self.picture_rows), "regions": self.count, "splits": dict(sorted(self.splits.items()))}
+
+    def _picture(self, split: str, image_id: Any, sample: RegionSample) -> int:
+        """The row of the sample's picture, a new one when it is the first of it."""
+        key = split, image_id
+        if (row := self.picture_rows.get(key)) is None:
+            if not isinstance(sample.image, str):
+                raise ValueError(f"sample {sample.id}: an index takes pictures that are files, not parts of archives")
+            path = posixpath.join(*Path(os.path.relpath(sample.image, self.root)).parts)
+            size = sample.meta.get("width"), sample.meta.get("height")
+            row = self.picture_rows[key] = len(self.picture_rows)
+            self.waiting["pictures"].append((str(image_id), path, *size, split))
+        return row
+
+    def _flush(self) -> None:
+        for name, rows in self.waiting.items():
+            if rows:
+                columns = zip(self.columns[name], zip(*rows, strict=True), strict=True)
+                self.tables[name].write_batch({column: list(values) for column, values in columns})
+                rows.clear()
+
+
+def _numbers(table: Any, column: str) -> np.ndarray:
+    """A column of whole numbers, int32."""
+    chunks = [chunk.to_numpy() for chunk in table.data.column(column).chunks]
+    return np.concatenate(chunks).astype(np.int32) if chunks else np.zeros(0, np.int32)
+
+
+def _datasets() -> Any:
+    """The package, which the index alone needs."""
+    try:
+        import datasets
+        import datasets.arrow_writer
+    except ImportError:
+        raise ValueError(_NEEDED) from None
+    return datasets

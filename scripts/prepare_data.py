@@ -1,0 +1,178 @@
+"""Check a data set, say what is wrong with it, and write the index that training reads.
+
+    python scripts/prepare_data.py vg|refcocog --source DIR [--out DIR] [--against OTHER ...]
+
+Says which files are missing and where they are published, counts what was left out and why, and lists the training
+images that are in a test split: of the same data set, of another one (--against its folder: Visual Genome and RefCOCOg
+share COCO's pictures), or the test images in LLaVA-1.5's training mix (--against llava_v1_5_mix665k.json).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mllm.data import prepare
+from mllm.data.index import INDEX_FOLDER, TRAIN, RegionIndex
+from mllm.data.records import READ, read_json, stream_json
+from mllm.data.splits import densecap_split
+from train.sampling import missing_pictures
+
+FILES = {
+    "vg": {
+        "image_data.json": "visualgenome.org, image meta data (version 1.2)",
+        "region_descriptions.json": "visualgenome.org, region descriptions (version 1.2)",
+        "question_answers.json": "visualgenome.org, question answers (version 1.2); without it there are no questions",
+        "qa_to_region_mapping.json": "visualgenome.org, question answers to region mapping; goes with the questions",
+    },
+    "refcocog": {
+        "refs({split_by}).p": "github.com/lichengunc/refer, refcocog.zip",
+        "instances.json": "github.com/lichengunc/refer, refcocog.zip",
+    },
+}
+OPTIONAL = {"question_answers.json", "qa_to_region_mapping.json"}
+PICTURES = {
+    "vg": "VG_100K/ and VG_100K_2/: visualgenome.org, images.zip and images2.zip",
+    "refcocog": "train2014/: images.cocodataset.org, train2014.zip",
+}
+_COCO = re.compile(r"(\d{12})\.jpg$")
+
+
+class Images(NamedTuple):
+    """Images by split, under the names by which data sets share them: ("vg", id) and ("coco", id)."""
+
+    train: set
+    held_out: set
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=FILES, help="vg: Visual Genome's layout (Shapes too); refcocog")
+    parser.add_argument("--source", type=Path, required=True, help="folder of the data set's own files")
+    parser.add_argument("--out", type=Path, help=f"folder of the index (default: {INDEX_FOLDER} in the source)")
+    parser.add_argument("--split-by", default="umd", choices=("umd", "google", "unc"), help="refcocog: whose split")
+    parser.add_argument("--against", nargs="*", default=[], type=Path, help="folders or LLaVA's JSON to compare with")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    try:
+        check_files(args.kind, args.source, args.split_by)
+        reports: prepare.Reports = {}
+        if args.kind == "vg":
+            record = prepare.index_visual_genome(args.source, args.out, reports)
+        else:
+            record = prepare.index_refcocog(args.source, args.out, reports, args.split_by)
+        print_report(args, record, reports)
+        own = images_of(args.source, args.split_by)
+        print_overlap(f"{args.source} itself", own.train, own.held_out)
+        for other in args.against:
+            there = images_of(other, args.split_by)
+            print_overlap(f"the test and validation splits of {other}", own.train, there.held_out)
+            print_overlap(f"what {other} trains on, of the test and validation splits here", there.train, own.held_out)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+    return 0
+
+
+def check_files(kind: str, source: Path, split_by: str) -> None:
+    """Print which optional files are missing.
+
+    Raises:
+        ValueError: If one is missing that must be there; all of them are named, with where they are published.
+    """
+    if not source.is_dir():
+        raise ValueError(f"there is no folder {source}")
+    missing = {}
+    for name, published in FILES[kind].items():
+        name = name.format(split_by=split_by)
+        if not (source / name).exists():
+            missing[name] = published
+            if name in OPTIONAL:
+                print(f"{name} is missing: {published}")
+    if needed := [f"{name} ({published})" for name, published in missing.items() if name not in OPTIONAL]:
+        raise ValueError(f"missing in {source}: {'; '.join(needed)}")
+
+
+def print_report(args: argparse.Namespace, record: dict, reports: prepare.Reports) -> None:
+    """What was read, left out, and which pictures are not there."""
+    for name, report in reports.items():
+        print(f"{name}: {report.counts[READ]:,} read")
+        for reason, count in report.counts.items():
+            if reason != READ:
+                print(f"  {count:,} {reason} (ids {', '.join(map(str, report.examples[reason][:5]))} ...)")
+    if record["turns_of_unknown_regions"]:
+        print(f"  {record['turns_of_unknown_regions']:,} questions on a region that is not there, left out")
+    index = RegionIndex(args.out or args.source, root=args.source)
+    for split, regions in record["splits"].items():
+        pictures = int((index.split_of_picture == split).sum())
+        missing = missing_pictures(index, split)
+        line = f"split {split}: {regions:,} regions on {pictures:,} pictures"
+        print(line + (f", {len(missing):,} of them missing (first: {missing[0]})" if missing else ""))
+    if any(missing_pictures(index, split) for split in record["splits"]):
+        print(f"missing pictures are published as {PICTURES[args.kind]}")
+    print(f"index: {index.folder} ({sum(f.stat().st_size for f in index.folder.iterdir()) / 1e6:.0f} MB)")
+
+
+def print_overlap(where: str, train: set, held_out: set) -> None:
+    """How many training images are held out elsewhere, and the first of them."""
+    shared = sorted(train & held_out)
+    first = f" (first: {', '.join(f'{kind} {number}' for kind, number in shared[:3])})" if shared else ""
+    print(f"training images in {where}: {len(shared):,}{first}")
+
+
+def images_of(source: Path, split_by: str) -> Images:
+    """The images of a data set's folder, or of LLaVA's JSON of conversations.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    if source.is_file():
+        return Images(_images_of_llava(source), set())
+    if (source / "image_data.json").exists():
+        return _images_of_visual_genome(source)
+    index = RegionIndex(source) if (source / INDEX_FOLDER).exists() else None
+    if index is None:
+        raise ValueError(f"expected a folder of Visual Genome, an indexed one of RefCOCOg, or LLaVA's JSON, got {source}")
+    sides: dict[bool, set] = {True: set(), False: set()}
+    for picture in index.pictures:
+        sides[picture["split"] == TRAIN].add(("coco", int(picture["image_id"])))
+    return Images(sides[True], sides[False])
+
+
+def _images_of_visual_genome(source: Path) -> Images:
+    """Each image under Visual Genome's number, and COCO's where it is one of COCO's."""
+    split = None
+    if (source / "dataset.json").exists():
+        split = read_json(source / "dataset.json", dict).get("split")
+    held_out = densecap_split("val") | densecap_split("test")
+    sides: dict[bool, set] = {True: set(), False: set()}
+    for entry in stream_json(source / "image_data.json"):
+        number = entry.get("image_id", entry.get("id"))
+        is_train = split == TRAIN if split else number in densecap_split("train")
+        if not is_train and not split and number not in held_out:
+            continue
+        sides[is_train].add(("vg", number))
+        if entry.get("coco_id") is not None:
+            sides[is_train].add(("coco", entry["coco_id"]))
+    return Images(sides[True], sides[False])
+
+
+def _images_of_llava(path: Path) -> set:
+    """The images of a JSON list of {"image": "vg/VG_100K/1.jpg" or "coco/train2017/000000000009.jpg", ...}."""
+    images = set()
+    for entry in stream_json(path):
+        name = entry.get("image", "") if isinstance(entry, dict) else ""
+        if coco := _COCO.search(name):
+            images.add(("coco", int(coco[1])))
+        elif "VG_100K" in name and Path(name).stem.isdecimal():
+            images.add(("vg", int(Path(name).stem)))
+    return images
+
+
+if __name__ == "__main__":
+    sys.exit(main())

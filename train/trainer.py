@@ -1,0 +1,188 @@
+"""Trainer for conversations about regions: order of samples, learning rates by part, whole checkpoints, evaluation."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from train.evaluation import AnswerScorer
+from train.lora import part_of
+from train.optimizers import MuonWithAdamW
+from train.sampling import EpochSampler
+
+logger = logging.getLogger(__name__)
+
+WHOLE = "whole.json"  # written last into a checkpoint: without it one is half-written
+STOPPED = 128 + signal.SIGTERM  # exit code of a run that SIGTERM ended, as a shell reports it
+
+
+class RegionTrainer(Trainer):
+    """Transformers' Trainer; only what differs is here.
+
+    Args:
+        parts: Prefix of the parameters' names by part.
+        rates: Learning rate by part, where another than `learning_rate`.
+        optimizer_name: "trainer" or "muon".
+        run: What makes this run (recipe), stored with each checkpoint.
+        scorer: Answers held-out questions at each evaluation, or None.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        parts: Mapping[str, str],
+        rates: Mapping[str, float],
+        optimizer_name: str,
+        run: Mapping[str, Any],
+        scorer: AnswerScorer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.parts = dict(parts)
+        self.rates = dict(rates)
+        self.optimizer_name = optimizer_name
+        self.run = dict(run)
+        self.scorer = scorer
+        self.stopping = StopOnSignal()
+        self.add_callback(self.stopping)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        grouped = args.train_sampling_strategy == "group_by_length"
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return EpochSampler(len(dataset), args.seed, dataset.lengths if grouped else None, batch)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in Trainer, with a learning rate of its own for each part that has one."""
+        model = self.model if model is None else model
+        args = self.args
+        if self.optimizer_name == "muon":
+            betas = (args.adam_beta1, args.adam_beta2)
+            self.optimizer = MuonWithAdamW(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
+        elif self.rates and self.optimizer is None:
+            decayed = set(self.get_decay_parameter_names(model))
+            groups: dict[tuple, list] = {}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    rate = self.rates.get(part_of(name, self.parts), args.learning_rate)
+                    groups.setdefault((rate, name in decayed), []).append(parameter)
+            optimizer, settings = self.get_optimizer_cls_and_kwargs(args, model)
+            self.optimizer = optimizer(
+                [
+                    {"params": members, "lr": rate, "weight_decay": args.weight_decay if decay else 0.0}
+                    for (rate, decay), members in groups.items()
+                ],
+                **settings,
+            )
+        return super().create_optimizer(model)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Loss on the held-out samples, and how their questions are answered."""
+        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.scorer is not None:
+            with (
+                self.accelerator.autocast()
+            ):  # as in training: trained weights may be of another dtype than frozen ones
+                answered = self.scorer.answer(
+                    self.model, self.accelerator.process_index, self.accelerator.num_processes
+                )
+            scores = self.scorer.score(gather_object(answered))
+            scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+            self.log(scores)
+            metrics |= scores
+        return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in Trainer; a checkpoint is whole once `whole.json` is in it, the last file to be written."""
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            if self.args.should_save:  # left half-written by a run that was killed here
+                shutil.rmtree(folder, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                _write_synced(folder / WHOLE, {"step": self.state.global_step, "run": self.run})
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk
+            last = last_whole_checkpoint(self.args.output_dir)
+            raise OSError(
+                f"cannot write the checkpoint {folder} ({' '.join(str(error).split())[:200]}); is the disk full? "
+                f"The last whole one is {last or 'none'}: make room, and the same command goes on from there"
+            ) from error
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM: finish the step, save a checkpoint, end. All processes agree on the step."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Listen."""
+        self._before = signal.signal(signal.SIGTERM, self._receive)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Stop listening."""
+        signal.signal(signal.SIGTERM, self._before)
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Ask for a checkpoint and the end, once any process got the signal."""
+        if args.world_size > 1:
+            flag = torch.tensor(int(self.received), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            self.received = bool(flag)
+        if self.received and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = True
+
+
+def last_whole_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+    """The newest whole checkpoint of a run's folder."""
+    folders = (marker.parent for marker in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{WHOLE}"))
+    return max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+
+def checkpoint_to_resume(output_dir: str | os.PathLike, run: Mapping[str, Any]) -> Path | None:
+    """The newest whole checkpoint, None where there is none. Half-written ones are no checkpoints.
+
+    Raises:
+        ValueError: If it is of another run: other model, data or settings.
+    """
+    checkpoint = last_whole_checkpoint(output_dir)
+    if checkpoint is None:
+        return None
+    stored = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))["run"]
+    now = json.loads(json.dumps(run))  # as it would be stored
+    if changed := sorted(key for key in stored.keys() | now.keys() if stored.get(key) != now.get(key)):
+        first = changed[0]
+        raise ValueError(
+            f"{checkpoint} is of another run: {', '.join(changed)} differ ({first} was {stored.get(first)!r}, is "
+            f"{now.get(first)!r}); give another --output_dir, or the settings of that run to go on"
+        )
+    return checkpoint
+
+
+def _write_synced(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON so that the file is either whole on disk or absent."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
