@@ -137,7 +137,9 @@ def images_of(source: Path, split_by: str) -> Images:
         return _images_of_visual_genome(source)
     index = RegionIndex(source) if (source / INDEX_FOLDER).exists() else None
     if index is None:
-        raise ValueError(f"expected a folder of Visual Genome, an indexed one of RefCOCOg, or LLaVA's JSON, got {source}")
+        raise ValueError(
+            f"expected a folder of Visual Genome, an indexed one of RefCOCOg, or LLaVA's JSON, got {source}"
+        )
     sides: dict[bool, set] = {True: set(), False: set()}
     for picture in index.pictures:
         sides[picture["split"] == TRAIN].add(("coco", int(picture["image_id"])))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import yaml
@@ -183,6 +184,7 @@ def parse_args(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Trai
     recipe = next((arg for arg in argv if arg.endswith((".yaml", ".yml"))), None)
     flags = [arg for arg in argv if arg != recipe]
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), prog="region-tune")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('alpha-clip-mllm')}")
     defaults = _read_recipe(recipe) if recipe else {}
     known = {action.dest for action in parser._actions}
     if unknown := sorted(defaults.keys() - known):

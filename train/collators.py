@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 
 from mllm.loading import AlphaProcessor
 from mllm.processing import Message, image_items
+from vision_tower import Region
 
 IGNORE_INDEX = -100  # the loss skips these labels: torch's and Transformers' default
 
@@ -51,10 +53,14 @@ class ConversationCollator:
         labels = torch.full((len(encoded), max(len(row) for _, row in encoded)), IGNORE_INDEX)
         for row, (_, row_labels) in enumerate(encoded):
             labels[row, : len(row_labels)] = torch.tensor(row_labels)
-        images = [item for conversation in conversations for item in image_items(conversation)]
-        if images:
+        items = [item for conversation in conversations for item in image_items(conversation)]
+        if items:
+            # regions of one picture stand side by side: it is resized and normalised once for all of them
+            pictures = [list(group) for _, group in itertools.groupby(items, key=lambda item: id(item["image"]))]
             batch["pixel_values"] = self.processor.image_processor(
-                [item["image"] for item in images], [item.get("region") for item in images], return_tensors="pt"
+                [group[0]["image"] for group in pictures],
+                [[item.get("region") or Region.whole() for item in group] for group in pictures],
+                return_tensors="pt",
             )["pixel_values"]
         return {**batch, "labels": labels}
 

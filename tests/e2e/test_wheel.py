@@ -108,12 +108,13 @@ def test_packages_come_from_the_wheel(environment, elsewhere):
 
 def test_commands_run_from_another_folder(wheel, environment, elsewhere):
     commands = console_scripts(wheel)
-    assert commands == ["region-chat", "region-eval"]
+    assert commands == ["region-chat", "region-eval", "region-tune"]
     for command in commands:
         program = environment / SCRIPTS_FOLDER / command
         assert run([program, "--version"], cwd=elsewhere).split() == [command, wheel.name.split("-")[1]]
         subcommand = ["run"] if command == "region-eval" else []
-        assert "--device" in run([program, *subcommand, "--help"], cwd=elsewhere)
+        flag = "--lora_r" if command == "region-tune" else "--device"
+        assert flag in run([program, *subcommand, "--help"], cwd=elsewhere)
 
 
 def test_question_about_a_scene(environment, elsewhere):

@@ -13,7 +13,7 @@ REQUIRED = ["--model", "M", "--data", "D", "--output_dir", "O"]
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_parses(recipe):
-    model, data, training = parse_args([str(recipe), *REQUIRED])
+    model, data, training = parse_args([str(recipe), *REQUIRED, "--use_cpu", "true"])  # bf16 is refused without
     assert (model.model, data.data, training.output_dir) == ("M", ["D"], "O")
 
 

@@ -174,3 +174,13 @@ def test_nf4_trains_and_the_adapter_loads(starts, data, tmp_path):
     assert all(tensor.abs().max() > 0 for name, tensor in stored.items() if "lora_B" in name)
     model, _ = mllm.load(starts["llava"], adapter=tmp_path, device="cpu")
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == 14
+
+
+def test_t5_with_qformer_checkpointed(starts, data, tmp_path):
+    """As in the recipe blip2_flant5xl_lora."""
+    flags = "--train_parts", "qformer", "language_projection", "--lora_targets", "q", "v", "--gradient_checkpointing"
+    assert tune(starts["t5"], data, tmp_path, *flags, "true") == 0
+    names = moved(starts["t5"], tmp_path)
+    expected = {n for n in adapted(starts["t5"], ["language_model"]) if n.endswith((".q.weight", ".v.weight"))}
+    assert expected <= names
+    assert {name.split(".")[0] for name in names} == {"language_model", "qformer", "language_projection"}

@@ -1,0 +1,101 @@
+"""`scripts/prepare_data.py`: what is missing, left out, held out elsewhere; real records of Visual Genome."""
+
+import json
+import shutil
+
+import pytest
+
+from mllm.data import shapes
+from mllm.data.index import RegionIndex
+from mllm.data.splits import densecap_split
+from scripts import prepare_data
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shapes.write(tmp_path / "shapes", 3, 1, progress=False)
+    return tmp_path / "shapes"
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        prepare_data.main([str(argument) for argument in arguments])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["vg", "refcocog"])
+def test_both_layouts_are_indexed(folder, capsys, kind):
+    assert prepare_data.main([kind, "--source", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    regions = len(json.loads((folder / "instances.json").read_text())["annotations"])
+    assert len(RegionIndex(folder).rows("train", ["description"])) == regions
+    assert f"{regions} read" in printed and "on 3 pictures" in printed and "missing" not in printed
+
+
+def test_missing_files_are_named_with_where_they_are_published(tmp_path, folder, capsys):
+    (tmp_path / "empty").mkdir()
+    error = refused(capsys, "vg", "--source", tmp_path / "empty")
+    assert "image_data.json (visualgenome.org" in error and "region_descriptions.json" in error
+    error = refused(capsys, "refcocog", "--source", tmp_path / "empty")
+    assert "refs(umd).p (github.com/lichengunc/refer" in error
+    (folder / "VG_100K" / "2.png").unlink()
+    (folder / "question_answers.json").unlink()
+    assert prepare_data.main(["vg", "--source", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "question_answers.json is missing" in printed
+    assert "1 of them missing" in printed and "2.png" in printed and "images.zip" in printed
+
+
+def test_orphans_and_damage(folder, capsys):
+    mapping = json.loads((folder / "qa_to_region_mapping.json").read_text())
+    first = next(iter(mapping))
+    mapping[first] = 10**6
+    (folder / "qa_to_region_mapping.json").write_text(json.dumps(mapping))
+    assert prepare_data.main(["vg", "--source", str(folder)]) == 0
+    assert "1 questions on a region that is not there" in capsys.readouterr().out
+    before = (folder / "region_index" / "regions.arrow").read_bytes()
+    path = folder / "region_descriptions.json"
+    path.write_text(path.read_text()[:-40])
+    assert "region_descriptions.json is not whole JSON" in refused(capsys, "vg", "--source", folder)
+    assert (folder / "region_index" / "regions.arrow").read_bytes() == before  # the old one is still there
+    (folder / "refs(umd).p").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    assert "which would be run" in refused(capsys, "refcocog", "--source", folder)
+
+
+def test_training_images_that_are_held_out_elsewhere_are_counted(tmp_path, folder, capsys):
+    train, test = (sorted(densecap_split(name))[:3] for name in ("train", "test"))
+    entries = json.loads((folder / "image_data.json").read_text())
+    regions = json.loads((folder / "region_descriptions.json").read_text())
+    (folder / "dataset.json").unlink()
+    for name in ("question_answers.json", "qa_to_region_mapping.json", "region_masks.json"):
+        (folder / name).unlink()
+    for entry, region, number, coco in zip(entries, regions, [*train[:2], test[0]], (7, 8, 9), strict=True):
+        entry |= {"image_id": number, "coco_id": coco}
+        region["id"] = number
+        for record in region["regions"]:
+            record["image_id"] = number
+    (folder / "image_data.json").write_text(json.dumps(entries))
+    (folder / "region_descriptions.json").write_text(json.dumps(regions))
+    mix = [{"image": f"vg/VG_100K/{test[0]}.jpg"}, {"image": "coco/train2017/000000000009.jpg"}, {"id": "text only"}]
+    (tmp_path / "mix.json").write_text(json.dumps(mix))
+    assert prepare_data.main(["vg", "--source", str(folder), "--against", str(tmp_path / "mix.json")]) == 0
+    printed = capsys.readouterr().out
+    assert f"training images in {folder} itself: 0" in printed
+    line = next(line for line in printed.splitlines() if "mix.json trains on" in line)
+    assert ": 2 (first: coco 9, vg" in line  # one picture, under both of its names
+
+
+def test_real_records(shared_data, tmp_path, capsys):
+    source = tmp_path / "vg"
+    shutil.copytree(shared_data / "visual_genome" / "v1.2.0", source)
+    shutil.copy(shared_data / "visual_genome" / "image_data.json", source)
+    (source / "question_answers.json").unlink()  # their mapping is not among the published pieces
+    assert prepare_data.main(["vg", "--source", str(source)]) == 0
+    index = RegionIndex(source)
+    assert len(index) == 1278 and len(index.pictures) == 5
+    assert "5 of them missing" in capsys.readouterr().out
+    raw = json.loads((source / "region_descriptions.json").read_text())
+    wanted = {region["region_id"]: region["phrase"].strip() for entry in raw for region in entry["regions"]}
+    for facts in index.read(range(0, 1278, 97)):
+        assert facts.sample.references == (wanted[facts.sample.meta["region_id"]],)
