@@ -114,6 +114,17 @@ def load(
     return loaded.eval(), _load_processor(name, config, hub)
 
 
+def load_processor(model: str | os.PathLike | None = None) -> AlphaProcessor:
+    """The processor alone, as `load` gives it; no weights are read.
+
+    Raises:
+        ValueError: If there is no such model, or it is of another kind.
+    """
+    name = EMBEDDED_MODEL if model is None else model
+    hub = {} if os.path.isdir(name) or hub_answers() else {"local_files_only": True}
+    return _load_processor(name, _read_config(name, hub), hub)
+
+
 def _ignores_regions(model: PreTrainedModel) -> bool:
     """Whether the alpha weight is zero, as it is where CLIP's weights were loaded and nothing else."""
     alphas = [weight for name, weight in model.named_parameters() if "patch_embedding.alpha." in name]

@@ -13,6 +13,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from score_embedded_model import EMBEDDED_MODEL, refuse_training_scenes, score
+
 import mllm
 from eval.controls import references_of_shown_region, with_whole_image, with_wrong_region
 from eval.generate import generate
@@ -20,7 +22,6 @@ from eval.metrics.exact_match import exact_match
 from mllm.answering import RegionChat
 from mllm.data import shapes
 from mllm.data.visual_genome import read_region_questions
-from score_embedded_model import EMBEDDED_MODEL, refuse_training_scenes, score
 
 
 def main() -> int:

@@ -48,6 +48,13 @@ class ModelArguments:
         default_factory=list,
         metadata={"help": "of parts trained in full, where another than learning_rate: multi_modal_projector=2e-5"},
     )
+    plan: bool = field(
+        default=False,
+        metadata={"help": "print parameters, memory, steps and hours of the run, and end; reads no weights"},
+    )
+    device_tflops: float | None = field(
+        default=None, metadata={"help": "with --plan: what a device computes in such work, 10^12 operations a second"}
+    )
     optimizer: str = field(
         default="trainer",
         metadata={"help": "trainer (Trainer's `optim`), or muon (Muon for matrices, AdamW for the rest)"},

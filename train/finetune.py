@@ -28,7 +28,8 @@ from eval.metrics.captions import freeze_document_frequency
 from mllm.data.index import HELD_OUT, INDEX_FOLDER, TRAIN, RegionIndex
 from mllm.data.prepare import make_index
 from mllm.data.templates import wordings
-from mllm.loading import AlphaProcessor
+from mllm.loading import AlphaProcessor, load_processor
+from train import plan
 from train.arguments import DataArguments, ModelArguments, parse_args
 from train.collators import ConversationCollator
 from train.evaluation import AnswerScorer
@@ -40,8 +41,8 @@ logger = logging.getLogger(__name__)
 
 # What may differ between a run and its continuation: where and how it runs, not what it computes
 _NOT_OF_THE_RUN = {
-    "output_dir", "local_rank", "deepspeed", "disable_tqdm", "report_to", "run_name", "logging_steps",
-    "logging_first_step", "save_steps", "save_total_limit", "resume_from_checkpoint",
+    "plan", "device_tflops", "output_dir", "local_rank", "deepspeed", "disable_tqdm", "report_to", "run_name",
+    "logging_steps", "logging_first_step", "save_steps", "save_total_limit", "resume_from_checkpoint",
     "dataloader_num_workers", "dataloader_pin_memory", "use_cpu", "push_to_hub", "hub_token", "hub_model_id",
     "log_level", "ddp_backend", "ddp_timeout",
 }  # fmt: skip
@@ -52,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return tune(*parse_args(sys.argv[1:] if argv is None else argv))
     except (ValueError, OSError) as error:
-        print(f"region-tune: error: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        # of a worker's error the last line, below its traceback
+        message = str(error).strip().splitlines()[-1] if str(error).startswith("Caught ") else str(error)
+        print(f"region-tune: error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
         return 2
     finally:
         _leave_process_group()
@@ -66,6 +69,8 @@ def tune(model_args: ModelArguments, data_args: DataArguments, training_args: Tr
         OSError: If something cannot be read or written.
     """
     _log_on_one_process(training_args)
+    if model_args.plan:
+        return show_plan(model_args, data_args, training_args)
     run = what_makes_the_run(model_args, data_args, training_args)
     checkpoint = checkpoint_to_resume(training_args.output_dir, run)
     model, processor = load_model(model_args, training_args)
@@ -95,6 +100,40 @@ def tune(model_args: ModelArguments, data_args: DataArguments, training_args: Tr
         return STOPPED
     save(trainer, processor, run)
     return 0
+
+
+def show_plan(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> int:
+    """Print what the run takes; its data must be there, its pictures and the model's weights need not."""
+    processor = load_processor(model_args.model)
+    indexes = [open_index(folder) for folder in data_args.data]
+    train = ConversationDataset(indexes, data_args, TRAIN, processor.description_wordings, 0, Path("skipped.jsonl"))
+    model = plan.meta_model(model_args)
+    drawn = plan.plan(
+        model,
+        model_args,
+        training_args,
+        data_args.regions_per_image,
+        longest_conversation(train, processor, data_args.max_turns),
+        len(train),
+        model_args.device_tflops,
+    )
+    print(drawn.table())  # noqa: T201
+    return 0
+
+
+def longest_conversation(train: ConversationDataset, processor: AlphaProcessor, turns: int) -> int:
+    """Tokens of a conversation of `turns` turns as long as 99 % of the samples' longest are at most."""
+    longest = int(np.argsort(train.lengths)[int(0.99 * (len(train) - 1))])
+    number, rows = train.groups[longest]
+    asked = [turn for facts in train.indexes[number].read(rows) for turn in facts.turns]
+    _, question, answer = max(asked, key=lambda turn: len(turn[1] or "") + len(turn[2]))
+    content = [{"type": "image"}, {"type": "text", "text": question or max(train.wordings, key=len)}]
+    messages = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+    tokens = len(processor.encode_conversation(messages))
+    return tokens + (turns - 1) * (tokens - processor.num_image_tokens)
 
 
 def load_model(model_args: ModelArguments, training_args: TrainingArguments) -> tuple[PreTrainedModel, AlphaProcessor]:

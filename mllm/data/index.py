@@ -5,8 +5,7 @@ open at once and cost no memory that the system could not take back.
 
 `pictures.arrow`, a row a picture and split: `image_id`, `image` (path from the data's folder), `width`, `height` in
 pixels (null: not stated), `split`. `regions.arrow`, a row a region, those of one picture side by side:
-`picture` (its row), `region_id` (null: the whole image), `forms` (the same region as box, as mask ...: the JSON of each),
-`turns` (kind, question or null for a description, answer), `length` (characters of the longest turn).
+`picture` (its row), `region_id` (null: the whole image), `forms` (JSON: the same region as box, as mask ...), (kind, question or null for a description, answer), `length` (characters of the longest turn).
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ import os
 import posixpath
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mllm.data.records import read_json
+from mllm.data.records import READ, ReadReport, read_json
 from mllm.data.samples import RegionSample
 from vision_tower import Region
 
@@ -162,6 +161,7 @@ def write_index(
     more: Iterable[tuple[str, RegionSample]] = (),
     *,
     made_of: str,
+    reports: Mapping[str, ReadReport] | None = None,
 ) -> dict[str, Any]:
     """Write an index and return its record, the content of `index.json`.
 
@@ -177,6 +177,7 @@ def write_index(
         more: As `regions`, in any order. A sample without a region is about the one of its `region_id`; if that never
             comes, it is left out and counted in the record.
         made_of: What the data is, for people.
+        reports: What each reading left out, once it is through; kept in the record.
 
     Raises:
         ValueError: If a sample lacks its ids, or what the readers raise.
@@ -202,6 +203,11 @@ def write_index(
         "root": os.path.relpath(root.resolve(), out.resolve()),
         "turns_of_unknown_regions": sum(len(row.turns) for row in known.values() if not row.forms),
         **writer.close(),
+        "left_out": {
+            name: {reason: {"count": count, "first": report.examples[reason]} for reason, count in left.items()}
+            for name, report in (reports or {}).items()
+            if (left := {reason: count for reason, count in report.counts.items() if reason != READ})
+        },
     }
     (partial / "index.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)

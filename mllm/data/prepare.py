@@ -64,13 +64,15 @@ def index_visual_genome(
         more.append(read("masks", visual_genome.read_regions, region_input="mask"))
     questions = [(root / name).exists() for name in ("question_answers.json", "qa_to_region_mapping.json")]
     if any(questions) and not all(questions):
-        logger.warning("%s: questions are left out; they need question_answers.json and qa_to_region_mapping.json", root)
+        logger.warning(
+            "%s: questions are left out; they need question_answers.json and qa_to_region_mapping.json", root
+        )
     if all(questions):
         more.append(read("region questions", visual_genome.read_region_questions, located=False))
         more.append(read("questions", visual_genome.read_free_questions))
     regions = read("regions", visual_genome.read_regions)
     out = root / INDEX_FOLDER if out is None else out
-    return write_index(out, root, regions, itertools.chain(*more), made_of="Visual Genome's layout")
+    return write_index(out, root, regions, itertools.chain(*more), made_of="Visual Genome's layout", reports=reports)
 
 
 def index_refcocog(
@@ -100,7 +102,7 @@ def index_refcocog(
         (pair for split in splits for pair in read("box", split)), key=lambda pair: (pair[0], pair[1].meta["image_id"])
     )
     out = root / INDEX_FOLDER if out is None else out
-    return write_index(out, root, boxes, masks, made_of=f"RefCOCO's layout, refs({split_by})")
+    return write_index(out, root, boxes, masks, made_of=f"RefCOCO's layout, refs({split_by})", reports=reports)
 
 
 def _split_of_image(root: Path) -> Callable[[RegionSample], str]:

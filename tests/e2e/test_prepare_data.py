@@ -54,9 +54,23 @@ def test_orphans_and_damage(folder, capsys):
     (folder / "qa_to_region_mapping.json").write_text(json.dumps(mapping))
     assert prepare_data.main(["vg", "--source", str(folder)]) == 0
     assert "1 questions on a region that is not there" in capsys.readouterr().out
-    before = (folder / "region_index" / "regions.arrow").read_bytes()
     path = folder / "region_descriptions.json"
-    path.write_text(path.read_text()[:-40])
+    whole = path.read_text()
+    content = json.loads(whole)
+    first, second, third, *_ = content[0]["regions"]
+    first["width"], second["phrase"], third["region_id"] = 0, " ", content[1]["regions"][0]["region_id"]
+    (folder / "region_masks.json").unlink()
+    path.write_text(json.dumps(content))
+    assert prepare_data.main(["vg", "--source", str(folder)]) == 0
+    left = RegionIndex(folder).record["left_out"]["regions"]
+    assert {reason.split(",")[0]: entry["count"] for reason, entry in left.items()} == {
+        "without area inside the picture": 1,
+        "without a phrase": 1,
+        "with a repeated id": 1,
+    }
+    assert left["without a phrase, left out"]["first"] == [second["region_id"]]
+    before = (folder / "region_index" / "regions.arrow").read_bytes()
+    path.write_text(whole[:-40])
     assert "region_descriptions.json is not whole JSON" in refused(capsys, "vg", "--source", folder)
     assert (folder / "region_index" / "regions.arrow").read_bytes() == before  # the old one is still there
     (folder / "refs(umd).p").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
