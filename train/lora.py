@@ -92,7 +92,7 @@ def _size(parameter: nn.Parameter) -> int:
 
 
 def _adapted(model: PreTrainedModel, parts: dict[str, str], args: ModelArguments) -> PeftModel:
-    """The model with LoRA on the language model's linear layers (and the tower's), frozen but for that and `train_parts`."""
+    """LoRA on the language model's linear layers (and the tower's); the rest but `train_parts` is frozen."""
     prefixes = [parts["language_model"], *([_tower(parts)] if args.lora_tower else [])]
     targets = linear_layers(model, prefixes, args.lora_targets)
     modules = dict(model.named_modules())

@@ -4,8 +4,9 @@ A folder with two Arrow tables and `index.json`, which says what they were made 
 open at once and cost no memory that the system could not take back.
 
 `pictures.arrow`, a row a picture and split: `image_id`, `image` (path from the data's folder), `width`, `height` in
-pixels (null: not stated), `split`. `regions.arrow`, a row a region, those of one picture side by side:
-`picture` (its row), `region_id` (null: the whole image), `forms` (JSON: the same region as box, as mask ...), (kind, question or null for a description, answer), `length` (characters of the longest turn).
+pixels (null: not stated), `split`. `regions.arrow`, a row a region, those of one picture side by side: `picture` (its
+row), `region_id` (null: the whole image), `forms` (JSON: the same region as box, as mask ...), `turns` (kind, question
+or null for a description, answer), `length` (characters of the longest turn).
 """
 
 from __future__ import annotations

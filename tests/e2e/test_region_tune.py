@@ -92,7 +92,11 @@ def launch(world, out, command, *flags, check=True):
     )
     if not check:
         return started
-    output, _ = started.communicate(timeout=150)
+    try:
+        output, _ = started.communicate(timeout=150)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)  # its ranks too
+        raise
     assert started.returncode == 0, output[-3000:]
     return output
 
