@@ -126,8 +126,8 @@ def batches(folder: Path, processor, regions: int, size: int, shared: bool) -> I
     for first in range(0, len(order) - size, size):
         clock, samples = Clock(), []
         for number in order[first : first + size]:
-            index, rows = dataset.groups[number % len(dataset)]
-            facts = clock.time("read", dataset.indexes[index].read, rows)
+            index, rows = dataset.rows_of(number % len(dataset))
+            facts = clock.time("read", index.read, rows)
             image = clock.time("decode", facts[0].sample.open_image)
             rng = np.random.default_rng(number)
             samples.append([dataset._conversation(entry, image, rng) for entry in facts])

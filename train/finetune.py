@@ -124,8 +124,8 @@ def show_plan(model_args: ModelArguments, data_args: DataArguments, training_arg
 def longest_conversation(train: ConversationDataset, processor: AlphaProcessor, turns: int) -> int:
     """Tokens of a conversation of `turns` turns as long as 99 % of the samples' longest are at most."""
     longest = int(np.argsort(train.lengths)[int(0.99 * (len(train) - 1))])
-    number, rows = train.groups[longest]
-    asked = [turn for facts in train.indexes[number].read(rows) for turn in facts.turns]
+    index, rows = train.rows_of(longest)
+    asked = [turn for facts in index.read(rows) for turn in facts.turns]
     _, question, answer = max(asked, key=lambda turn: len(turn[1] or "") + len(turn[2]))
     content = [{"type": "image"}, {"type": "text", "text": question or max(train.wordings, key=len)}]
     messages = [
@@ -191,8 +191,7 @@ def read_data(
         return samples
 
     train = dataset(TRAIN)
-    regions = sum(len(rows) for _, rows in train.groups)
-    logger.info("%s: %d regions, %d samples", ", ".join(data_args.data), regions, len(train))
+    logger.info("%s: %d training samples", ", ".join(data_args.data), len(train))
     refuse_missing_pictures(indexes, data_args, out)
     if training_args.eval_strategy == "no":
         return train, None

@@ -52,18 +52,28 @@ class ConversationDataset(Dataset):
         self.wordings = wordings
         self.seed = seed
         self.skipped = skipped
-        kinds = data_args.turn_kinds
-        groups, lengths = [], []
-        for number, index in enumerate(indexes):
-            rows = index.rows(split, kinds)
-            for group in group_rows(rows, index.picture_of, data_args.regions_per_image):
-                groups.append((number, group))
-                lengths.append(int(index.length_of[group].max()))
-        self.groups = groups
-        self.lengths = np.array(lengths, np.int32)
+        # millions of samples: arrays, no lists
+        self._groups = [
+            group_rows(index.rows(split, data_args.turn_kinds), index.picture_of, data_args.regions_per_image)
+            for index in indexes
+        ]
+        self._first = np.cumsum([0, *(len(bounds) - 1 for _, bounds in self._groups)])
+        longest = [
+            np.maximum.reduceat(index.length_of[rows], bounds[:-1])
+            for index, (rows, bounds) in zip(indexes, self._groups, strict=True)
+            if len(rows)
+        ]
+        self.lengths = np.concatenate(longest) if longest else np.zeros(0, np.int32)
 
     def __len__(self) -> int:
-        return len(self.groups)
+        return int(self._first[-1])
+
+    def rows_of(self, sample: int) -> tuple[RegionIndex, np.ndarray]:
+        """The index of a sample, and the rows of its regions in it."""
+        number = int(np.searchsorted(self._first, sample, side="right")) - 1
+        rows, bounds = self._groups[number]
+        group = sample - self._first[number]
+        return self.indexes[number], rows[bounds[group] : bounds[group + 1]]
 
     def __getitem__(self, position: int) -> list[Conversation]:
         """The conversations of a sample. Of a picture that cannot be opened the next sample's are returned, and its
@@ -73,8 +83,8 @@ class ConversationDataset(Dataset):
             ValueError: If more pictures could not be opened than `max_missing` allows.
         """
         epoch, sample = divmod(position, len(self))
-        number, rows = self.groups[sample]
-        facts = self.indexes[number].read(rows)
+        index, rows = self.rows_of(sample)
+        facts = index.read(rows)
         try:
             image = facts[0].sample.open_image()
         except ValueError as error:
@@ -127,19 +137,27 @@ class ConversationDataset(Dataset):
             )
 
 
-def group_rows(rows: np.ndarray, picture_of: np.ndarray, size: int) -> Iterator[np.ndarray]:
+def group_rows(rows: np.ndarray, picture_of: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Split rows into groups of at most `size` rows of one picture, as equal as can be; each row once.
 
     A group's regions lie apart in the picture's list, where annotators' repetitions stand side by side.
+
+    Args:
+        rows: (M,), those of one picture side by side.
+        picture_of: Picture by row.
+        size: Most rows of a group.
+
+    Returns:
+        The rows in the order of the groups (M,), and where each group begins and the last ends (G + 1,).
     """
-    if size == 1:
-        yield from rows[:, None]
-        return
-    ends = np.flatnonzero(np.diff(picture_of[rows])) + 1
-    for of_picture in np.split(rows, ends) if len(rows) else ():
-        count = -(-len(of_picture) // size)
-        for first in range(count):
-            yield of_picture[first::count]
+    pictures = picture_of[rows]
+    starts = np.flatnonzero(np.diff(pictures, prepend=-1))
+    counts = np.diff(starts, append=len(rows))
+    groups = -(-counts // size)  # of each picture
+    within = (np.arange(len(rows)) - np.repeat(starts, counts)) % np.repeat(groups, counts)
+    group_of = np.repeat(np.cumsum(groups) - groups, counts) + within
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(group_of, minlength=groups.sum()))])
+    return rows[np.argsort(group_of, kind="stable")], bounds
 
 
 def draw_region(facts: RegionFacts, size: tuple[int, int], args: DataArguments, rng: np.random.Generator) -> Region:

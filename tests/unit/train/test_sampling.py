@@ -132,10 +132,34 @@ def test_several_regions_of_a_picture_are_one_sample_with_one_decode(root, tmp_p
 
 def test_groups_hold_each_row_once():
     picture_of = np.array([0, 0, 0, 0, 0, 1, 2, 2])
-    groups = list(group_rows(np.arange(8), picture_of, 2))
+    rows, bounds = group_rows(np.arange(8), picture_of, 2)
+    groups = np.split(rows, bounds[1:-1])
     assert sorted(np.concatenate(groups)) == list(range(8))
     assert all(len(group) <= 2 and len(set(picture_of[group])) == 1 for group in groups)
     assert [len(group) for group in groups] == [2, 2, 1, 1, 2]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_groups_of_nothing_and_of_many(size):
+    rows, bounds = group_rows(np.zeros(0, int), np.zeros(0, int), size)
+    assert len(rows) == 0 and bounds.tolist() == [0]
+    rng = np.random.default_rng(0)
+    picture_of = np.sort(rng.integers(0, 40, 200))
+    chosen = np.flatnonzero(rng.random(200) < 0.7)
+    rows, bounds = group_rows(chosen, picture_of, size)
+    assert sorted(rows) == chosen.tolist() and bounds[-1] == len(rows)
+    for group in np.split(rows, bounds[1:-1]):
+        assert 1 <= len(group) <= size and len(set(picture_of[group])) == 1
+
+
+def test_samples_of_two_data_sets(root, tmp_path):
+    both = dataset(root, tmp_path, regions_per_image=2)
+    twice = ConversationDataset([*both.indexes] * 2, both.data_args, "train", ["What?"], 0, tmp_path / "skipped.jsonl")
+    assert len(twice) == 2 * len(both) == len(twice.lengths)
+    for sample in range(len(both)):
+        (first, rows), (second, again) = twice.rows_of(sample), twice.rows_of(sample + len(both))
+        assert first is twice.indexes[0] and second is twice.indexes[1] and np.array_equal(rows, again)
+        assert twice.lengths[sample] == first.length_of[rows].max()
 
 
 def test_epochs_are_permutations_that_differ_and_like_lengths_meet():
@@ -183,7 +207,7 @@ def test_a_damaged_picture_is_replaced_counted_and_too_many_stop(tmp_path):
     make_index(folder)
     (folder / "VG_100K" / "2.png").write_bytes(b"\x89PNG broken")
     samples = dataset(folder, tmp_path, max_missing=0.2)
-    damaged = [n for n, (_, rows) in enumerate(samples.groups) if samples.indexes[0].picture_of[rows[0]] == 1]
+    damaged = [n for n in range(len(samples)) if samples.indexes[0].picture_of[samples.rows_of(n)[1][0]] == 1]
     for number in damaged * 2:
         (turns,) = samples[number]
         assert turns[0]["content"][0]["image"].size == (96, 96)
