@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from mllm.loading import FAMILIES
 from train.arguments import ModelArguments
@@ -38,10 +39,10 @@ def prepare_model(model: PreTrainedModel, args: ModelArguments) -> PreTrainedMod
         for name, parameter in model.named_parameters():
             inside = any(_is_in(name, parts[part]) for part in args.train_parts)
             parameter.requires_grad_(inside or not args.train_parts)
-    for parameter in model.parameters():
-        # under ZeRO-3 weights are in pieces, and DeepSpeed keeps its own copies in float32
-        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
-            parameter.data = parameter.data.float()
+    if not is_deepspeed_zero3_enabled():  # there weights are in pieces, of which DeepSpeed keeps copies in float32
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     return model
 
 
@@ -113,7 +114,8 @@ def _adapted(model: PreTrainedModel, parts: dict[str, str], args: ModelArguments
         modules_to_save=[_ALPHA_MODULE if part == ALPHA else parts[part] for part in args.train_parts] or None,
         task_type=None,
     )
-    return get_peft_model(model, config)
+    # under ZeRO-3 PEFT's own cast to float32 would change a weight's type but not that of its pieces
+    return get_peft_model(model, config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
 
 
 def linear_layers(model: nn.Module, prefixes: Sequence[str], leaves: Sequence[str] = ()) -> list[str]:
