@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,6 +82,8 @@ def undisturbed(world):
 
 
 def launch(world, out, command, *flags, check=True):
+    if "--deepspeed" in flags and shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("DeepSpeed compiles what its ranks on CPUs talk through: no C++ compiler here")
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:{os.environ['PATH']}"}
     if command[0] != REGION_TUNE:
         environment["OMP_NUM_THREADS"] = "1"  # of each rank; alone as many as here: rounding depends on it
@@ -114,7 +117,7 @@ DEEPSPEED = (BIN / "deepspeed", "--num_accelerators", "2", "--master_port", "296
     ("command", "stage", "tolerance"),
     [
         (TORCHRUN, "zero3", 5e-4),
-        (DEEPSPEED, "zero2", 5e-5),
+        pytest.param(DEEPSPEED, "zero2", 5e-5, marks=pytest.mark.slow),
         pytest.param(TORCHRUN, None, 5e-5, marks=pytest.mark.slow),
         pytest.param(TORCHRUN, "zero1", 5e-5, marks=pytest.mark.slow),
         pytest.param((BIN / "region-tune",), None, 5e-5, marks=pytest.mark.slow),
