@@ -81,11 +81,7 @@ def load(
         ValueError: If there is no such model, it is of another kind, or its weights do not fit.
     """
     name = EMBEDDED_MODEL if model is None else model
-    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if not os.path.isdir(name) and not hub_answers():
-        hub["local_files_only"] = (
-            True  # from the cache or not at all, at once: Transformers would retry for half a minute
-        )
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code, **_offline(name)}
     config = _read_config(name, hub)
     if load_in is not None and device_map is None:
         device_map = {"": pick_device(device)}  # quantised on the device, never moved afterwards
@@ -114,15 +110,24 @@ def load(
     return loaded.eval(), _load_processor(name, config, hub)
 
 
-def load_processor(model: str | os.PathLike | None = None) -> AlphaProcessor:
-    """The processor alone, as `load` gives it; no weights are read.
-
-    Raises:
-        ValueError: If there is no such model, or it is of another kind.
-    """
+def load_config(model: str | os.PathLike | None = None) -> LlavaConfig | Blip2Config:
+    """The configuration alone; arguments and errors as in `load`."""
     name = EMBEDDED_MODEL if model is None else model
-    hub = {} if os.path.isdir(name) or hub_answers() else {"local_files_only": True}
+    return _read_config(name, _offline(name))
+
+
+def load_processor(model: str | os.PathLike | None = None) -> AlphaProcessor:
+    """The processor alone; arguments and errors as in `load`, and no weights are read."""
+    name = EMBEDDED_MODEL if model is None else model
+    hub = _offline(name)
     return _load_processor(name, _read_config(name, hub), hub)
+
+
+def _offline(name: str | os.PathLike) -> dict[str, bool]:
+    """How a hub id is looked up when the hub cannot be reached: in the cache or not at all, at once, where Transformers
+    would retry for half a minute.
+    """
+    return {} if os.path.isdir(name) or hub_answers() else {"local_files_only": True}
 
 
 def _ignores_regions(model: PreTrainedModel) -> bool:

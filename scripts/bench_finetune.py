@@ -28,8 +28,9 @@ import mllm
 from mllm.data.index import RegionIndex
 from mllm.data.prepare import index_visual_genome
 from mllm.llava import build_llava_processor
+from mllm.processing import image_items
 from train.arguments import DataArguments, ModelArguments
-from train.collators import encode_with_labels
+from train.collators import ConversationCollator
 from train.lora import prepare_model
 from train.sampling import Conversation, ConversationDataset, EpochSampler
 from vision_tower import AlphaCLIPImageProcessor
@@ -73,18 +74,17 @@ def main() -> int:
         clocks: dict[str, list[Clock]] = {name: [] for name in sides}
         for _ in range(args.steps + 1):
             for name, source in sides.items():
-                clocks[name].append(step(model, processor, optimizer, next(source), shared=name == "ours"))
+                clocks[name].append(step(model, ConversationCollator(processor), optimizer, next(source)))
     print_table({name: timed[1:] for name, timed in clocks.items()})
     return 0
 
 
-def step(model, processor, optimizer, drawn: tuple[Clock, list[list[Conversation]]], shared: bool) -> Clock:
+def step(model, collator: ConversationCollator, optimizer, drawn: tuple[Clock, list[Conversation]]) -> Clock:
     """One step on a drawn batch; the collator's parts are timed one by one."""
-    clock, samples = drawn
-    if not shared:  # no two conversations share a picture
-        samples = [[turns] for sample in samples for turns in sample]
-    pixels = clock.time("prepare pictures", _pixels, processor, samples)
-    batch = clock.time("encode and label", _Encoder(processor), samples)
+    clock, conversations = drawn
+    items = [item for turns in conversations for item in image_items(turns)]
+    pixels = clock.time("prepare pictures", collator.pixels, items)
+    batch = clock.time("encode and label", collator.tokens, conversations)
     batch["pixel_values"] = pixels
     clock.padding = 1 - float(batch["attention_mask"].float().mean())
     loss = clock.time("forward", lambda: model(**batch).loss)
@@ -93,45 +93,22 @@ def step(model, processor, optimizer, drawn: tuple[Clock, list[list[Conversation
     return clock
 
 
-def _pixels(processor, samples: list[list[Conversation]]) -> torch.Tensor:
-    """As the collator prepares pictures: a sample's share theirs."""
-    pictures = [sample[0][0]["content"][0]["image"] for sample in samples]
-    regions = [[turns[0]["content"][0]["region"] for turns in sample] for sample in samples]
-    return processor.image_processor(pictures, regions, return_tensors="pt")["pixel_values"]
-
-
-class _Encoder:
-    """The collator without its pictures."""
-
-    def __init__(self, processor) -> None:
-        self.processor = processor
-
-    def __call__(self, samples: list[list[Conversation]]) -> dict[str, torch.Tensor]:
-        encoded = [encode_with_labels(self.processor, turns) for sample in samples for turns in sample]
-        tokens = {"input_ids": [ids for ids, _ in encoded]}
-        batch = self.processor.tokenizer.pad(tokens, padding_side="right", return_tensors="pt")
-        labels = torch.full_like(batch["input_ids"], -100)
-        for row, (_, row_labels) in enumerate(encoded):
-            labels[row, : len(row_labels)] = torch.tensor(row_labels)
-        return {**batch, "labels": labels}
-
-
 def batches(folder: Path, processor, regions: int, size: int, shared: bool) -> Iterator[tuple[Clock, list]]:
-    """Endless batches of samples, each with the time that reading and decoding took."""
+    """Batches of conversations, each with the time that reading and decoding took."""
     args = DataArguments(data=[str(folder)], regions_per_image=regions)
     wordings = processor.description_wordings
     dataset = ConversationDataset([RegionIndex(folder)], args, "train", wordings, 0, folder / "skipped.jsonl")
     sampler = EpochSampler(len(dataset), 0, dataset.lengths if shared else None, size)
     order = [number for epoch in range(50) for number in _epoch(sampler, epoch)]
     for first in range(0, len(order) - size, size):
-        clock, samples = Clock(), []
+        clock, conversations = Clock(), []
         for number in order[first : first + size]:
             index, rows = dataset.rows_of(number % len(dataset))
             facts = clock.time("read", index.read, rows)
             image = clock.time("decode", facts[0].sample.open_image)
             rng = np.random.default_rng(number)
-            samples.append([dataset._conversation(entry, image, rng) for entry in facts])
-        yield clock, samples
+            conversations += [dataset._conversation(entry, image, rng) for entry in facts]
+        yield clock, conversations
 
 
 def _epoch(sampler: EpochSampler, epoch: int) -> Iterator[int]:

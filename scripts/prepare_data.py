@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mllm.data import prepare
-from mllm.data.index import INDEX_FOLDER, TRAIN, RegionIndex
-from mllm.data.records import READ, read_json, stream_json
-from mllm.data.splits import densecap_split
-from train.sampling import missing_pictures
+from mllm.data.index import INDEX_FOLDER, TRAIN, RegionIndex, index_folder
+from mllm.data.records import READ, stream_json
 
 FILES = {
     "vg": {
@@ -68,10 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             record = prepare.index_refcocog(args.source, args.out, reports, args.split_by)
         print_report(args, record, reports)
-        own = images_of(args.source, args.split_by)
+        own = images_of(args.source, args.out)
         print_overlap(f"{args.source} itself", own.train, own.held_out)
         for other in args.against:
-            there = images_of(other, args.split_by)
+            there = images_of(other)
             print_overlap(f"the test and validation splits of {other}", own.train, there.held_out)
             print_overlap(f"what {other} trains on, of the test and validation splits here", there.train, own.held_out)
     except (ValueError, OSError) as error:
@@ -108,12 +106,12 @@ def print_report(args: argparse.Namespace, record: dict, reports: prepare.Report
     if record["turns_of_unknown_regions"]:
         print(f"  {record['turns_of_unknown_regions']:,} questions on a region that is not there, left out")
     index = RegionIndex(args.out or args.source, root=args.source)
+    missing_of = {split: index.missing_pictures(split) for split in record["splits"]}
     for split, regions in record["splits"].items():
-        pictures = int((index.split_of_picture == split).sum())
-        missing = missing_pictures(index, split)
+        pictures, missing = int((index.split_of_picture == split).sum()), missing_of[split]
         line = f"split {split}: {regions:,} regions on {pictures:,} pictures"
         print(line + (f", {len(missing):,} of them missing (first: {missing[0]})" if missing else ""))
-    if any(missing_pictures(index, split) for split in record["splits"]):
+    if any(missing_of.values()):
         print(f"missing pictures are published as {PICTURES[args.kind]}")
     print(f"index: {index.folder} ({sum(f.stat().st_size for f in index.folder.iterdir()) / 1e6:.0f} MB)")
 
@@ -125,8 +123,12 @@ def print_overlap(where: str, train: set, held_out: set) -> None:
     print(f"training images in {where}: {len(shared):,}{first}")
 
 
-def images_of(source: Path, split_by: str) -> Images:
+def images_of(source: Path, index: Path | None = None) -> Images:
     """The images of a data set's folder, or of LLaVA's JSON of conversations.
+
+    Args:
+        source: The folder or file.
+        index: Where the folder's index lies, if not in it.
 
     Raises:
         ValueError: If it is none of them.
@@ -135,33 +137,29 @@ def images_of(source: Path, split_by: str) -> Images:
         return Images(_images_of_llava(source), set())
     if (source / "image_data.json").exists():
         return _images_of_visual_genome(source)
-    index = RegionIndex(source) if (source / INDEX_FOLDER).exists() else None
-    if index is None:
+    if index_folder(index or source) is None:
         raise ValueError(
             f"expected a folder of Visual Genome, an indexed one of RefCOCOg, or LLaVA's JSON, got {source}"
         )
-    sides: dict[bool, set] = {True: set(), False: set()}
-    for picture in index.pictures:
-        sides[picture["split"] == TRAIN].add(("coco", int(picture["image_id"])))
-    return Images(sides[True], sides[False])
+    images = Images(set(), set())
+    for picture in RegionIndex(index or source).pictures:
+        (images.train if picture["split"] == TRAIN else images.held_out).add(("coco", int(picture["image_id"])))
+    return images
 
 
 def _images_of_visual_genome(source: Path) -> Images:
     """Each image under Visual Genome's number, and COCO's where it is one of COCO's."""
-    split = None
-    if (source / "dataset.json").exists():
-        split = read_json(source / "dataset.json", dict).get("split")
-    held_out = densecap_split("val") | densecap_split("test")
-    sides: dict[bool, set] = {True: set(), False: set()}
+    split_of = prepare.split_of_images(source)
+    images = Images(set(), set())
     for entry in stream_json(source / "image_data.json"):
         number = entry.get("image_id", entry.get("id"))
-        is_train = split == TRAIN if split else number in densecap_split("train")
-        if not is_train and not split and number not in held_out:
+        if (split := split_of(number)) == prepare.UNLISTED:
             continue
-        sides[is_train].add(("vg", number))
+        side = images.train if split == TRAIN else images.held_out
+        side.add(("vg", number))
         if entry.get("coco_id") is not None:
-            sides[is_train].add(("coco", entry["coco_id"]))
-    return Images(sides[True], sides[False])
+            side.add(("coco", entry["coco_id"]))
+    return images
 
 
 def _images_of_llava(path: Path) -> set:

@@ -36,11 +36,12 @@ def main() -> int:
     size = (args.adapter / "adapter_model.safetensors").stat().st_size / 1e6
     print(f"adapter: {size:.2f} MB\n\n| place | before | after |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        places = [places_right(chat, Path(folder) / name, args) for name, chat in (("a", before), ("b", after))]
+        shapes.write(Path(folder) / "places", args.scenes, args.seed, "test", places=True, progress=False)
+        places = [places_right(chat, Path(folder) / "places") for chat in (before, after)]
         for name in places[0]:
             print(f"| {name} | {places[0][name]:.1%} | {places[1][name]:.1%} |")
         scores = []
-        for name, chat in (("c", before), ("d", after)):
+        for name, chat in (("before", before), ("after", after)):
             scores.append(score(chat, Path(folder) / name, args.scenes, args.seed, batch_size=64))
     print("\n| earlier abilities | before | after | of |\n|---|---|---|---|")
     for name, entry in scores[0].items():
@@ -49,9 +50,8 @@ def main() -> int:
     return 0
 
 
-def places_right(chat: RegionChat, folder: Path, args: argparse.Namespace) -> dict[str, float]:
+def places_right(chat: RegionChat, folder: Path) -> dict[str, float]:
     """Share of places right, with the region and with the controls."""
-    shapes.write(folder, args.scenes, args.seed, "test", places=True, progress=False)
     shares = {}
     for form in ("box", "mask"):
         samples = [s for s in read_region_questions(folder, region_input=form) if s.meta["type"] == "place"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -40,6 +40,13 @@ class ConversationCollator:
                 or a conversation is longer than `max_length`.
         """
         conversations = [conversation for sample in samples for conversation in sample]
+        batch = self.tokens(conversations)
+        if items := [item for conversation in conversations for item in image_items(conversation)]:
+            batch["pixel_values"] = self.pixels(items)
+        return batch
+
+    def tokens(self, conversations: Sequence[Sequence[Message]]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and `labels` of a batch."""
         encoded = [self.encode(self.processor, conversation) for conversation in conversations]
         longest = max(len(part) for pair in encoded for part in pair)
         if self.max_length is not None and longest > self.max_length:
@@ -53,16 +60,18 @@ class ConversationCollator:
         labels = torch.full((len(encoded), max(len(row) for _, row in encoded)), IGNORE_INDEX)
         for row, (_, row_labels) in enumerate(encoded):
             labels[row, : len(row_labels)] = torch.tensor(row_labels)
-        items = [item for conversation in conversations for item in image_items(conversation)]
-        if items:
-            # regions of one picture stand side by side: it is resized and normalised once for all of them
-            pictures = [list(group) for _, group in itertools.groupby(items, key=lambda item: id(item["image"]))]
-            batch["pixel_values"] = self.processor.image_processor(
-                [group[0]["image"] for group in pictures],
-                [[item.get("region") or Region.whole() for item in group] for group in pictures],
-                return_tensors="pt",
-            )["pixel_values"]
         return {**batch, "labels": labels}
+
+    def pixels(self, items: Sequence[Mapping]) -> torch.Tensor:
+        """`pixel_values` of image items: one that stands beside itself, with other regions, is resized and normalised
+        once.
+        """
+        pictures = [list(group) for _, group in itertools.groupby(items, key=lambda item: id(item["image"]))]
+        return self.processor.image_processor(
+            [group[0]["image"] for group in pictures],
+            [[item.get("region") or Region.whole() for item in group] for group in pictures],
+            return_tensors="pt",
+        )["pixel_values"]
 
 
 def encode_prompt_and_answer(processor: AlphaProcessor, conversation: Sequence[Message]) -> tuple[list[int], list[int]]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from eval.metrics.captions import FROZEN, DocumentFrequency, score_captions
@@ -76,11 +75,10 @@ class AnswerScorer:
         for call in range(calls):
             batch = places[call * _BATCH : (call + 1) * _BATCH]
             asked = [self.asked[place] for place in batch or [0]]
-            with torch.no_grad():
-                texts = chat.answer_batch(
-                    [(held.item["image"], held.item["region"], held.question) for held in asked],
-                    max_new_tokens=_MAX_NEW_TOKENS,
-                )
+            texts = chat.answer_batch(
+                [(held.item["image"], held.item["region"], held.question) for held in asked],
+                max_new_tokens=_MAX_NEW_TOKENS,
+            )
             answered += [Answered(place, text) for place, text in zip(batch, texts, strict=False)]
         model.train(training)
         return answered
@@ -90,12 +88,13 @@ class AnswerScorer:
         texts = [text for _, text in sorted(answered)]
         references = [(held.answer,) for held in self.asked]
         scores = {"exact_match": exact_match(texts, references)}
-        for name, wanted in (("descriptions", True), ("questions", False)):
-            chosen = [n for n, held in enumerate(self.asked) if held.is_description == wanted]
-            if chosen and len(chosen) < len(texts):
-                scores[f"exact_match_{name}"] = exact_match([texts[n] for n in chosen], [references[n] for n in chosen])
-        chosen = [n for n, held in enumerate(self.asked) if held.is_description]
-        if self.frequency is not None and chosen:
+        places: dict[str, list[int]] = {"descriptions": [], "questions": []}
+        for place, held in enumerate(self.asked):
+            places["descriptions" if held.is_description else "questions"].append(place)
+        if all(places.values()):
+            for kind, chosen in places.items():
+                scores[f"exact_match_{kind}"] = exact_match([texts[n] for n in chosen], [references[n] for n in chosen])
+        if self.frequency is not None and (chosen := places["descriptions"]):
             scored = score_captions(
                 [texts[n] for n in chosen], [references[n] for n in chosen], ("CIDEr",), frozen=self.frequency
             )

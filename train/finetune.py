@@ -25,7 +25,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 import mllm
 from eval.metrics.captions import freeze_document_frequency
-from mllm.data.index import HELD_OUT, INDEX_FOLDER, TRAIN, RegionIndex
+from mllm.data.index import HELD_OUT, TRAIN, RegionIndex, index_folder
 from mllm.data.prepare import make_index
 from mllm.data.templates import wordings
 from mllm.loading import AlphaProcessor, load_processor
@@ -34,7 +34,7 @@ from train.arguments import DataArguments, ModelArguments, parse_args
 from train.collators import ConversationCollator
 from train.evaluation import AnswerScorer
 from train.lora import parts_of, prepare_model, trained_table
-from train.sampling import ConversationDataset, missing_pictures, skipped_pictures
+from train.sampling import ConversationDataset, skipped_pictures
 from train.trainer import STOPPED, RegionTrainer, checkpoint_to_resume
 
 logger = logging.getLogger(__name__)
@@ -113,27 +113,12 @@ def show_plan(model_args: ModelArguments, data_args: DataArguments, training_arg
         model_args,
         training_args,
         data_args.regions_per_image,
-        longest_conversation(train, processor, data_args.max_turns),
+        plan.longest_conversation(train, processor, data_args.max_turns),
         len(train),
         model_args.device_tflops,
     )
     print(drawn.table())  # noqa: T201
     return 0
-
-
-def longest_conversation(train: ConversationDataset, processor: AlphaProcessor, turns: int) -> int:
-    """Tokens of a conversation of `turns` turns as long as 99 % of the samples' longest are at most."""
-    longest = int(np.argsort(train.lengths)[int(0.99 * (len(train) - 1))])
-    index, rows = train.rows_of(longest)
-    asked = [turn for facts in index.read(rows) for turn in facts.turns]
-    _, question, answer = max(asked, key=lambda turn: len(turn[1] or "") + len(turn[2]))
-    content = [{"type": "image"}, {"type": "text", "text": question or max(train.wordings, key=len)}]
-    messages = [
-        {"role": "user", "content": content},
-        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-    ]
-    tokens = len(processor.encode_conversation(messages))
-    return tokens + (turns - 1) * (tokens - processor.num_image_tokens)
 
 
 def load_model(model_args: ModelArguments, training_args: TrainingArguments) -> tuple[PreTrainedModel, AlphaProcessor]:
@@ -202,10 +187,9 @@ def read_data(
 
 def open_index(folder: str) -> RegionIndex:
     """The index of a data folder, made now where there is none."""
-    root = Path(folder)
-    if not (root / "index.json").exists() and not (root / INDEX_FOLDER / "index.json").exists():
-        make_index(root)
-    return RegionIndex(root)
+    if index_folder(folder) is None:
+        make_index(folder)
+    return RegionIndex(folder)
 
 
 def refuse_missing_pictures(indexes: Sequence[RegionIndex], data_args: DataArguments, out: Path) -> None:
@@ -214,7 +198,7 @@ def refuse_missing_pictures(indexes: Sequence[RegionIndex], data_args: DataArgum
     Raises:
         ValueError: If they are more than `max_missing` allows.
     """
-    missing = [path for index in indexes for path in missing_pictures(index, TRAIN)]
+    missing = [path for index in indexes for path in index.missing_pictures(TRAIN)]
     pictures = sum(int((index.split_of_picture == TRAIN).sum()) for index in indexes)
     if not missing:
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
 
@@ -13,8 +12,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from mllm.loading import FAMILIES
 from train.arguments import ModelArguments
-
-logger = logging.getLogger(__name__)
 
 ALPHA = "alpha"  # the alpha convolution, a part inside the tower
 _ALPHA_MODULE = "patch_embedding.alpha"

@@ -13,14 +13,16 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, LlavaForConditionalGeneration, PreTrainedModel, TrainingArguments
+from transformers import LlavaForConditionalGeneration, PreTrainedModel, TrainingArguments
 
 from mllm.llava import with_alpha_tower
-from mllm.loading import EMBEDDED_MODEL
+from mllm.loading import AlphaProcessor, load_config
 from train.arguments import ModelArguments
 from train.lora import parts_of, prepare_model, trained_table
+from train.sampling import ConversationDataset
 
 _GIB = 2**30
 # bytes of a trained weight without DeepSpeed, all float32: weight and AdamW's two moments; its gradient
@@ -68,7 +70,7 @@ def meta_model(model_args: ModelArguments) -> PreTrainedModel:
     Raises:
         ValueError: If it is another model.
     """
-    config = AutoConfig.from_pretrained(EMBEDDED_MODEL if model_args.model is None else model_args.model)
+    config = load_config(model_args.model)
     if config.model_type != "llava":
         raise ValueError(f"--plan knows LLaVA-1.5, got model_type {config.model_type!r}")
     with torch.device("meta"):
@@ -177,6 +179,21 @@ def activation_bytes(model: PreTrainedModel, batch: int, tokens: int, checkpoint
     if checkpointing:  # a layer's own come back when the loss's are gone
         return Activations(text.num_hidden_layers * embeds.nbytes + max(loss, layer), layer)
     return Activations(layers + loss, layer)
+
+
+def longest_conversation(train: ConversationDataset, processor: AlphaProcessor, turns: int) -> int:
+    """Tokens of a conversation of `turns` turns as long as 99 % of the samples' longest are at most."""
+    longest = int(np.argsort(train.lengths)[int(0.99 * (len(train) - 1))])
+    index, rows = train.rows_of(longest)
+    asked = [turn for facts in index.read(rows) for turn in facts.turns]
+    _, question, answer = max(asked, key=lambda turn: len(turn[1] or "") + len(turn[2]))
+    content = [{"type": "image"}, {"type": "text", "text": question or max(train.wordings, key=len)}]
+    messages = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+    tokens = len(processor.encode_conversation(messages))
+    return tokens + (turns - 1) * (tokens - processor.num_image_tokens)
 
 
 @contextlib.contextmanager

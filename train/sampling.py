@@ -49,6 +49,7 @@ class ConversationDataset(Dataset):
     ) -> None:
         self.indexes = indexes
         self.data_args = data_args
+        self.weight_of_kind = data_args.weight_of_kind()
         self.wordings = wordings
         self.seed = seed
         self.skipped = skipped
@@ -100,7 +101,7 @@ class ConversationDataset(Dataset):
         args = self.data_args
         region = draw_region(facts, image.size, args, rng)
         turns = [turn for turn in facts.turns if not args.turn_kinds or _is_kind(turn[0], args.turn_kinds)]
-        weights = np.array([args.weight_of_kind().get(kind, 1.0) for kind, _, _ in turns])
+        weights = np.array([self.weight_of_kind.get(kind, 1.0) for kind, _, _ in turns])
         count = min(int(rng.integers(1, args.max_turns + 1)), len(turns))
         messages = []
         for position, turn in enumerate(rng.choice(len(turns), count, replace=False, p=weights / weights.sum())):
@@ -223,19 +224,6 @@ class EpochSampler(Sampler[int]):
         else:
             order = LengthGroupedSampler(self.batch_size, lengths=self.lengths, generator=generator)
         return (self.epoch * self.count + sample for sample in order)
-
-
-def missing_pictures(index: RegionIndex, split: str) -> list[str]:
-    """Paths of the split's pictures that are not there; one listing a folder, since asking for each takes minutes."""
-    listings: dict[str, set[str]] = {}
-    missing = []
-    for row in np.flatnonzero(index.split_of_picture == split):
-        folder, name = os.path.split(index.image_path(row))
-        if folder not in listings:
-            listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in listings[folder]:
-            missing.append(os.path.join(folder, name))
-    return missing
 
 
 def skipped_pictures(path: Path) -> set[str]:

@@ -68,11 +68,9 @@ class RegionIndex:
         Raises:
             ValueError: If there is none, it is of another version, or was not written to its end.
         """
-        folder = Path(folder)
-        if not (folder / "index.json").exists() and (folder / INDEX_FOLDER / "index.json").exists():
-            folder = folder / INDEX_FOLDER
-        if not (folder / "index.json").exists():
-            raise ValueError(f"expected a region index in {folder}; make it: python scripts/prepare_data.py ...")
+        data, folder = folder, index_folder(folder)
+        if folder is None:
+            raise ValueError(f"expected a region index in {data}; make it: python scripts/prepare_data.py ...")
         self.folder = folder
         self.record = read_json(folder / "index.json", dict)
         if self.record.get("format") != FORMAT:
@@ -138,9 +136,19 @@ class RegionIndex:
             if turn["kind"] == "description"
         ]
 
-    def image_path(self, picture: int) -> str:
-        """Where a picture lies."""
-        return str(self.root / self.pictures[int(picture)]["image"])
+    def missing_pictures(self, split: str) -> list[str]:
+        """Paths of the split's pictures that are not there; folders are listed, as asking for each takes minutes."""
+        listings: dict[str, set[str]] = {}
+        missing = []
+        for image, of_split in zip(self.pictures["image"], self.split_of_picture == split, strict=True):
+            if not of_split:
+                continue
+            folder, name = os.path.split(self.root / image)
+            if folder not in listings:
+                listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+            if name not in listings[folder]:
+                missing.append(os.path.join(folder, name))
+        return missing
 
     def _facts(self, row: dict[str, Any]) -> RegionFacts:
         picture = self.pictures[row["picture"]]
@@ -153,6 +161,12 @@ class RegionIndex:
         references = tuple(answer for _, question, answer in turns if question is None)
         sample = RegionSample(name, str(self.root / picture["image"]), forms[:1], None, references, meta=meta)
         return RegionFacts(sample, forms, turns)
+
+
+def index_folder(folder: str | os.PathLike) -> Path | None:
+    """Where the index of a data folder lies, or the folder itself if it is one; None where there is none."""
+    places = (Path(folder), Path(folder) / INDEX_FOLDER)
+    return next((place for place in places if (place / "index.json").exists()), None)
 
 
 def write_index(

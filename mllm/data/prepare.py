@@ -53,11 +53,11 @@ def index_visual_genome(
     """
     root = Path(root)
     reports = {} if reports is None else reports
-    split_of = _split_of_image(root)
+    split_of = split_of_images(root)
 
     def read(name: str, reader: Callable[..., Iterator[RegionSample]], **kwargs: Any) -> Iterator:
         report = reports[name] = ReadReport()
-        return ((split_of(sample), sample) for sample in reader(root, report=report, **kwargs))
+        return ((split_of(sample.meta["image_id"]), sample) for sample in reader(root, report=report, **kwargs))
 
     more: list[Iterable] = []
     if (root / "region_masks.json").exists():
@@ -105,13 +105,16 @@ def index_refcocog(
     return write_index(out, root, boxes, masks, made_of=f"RefCOCO's layout, refs({split_by})", reports=reports)
 
 
-def _split_of_image(root: Path) -> Callable[[RegionSample], str]:
-    """The split of a sample's image."""
-    if (root / "dataset.json").exists():
-        split = str(read_json(root / "dataset.json", dict).get("split"))
-        return lambda sample: split
+def split_of_images(root: str | os.PathLike) -> Callable[[int], str]:
+    """The split of an image by its number, in a folder in Visual Genome's layout: the one that `dataset.json` names for
+    all, else DenseCap's.
+    """
+    path = Path(root) / "dataset.json"
+    if path.exists():
+        split = str(read_json(path, dict).get("split"))
+        return lambda image: split
     split_of = {image: name for name in SIZES for image in densecap_split(name)}
-    return lambda sample: split_of.get(sample.meta["image_id"], UNLISTED)
+    return lambda image: split_of.get(image, UNLISTED)
 
 
 def _with_region_id(sample: RegionSample, name: str) -> RegionSample:

@@ -33,6 +33,13 @@ def test_both_layouts_are_indexed(folder, capsys, kind):
     assert f"{regions} read" in printed and "on 3 pictures" in printed and "missing" not in printed
 
 
+@pytest.mark.parametrize("kind", ["vg", "refcocog"])
+def test_the_index_may_lie_elsewhere(folder, tmp_path, capsys, kind):
+    assert prepare_data.main([kind, "--source", str(folder), "--out", str(tmp_path / "index")]) == 0
+    assert f"training images in {folder} itself: 0" in capsys.readouterr().out
+    assert not (folder / "region_index").exists() and len(RegionIndex(tmp_path / "index"))
+
+
 def test_missing_files_are_named_with_where_they_are_published(tmp_path, folder, capsys):
     (tmp_path / "empty").mkdir()
     error = refused(capsys, "vg", "--source", tmp_path / "empty")

@@ -5,14 +5,14 @@ The sizes are those of llava-hf/llava-1.5-7b-hf and -13b-hf (config.json), the n
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
 
 from mllm.llava import with_alpha_tower
+from scripts.bench_llava_7b import VISION, VOCABULARY
 
 SIZES = {"7b": (4096, 11008, 32), "13b": (5120, 13824, 40)}  # width, inner width, layers of the language model
-VOCABULARY = 32064
 
 
 def hub_layout(width, inner, layers):
@@ -52,15 +52,6 @@ def hub_layout(width, inner, layers):
 @pytest.mark.parametrize("size", SIZES)
 def test_every_tensor_of_the_hub_layout_has_its_place(size):
     width, inner, layers = SIZES[size]
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
     text = LlamaConfig(
         hidden_size=width,
         intermediate_size=inner,
@@ -69,7 +60,7 @@ def test_every_tensor_of_the_hub_layout_has_its_place(size):
         vocab_size=VOCABULARY,
     )
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(with_alpha_tower(LlavaConfig(vision_config=vision, text_config=text)))
+        model = LlavaForConditionalGeneration(with_alpha_tower(LlavaConfig(vision_config=VISION, text_config=text)))
     ours = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     alpha = "model.vision_tower.embeddings.patch_embedding.alpha.weight"
     assert ours.pop(alpha) == (1024, 1, 14, 14)

@@ -6,9 +6,10 @@ import pytest
 import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mllm.data import shapes
+from scripts.bench_llava_7b import VISION, VOCABULARY
 from tests.tiny import tiny_vision_config
 from train import finetune
 from train.arguments import ModelArguments, parse_args
@@ -87,16 +88,8 @@ def test_planned_memory_is_what_a_step_takes(arguments, checkpointing):
 def paper(tmp_path_factory):
     """The recipe llava_7b_paper on a configuration of LLaVA-1.5-7B's size, on the meta device."""
     folder = tmp_path_factory.mktemp("llava")
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
-    text = LlamaConfig(vocab_size=32064, hidden_size=4096, intermediate_size=11008)
-    LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000).save_pretrained(folder)
+    text = LlamaConfig(vocab_size=VOCABULARY, hidden_size=4096, intermediate_size=11008)
+    LlavaConfig(vision_config=VISION, text_config=text, image_token_index=32000).save_pretrained(folder)
     recipe = Path(finetune.__file__).parent / "recipes" / "llava_7b_paper.yaml"
     flags = ["--model", folder, "--data", "D", "--output_dir", "O", "--use_cpu", "true"]
     arguments, _, training = parse_args([str(part) for part in (recipe, *flags)])
