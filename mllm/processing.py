@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -267,10 +268,14 @@ def _without_pixels(item: Mapping) -> dict:
     return {"type": "image"} if item["type"] == "image" else dict(item)
 
 
+_REGION_FIELDS = {field.name for field in dataclasses.fields(Region)}
+
+
 def as_region(value: Any) -> Region | None:
     """A region of a chat message: a `Region`, its JSON, its command-line text, or None."""
     if isinstance(value, Mapping):
-        return Region.from_json(dict(value))
+        # Transformers 5.24 takes a dataclass inside a message apart into its fields
+        return Region(**value) if value.keys() == _REGION_FIELDS else Region.from_json(dict(value))
     return Region.parse(value) if isinstance(value, str) else value
 
 

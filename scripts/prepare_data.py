@@ -1,6 +1,7 @@
 """Check a data set, say what is wrong with it, and write the index that training reads.
 
-    python scripts/prepare_data.py vg|refcocog --source DIR [--out DIR] [--against OTHER ...]
+    python scripts/prepare_data.py vg|refcocog|grit|mask-imagenet --source DIR [--out DIR] [--against OTHER ...]
+    python scripts/prepare_data.py jsonl --source FILE.jsonl [...]
 
 Says which files are missing and where they are published, counts what was left out and why, and lists the training
 images that are in a test split: of the same data set, of another one (--against its folder: Visual Genome and RefCOCOg
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mllm.data import prepare
+from mllm.data import mask_imagenet, prepare
 from mllm.data.index import INDEX_FOLDER, TRAIN, RegionIndex, index_folder
 from mllm.data.records import READ, stream_json
 
@@ -32,17 +33,23 @@ FILES = {
         "refs({split_by}).p": "github.com/lichengunc/refer, refcocog.zip",
         "instances.json": "github.com/lichengunc/refer, refcocog.zip",
     },
+    "grit": {},  # whatever pictures with a JSON, or tars, there are
+    "jsonl": {},
+    "mask-imagenet": {mask_imagenet.LIST: "huggingface.co/datasets/Zery/MaskImageNet"},
 }
 OPTIONAL = {"question_answers.json", "qa_to_region_mapping.json"}
 PICTURES = {
     "vg": "VG_100K/ and VG_100K_2/: visualgenome.org, images.zip and images2.zip",
     "refcocog": "train2014/: images.cocodataset.org, train2014.zip",
+    "grit": "URLs in huggingface.co/datasets/zzliang/GRIT, for img2dataset",
+    "jsonl": "the file says",
+    "mask-imagenet": "imagenet-21k/images/: image-net.org",
 }
 _COCO = re.compile(r"(\d{12})\.jpg$")
 
 
 class Images(NamedTuple):
-    """Images by split, under the names by which data sets share them: ("vg", id) and ("coco", id)."""
+    """Images by split, under the names by which data sets share them: ("vg", id), ("coco", id), else ("file", path)."""
 
     train: set
     held_out: set
@@ -51,9 +58,13 @@ class Images(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=FILES, help="vg: Visual Genome's layout (Shapes too); refcocog")
-    parser.add_argument("--source", type=Path, required=True, help="folder of the data set's own files")
-    parser.add_argument("--out", type=Path, help=f"folder of the index (default: {INDEX_FOLDER} in the source)")
+    parser.add_argument("kind", choices=FILES, help="whose layout; vg: Visual Genome's")
+    parser.add_argument(
+        "--source", type=Path, required=True, help="folder of the data set's own files; jsonl: the file"
+    )
+    parser.add_argument(
+        "--out", type=Path, help=f"folder of the index (default: {INDEX_FOLDER} in or beside the source)"
+    )
     parser.add_argument("--split-by", default="umd", choices=("umd", "google", "unc"), help="refcocog: whose split")
     parser.add_argument("--against", nargs="*", default=[], type=Path, help="folders or LLaVA's JSON to compare with")
     args = parser.parse_args(argv)
@@ -61,10 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_files(args.kind, args.source, args.split_by)
         reports: prepare.Reports = {}
-        if args.kind == "vg":
-            record = prepare.index_visual_genome(args.source, args.out, reports)
-        else:
+        if args.kind == "refcocog":
             record = prepare.index_refcocog(args.source, args.out, reports, args.split_by)
+        else:
+            record = _INDEX[args.kind](args.source, args.out, reports)
         print_report(args, record, reports)
         own = images_of(args.source, args.out)
         print_overlap(f"{args.source} itself", own.train, own.held_out)
@@ -83,6 +94,8 @@ def check_files(kind: str, source: Path, split_by: str) -> None:
     Raises:
         ValueError: If one is missing that must be there; all of them are named, with where they are published.
     """
+    if kind == "jsonl":
+        return  # read_jsonl says what is wrong with a file
     if not source.is_dir():
         raise ValueError(f"there is no folder {source}")
     missing = {}
@@ -105,7 +118,8 @@ def print_report(args: argparse.Namespace, record: dict, reports: prepare.Report
                 print(f"  {count:,} {reason} (ids {', '.join(map(str, report.examples[reason][:5]))} ...)")
     if record["turns_of_unknown_regions"]:
         print(f"  {record['turns_of_unknown_regions']:,} questions on a region that is not there, left out")
-    index = RegionIndex(args.out or args.source, root=args.source)
+    root = args.source.resolve().parent if args.kind == "jsonl" else args.source
+    index = RegionIndex(args.out or args.source, root=root)
     missing_of = {split: index.missing_pictures(split) for split in record["splits"]}
     for split, regions in record["splits"].items():
         pictures, missing = int((index.split_of_picture == split).sum()), missing_of[split]
@@ -124,7 +138,7 @@ def print_overlap(where: str, train: set, held_out: set) -> None:
 
 
 def images_of(source: Path, index: Path | None = None) -> Images:
-    """The images of a data set's folder, or of LLaVA's JSON of conversations.
+    """The images of a data set's folder, of an indexed .jsonl, or of LLaVA's JSON of conversations.
 
     Args:
         source: The folder or file.
@@ -133,17 +147,23 @@ def images_of(source: Path, index: Path | None = None) -> Images:
     Raises:
         ValueError: If it is none of them.
     """
-    if source.is_file():
+    if source.is_file() and source.suffix != ".jsonl":
         return Images(_images_of_llava(source), set())
     if (source / "image_data.json").exists():
         return _images_of_visual_genome(source)
     if index_folder(index or source) is None:
         raise ValueError(
-            f"expected a folder of Visual Genome, an indexed one of RefCOCOg, or LLaVA's JSON, got {source}"
+            f"expected a folder of Visual Genome, an indexed one of another layout, or LLaVA's JSON, got {source}"
         )
-    images = Images(set(), set())
-    for picture in RegionIndex(index or source).pictures:
-        (images.train if picture["split"] == TRAIN else images.held_out).add(("coco", int(picture["image_id"])))
+    images, found = Images(set(), set()), RegionIndex(index or source)
+    of_coco = any(source.glob("refs(*).p"))
+    for picture in found.pictures:
+        if of_coco:
+            name = "coco", int(picture["image_id"])
+        else:
+            file = str((found.root / picture["image"]).resolve())
+            name = _name(picture["image"]) or ("file", "!".join(filter(None, (file, picture["member"]))))
+        (images.train if picture["split"] == TRAIN else images.held_out).add(name)
     return images
 
 
@@ -166,12 +186,27 @@ def _images_of_llava(path: Path) -> set:
     """The images of a JSON list of {"image": "vg/VG_100K/1.jpg" or "coco/train2017/000000000009.jpg", ...}."""
     images = set()
     for entry in stream_json(path):
-        name = entry.get("image", "") if isinstance(entry, dict) else ""
-        if coco := _COCO.search(name):
-            images.add(("coco", int(coco[1])))
-        elif "VG_100K" in name and Path(name).stem.isdecimal():
-            images.add(("vg", int(Path(name).stem)))
+        if name := _name(entry.get("image", "") if isinstance(entry, dict) else ""):
+            images.add(name)
     return images
+
+
+def _name(path: str) -> tuple[str, int] | None:
+    """What a picture is called in COCO or Visual Genome, where its path shows it."""
+    if coco := _COCO.search(path):
+        return "coco", int(coco[1])
+    if "VG_100K" in path and Path(path).stem.isdecimal():
+        return "vg", int(Path(path).stem)
+    return None
+
+
+# beside RefCOCOg's, which takes whose split it is
+_INDEX = {
+    "vg": prepare.index_visual_genome,
+    "grit": prepare.index_grit,
+    "jsonl": prepare.index_jsonl,
+    "mask-imagenet": prepare.index_mask_imagenet,
+}
 
 
 if __name__ == "__main__":

@@ -66,8 +66,6 @@ class ModelArguments:
         Raises:
             ValueError: If one is out of range, or two contradict each other.
         """
-        if self.optimizer not in ("trainer", "muon"):
-            raise ValueError(f"optimizer: expected trainer or muon, got {self.optimizer!r}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {self.dtype!r}")
         if self.lora_r < 0:
@@ -76,8 +74,6 @@ class ModelArguments:
             raise ValueError("load_in: quantised weights cannot be trained; give lora_r")
         if not self.lora_r and (self.lora_targets or self.lora_tower or self.lora_alpha):
             raise ValueError("lora_targets, lora_tower and lora_alpha need lora_r above 0")
-        if self.optimizer == "muon" and self.learning_rates:
-            raise ValueError("learning_rates: muon has one learning rate for all; use optimizer: trainer")
         self.rate_of_part()
 
     def rate_of_part(self) -> dict[str, float]:
@@ -86,7 +82,7 @@ class ModelArguments:
         Raises:
             ValueError: If an entry is not PART=RATE with a rate above 0.
         """
-        return _numbers("learning_rates", self.learning_rates)
+        return named_numbers("learning_rates", self.learning_rates)
 
 
 @dataclass
@@ -163,10 +159,10 @@ class DataArguments:
         Raises:
             ValueError: If an entry is not KIND=WEIGHT with a positive weight.
         """
-        return _numbers("turn_weights", self.turn_weights)
+        return named_numbers("turn_weights", self.turn_weights)
 
 
-def _numbers(name: str, entries: Sequence[str]) -> dict[str, float]:
+def named_numbers(name: str, entries: Sequence[str]) -> dict[str, float]:
     """NAME=NUMBER entries as a dict."""
     numbers = {}
     for entry in entries:
@@ -181,7 +177,19 @@ def _numbers(name: str, entries: Sequence[str]) -> dict[str, float]:
 
 
 def parse_args(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """Parse `[RECIPE.yaml] [--flag value ...]`. `--deepspeed zero2` is the shipped file of that name.
+    """The arguments of `region-tune`, as `parse_recipe`.
+
+    Raises:
+        ValueError: As `parse_recipe`, and if model, data and training settings do not go together.
+    """
+    model_args, data_args, training_args = parse_recipe("region-tune", (ModelArguments, DataArguments), argv)
+    check_optimizer(model_args.optimizer, model_args.learning_rates, training_args)
+    return model_args, data_args, training_args
+
+
+def parse_recipe(prog: str, kinds: Sequence[type], argv: Sequence[str]) -> tuple:
+    """Parse `[RECIPE.yaml] [--flag value ...]` into dataclasses, HF's training arguments last. `--deepspeed zero2` is
+    the shipped file of that name.
 
     Raises:
         ValueError: If the recipe is not a mapping, has an unknown key, or asks for what does not go together.
@@ -190,7 +198,7 @@ def parse_args(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Trai
     # a launcher may put its own flags (--local_rank=0) before the recipe
     recipe = next((arg for arg in argv if arg.endswith((".yaml", ".yml"))), None)
     flags = [arg for arg in argv if arg != recipe]
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), prog="region-tune")
+    parser = HfArgumentParser((*kinds, TrainingArguments), prog=prog)
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('alpha-clip-mllm')}")
     defaults = _read_recipe(recipe) if recipe else {}
     known = {action.dest for action in parser._actions}
@@ -204,18 +212,27 @@ def parse_args(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Trai
         if action.dest == "deepspeed":
             action.type = _deepspeed_file
             action.default = action.default and _deepspeed_file(action.default)
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses(flags)
-    if training_args.deepspeed and "optimizer" in json.loads(Path(training_args.deepspeed).read_text("utf-8")):
-        if model_args.learning_rates:
-            raise ValueError(
-                f"learning_rates: {training_args.deepspeed} brings an optimizer of one learning rate (offloading needs "
-                "it); take a file without it, zero2 or zero3"
-            )
-    if training_args.deepspeed and model_args.optimizer == "muon":
-        raise ValueError("optimizer: muon runs without DeepSpeed only; use optimizer: trainer")
+    *arguments, training_args = parser.parse_args_into_dataclasses(flags)
     if training_args.save_total_limit == 1:
         raise ValueError("save_total_limit: expected 2 or more, since the older is deleted before the newer is whole")
-    return model_args, data_args, training_args
+    return *arguments, training_args
+
+
+def check_optimizer(optimizer: str, learning_rates: Sequence[str], training_args: TrainingArguments) -> None:
+    """Raise ValueError where the optimizer does not go with learning rates of parts or with DeepSpeed's settings."""
+    if optimizer not in ("trainer", "muon"):
+        raise ValueError(f"optimizer: expected trainer or muon, got {optimizer!r}")
+    if optimizer == "muon" and learning_rates:
+        raise ValueError("learning_rates: muon has one learning rate for all; use optimizer: trainer")
+    if not training_args.deepspeed:
+        return
+    if learning_rates and "optimizer" in json.loads(Path(training_args.deepspeed).read_text("utf-8")):
+        raise ValueError(
+            f"learning_rates: {training_args.deepspeed} brings an optimizer of one learning rate (offloading needs "
+            "it); take a file without it, zero2 or zero3"
+        )
+    if optimizer == "muon":
+        raise ValueError("optimizer: muon runs without DeepSpeed only; use optimizer: trainer")
 
 
 def _deepspeed_file(name: str) -> str:

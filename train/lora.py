@@ -107,7 +107,7 @@ def _adapted(model: PreTrainedModel, parts: dict[str, str], args: ModelArguments
         r=args.lora_r,
         lora_alpha=2 * args.lora_r if args.lora_alpha is None else args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=_pattern(targets),
+        target_modules=pattern(targets),
         modules_to_save=[_ALPHA_MODULE if part == ALPHA else parts[part] for part in args.train_parts] or None,
         task_type=None,
     )
@@ -132,7 +132,7 @@ def linear_layers(model: nn.Module, prefixes: Sequence[str], leaves: Sequence[st
     return [name for name in linear if not leaves or name.rpartition(".")[2] in leaves]
 
 
-def _pattern(names: Sequence[str]) -> str:
+def pattern(names: Sequence[str]) -> str:
     """A short regular expression that matches exactly these names, whatever the number of their block."""
     shapes = sorted({re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name)) for name in names})
     return "|".join(shapes)

@@ -11,9 +11,11 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -28,8 +30,8 @@ logger = logging.getLogger(__name__)
 Conversation = list[Message]
 
 
-class ConversationDataset(Dataset):
-    """Conversations about up to `regions_per_image` regions of one picture, which is opened once for all of them.
+class PictureDataset(Dataset):
+    """Samples of up to `regions_per_sample` regions of one picture, which is opened once for all of them.
 
     An index stands for a sample and an epoch: `epoch * len(dataset) + sample`, as `EpochSampler` gives them.
 
@@ -41,23 +43,19 @@ class ConversationDataset(Dataset):
     def __init__(
         self,
         indexes: Sequence[RegionIndex],
-        data_args: DataArguments,
         split: str,
-        wordings: Sequence[str],
+        kinds: Sequence[str],
+        regions_per_sample: int,
         seed: int,
+        max_missing: float,
         skipped: Path,
     ) -> None:
         self.indexes = indexes
-        self.data_args = data_args
-        self.weight_of_kind = data_args.weight_of_kind()
-        self.wordings = wordings
         self.seed = seed
+        self.max_missing = max_missing
         self.skipped = skipped
         # millions of samples: arrays, no lists
-        self._groups = [
-            group_rows(index.rows(split, data_args.turn_kinds), index.picture_of, data_args.regions_per_image)
-            for index in indexes
-        ]
+        self._groups = [group_rows(index.rows(split, kinds), index.picture_of, regions_per_sample) for index in indexes]
         self._first = np.cumsum([0, *(len(bounds) - 1 for _, bounds in self._groups)])
         longest = [
             np.maximum.reduceat(index.length_of[rows], bounds[:-1])
@@ -76,22 +74,73 @@ class ConversationDataset(Dataset):
         group = sample - self._first[number]
         return self.indexes[number], rows[bounds[group] : bounds[group + 1]]
 
-    def __getitem__(self, position: int) -> list[Conversation]:
-        """The conversations of a sample. Of a picture that cannot be opened the next sample's are returned, and its
-        name and the reason are added to the file `skipped`.
+    def __getitem__(self, position: int) -> Any:
+        """A sample. Of a picture that cannot be opened the next sample is returned, and its name and the reason are
+        added to the file `skipped`.
 
         Raises:
             ValueError: If more pictures could not be opened than `max_missing` allows.
         """
         epoch, sample = divmod(position, len(self))
         index, rows = self.rows_of(sample)
-        facts = index.read(rows)
+        rng = np.random.default_rng([self.seed, epoch, sample])
+        facts = index.read(self.drawn_rows(index, rows, rng))
         try:
             image = facts[0].sample.open_image()
         except ValueError as error:
             self._skip(facts[0].sample, error)
             return self[epoch * len(self) + (sample + 1) % len(self)]
-        rng = np.random.default_rng([self.seed, epoch, sample])
+        return self.made_of(facts, image, rng)
+
+    def drawn_rows(self, index: RegionIndex, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Those of a sample's rows that are used this time: all."""
+        return rows
+
+    def made_of(self, facts: Sequence[RegionFacts], image: Image.Image, rng: np.random.Generator) -> Any:
+        """What the collator takes, of the regions of an opened picture."""
+        raise NotImplementedError
+
+    def _skip(self, sample: RegionSample, error: ValueError) -> None:
+        """List a picture that cannot be opened, once, and stop when they are too many."""
+        name = str(sample.image)
+        known = skipped_pictures(self.skipped)
+        if name in known:
+            return
+        line = json.dumps({"image": name, "reason": str(error)}) + "\n"
+        descriptor = os.open(self.skipped, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, line.encode())  # one write: the lines of several workers do not mix
+        finally:
+            os.close(descriptor)
+        logger.warning("left out: %s", error)
+        pictures = sum(len(index.pictures) for index in self.indexes)
+        if len(known) + 1 > self.max_missing * pictures:
+            raise ValueError(
+                f"{len(known) + 1} of {pictures} pictures could not be opened, more than max_missing "
+                f"({self.max_missing:.1%}) allows; they are listed in {self.skipped}"
+            )
+
+
+class ConversationDataset(PictureDataset):
+    """Conversations about regions: a sample is one for each of up to `regions_per_image` regions of a picture."""
+
+    def __init__(
+        self,
+        indexes: Sequence[RegionIndex],
+        data_args: DataArguments,
+        split: str,
+        wordings: Sequence[str],
+        seed: int,
+        skipped: Path,
+    ) -> None:
+        kinds, regions = data_args.turn_kinds, data_args.regions_per_image
+        super().__init__(indexes, split, kinds, regions, seed, data_args.max_missing, skipped)
+        self.data_args = data_args
+        self.weight_of_kind = data_args.weight_of_kind()
+        self.wordings = wordings
+
+    def made_of(self, facts: Sequence[RegionFacts], image: Image.Image, rng: np.random.Generator) -> list[Conversation]:
+        """A conversation for each region."""
         return [self._conversation(entry, image, rng) for entry in facts]
 
     def _conversation(self, facts: RegionFacts, image, rng: np.random.Generator) -> Conversation:
@@ -116,26 +165,6 @@ class ConversationDataset(Dataset):
             messages.append({"role": "user", "content": content})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return messages
-
-    def _skip(self, sample: RegionSample, error: ValueError) -> None:
-        """List a picture that cannot be opened, once, and stop when they are too many."""
-        name = str(sample.image)
-        known = skipped_pictures(self.skipped)
-        if name in known:
-            return
-        line = json.dumps({"image": name, "reason": str(error)}) + "\n"
-        descriptor = os.open(self.skipped, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, line.encode())  # one write: the lines of several workers do not mix
-        finally:
-            os.close(descriptor)
-        logger.warning("left out: %s", error)
-        pictures = sum(len(index.pictures) for index in self.indexes)
-        if len(known) + 1 > self.data_args.max_missing * pictures:
-            raise ValueError(
-                f"{len(known) + 1} of {pictures} pictures could not be opened, more than max_missing "
-                f"({self.data_args.max_missing:.1%}) allows; they are listed in {self.skipped}"
-            )
 
 
 def group_rows(rows: np.ndarray, picture_of: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

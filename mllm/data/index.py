@@ -3,8 +3,9 @@
 A folder with two Arrow tables and `index.json`, which says what they were made of. Visual Genome's 5.4 million regions
 open at once and cost no memory that the system could not take back.
 
-`pictures.arrow`, a row a picture and split: `image_id`, `image` (path from the data's folder), `width`, `height` in
-pixels (null: not stated), `split`. `regions.arrow`, a row a region, those of one picture side by side: `picture` (its
+`pictures.arrow`, a row a picture and split: `image_id`, `image` (path from the data's folder), `member`, `offset`,
+`size` (where `image` is a tar: the picture's name in it and its place in bytes; else null), `width`, `height` in pixels
+(null: not stated), `split`. `regions.arrow`, a row a region, those of one picture side by side: `picture` (its
 row), `region_id` (null: the whole image), `forms` (JSON: the same region as box, as mask ...), `turns` (kind, question
 or null for a description, answer), `length` (characters of the longest turn).
 """
@@ -24,10 +25,10 @@ from typing import Any
 import numpy as np
 
 from mllm.data.records import READ, ReadReport, read_json
-from mllm.data.samples import RegionSample
+from mllm.data.samples import RegionSample, TarMember
 from vision_tower import Region
 
-FORMAT = 1
+FORMAT = 2
 TRAIN, HELD_OUT = "train", "val"
 INDEX_FOLDER = "region_index"  # beside the data set's own files
 _WRITTEN_AT_ONCE = 20_000  # rows
@@ -55,6 +56,7 @@ class RegionIndex:
     Attributes:
         picture_of: Row of its picture for each region (N,), int32.
         length_of: Characters of its longest turn for each region (N,), int32.
+        is_whole: Whether each row is about the whole image, bool (N,).
         split_of_picture: Split of each picture, text (P,).
     """
 
@@ -86,6 +88,8 @@ class RegionIndex:
             raise ValueError(f"{folder} was not written to its end; make it anew")
         self.picture_of = _numbers(self.regions, "picture")
         self.length_of = _numbers(self.regions, "length")
+        whole = [chunk.is_null().to_numpy(zero_copy_only=False) for chunk in _chunks(self.regions, "region_id")]
+        self.is_whole = np.concatenate(whole) if whole else np.zeros(0, bool)
         self.split_of_picture = np.array(self.pictures["split"])
 
     def __len__(self) -> int:
@@ -107,7 +111,7 @@ class RegionIndex:
         except ImportError:
             raise ValueError(_NEEDED) from None
         found = []
-        for chunk in self.regions.data.column("turns").chunks:
+        for chunk in _chunks(self.regions, "turns"):
             kind = chunk.flatten().field("kind")
             wanted = np.isin(np.array(pc.unique(kind).to_pylist()), kinds)  # few kinds, many turns
             of_kind = pc.is_in(kind, value_set=pc.unique(kind).filter(wanted)).to_numpy(zero_copy_only=False)
@@ -137,9 +141,11 @@ class RegionIndex:
         ]
 
     def missing_pictures(self, split: str) -> list[str]:
-        """Paths of the split's pictures that are not there; folders are listed, as asking for each takes minutes."""
+        """Paths of the split's pictures that are not there, a tar once for all that are in it. Folders are listed, as
+        asking for each picture takes minutes.
+        """
         listings: dict[str, set[str]] = {}
-        missing = []
+        missing: dict[str, None] = {}
         for image, of_split in zip(self.pictures["image"], self.split_of_picture == split, strict=True):
             if not of_split:
                 continue
@@ -147,8 +153,8 @@ class RegionIndex:
             if folder not in listings:
                 listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
             if name not in listings[folder]:
-                missing.append(os.path.join(folder, name))
-        return missing
+                missing[os.path.join(folder, name)] = None
+        return list(missing)
 
     def _facts(self, row: dict[str, Any]) -> RegionFacts:
         picture = self.pictures[row["picture"]]
@@ -159,14 +165,26 @@ class RegionIndex:
             meta |= {"width": picture["width"], "height": picture["height"]}
         name = f"{picture['image_id']}/{'whole' if row['region_id'] is None else row['region_id']}"
         references = tuple(answer for _, question, answer in turns if question is None)
-        sample = RegionSample(name, str(self.root / picture["image"]), forms[:1], None, references, meta=meta)
+        image = str(self.root / picture["image"])
+        if picture["member"] is not None:
+            image = TarMember(image, picture["member"], picture["offset"], picture["size"])
+        sample = RegionSample(name, image, forms[:1], None, references, meta=meta)
         return RegionFacts(sample, forms, turns)
 
 
 def index_folder(folder: str | os.PathLike) -> Path | None:
-    """Where the index of a data folder lies, or the folder itself if it is one; None where there is none."""
-    places = (Path(folder), Path(folder) / INDEX_FOLDER)
+    """Where the index of a data folder or of a .jsonl file lies, or the folder itself if it is one; None where there
+    is none.
+    """
+    places = [Path(folder), Path(folder) / INDEX_FOLDER]
+    if Path(folder).suffix == ".jsonl":
+        places.append(index_beside(folder))
     return next((place for place in places if (place / "index.json").exists()), None)
+
+
+def index_beside(path: str | os.PathLike) -> Path:
+    """Where the index of a single file goes."""
+    return Path(path).with_name(f"{Path(path).name}.{INDEX_FOLDER}")
 
 
 def write_index(
@@ -283,6 +301,9 @@ class _Writer:
             "pictures": {
                 "image_id": words,
                 "image": words,
+                "member": words,
+                "offset": whole,
+                "size": whole,
                 "width": whole,
                 "height": whole,
                 "split": words,
@@ -331,12 +352,14 @@ class _Writer:
         """The row of the sample's picture, a new one when it is the first of it."""
         key = split, image_id
         if (row := self.picture_rows.get(key)) is None:
-            if not isinstance(sample.image, str):
-                raise ValueError(f"sample {sample.id}: an index takes pictures that are files, not parts of archives")
-            path = posixpath.join(*Path(os.path.relpath(sample.image, self.root)).parts)
+            if isinstance(sample.image, bytes):
+                raise ValueError(f"sample {sample.id}: an index takes pictures that lie in files, got bytes")
+            in_tar = isinstance(sample.image, TarMember)
+            file, *member = sample.image if in_tar else (sample.image, None, None, None)
+            path = posixpath.join(*Path(os.path.relpath(file, self.root)).parts)
             size = sample.meta.get("width"), sample.meta.get("height")
             row = self.picture_rows[key] = len(self.picture_rows)
-            self.waiting["pictures"].append((str(image_id), path, *size, split))
+            self.waiting["pictures"].append((str(image_id), path, *member, *size, split))
         return row
 
     def _flush(self) -> None:
@@ -347,9 +370,14 @@ class _Writer:
                 rows.clear()
 
 
+def _chunks(table: Any, column: str) -> Sequence[Any]:
+    """A column as Arrow's arrays."""
+    return table.data.column(column).chunks
+
+
 def _numbers(table: Any, column: str) -> np.ndarray:
     """A column of whole numbers, int32."""
-    chunks = [chunk.to_numpy() for chunk in table.data.column(column).chunks]
+    chunks = [chunk.to_numpy() for chunk in _chunks(table, column)]
     return np.concatenate(chunks).astype(np.int32) if chunks else np.zeros(0, np.int32)
 
 

@@ -1,4 +1,6 @@
-"""A data set's folder -> its index (`mllm.data.index`): which readings make it, and which picture is of which split."""
+"""A data set's folder or file -> its index (`mllm.data.index`): which readings make it, and which picture is of which
+split.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from mllm.data import refcocog, visual_genome
-from mllm.data.index import INDEX_FOLDER, write_index
-from mllm.data.records import ReadReport, read_json
+from mllm.data.grit import read_grit
+from mllm.data.index import INDEX_FOLDER, TRAIN, index_beside, write_index
+from mllm.data.jsonl import read_jsonl
+from mllm.data.mask_imagenet import read_mask_imagenet
+from mllm.data.picture_pairs import has_pairs
+from mllm.data.records import READ, ReadReport, read_json, wrong
 from mllm.data.samples import RegionSample
 from mllm.data.splits import SIZES, densecap_split
+from vision_tower import Region
 
 logger = logging.getLogger(__name__)
 
@@ -24,15 +31,25 @@ Reports = dict[str, ReadReport]
 
 
 def make_index(root: str | os.PathLike) -> dict[str, Any]:
-    """Index a folder in the layout that its files show.
+    """Index a folder in the layout that its files show, or a .jsonl file.
 
     Raises:
-        ValueError: If it is neither Visual Genome's nor RefCOCOg's, or a file is damaged.
+        ValueError: If it is in none of the known layouts, or a file is damaged.
     """
     root = Path(root)
-    if (root / "image_data.json").exists() or not (refs := sorted(root.glob("refs(*).p"))):
+    if root.suffix == ".jsonl":
+        return index_jsonl(root)
+    if (root / "image_data.json").exists():
         return index_visual_genome(root)
-    return index_refcocog(root, split_by=refs[-1].name[len("refs(") : -len(").p")])  # umd before google
+    if refs := sorted(root.glob("refs(*).p")):
+        return index_refcocog(root, split_by=refs[-1].name[len("refs(") : -len(").p")])  # umd before google
+    if has_pairs(root):
+        return index_grit(root)
+    raise ValueError(
+        f"{root} is in no layout that can be indexed: image_data.json is missing (Visual Genome's), and so are "
+        "refs(...).p (RefCOCO's) and *.tar or pictures with a .json of the same name (GRIT's); a file of one's own is "
+        "given as the path of a .jsonl"
+    )
 
 
 def index_visual_genome(
@@ -105,13 +122,117 @@ def index_refcocog(
     return write_index(out, root, boxes, masks, made_of=f"RefCOCO's layout, refs({split_by})", reports=reports)
 
 
+def index_grit(
+    root: str | os.PathLike, out: str | os.PathLike | None = None, reports: Reports | None = None
+) -> dict[str, Any]:
+    """Index a folder in GRIT's layout: boxes, masks where there are some, phrases, and captions of the whole image.
+
+    A folder that names its split in `dataset.json` (Shapes) is of that split; else all is for training.
+
+    Args and Raises: as `index_visual_genome`.
+    """
+    root = Path(root)
+    reports = {} if reports is None else reports
+    report = reports["regions and captions"] = ReadReport()
+    split = stated_split(root) or TRAIN
+    samples = ((split, sample) for sample in read_grit(root, report=report))
+    out = root / INDEX_FOLDER if out is None else out
+    return write_index(out, root, samples, made_of="GRIT's layout", reports=reports)
+
+
+def index_mask_imagenet(
+    root: str | os.PathLike, out: str | os.PathLike | None = None, reports: Reports | None = None
+) -> dict[str, Any]:
+    """Index MaskImageNet's list and the pictures beside it: boxes, masks and texts, all for training.
+
+    Args and Raises: as `index_visual_genome`.
+    """
+    root = Path(root)
+    reports = {} if reports is None else reports
+    report = reports["regions"] = ReadReport()
+    samples = ((TRAIN, sample) for sample in read_mask_imagenet(root, report=report))
+    out = root / INDEX_FOLDER if out is None else out
+    return write_index(out, root, samples, made_of="MaskImageNet's list", reports=reports)
+
+
+def index_jsonl(
+    path: str | os.PathLike, out: str | os.PathLike | None = None, reports: Reports | None = None
+) -> dict[str, Any]:
+    """Index a JSONL file of one's own (`mllm.data.jsonl`). Lines about one picture, and about one region of it, are put
+    together wherever they stand. A line's meta may state `split` (else it is for training), `width` and `height`.
+
+    Args:
+        path: The file, held in memory.
+        out: Where the index goes; by default beside the file, `<name>.region_index`.
+        reports: Filled with what was read.
+
+    Raises:
+        ValueError: If a line or its meta is damaged, or two lines state different sizes of a picture.
+    """
+    path = Path(path)
+    folder = path.resolve().parent
+    reports = {} if reports is None else reports
+    report = reports["lines"] = ReadReport()
+    of_picture: dict[str, list[RegionSample]] = {}
+    for sample in read_jsonl(path):
+        _check_meta(path, sample)
+        report.add(READ, sample.id)
+        of_picture.setdefault(sample.image, []).append(sample)
+    samples = (pair for image, lines in of_picture.items() for pair in _of_picture(path, folder, image, lines))
+    out = index_beside(path) if out is None else out
+    return write_index(out, folder, samples, made_of="JSONL", reports=reports)
+
+
+def _check_meta(path: Path, sample: RegionSample) -> None:
+    """Raise ValueError unless what an index takes of a line's meta can be taken."""
+    size = [sample.meta.get(name) for name in ("width", "height")]
+    if size != [None, None] and not all(type(side) is int and side > 0 for side in size):
+        raise ValueError(f"{path}, id {sample.id}: expected width and height in pixels in meta, got {size}")
+    for name in ("split", "type"):
+        if not isinstance(value := sample.meta.get(name, name), str) or not value:
+            raise ValueError(f"{path}, id {sample.id}: expected {name} in meta as text, got {value!r}")
+
+
+def _of_picture(path: Path, folder: Path, image: str, lines: list[RegionSample]) -> list[tuple[str, RegionSample]]:
+    """The lines about one picture with their splits and ids, those of one split side by side."""
+    name = Path(image)
+    image_id = name.relative_to(folder).as_posix() if name.is_relative_to(folder) else name.as_posix()
+    sizes = {(meta["width"], meta["height"]) for sample in lines if (meta := sample.meta).get("width")}
+    if len(sizes) > 1:
+        raise ValueError(f"{path}: {image_id} has one size, lines about it state {sorted(sizes)}")
+    size = dict(zip(("width", "height"), *sizes, strict=True)) if sizes else {}
+    number_of: dict[Region, int] = {}
+    found = []
+    for sample in lines:
+        (region,) = sample.regions
+        about = {} if region.kind == "whole" else {"region_id": number_of.setdefault(region, len(number_of))}
+        if "type" in sample.meta:
+            about["type"] = sample.meta["type"]
+        meta = {"image_id": image_id, **size, **about}
+        found.append((sample.meta.get("split", TRAIN), dataclasses.replace(sample, meta=meta)))
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def stated_split(root: str | os.PathLike) -> str | None:
+    """The split that a folder's `dataset.json` names for all its images; None where there is no such file.
+
+    Raises:
+        ValueError: If the file is damaged or names none.
+    """
+    path = Path(root) / "dataset.json"
+    if not path.exists():
+        return None
+    about = read_json(path, dict)
+    if not isinstance(about.get("split"), str):
+        raise wrong(path, "'split', text", about)
+    return about["split"]
+
+
 def split_of_images(root: str | os.PathLike) -> Callable[[int], str]:
     """The split of an image by its number, in a folder in Visual Genome's layout: the one that `dataset.json` names for
     all, else DenseCap's.
     """
-    path = Path(root) / "dataset.json"
-    if path.exists():
-        split = str(read_json(path, dict).get("split"))
+    if (split := stated_split(root)) is not None:
         return lambda image: split
     split_of = {image: name for name in SIZES for image in densecap_split(name)}
     return lambda image: split_of.get(image, UNLISTED)

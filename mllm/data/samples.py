@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vision_tower import Region
 
@@ -36,10 +36,14 @@ _DAMAGE = (
 
 
 class TarMember(NamedTuple):
-    """A file inside a tar archive."""
+    """A file inside a tar archive. With `offset` and `size`, in bytes, of its content inside an uncompressed archive it
+    is read at once; without them the archive is searched for it.
+    """
 
     tar: str
     name: str
+    offset: int | None = None
+    size: int | None = None
 
 
 ImageSource = str | TarMember | bytes
@@ -83,6 +87,23 @@ class RegionSample:
                 "would be shifted. Use the data set's own picture files"
             )
         return image
+
+
+def displayed_size(source: ImageSource | os.PathLike) -> tuple[int, int]:
+    """Width and height in pixels of a picture as displayed, read from its head alone.
+
+    Raises:
+        ValueError: If there is no such file, or it is no picture; of a damaged picture the head may be whole.
+    """
+    name = describe_source(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(_file(source)) as file:
+                turned = file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+                return file.size[::-1] if turned else file.size
+    except (*_DAMAGE, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the size of the image {name}: {' '.join(str(error).split())}") from error
 
 
 def load_image(source: ImageSource | os.PathLike) -> Image.Image:
@@ -130,6 +151,8 @@ def describe_source(source: ImageSource | os.PathLike) -> str:
 
 
 def _file(source: ImageSource | os.PathLike) -> str | io.BytesIO:
+    if isinstance(source, TarMember) and source.offset is not None:
+        return io.BytesIO(_content(source))
     if isinstance(source, TarMember):
         with tarfile.open(source.tar) as archive:
             try:
@@ -144,3 +167,21 @@ def _file(source: ImageSource | os.PathLike) -> str | io.BytesIO:
     if Path(source).is_dir():
         raise FileNotFoundError(source)
     return os.fspath(source)
+
+
+def _content(member: TarMember) -> bytes:
+    """The bytes at a member's place; its header, right before them, tells whether the archive is still the same."""
+    with open(member.tar, "rb") as file:
+        file.seek(max(member.offset - tarfile.BLOCKSIZE, 0))
+        header, content = file.read(tarfile.BLOCKSIZE), file.read(member.size)
+    try:
+        found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.TarError:
+        found = tarfile.TarInfo()
+    # a name that is long or not ASCII stands whole only in a header before this one
+    cut = len(member.name) > tarfile.LENGTH_NAME or not member.name.isascii()
+    if found.size != member.size or not (cut or found.name == member.name):
+        raise ValueError(f"it does not lie at byte {member.offset}; was the archive written anew? Make the index anew")
+    if len(content) != member.size:
+        raise EOFError(f"expected {member.size} bytes, got {len(content)}; was the archive cut short?")
+    return content

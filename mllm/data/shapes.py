@@ -34,6 +34,8 @@ from mllm.data.samples import RegionSample
 from mllm.data.shapes_world import (
     BACKGROUNDS,
     COLOURS,
+    MAX_OBJECTS,
+    MIN_OBJECTS,
     NOVEL_PAIRS,
     SCENE_SIZE,
     SHAPES,
@@ -113,18 +115,22 @@ def place(obj: ShapeObject) -> str:
     return " ".join(filter(None, (("top", "", "bottom")[row], ("left", "", "right")[column]))) or "centre"
 
 
-def scenes(count: int, seed: int, split: str) -> Iterator[tuple[np.random.Generator, Scene]]:
+def scenes(
+    count: int, seed: int, split: str, min_objects: int = MIN_OBJECTS
+) -> Iterator[tuple[np.random.Generator, Scene]]:
     """`count` scenes of a split, each with its own generator: a longer set begins with the shorter one.
 
     Raises:
-        ValueError: If the split is unknown.
+        ValueError: If the split is unknown, or `min_objects` is not 1 to `MAX_OBJECTS`.
     """
+    if not 1 <= min_objects <= MAX_OBJECTS:
+        raise ValueError(f"expected at least 1 to {MAX_OBJECTS} objects a scene, got {min_objects}")
     if split not in SPLITS:
         raise ValueError(f"expected a split out of {', '.join(SPLITS)}, got {split!r}")
     stream, pairs, backgrounds = SPLITS[split]
     for index in range(count):
         rng = np.random.default_rng([seed, stream, index])
-        yield rng, draw_scene(rng, pairs, backgrounds)
+        yield rng, draw_scene(rng, pairs, backgrounds, min_objects)
 
 
 def scene_hash(pixels: np.ndarray) -> bytes:

@@ -71,9 +71,14 @@ class Scene:
     background: str
 
 
-def draw_scene(rng: np.random.Generator, pairs: tuple[tuple[str, str], ...], backgrounds: tuple[str, ...]) -> Scene:
-    """Draw one scene whose objects take their colour and shape from `pairs`."""
-    count = int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1))
+def draw_scene(
+    rng: np.random.Generator,
+    pairs: tuple[tuple[str, str], ...],
+    backgrounds: tuple[str, ...],
+    min_objects: int = MIN_OBJECTS,
+) -> Scene:
+    """Draw one scene of `min_objects` to `MAX_OBJECTS` objects that take their colour and shape from `pairs`."""
+    count = int(rng.integers(min_objects, MAX_OBJECTS + 1))
     objects = None
     while objects is None:
         objects = _place_objects(rng, pairs, count)
@@ -82,8 +87,9 @@ def draw_scene(rng: np.random.Generator, pairs: tuple[tuple[str, str], ...], bac
     masks = []
     for obj in objects:
         coverage = _coverage(obj)
+        window = _window(obj)  # all that the object covers: nothing else is computed
         texture = _texture(rng, obj)
-        pixels = pixels + coverage[..., None] * (texture - pixels)
+        pixels[window] += coverage[window][..., None] * (texture - pixels[window])
         masks.append(coverage >= 0.5)
     return Scene(np.rint(pixels.clip(0, 255)).astype(np.uint8), objects, tuple(masks), background)
 
@@ -145,6 +151,13 @@ def _outline(shape: str, radius: float) -> list[tuple[float, float]]:
     return [(length * math.cos(a), length * math.sin(a)) for a, length in zip(angles, lengths, strict=True)]
 
 
+def _window(obj: ShapeObject) -> tuple[slice, slice]:
+    """Rows and columns of the object's own box, with a pixel's margin, inside the picture."""
+    reach = obj.radius + 1
+    rows, columns = (slice(max(at - reach, 0), min(at + reach, SCENE_SIZE)) for at in (obj.y, obj.x))
+    return rows, columns
+
+
 def _coverage(obj: ShapeObject) -> np.ndarray:
     """Area coverage of the object, float32 (H, W) in [0, 1]; only its own box is rasterised."""
     side = 2 * obj.radius + 2
@@ -157,19 +170,20 @@ def _coverage(obj: ShapeObject) -> np.ndarray:
     small = np.asarray(canvas.reduce(_SUPERSAMPLING), np.float32) / 255
     full = np.zeros((SCENE_SIZE, SCENE_SIZE), np.float32)
     top, left = obj.y - side // 2, obj.x - side // 2
-    y0, x0 = max(top, 0), max(left, 0)
-    y1, x1 = min(top + side, SCENE_SIZE), min(left + side, SCENE_SIZE)
-    full[y0:y1, x0:x1] = small[y0 - top : y1 - top, x0 - left : x1 - left]
+    rows, columns = _window(obj)
+    full[rows, columns] = small[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
     return full
 
 
 def _texture(rng: np.random.Generator, obj: ShapeObject) -> np.ndarray:
-    """The object's colour at every pixel, float32 (H, W, 3): its own colour, with stripes or dots of a second tone."""
+    """The object's colour at every pixel of its window, float32 (h, w, 3): its own colour, with stripes or dots of a
+    second tone.
+    """
     base = np.asarray(COLOURS[obj.colour], np.float32) + rng.uniform(-14, 14, 3).astype(np.float32)
     tone = np.float32(255 if rng.random() < 0.5 else 15)
     second = base + 0.6 * (tone - base)
     period = rng.uniform(5.5, 6.5) if obj.size == "small" else rng.uniform(7.0, 9.0)
-    ys, xs = np.mgrid[:SCENE_SIZE, :SCENE_SIZE].astype(np.float32)
+    ys, xs = np.mgrid[_window(obj)].astype(np.float32)
     if obj.pattern == "striped":
         along = ys if rng.random() < 0.5 else xs
         second_here = (along + rng.uniform(0, period)) % period < period / 2

@@ -1,0 +1,129 @@
+"""Write the Shapes world to disk in GRIT's layout: captions, phrases of them, boxes and masks.
+
+    python -m mllm.data.shapes_grit --out DIR --images N --seed S [--split train] [--tars K] [--min-objects 1]
+
+The scenes are those of `python -m mllm.data.shapes` with the same seed and split. A scene's caption names its objects
+from left to right; `ref_exps` has each object's phrase in it and its box, `seudo_masks` (the released spelling) its
+mask. `DIR` then holds `00000/000000001.png` and `.json`, ten thousand pictures a folder, or with `--tars` as many
+webdataset tars; `dataset.json` says which split and seed it is. The same seed gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+from tqdm.auto import tqdm
+
+from mllm.data.shapes import SPLITS, scenes
+from mllm.data.shapes_world import MIN_OBJECTS, SCENE_SIZE, Scene
+
+_PICTURES_IN_FOLDER = 10_000  # as many as img2dataset puts in a shard
+
+
+def write(
+    out: str | os.PathLike,
+    count: int,
+    seed: int,
+    split: str = "train",
+    *,
+    tars: int = 0,
+    min_objects: int = MIN_OBJECTS,
+    progress: bool = True,
+) -> None:
+    """Write `count` scenes of a split to the folder `out`, in so many tars or, with none, in folders.
+
+    Raises:
+        ValueError: If the split is unknown, a number is out of range, or `out` already holds a data set.
+    """
+    out = Path(out)
+    if count < 1 or not 0 <= tars <= count:
+        raise ValueError(f"expected at least 1 image and 0 to that many tars, got {count} and {tars}")
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} already holds files; choose another folder or empty it")
+    drawn = scenes(count, seed, split, min_objects)
+    out.mkdir(parents=True, exist_ok=True)
+    files = _files(tqdm(drawn, total=count, desc=f"shapes {split}", disable=not progress))
+    if tars:
+        _write_tars(out, files, np.linspace(0, count, tars + 1).astype(int).tolist())
+    else:
+        for number, contents in files:
+            folder = out / f"{number // _PICTURES_IN_FOLDER:05d}"
+            folder.mkdir(exist_ok=True)
+            for suffix in ("png", "json"):
+                (folder / f"{number:09d}.{suffix}").write_bytes(contents[suffix])
+    about = {"world": "shapes", "split": split, "seed": seed, "images": count}
+    (out / "dataset.json").write_text(json.dumps(about), encoding="utf-8")  # last: training reads the split from it
+
+
+def annotation(scene: Scene) -> dict[str, Any]:
+    """A scene's JSON: boxes around the masks, in fractions of the picture; objects from left to right."""
+    order = sorted(range(len(scene.objects)), key=lambda index: (scene.objects[index].x, scene.objects[index].y))
+    masks = coco_mask.encode(np.asfortranarray(np.stack([scene.masks[index] for index in order], axis=-1), np.uint8))
+    boxes = coco_mask.toBbox(masks)
+    phrases, rows, start = [scene.objects[index].phrase for index in order], [], 0
+    for phrase, (x, y, width, height) in zip(phrases, boxes.tolist(), strict=True):
+        box = (side / SCENE_SIZE for side in (x, y, x + width, y + height))
+        rows.append([float(start), float(start + len(phrase)), *box, 1.0])  # floats, as the published starts are
+        start += len(phrase) + len(", ")
+    return {
+        "caption": ", ".join(phrases),
+        "width": SCENE_SIZE,
+        "height": SCENE_SIZE,
+        "ref_exps": rows,
+        "seudo_masks": [{"size": mask["size"], "counts": mask["counts"].decode("ascii")} for mask in masks],
+    }
+
+
+def _files(drawn: Iterator[tuple[np.random.Generator, Scene]]) -> Iterator[tuple[int, dict[str, bytes]]]:
+    """Number, from 1, and the content of each scene's files by suffix."""
+    for number, (_, scene) in enumerate(drawn, 1):
+        picture = io.BytesIO()
+        Image.fromarray(scene.pixels).save(picture, "PNG", compress_level=1)  # in half the time, a fifth larger
+        record = annotation(scene)
+        contents = {"json": json.dumps(record).encode(), "txt": record["caption"].encode()}
+        yield number, {"png": picture.getvalue(), **contents}
+
+
+def _write_tars(out: Path, files: Iterator[tuple[int, dict[str, bytes]]], bounds: Sequence[int]) -> None:
+    """Tars of the pictures from each bound to the next."""
+    for shard, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        with tarfile.open(out / f"{shard:05d}.tar", "w") as archive:
+            for _ in range(last - first):
+                number, contents = next(files)
+                for suffix, content in contents.items():
+                    member = tarfile.TarInfo(f"{number:09d}.{suffix}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m mllm.data.shapes_grit`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mllm.data.shapes_grit", description="Write the Shapes world to disk in GRIT's layout."
+    )
+    parser.add_argument("--out", required=True, help="new folder for the data set")
+    parser.add_argument("--images", type=int, required=True, help="number of scenes")
+    parser.add_argument("--seed", type=int, required=True, help="same seed: same scenes")
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument("--tars", type=int, default=0, help="write so many webdataset tars instead of folders")
+    parser.add_argument("--min-objects", type=int, default=MIN_OBJECTS, help="fewest objects of a scene")
+    args = parser.parse_args(argv)
+    try:
+        write(args.out, args.images, args.seed, args.split, tars=args.tars, min_objects=args.min_objects)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,119 @@
+"""Build the Shapes world's CLIP from random weights, and an Alpha-CLIP out of it, as the paper does.
+
+    python scripts/build_shapes_clip.py [--work DIR] [--seed S] [--scenes N] [--flag value ...]
+
+Leaves `WORK/clip` and `WORK/alpha_clip`, each an AlphaCLIPModel with its processor. Further flags go to the first
+recipe (shapes_clip.yaml). Neither knows anything but drawn scenes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+
+from transformers import CLIPTextConfig, CLIPTokenizer, set_seed
+
+from mllm.data import shapes_grit
+from mllm.data.shapes_world import COLOURS, PATTERNS, SHAPES, SIZES
+from train import alpha_clip
+from vision_tower import (
+    AlphaCLIPConfig,
+    AlphaCLIPImageProcessor,
+    AlphaCLIPModel,
+    AlphaCLIPProcessor,
+    AlphaCLIPVisionConfig,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / "train" / "recipes"
+CLIP_SCENES, ALPHA_SCENES = 40_000, 20_000
+CLIP_SEED, ALPHA_SEED = 101, 1  # of the scenes; the embedded model's language model is trained on those of seed 1
+WIDTH, TEXT_WIDTH, IMAGE_SIZE, PATCH_SIZE = 192, 128, 96, 12
+CONTEXT = 64  # tokens; the longest caption, six objects, has 37
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "embedded_model", help="scenes and models")
+    parser.add_argument("--seed", type=int, default=2, help="of initial weights and training order (default 2)")
+    parser.add_argument("--scenes", type=int, default=CLIP_SCENES, help="scenes for CLIP; fewer only to try the script")
+    parser.add_argument("--only-clip", action="store_true", help="stop after CLIP")
+    args, recipe_flags = parser.parse_known_args()
+    failed = build_clip(args.work, args.seed, args.scenes, recipe_flags)
+    return failed or (0 if args.only_clip else build_alpha_clip(args.work, args.seed, min(args.scenes, ALPHA_SCENES)))
+
+
+def build_clip(work: Path, seed: int, scenes: int = CLIP_SCENES, flags: list[str] | None = None) -> int:
+    """Train the CLIP; returns the exit code. What is there is not made again."""
+    data = scenes_folder(work, scenes, CLIP_SEED, min_objects=1)
+    start = work / f"clip_start_{seed}"
+    write_start(start, seed)
+    return _train("shapes_clip.yaml", start, data, work / "clip", seed, flags or [])
+
+
+def build_alpha_clip(work: Path, seed: int, scenes: int = ALPHA_SCENES) -> int:
+    """Train the Alpha-CLIP from the CLIP; returns the exit code."""
+    data = scenes_folder(work, scenes, ALPHA_SEED)
+    return _train("shapes_alpha_clip.yaml", work / "clip", data, work / "alpha_clip", seed, [])
+
+
+def scenes_folder(work: Path, count: int, seed: int, min_objects: int = 3, split: str = "train") -> Path:
+    """A folder of drawn scenes in GRIT's layout, written now where there is none."""
+    folder = work / f"grit_{split}_{seed}_{count}_{min_objects}"
+    if not (folder / "dataset.json").exists():
+        shapes_grit.write(folder, count, seed, split, min_objects=min_objects)
+    return folder
+
+
+def write_start(out: Path, seed: int) -> None:
+    """A randomly initialised CLIP whose image tower is the embedded model's, with its processor."""
+    tokenizer = train_tokenizer()
+    set_seed(seed)
+    config = AlphaCLIPConfig(
+        vision_config=AlphaCLIPVisionConfig(
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+            projection_dim=WIDTH,
+        ),
+        text_config=CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=CONTEXT,
+            projection_dim=WIDTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        projection_dim=WIDTH,
+    )
+    AlphaCLIPModel(config).save_pretrained(out)
+    AlphaCLIPProcessor(AlphaCLIPImageProcessor.for_size(IMAGE_SIZE, "pad"), tokenizer).save_pretrained(out)
+
+
+def train_tokenizer() -> CLIPTokenizer:
+    """CLIP's tokenizer with bytes and the words of the Shapes world for a vocabulary."""
+    objects = [f"a {' '.join(words)}" for words in itertools.product(SIZES, PATTERNS, COLOURS, SHAPES)]
+    empty = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[])
+    tokenizer = empty.train_new_from_iterator([", ".join(objects)], vocab_size=1000)
+    tokenizer.model_max_length = CONTEXT
+    return tokenizer
+
+
+def _train(recipe: str, model: Path, data: Path, out: Path, seed: int, flags: list[str]) -> int:
+    if (out / "training_record.json").exists():
+        return 0
+    run = {"--model": model, "--data": data, "--output_dir": out, "--seed": seed}
+    return alpha_clip.main([str(RECIPES / recipe), *(str(part) for flag in run.items() for part in flag), *flags])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

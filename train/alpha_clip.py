@@ -1,0 +1,188 @@
+"""Train an Alpha-CLIP out of a CLIP (or a CLIP itself) by contrast of regions and texts.
+
+    python -m train.alpha_clip RECIPE.yaml --model CLIP --data DIR --output_dir OUT [--flag value ...]
+
+Parse, seed, model, freeze and LoRA, data, trainer, train, save.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, CLIPImageProcessorPil, PreTrainedModel, TrainingArguments, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from eval.region_text import DescribedPicture, described_pictures
+from mllm.data.index import HELD_OUT, TRAIN, RegionIndex
+from train.lora import ALPHA, linear_layers, part_of, pattern, trained_table
+from train.region_text_arguments import PairArguments, TowerArguments, parse_args
+from train.region_text_data import RegionTextCollator, RegionTextDataset, held_out_samples
+from train.region_text_trainer import RegionTextTrainer, clip_in
+from train.run import (
+    log_on_one_process,
+    open_indexes,
+    refuse_missing_pictures,
+    run_command,
+    splits_of,
+    train_and_save,
+    what_makes_the_run,
+)
+from train.trainer import checkpoint_to_resume
+from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPModel, AlphaCLIPProcessor
+
+logger = logging.getLogger(__name__)
+
+PARTS = {
+    "vision_model": "vision_model",
+    "visual_projection": "visual_projection",
+    "text_model": "text_model",
+    "text_projection": "text_projection",
+    "logit_scale": "logit_scale",
+    ALPHA: "vision_model.embeddings.patch_embedding.alpha",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one recipe; returns the exit code."""
+    return run_command("train.alpha_clip", lambda arguments: train(*parse_args(arguments)), argv)
+
+
+def train(tower_args: TowerArguments, pair_args: PairArguments, training_args: TrainingArguments) -> int:
+    """Train a model; returns the exit code.
+
+    Raises:
+        ValueError: If model, data or settings do not fit, or the loss is no number.
+        OSError: If something cannot be read or written.
+    """
+    log_on_one_process(training_args)
+    run = what_makes_the_run(training_args, tower_args, pair_args)
+    checkpoint = checkpoint_to_resume(training_args.output_dir, run)
+    model, processor = load_model(tower_args)
+    set_seed(training_args.seed)  # after loading, which draws more or fewer numbers
+    model = prepare_model(model, tower_args)
+    logger.info("%s", trained_table(model, PARTS))
+    dataset, pictures = read_data(pair_args, training_args)
+    trainer = RegionTextTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=dataset,
+        pictures=pictures,
+        data_collator=RegionTextCollator(processor, clip_in(model).config.text_config.max_position_embeddings),
+        processing_class=processor,
+        parts=PARTS,
+        rates=tower_args.rate_of_part(),
+        optimizer_name=tower_args.optimizer,
+        run=run,
+        pair_args=pair_args,
+        decay_all=tower_args.decay_all,
+    )
+    return train_and_save(trainer, checkpoint)
+
+
+def load_model(args: TowerArguments) -> tuple[AlphaCLIPModel, AlphaCLIPProcessor]:
+    """A CLIP with an alpha channel, and its processor with the geometry that is trained.
+
+    Raises:
+        ValueError: If the directory holds no full CLIP (text tower and projections too), or its towers do not fit
+            each other.
+    """
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        deepspeed.init_distributed()  # else it would cut the weights into one piece: it would count one process
+    model = AlphaCLIPModel.from_pretrained(args.model, attn_implementation=args.attn_implementation)
+    if args.logit_scale is not None:
+        with torch.no_grad():
+            model.logit_scale.fill_(math.log(args.logit_scale))
+    side = model.config.vision_config.image_size
+    # under this class whatever the directory names: only the colours are taken from it
+    images = AlphaCLIPImageProcessor.for_size(
+        side, args.geometry, like=CLIPImageProcessorPil.from_pretrained(args.model)
+    )
+    return model, AlphaCLIPProcessor(images, AutoTokenizer.from_pretrained(args.model))
+
+
+def prepare_model(model: AlphaCLIPModel, args: TowerArguments) -> PreTrainedModel:
+    """Freeze, adapt and unfreeze as the arguments say.
+
+    Raises:
+        ValueError: If the model has no such part, layer or block.
+    """
+    named = {*args.train_parts, *args.rate_of_part()}
+    if unknown := named - PARTS.keys():
+        raise ValueError(f"train_parts: expected names out of {', '.join(PARTS)}, got {sorted(unknown)}")
+    blocks = model.config.vision_config.num_hidden_layers
+    if args.train_blocks is not None and args.train_blocks > blocks:
+        raise ValueError(f"train_blocks: the tower has {blocks} blocks, got {args.train_blocks}")
+    frozen = tuple(
+        f"vision_model.{name}."
+        for name in (
+            "embeddings",
+            "pre_layrnorm",
+            *(f"encoder.layers.{n}" for n in range(blocks - (args.train_blocks or 0))),
+        )
+    )
+    for name, parameter in model.named_parameters():
+        part = part_of(name, PARTS)
+        keep = part == "vision_model" and args.train_blocks is not None and name.startswith(frozen)
+        parameter.requires_grad_(part in args.train_parts and not keep)
+    return adapted(model, args) if args.lora_r else model
+
+
+def adapted(model: AlphaCLIPModel, args: TowerArguments) -> PreTrainedModel:
+    """LoRA on the image tower's linear layers; other named parts are trained in full."""
+    modules = [PARTS[part] for part in args.train_parts if part not in ("vision_model", "logit_scale")]
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=2 * args.lora_r if args.lora_alpha is None else args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=pattern(linear_layers(model, ["vision_model"], args.lora_targets)),
+        modules_to_save=modules or None,
+    )
+    return get_peft_model(model, config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
+
+
+def read_data(
+    pair_args: PairArguments, training_args: TrainingArguments
+) -> tuple[RegionTextDataset, list[DescribedPicture]]:
+    """The training samples (split train), and held-out pictures (split val) where the run evaluates.
+
+    Raises:
+        ValueError: If the data is missing, damaged, has no region of the split, or too many pictures are missing.
+    """
+    indexes = open_indexes(pair_args.data, training_args)
+    out = Path(training_args.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    dataset = RegionTextDataset(indexes, pair_args, TRAIN, training_args.seed, out / "skipped.jsonl")
+    if not len(dataset):
+        raise ValueError(f"expected described regions of the split {TRAIN!r}, the data has only {splits_of(indexes)}")
+    logger.info("%s: %d training pictures", ", ".join(pair_args.data), len(dataset))
+    if pair_args.whole_image_rate and not dataset.has_captions:
+        logger.warning("the data has no captions: whole images are never shown (whole_image_rate has no effect)")
+    refuse_missing_pictures(indexes, pair_args.max_missing, out)
+    if training_args.eval_strategy == "no":
+        return dataset, []
+    return dataset, held_out(indexes, pair_args)
+
+
+def held_out(indexes: Sequence[RegionIndex], args: PairArguments) -> list[DescribedPicture]:
+    """Up to `eval_pictures` pictures of the split val, evenly spaced.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    pictures = [(index, picture) for index in indexes for picture in np.flatnonzero(index.split_of_picture == HELD_OUT)]
+    if not pictures:
+        raise ValueError(f"evaluation needs pictures of the split {HELD_OUT!r}, the data has only {splits_of(indexes)}")
+    spaced = np.linspace(0, len(pictures) - 1, min(len(pictures), args.eval_pictures)).astype(int)
+    return described_pictures(s for n in spaced for s in held_out_samples(*pictures[n], args.region_input))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,176 @@
+"""What contrastive training can be told: the towers, the pairs, the loss; beside HF's training arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from train.arguments import REGION_INPUTS, check_optimizer, named_numbers, parse_recipe
+from vision_tower.image_processing_alpha_clip import GEOMETRIES
+
+LOSSES = ("symmetric", "released")
+SCHEDULES = ("trainer", "released")
+
+
+@dataclass
+class TowerArguments:
+    """Which CLIP, and which of its parts are trained how."""
+
+    model: str = field(metadata={"help": "directory or hub id of a CLIP (alpha starts at zero) or an Alpha-CLIP"})
+    geometry: str = field(
+        default="pad",
+        metadata={"help": "how a picture becomes a square: pad, stretch or crop (which cuts regions off)"},
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, ... (Transformers' default)"})
+    train_parts: list[str] = field(
+        default_factory=lambda: ["vision_model", "visual_projection", "alpha"],
+        metadata={
+            "help": "parts trained in full: vision_model (without alpha), visual_projection, alpha, text_model, "
+            "text_projection, logit_scale (the temperature)"
+        },
+    )
+    train_blocks: int | None = field(
+        default=None, metadata={"help": "of vision_model only the last so many blocks and what follows them"}
+    )
+    lora_r: int = field(
+        default=0, metadata={"help": "rank of LoRA on the image tower, in place of vision_model; 0: none"}
+    )
+    lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's scale is lora_alpha / r (default: 2 r)"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before LoRA's matrices"})
+    lora_targets: list[str] = field(
+        default_factory=list, metadata={"help": "names of the layers, q_proj v_proj ... (default: every linear layer)"}
+    )
+    learning_rates: list[str] = field(
+        default_factory=list,
+        metadata={"help": "of parts, where another than learning_rate: alpha=2e-4 (the paper's 100 times)"},
+    )
+    logit_scale: float | None = field(
+        default=None, metadata={"help": "what cosines are multiplied with (default: the model's own, CLIP's is 100)"}
+    )
+    optimizer: str = field(
+        default="trainer",
+        metadata={"help": "trainer (Trainer's `optim`), or muon (Muon for matrices, AdamW for the rest)"},
+    )
+    decay_all: bool = field(
+        default=False, metadata={"help": "weight decay on norms and biases too, as the released training has it"}
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: If one is out of range, or two contradict each other.
+        """
+        if self.geometry not in GEOMETRIES:
+            raise ValueError(f"geometry: expected one of {', '.join(GEOMETRIES)}, got {self.geometry!r}")
+        if self.train_blocks is not None and self.train_blocks < 0:
+            raise ValueError(f"train_blocks: expected 0 or more, got {self.train_blocks}")
+        if self.lora_r < 0:
+            raise ValueError(f"lora_r: expected 0 (no LoRA) or more, got {self.lora_r}")
+        if not self.lora_r and (self.lora_targets or self.lora_alpha or self.lora_dropout):
+            raise ValueError("lora_targets, lora_alpha and lora_dropout need lora_r above 0")
+        if self.lora_r and self.train_blocks is not None:
+            raise ValueError("train_blocks: blocks are frozen under LoRA; give one of the two")
+        if self.logit_scale is not None and not 0 < self.logit_scale <= 100:
+            raise ValueError(f"logit_scale: expected a factor above 0 and up to 100, got {self.logit_scale}")
+        self.rate_of_part()
+
+    def rate_of_part(self) -> dict[str, float]:
+        """`learning_rates` as numbers by part.
+
+        Raises:
+            ValueError: If an entry is not PART=RATE with a rate above 0.
+        """
+        return named_numbers("learning_rates", self.learning_rates)
+
+
+@dataclass
+class PairArguments:
+    """Which region-text pairs make a batch, and what is asked of their embeddings."""
+
+    data: list[str] = field(
+        metadata={
+            "help": "folders of GRIT (json + image, or tars), Visual Genome, RefCOCOg, JSONL files, or their indexes"
+        }
+    )
+    region_input: str = field(default="mask", metadata={"help": "mask, box, or mixed (one of both at random)"})
+    mask_share: float = field(default=0.5, metadata={"help": "with mixed: how often the region is given as its mask"})
+    regions_per_image: int = field(
+        default=1, metadata={"help": "up to this many regions of a picture in a batch: each other's hard negatives"}
+    )
+    whole_image_rate: float = field(
+        default=0.1, metadata={"help": "r_s: share of pairs that are the whole image, alpha of ones, with its caption"}
+    )
+    box_jitter: float = field(
+        default=0.0, metadata={"help": "move each edge of a box by up to this share of its width or height (below 0.5)"}
+    )
+    mask_jitter: int = field(
+        default=0, metadata={"help": "grow or shrink a mask by up to this many pixels; it never vanishes"}
+    )
+    min_strength: float = field(
+        default=1.0, metadata={"help": "soft alpha: a region's strength is drawn between this and 1"}
+    )
+    max_blur: float = field(
+        default=0.0, metadata={"help": "soft alpha: a mask is blurred by up to this share of the picture's longer side"}
+    )
+    loss: str = field(
+        default="symmetric", metadata={"help": "symmetric, or released (image to text alone has a gradient)"}
+    )
+    equal_texts: bool = field(default=True, metadata={"help": "pairs of the same text are positives, not negatives"})
+    patch_weight: float = field(
+        default=0.0,
+        metadata={"help": "weight of the same loss on the patch tokens that LLaVA reads, pooled over the region"},
+    )
+    schedule: str = field(
+        default="trainer", metadata={"help": "trainer (`lr_scheduler_type`), or released (a cosine that rises again)"}
+    )
+    released_steps: int = field(default=5000, metadata={"help": "with schedule released: where its cosine ends"})
+    cache_chunk: int = field(
+        default=0, metadata={"help": "gradient caching: embed so many pairs at a time, contrast all; 0: all at once"}
+    )
+    max_missing: float = field(
+        default=0.001,
+        metadata={"help": "share of pictures that may be missing or damaged; they are listed and left out"},
+    )
+    eval_pictures: int = field(default=200, metadata={"help": "held-out pictures (split val) that evaluations use"})
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: If a value is out of range.
+        """
+        for name, allowed in (("region_input", REGION_INPUTS), ("loss", LOSSES), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("regions_per_image", "released_steps", "eval_pictures"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
+        for name in ("mask_share", "min_strength", "max_missing", "whole_image_rate", "max_blur"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
+        for name in ("mask_jitter", "patch_weight", "cache_chunk"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.box_jitter < 0.5:  # opposite edges could meet
+            raise ValueError(f"box_jitter: expected a share from 0 to below 0.5, got {self.box_jitter}")
+        if self.loss == "released" and (self.patch_weight or self.cache_chunk):
+            raise ValueError("loss: released knows neither patch_weight nor cache_chunk; use loss: symmetric")
+
+
+def parse_args(argv: Sequence[str]) -> tuple[TowerArguments, PairArguments, TrainingArguments]:
+    """The arguments of `python -m train.alpha_clip`.
+
+    Raises:
+        ValueError: As `parse_recipe`, and if the settings do not go together.
+        OSError: If the recipe cannot be read.
+    """
+    tower_args, pair_args, training_args = parse_recipe("train.alpha_clip", (TowerArguments, PairArguments), argv)
+    check_optimizer(tower_args.optimizer, tower_args.learning_rates, training_args)
+    if pair_args.cache_chunk and training_args.gradient_accumulation_steps > 1:
+        raise ValueError(
+            "cache_chunk: gradient caching takes the place of gradient_accumulation_steps; give one of both"
+        )
+    return tower_args, pair_args, training_args

@@ -1,0 +1,159 @@
+"""Index -> region-text pairs -> batches. What is drawn depends on (seed, epoch, picture) alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+
+from mllm.data.index import RegionFacts, RegionIndex
+from mllm.data.samples import RegionSample
+from train.region_text_arguments import PairArguments
+from train.sampling import PictureDataset, draw_region
+from vision_tower import AlphaCLIPProcessor, Region
+
+_ALL = 2**31 - 1  # regions of a picture that make a sample: of all, some are drawn each time
+
+
+class RegionTexts(NamedTuple):
+    """A picture with some of its regions (or the whole of it), each with its text."""
+
+    id: str
+    image: Image.Image
+    regions: tuple[Region, ...]
+    texts: tuple[str, ...]
+
+
+class RegionTextDataset(PictureDataset):
+    """A sample is a picture with up to `regions_per_image` of its regions, drawn anew each epoch.
+
+    The whole image with its caption takes a region's place so often that it is the share `whole_image_rate` of all
+    pairs; where the data has no captions it never does.
+    """
+
+    def __init__(
+        self, indexes: Sequence[RegionIndex], pair_args: PairArguments, split: str, seed: int, skipped: Path
+    ) -> None:
+        super().__init__(indexes, split, ["description"], _ALL, seed, pair_args.max_missing, skipped)
+        self.pair_args = pair_args
+        self._is_whole = [index.is_whole for index in indexes]
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether some picture has a caption of the whole of it."""
+        return any(bool(whole.any()) for whole in self._is_whole)
+
+    def drawn_rows(self, index: RegionIndex, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Rows of different regions, and perhaps the whole image's in place of the last."""
+        whole = self._is_whole[self.indexes.index(index)][rows]
+        regions, captions = rows[~whole], rows[whole]
+        count = min(len(regions), self.pair_args.regions_per_image)
+        drawn = rng.choice(regions, count, replace=False)
+        if len(captions) and rng.random() < max(count, 1) * self.pair_args.whole_image_rate:
+            drawn = np.append(drawn[: max(count, 1) - 1], rng.choice(captions))
+        return drawn if len(drawn) else captions[:1]  # a picture with a caption and no region
+
+    def made_of(self, facts: Sequence[RegionFacts], image: Image.Image, rng: np.random.Generator) -> RegionTexts:
+        """The pairs of a picture."""
+        regions, texts = [], []
+        for entry in facts:
+            region = draw_region(entry, image.size, self.pair_args, rng)
+            regions.append(softened(region, image.size, self.pair_args, rng))
+            answers = [answer for kind, _, answer in entry.turns if kind == "description"]
+            texts.append(answers[rng.integers(len(answers))])
+        return RegionTexts(facts[0].sample.id, image, tuple(regions), tuple(texts))
+
+
+def softened(region: Region, size: tuple[int, int], args: PairArguments, rng: np.random.Generator) -> Region:
+    """The region with its outline grown or shrunk (`mask_jitter`) and blurred (`max_blur`), each by a random amount.
+
+    Args:
+        region: Any region; the whole image stays what it is, and a box keeps its outline.
+        size: Width and height of the picture in pixels.
+        args: `mask_jitter` in pixels, `max_blur` as a share of the longer side.
+        rng: What is drawn from.
+    """
+    if region.is_whole or not (args.mask_jitter or args.max_blur):
+        return region
+    mask = Image.fromarray(np.rint(region.mask(size[1], size[0]) * 255).astype(np.uint8))
+    if region.kind != "box" and (steps := int(rng.integers(-args.mask_jitter, args.mask_jitter + 1))):
+        moved = mask.filter((ImageFilter.MaxFilter if steps > 0 else ImageFilter.MinFilter)(2 * abs(steps) + 1))
+        mask = moved if moved.getbbox() else mask
+    if args.max_blur:
+        blurred = mask.filter(ImageFilter.GaussianBlur(rng.uniform(0, args.max_blur) * max(size)))
+        mask = blurred if blurred.getbbox() else mask
+    return dataclasses.replace(Region.from_mask(mask), strength=region.strength)
+
+
+class RegionTextCollator:
+    """Makes a batch of samples.
+
+    Returns `pixel_values` (N, 4, S, S) of all pairs in order; `input_ids` and `attention_mask` (M, T) of the M
+    different texts among them, padded to the longest: the text tower reads each once; `text_of` (N,), the row of each
+    pair's text; `text_ids` (N,) int64, equal for equal texts on all ranks; and `names`, the ids of the samples.
+    """
+
+    def __init__(self, processor: AlphaCLIPProcessor, max_length: int) -> None:
+        self.processor = processor
+        self.max_length = max_length
+
+    def __call__(self, samples: Sequence[RegionTexts]) -> dict[str, Any]:
+        """Build the batch; texts longer than the text tower reads are cut, as CLIP's own training does."""
+        texts = [text for sample in samples for text in sample.texts]
+        different = list(dict.fromkeys(texts))
+        row_of = {text: row for row, text in enumerate(different)}
+        encoded = self.processor.tokenizer(
+            different, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        pixels = self.processor.image_processor(
+            [sample.image for sample in samples], [list(sample.regions) for sample in samples], return_tensors="pt"
+        )
+        return {
+            "pixel_values": pixels["pixel_values"],
+            "input_ids": encoded["input_ids"],
+            "attention_mask": encoded["attention_mask"],
+            "text_of": torch.tensor([row_of[text] for text in texts]),
+            "text_ids": torch.tensor([text_id(text) for text in texts]),
+            "names": [sample.id for sample in samples],
+        }
+
+
+def text_id(text: str) -> int:
+    """63 bits of the text's hash: the same number on every rank."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def chunks_of(batch: dict[str, Any], count: int = 1) -> list[dict[str, torch.Tensor]]:
+    """A batch cut into chunks of about as many pairs, each with the texts that it needs."""
+    bounds = np.linspace(0, len(batch["text_of"]), count + 1).round().astype(int).tolist()
+    chunks = []
+    for start, end in itertools.pairwise(bounds):
+        rows, text_of = torch.unique(batch["text_of"][start:end], return_inverse=True)
+        chunks.append(
+            {
+                "pixel_values": batch["pixel_values"][start:end],
+                "input_ids": batch["input_ids"][rows],
+                "attention_mask": batch["attention_mask"][rows],
+                "text_of": text_of,
+            }
+        )
+    return chunks
+
+
+def held_out_samples(index: RegionIndex, picture: int, region_input: str) -> list[RegionSample]:
+    """The described regions of one picture of an index (and its caption, as the whole image), each in the form that is
+    trained: its box, or its mask where it has one.
+    """
+    samples = []
+    for facts in index.read(np.flatnonzero(index.picture_of == picture)):
+        if facts.sample.references:
+            region = facts.forms[0] if region_input == "box" else facts.forms[-1]
+            samples.append(dataclasses.replace(facts.sample, regions=(region,)))
+    return samples

@@ -1,0 +1,178 @@
+"""Trainer of region-text pairs: their loss, gradient caching, the released schedule, evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
+
+from eval.region_text import DescribedPicture, score_region_text
+from train.gradient_cache import Embeddings, cached_backward
+from train.losses import region_patch_embeds, region_text_loss, released_learning_rate_factor, released_loss
+from train.region_text_arguments import PairArguments
+from train.region_text_data import chunks_of
+from train.trainer import RegionTrainer
+from vision_tower import AlphaCLIPModel
+
+# Source: CLIP, Radford et al., arXiv 2103.00020, section 2.5: logits are never scaled by more than 100
+_LARGEST_LOGIT_SCALE = math.log(100)
+
+
+class RegionTextTrainer(RegionTrainer):
+    """`RegionTrainer` for batches of `RegionTextCollator`; only what differs is here.
+
+    Args:
+        pair_args: Loss, schedule, gradient caching.
+        decay_all: Weight decay on every trained weight.
+        pictures: Held-out pictures for evaluation.
+    """
+
+    def __init__(
+        self, *args: Any, pair_args: PairArguments, decay_all: bool, pictures: Sequence[DescribedPicture], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, eval_dataset=list(pictures), **kwargs)
+        self.pair_args = pair_args
+        self.decay_all = decay_all
+        # Trainer would smooth labels of its own
+        self.smoothing, self.label_smoother = self.args.label_smoothing_factor, None
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The loss of this process's pairs among those of all processes.
+
+        Raises:
+            ValueError: If it is no number; the batch is named.
+        """
+        (chunk,) = chunks_of(inputs)
+        return self._loss_of(self._embed(model, chunk), inputs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in Trainer; with `cache_chunk` the batch is embedded chunk by chunk."""
+        if not self.pair_args.cache_chunk:
+            return super().training_step(model, inputs, *args, **kwargs)
+        model.train()
+        names = inputs["names"]
+        pixels = inputs["pixel_values"]  # may be too large for the accelerator: moved chunk by chunk
+        inputs = {**self._prepare_inputs({k: v for k, v in inputs.items() if k != "pixel_values"}), "names": names}
+        chunks = chunks_of({**inputs, "pixel_values": pixels}, self._count_of_chunks(len(pixels)))
+        return cached_backward(
+            chunks,
+            lambda chunk: self._embed_autocast(model, chunk),
+            lambda rows: self._loss_of(rows, inputs),
+            self._backward_chunk,
+            lambda is_last: contextlib.nullcontext() if is_last else self._unsynchronised(model),
+        )
+
+    def _count_of_chunks(self, pairs: int) -> int:
+        """Chunks of this batch, as many on every process: DeepSpeed's wait for each other at each."""
+        count = torch.tensor(math.ceil(pairs / self.pair_args.cache_chunk), device=self.args.device)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
+        return int(count)
+
+    def _embed_autocast(self, model: nn.Module, chunk: dict[str, torch.Tensor]) -> Embeddings:
+        with self.compute_loss_context_manager():
+            return self._embed(model, self._prepare_inputs(chunk))
+
+    def _embed(self, model: nn.Module, chunk: dict[str, torch.Tensor]) -> Embeddings:
+        """Embeddings of a chunk's pairs, (N, D) each of length 1, and the factor of their cosines."""
+        with_patches = self.pair_args.patch_weight > 0
+        pixels = chunk["pixel_values"]
+        outputs = model(
+            input_ids=chunk["input_ids"],
+            attention_mask=chunk["attention_mask"],
+            pixel_values=pixels,
+            output_hidden_states=with_patches,
+        )
+        clip = clip_in(self.accelerator.unwrap_model(model))
+        embeds = {
+            "images": outputs.image_embeds,
+            "texts": outputs.text_embeds[chunk["text_of"]],
+            "logit_scale": clip.logit_scale.clamp(max=_LARGEST_LOGIT_SCALE).exp(),
+        }
+        if with_patches:  # what LLaVA reads: the last block but one, without the class token
+            tokens = outputs.vision_model_output.hidden_states[-2][:, 1:]
+            pooled = region_patch_embeds(tokens, pixels[:, 3:], clip.config.vision_config.patch_size)
+            projected = clip.visual_projection(clip.vision_model.post_layernorm(pooled))
+            embeds["patches"] = functional.normalize(projected, dim=-1)
+        return embeds
+
+    def _loss_of(self, embeds: Embeddings, inputs: dict[str, Any]) -> torch.Tensor:
+        """The loss of embeddings, checked."""
+        texts, scale = embeds["texts"], embeds["logit_scale"]
+        if self.pair_args.loss == "released":
+            loss = released_loss(embeds["images"], texts, scale, label_smoothing=self.smoothing)
+        else:
+            settings = {"label_smoothing": self.smoothing, "equal_texts": self.pair_args.equal_texts}
+            loss = region_text_loss(embeds["images"], texts, scale, inputs["text_ids"], **settings)
+            if "patches" in embeds:
+                of_patches = region_text_loss(embeds["patches"], texts, scale, inputs["text_ids"], **settings)
+                loss = loss + self.pair_args.patch_weight * of_patches
+        self._refuse_nan(loss, inputs["names"])
+        return loss
+
+    def _refuse_nan(self, loss: torch.Tensor, names: Sequence[str]) -> None:
+        """Raise ValueError on every process if the loss of any is no number."""
+        finite = torch.isfinite(loss.detach())
+        everywhere = finite.clone().int()
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
+        if not everywhere:
+            shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+            raise ValueError(
+                f"the loss is {float(loss)} at step {self.state.global_step} on process {self.args.process_index}, "
+                f"batch of {len(names)} samples: {shown}; the last whole checkpoint is kept. Lower learning_rate, take "
+                "bf16 in place of fp16, or look at these samples"
+            )
+
+    def _backward_chunk(self, surrogate: torch.Tensor, is_last: bool) -> None:
+        accelerator = self.accelerator
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            accelerator.deepspeed_engine_wrapped.backward(surrogate, sync_gradients=is_last, scale_wrt_gas=False)
+        else:
+            accelerator.backward(surrogate)
+
+    def _unsynchronised(self, model: nn.Module) -> contextlib.AbstractContextManager:
+        """For all chunks but the last: DDP waits with the exchange of gradients; DeepSpeed's engine adds up itself."""
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(model)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As in Trainer, without the temperature; with `decay_all` every weight."""
+        if self.decay_all:
+            return [name for name, _ in model.named_parameters()]
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("logit_scale")]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Trainer's, or the released training's."""
+        if self.pair_args.schedule == "released" and self.lr_scheduler is None:
+            warmup, steps = self.args.get_warmup_steps(num_training_steps), self.pair_args.released_steps
+            self.lr_scheduler = LambdaLR(
+                self.optimizer if optimizer is None else optimizer,
+                lambda step: released_learning_rate_factor(step, warmup, steps),
+            )
+            self._created_lr_scheduler = True
+            return self.lr_scheduler
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """How well regions are told apart by their texts; every process does it whole, as ZeRO-3 needs all of them."""
+        model = clip_in(self.accelerator.unwrap_model(self.model_wrapped))
+        with self.compute_loss_context_manager():
+            scores = score_region_text(model, self.processing_class, self.eval_dataset, truncation=True)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def clip_in(model: nn.Module) -> AlphaCLIPModel:
+    """The CLIP itself, without PEFT's cover."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
