@@ -48,6 +48,7 @@ _COLOURS = np.array(
 )
 _OUTLINE = (0, 255, 255)  # of the region on the heat map: in no colour of the map
 _INK, _PALE, _BAR, _BEST = (30, 30, 30), (110, 110, 110), (150, 170, 200), (40, 100, 200)
+_BESIDE = (236, 236, 236)  # beside a picture that is not square, and behind a bar
 
 
 class Look(NamedTuple):
@@ -214,6 +215,7 @@ def draw(
     _draw_scale(page, panel_box(0, 1, len(texts)))
     for row, one in enumerate(looks):
         left = panel_box(row, 0, len(texts))
+        pen.rectangle((left[0], left[1], left[2] - 1, left[3] - 1), fill=_BESIDE)
         _paste_centred(page, _outlined(image, one.region), left)
         _write(pen, (left[0], left[3] + 6), names[row], 16, _INK, _PANEL)
         middle = panel_box(row, 1, len(texts))
@@ -274,7 +276,7 @@ def _outlined(image: Image.Image, region: Region) -> Image.Image:
 
 def _numbers(one: Look) -> str:
     """What the colours cannot say: the end of the scale, and how much falls into the region beside its area."""
-    peak = f"peak: {one.attention.max():.1%}"
+    peak = f"peak {one.attention.max():.1%} of attention"
     if one.region.is_whole:
         return peak
     mask = _mask(one.alpha)
@@ -282,7 +284,7 @@ def _numbers(one: Look) -> str:
     patch = len(mask) // side
     patches = mask[: side * patch, : side * patch].reshape(side, patch, side, patch).mean((1, 3))
     inside = float((one.attention * patches).sum() / one.attention.sum())
-    return f"{peak}   in the region: {inside:.0%} (of the area {patches.mean():.0%})"
+    return f"{peak} | region {inside:.0%} on {patches.mean():.0%} of area"
 
 
 def _draw_scale(page: Image.Image, panel: tuple[int, int, int, int]) -> None:
@@ -303,7 +305,7 @@ def _draw_bars(pen: ImageDraw.ImageDraw, panel: tuple[int, int, int, int], texts
         font = ImageFont.load_default(16)
         pen.text((x1, y), numbers, fill=_INK, font=font, anchor="ra")
         _write(pen, (x0, y), text, 16, _BEST if best else _INK, x1 - x0 - int(font.getlength(numbers)) - 16)
-        pen.rectangle((x0, y + 24, x1, y + 36), fill=(236, 236, 236))
+        pen.rectangle((x0, y + 24, x1, y + 36), fill=_BESIDE)
         if (length := round(float(share) * (x1 - x0))) > 0:
             pen.rectangle((x0, y + 24, x0 + length, y + 36), fill=_BEST if best else _BAR)
 

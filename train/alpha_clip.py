@@ -7,16 +7,21 @@ Parse, seed, model, freeze and LoRA, data, trainer, train, save.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, CLIPImageProcessorPil, PreTrainedModel, TrainingArguments, set_seed
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 from eval.region_text import DescribedPicture, described_pictures
 from mllm.data.index import HELD_OUT, TRAIN, RegionIndex
@@ -63,8 +68,12 @@ def train(tower_args: TowerArguments, pair_args: PairArguments, training_args: T
     log_on_one_process(training_args)
     run = what_makes_the_run(training_args, tower_args, pair_args)
     checkpoint = checkpoint_to_resume(training_args.output_dir, run)
-    model, processor = load_model(tower_args)
+    with loaded_whole(training_args):
+        model, processor = load_model(tower_args)
     set_seed(training_args.seed)  # after loading, which draws more or fewer numbers
+    if training_args.deepspeed:
+        # nor can it send a weight without dimensions to the other processes; it is saved as CLIP has it
+        model.logit_scale.data = model.logit_scale.data.reshape(1)
     model = prepare_model(model, tower_args)
     logger.info("%s", trained_table(model, PARTS))
     dataset, pictures = read_data(pair_args, training_args)
@@ -85,6 +94,21 @@ def train(tower_args: TowerArguments, pair_args: PairArguments, training_args: T
     return train_and_save(trainer, checkpoint)
 
 
+@contextlib.contextmanager
+def loaded_whole(args: TrainingArguments) -> Iterator[None]:
+    """Under ZeRO-3, keep Transformers from cutting weights into pieces while they are loaded: a CLIP is small, and
+    DeepSpeed 0.19 cannot cut its temperature, a weight without dimensions. It cuts them when training begins.
+    """
+    whole = is_deepspeed_zero3_enabled()
+    if whole:
+        unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if whole:
+            set_hf_deepspeed_config(args.hf_deepspeed_config)
+
+
 def load_model(args: TowerArguments) -> tuple[AlphaCLIPModel, AlphaCLIPProcessor]:
     """A CLIP with an alpha channel, and its processor with the geometry that is trained.
 
@@ -92,10 +116,6 @@ def load_model(args: TowerArguments) -> tuple[AlphaCLIPModel, AlphaCLIPProcessor
         ValueError: If the directory holds no full CLIP (text tower and projections too), or its towers do not fit
             each other.
     """
-    if is_deepspeed_zero3_enabled():
-        import deepspeed
-
-        deepspeed.init_distributed()  # else it would cut the weights into one piece: it would count one process
     model = AlphaCLIPModel.from_pretrained(args.model, attn_implementation=args.attn_implementation)
     if args.logit_scale is not None:
         with torch.no_grad():
@@ -145,7 +165,7 @@ def adapted(model: AlphaCLIPModel, args: TowerArguments) -> PreTrainedModel:
         target_modules=pattern(linear_layers(model, ["vision_model"], args.lora_targets)),
         modules_to_save=modules or None,
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=not is_deepspeed_zero3_enabled())
+    return get_peft_model(model, config)
 
 
 def read_data(

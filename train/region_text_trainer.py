@@ -94,7 +94,7 @@ class RegionTextTrainer(RegionTrainer):
         embeds = {
             "images": outputs.image_embeds,
             "texts": outputs.text_embeds[chunk["text_of"]],
-            "logit_scale": clip.logit_scale.clamp(max=_LARGEST_LOGIT_SCALE).exp(),
+            "logit_scale": clip.logit_scale.clamp(max=_LARGEST_LOGIT_SCALE).exp().squeeze(),
         }
         if with_patches:  # what LLaVA reads: the last block but one, without the class token
             tokens = outputs.vision_model_output.hidden_states[-2][:, 1:]
@@ -161,6 +161,12 @@ class RegionTextTrainer(RegionTrainer):
             self._created_lr_scheduler = True
             return self.lr_scheduler
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """As in Trainer; the temperature as CLIP has it, whatever DeepSpeed needed."""
+        if state_dict is not None and "logit_scale" in state_dict:
+            state_dict = {**state_dict, "logit_scale": state_dict["logit_scale"].reshape(())}
+        super()._save(output_dir, state_dict)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """How well regions are told apart by their texts; every process does it whole, as ZeRO-3 needs all of them."""

@@ -189,7 +189,7 @@ def _members(path: Path) -> Iterator[tuple[str, str, bytes | TarMember] | int]:
                 if member.size < 0 or end > length or archive.offset <= position:
                     yield position
                     return
-                position = archive.offset
+                position = min(archive.offset, length)  # the last content may not be filled up to a block
                 if (found := _half(path, file, member)) is not None:
                     yield found
             file.seek(position)

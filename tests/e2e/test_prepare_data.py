@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from mllm.data import shapes
+from mllm.data import mask_imagenet, shapes, shapes_grit
 from mllm.data.index import RegionIndex
 from mllm.data.splits import densecap_split
 from scripts import prepare_data
@@ -38,6 +38,50 @@ def test_the_index_may_lie_elsewhere(folder, tmp_path, capsys, kind):
     assert prepare_data.main([kind, "--source", str(folder), "--out", str(tmp_path / "index")]) == 0
     assert f"training images in {folder} itself: 0" in capsys.readouterr().out
     assert not (folder / "region_index").exists() and len(RegionIndex(tmp_path / "index"))
+
+
+@pytest.mark.parametrize("tars", [0, 2])
+def test_grits_layout_is_indexed(tmp_path, capsys, tars):
+    source, held_out = tmp_path / "grit", tmp_path / "held_out"
+    shapes_grit.write(source, 3, 1, tars=tars, progress=False)
+    shapes_grit.write(held_out, 2, 1, "test", tars=tars, progress=False)
+    prepare_data.main(["grit", "--source", str(held_out)])
+    assert prepare_data.main(["grit", "--source", str(source), "--against", str(held_out)]) == 0
+    printed = capsys.readouterr().out
+    assert "split train: " in printed and "on 3 pictures" in printed and "missing" not in printed
+    assert f"training images in {source} itself: 0" in printed
+    assert f"training images in the test and validation splits of {held_out}: 0" in printed
+    (source / "00000" / "000000002.png" if not tars else source / "00001.tar").unlink()
+    if not tars:
+        assert prepare_data.main(["grit", "--source", str(source)]) == 0
+        assert "1 with JSON but without a picture, left out (ids 00000/000000002 ...)" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    assert "nothing in" in refused(capsys, "grit", "--source", tmp_path / "empty")
+
+
+def test_a_file_of_one_s_own_is_indexed(tmp_path, folder, capsys):
+    line = {"image": "shapes/VG_100K/1.png", "region": {"box": [1, 1, 9, 9]}, "answer": "x"}
+    others = [
+        {**line, "region": {"box": [2, 2, 9, 9]}, "meta": {"split": "val"}},
+        {**line, "image": "no.png"},
+        {**line, "image": "no.png", "meta": {"split": "test"}},
+    ]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(map(json.dumps, [line, *others])))
+    assert prepare_data.main(["jsonl", "--source", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "lines: 4 read" in printed and "split train: 2 regions on 2 pictures, 1 of them missing" in printed
+    assert f"training images in {file} itself: 2 (first: file {tmp_path / 'no.png'}, vg 1)" in printed
+    assert len(RegionIndex(file)) == 4 and (tmp_path / "mine.jsonl.region_index").is_dir()
+    assert "cannot read" in refused(capsys, "jsonl", "--source", tmp_path / "no.jsonl")
+
+
+def test_mask_imagenet_needs_its_list(tmp_path, capsys):
+    assert f"{mask_imagenet.LIST} (huggingface.co" in refused(capsys, "mask-imagenet", "--source", tmp_path)
+    rle = {"size": [4, 4], "counts": [5, 2, 9]}
+    (tmp_path / mask_imagenet.LIST).write_text(json.dumps([[0, 0, "x/1.JPEG", rle, [1, 1, 1, 2], 0, "a tench"]]))
+    assert prepare_data.main(["mask-imagenet", "--source", str(tmp_path)]) == 0
+    assert "1 of them missing" in capsys.readouterr().out
 
 
 def test_missing_files_are_named_with_where_they_are_published(tmp_path, folder, capsys):

@@ -150,6 +150,20 @@ def test_what_has_nothing_to_count_is_absent(processor):
         score_region_text(ByAlpha(), processor, [DescribedPicture(noise_picture(32, 32), (LEFT, RIGHT), ("a",), None)])
 
 
+def test_captions_belong_to_their_pictures(model, processor):
+    """Each picture is given the letter that is nearest to it: all are right, and some are not when turned round."""
+    colours = ("red", "lime", "blue", "white", "black")
+    pictures = [picture(image=Image.new("RGB", (32, 32), colour)) for colour in colours]
+    letters = "abcdefghijklmnopqrstuv"  # of the tiny model's vocabulary
+    nearest = (embed_whole(model, processor, pictures) @ embed_texts(model, processor, letters).T).argmax(1)
+    captions = [letters[index] for index in nearest]
+    assert captions != captions[::-1]
+    right = [p._replace(caption=caption) for p, caption in zip(pictures, captions, strict=True)]
+    turned = [p._replace(caption=caption) for p, caption in zip(pictures, captions[::-1], strict=True)]
+    assert score_region_text(model, processor, right) == {"whole_top1": 1}
+    assert score_region_text(model, processor, turned)["whole_top1"] < 1
+
+
 def test_modes_are_restored_module_by_module(processor):
     fake = ByAlpha().train()
     fake.text_tower.eval()

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 
-from mllm.data.samples import RegionSample, TarMember, load_image
+from mllm.data.samples import RegionSample, TarMember, displayed_size, load_image
 from tests.tiny import noise_picture
 from vision_tower import Region
 
@@ -140,6 +140,73 @@ def test_a_missing_tar_member(tmp_path):
         pass
     with pytest.raises(ValueError, match="x.png in"):
         load_image(TarMember(str(tmp_path / "a.tar"), "x.png"))
+
+
+@pytest.fixture
+def placed(tmp_path):
+    """The second of three members, with its place."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for number in range(3):
+            noise_picture(30, 20, number).save(tmp_path / f"{number}.png")
+            archive.add(tmp_path / f"{number}.png", f"{number}.png")
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        member = archive.getmember("1.png")
+    return TarMember(str(tmp_path / "a.tar"), "1.png", member.offset_data, member.size)
+
+
+def test_a_member_is_read_at_its_place_without_a_search(placed, monkeypatch):
+    monkeypatch.setattr(tarfile, "open", None)
+    assert np.array_equal(np.asarray(load_image(placed)), np.asarray(noise_picture(30, 20, 1)))
+    assert displayed_size(placed) == (30, 20)
+
+
+@pytest.mark.parametrize("name", ["ü" * 20 + ".png", "d/" * 70 + "x.png"])
+@pytest.mark.parametrize("format_", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_member_whose_name_does_not_fit_its_header(tmp_path, name, format_):
+    noise_picture(30, 20).save(tmp_path / "p.png")
+    with tarfile.open(tmp_path / "a.tar", "w", format=format_) as archive:
+        archive.add(tmp_path / "p.png", name)
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        member = archive.getmember(name)
+    place = TarMember(str(tmp_path / "a.tar"), name, member.offset_data, member.size)
+    assert load_image(place).size == (30, 20)
+
+
+def test_a_tar_cut_in_a_member_is_an_error_of_one_line(placed, tmp_path):
+    content = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(content[: placed.offset + placed.size - 1])
+    message = f"cannot read the image 1.png in .*a.tar: expected {placed.size} bytes, got {placed.size - 1}"
+    with pytest.raises(ValueError, match=message) as caught:
+        load_image(placed)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_picture_in_a_member_s_place_is_not_taken_for_it(placed, tmp_path):
+    for place in (
+        placed._replace(name="0.png"),
+        placed._replace(size=placed.size - 1),
+        placed._replace(offset=placed.offset + 1),
+        placed._replace(offset=0),
+        placed._replace(offset=10**9),
+    ):
+        with pytest.raises(ValueError, match="does not lie at byte .* Make the index anew"):
+            load_image(place)
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(ValueError, match="there is no image file 1.png in"):
+        load_image(placed)
+
+
+@pytest.mark.parametrize("orientation, size", [(None, (30, 20)), (3, (30, 20)), (6, (20, 30)), (5, (20, 30))])
+def test_the_size_as_displayed_without_the_pixels(tmp_path, orientation, size):
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    noise_picture(30, 20).save(tmp_path / "p.jpg", exif=exif)
+    assert displayed_size(str(tmp_path / "p.jpg")) == size == load_image(str(tmp_path / "p.jpg")).size
+    (tmp_path / "bad.jpg").write_bytes(b"x")
+    for name in ("bad.jpg", "no.jpg"):
+        with pytest.raises(ValueError, match=f"cannot read the size of the image .*{name}"):
+            displayed_size(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("length", [0, 5, 300])
