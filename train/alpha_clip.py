@@ -66,6 +66,8 @@ def train(tower_args: TowerArguments, pair_args: PairArguments, training_args: T
         OSError: If something cannot be read or written.
     """
     log_on_one_process(training_args)
+    if "logit_scale" in tower_args.train_parts and is_deepspeed_zero3_enabled():
+        raise ValueError("train_parts: logit_scale is not learned under ZeRO-3; take zero2, or leave it out")
     run = what_makes_the_run(training_args, tower_args, pair_args)
     checkpoint = checkpoint_to_resume(training_args.output_dir, run)
     with loaded_whole(training_args):

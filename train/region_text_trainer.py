@@ -40,6 +40,9 @@ class RegionTextTrainer(RegionTrainer):
         super().__init__(*args, eval_dataset=list(pictures), **kwargs)
         self.pair_args = pair_args
         self.decay_all = decay_all
+        temperature = clip_in(self.model).logit_scale
+        # ZeRO-3 keeps no whole weight outside of `forward`; a frozen one is known
+        self.frozen_logit_scale = None if temperature.requires_grad else temperature.detach().clone()
         # Trainer would smooth labels of its own
         self.smoothing, self.label_smoother = self.args.label_smoothing_factor, None
 
@@ -91,10 +94,11 @@ class RegionTextTrainer(RegionTrainer):
             output_hidden_states=with_patches,
         )
         clip = clip_in(self.accelerator.unwrap_model(model))
+        log_scale = clip.logit_scale if self.frozen_logit_scale is None else self.frozen_logit_scale.to(pixels.device)
         embeds = {
             "images": outputs.image_embeds,
             "texts": outputs.text_embeds[chunk["text_of"]],
-            "logit_scale": clip.logit_scale.clamp(max=_LARGEST_LOGIT_SCALE).exp().squeeze(),
+            "logit_scale": log_scale.clamp(max=_LARGEST_LOGIT_SCALE).exp().squeeze(),
         }
         if with_patches:  # what LLaVA reads: the last block but one, without the class token
             tokens = outputs.vision_model_output.hidden_states[-2][:, 1:]

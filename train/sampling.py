@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from mllm.data.index import RegionFacts, RegionIndex
-from mllm.data.samples import RegionSample
+from mllm.data.samples import RegionSample, describe_source
 from mllm.processing import Message
 from train.arguments import DataArguments
 from vision_tower import Region
@@ -102,7 +102,7 @@ class PictureDataset(Dataset):
 
     def _skip(self, sample: RegionSample, error: ValueError) -> None:
         """List a picture that cannot be opened, once, and stop when they are too many."""
-        name = str(sample.image)
+        name = describe_source(sample.image)
         known = skipped_pictures(self.skipped)
         if name in known:
             return
@@ -206,7 +206,7 @@ def draw_region(facts: RegionFacts, size: tuple[int, int], args: DataArguments, 
     if region.is_whole:
         return region
     if args.region_input == "mask" or (args.region_input == "mixed" and rng.random() < args.mask_share):
-        if len(facts.forms) < 2:
+        if facts.forms[-1].kind == "box":
             raise ValueError(f"region {facts.sample.id} has no mask; use region_input: box")
         region = facts.forms[-1]
     if args.box_jitter and region.kind == "box":
