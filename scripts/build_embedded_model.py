@@ -1,8 +1,11 @@
 """Build the embedded model from nothing: scenes, tokenizer, a random LLaVA, training, scores, files.
 
-    python scripts/build_embedded_model.py [--work DIR] [--out DIR] [--seed S]
+    python scripts/build_embedded_model.py [--work DIR] [--out DIR] [--seed S] [--as-the-paper]
 
 On 2 CPU cores this takes about one and a half hours. What comes out of the same machine and seed is the same model.
+
+With --as-the-paper the tower is not learned from descriptions, but is that of an Alpha-CLIP which was trained out of a
+CLIP (scripts/build_shapes_clip.py), and it is frozen, as in Alpha-CLIP's LLaVA. The shipped model was built without.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
+from build_shapes_clip import build_alpha_clip, build_clip
 from PIL import Image
 from transformers import LlamaConfig, LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration, set_seed
 
@@ -28,7 +32,7 @@ from mllm.llava import build_llava_processor
 from mllm.loading import EMBEDDED_MODEL
 from mllm.processing import VICUNA_V1_SYSTEM
 from train import finetune
-from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, Region
+from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel, Region
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "train" / "recipes" / "shapes_embedded.yaml"
@@ -47,13 +51,18 @@ def main() -> int:
     parser.add_argument(
         "--scenes", type=int, default=TRAIN_SCENES, help="training scenes; fewer only to try the script"
     )
+    parser.add_argument("--as-the-paper", action="store_true", help="CLIP, from it an Alpha-CLIP, from that the LLaVA")
     args, recipe_flags = parser.parse_known_args()
 
+    if args.as_the_paper:
+        if failed := build_clip(args.work, args.seed) or build_alpha_clip(args.work, args.seed):
+            return failed
+        recipe_flags = ["--train_parts", "multi_modal_projector", "language_model", "lm_head", *recipe_flags]
     data = args.work / f"shapes_train_{TRAIN_SEED}_{args.scenes}"
     if not (data / "image_data.json").exists():
         shapes.write(data, args.scenes, TRAIN_SEED, "train")
     start, trained = args.work / f"start_{args.seed}", args.work / f"trained_{args.seed}"
-    write_start(start, args.seed)
+    write_start(start, args.seed, args.work / "alpha_clip" if args.as_the_paper else None)
     flags = {"--model": start, "--data": data, "--output_dir": trained, "--seed": args.seed}
     failed = finetune.main([str(RECIPE), *(str(part) for flag in flags.items() for part in flag), *recipe_flags])
     if failed:
@@ -65,8 +74,10 @@ def main() -> int:
     return 0
 
 
-def write_start(out: Path, seed: int) -> None:
-    """A randomly initialised LLaVA of the embedded model's size, with its processor."""
+def write_start(out: Path, seed: int, alpha_clip: Path | None = None) -> None:
+    """A randomly initialised LLaVA of the embedded model's size, with its processor; its tower that of an Alpha-CLIP
+    where one is given.
+    """
     tokenizer = train_tokenizer(out / "tokenizer")
     set_seed(seed)
     config = LlavaConfig(
@@ -95,6 +106,9 @@ def write_start(out: Path, seed: int) -> None:
         image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
     )
     model = LlavaForConditionalGeneration(config)
+    if alpha_clip is not None:
+        trained = AlphaCLIPVisionModel.from_pretrained(alpha_clip)
+        model.model.vision_tower.load_state_dict(trained.state_dict())
     model.generation_config.update(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

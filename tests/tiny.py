@@ -22,7 +22,13 @@ from mllm.blip2 import (
     AlphaCLIPBlip2VisionConfig,
 )
 from mllm.llava import build_llava_processor
-from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig
+from vision_tower import (
+    AlphaCLIPConfig,
+    AlphaCLIPImageProcessor,
+    AlphaCLIPModel,
+    AlphaCLIPProcessor,
+    AlphaCLIPVisionConfig,
+)
 
 
 def tiny_vision_config(**changes):
@@ -39,7 +45,7 @@ def tiny_vision_config(**changes):
     return {**fields, **changes}
 
 
-def tiny_clip_config():
+def tiny_clip_config(**text_changes):
     """A full CLIP of that tower and a 2-layer text tower."""
     text = {
         "vocab_size": 50,
@@ -51,6 +57,7 @@ def tiny_clip_config():
         "eos_token_id": 2,
         "bos_token_id": 1,
         "pad_token_id": 0,
+        **text_changes,
     }
     return CLIPConfig(text_config=text, vision_config=tiny_vision_config(), projection_dim=16)
 
@@ -77,6 +84,17 @@ def tiny_clip_tokenizer():
     letters = [chr(code) for code in range(97, 123)]
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *[letter + "</w>" for letter in letters]]
     return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
+
+
+def build_tiny_clip(geometry="pad", alpha_std=0.3):
+    """A random Alpha-CLIP of both towers (with `alpha_std` 0 a CLIP), and its processor."""
+    torch.manual_seed(0)
+    tokenizer = tiny_clip_tokenizer()
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = tiny_clip_config(vocab_size=len(tokenizer), max_position_embeddings=77, **ids).to_dict()
+    model = AlphaCLIPModel(AlphaCLIPConfig(**{**config, "model_type": "alpha_clip"})).eval()
+    torch.nn.init.normal_(model.vision_model.embeddings.patch_embedding.alpha.weight, std=alpha_std)
+    return model, AlphaCLIPProcessor(AlphaCLIPImageProcessor.for_size(32, geometry), tokenizer)
 
 
 def tiny_llava_config(tokenizer, vision_config):
