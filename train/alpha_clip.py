@@ -28,6 +28,7 @@ from mllm.data.index import HELD_OUT, TRAIN, RegionIndex
 from train.lora import ALPHA, linear_layers, part_of, pattern, trained_table
 from train.region_text_arguments import PairArguments, TowerArguments, parse_args
 from train.region_text_data import RegionTextCollator, RegionTextDataset, held_out_samples
+from train.region_text_plan import plan_contrast
 from train.region_text_trainer import RegionTextTrainer, clip_in
 from train.run import (
     log_on_one_process,
@@ -39,7 +40,7 @@ from train.run import (
     what_makes_the_run,
 )
 from train.trainer import checkpoint_to_resume
-from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPModel, AlphaCLIPProcessor
+from vision_tower import AlphaCLIPConfig, AlphaCLIPImageProcessor, AlphaCLIPModel, AlphaCLIPProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ def train(tower_args: TowerArguments, pair_args: PairArguments, training_args: T
     log_on_one_process(training_args)
     if "logit_scale" in tower_args.train_parts and is_deepspeed_zero3_enabled():
         raise ValueError("train_parts: logit_scale is not learned under ZeRO-3; take zero2, or leave it out")
+    if tower_args.plan:
+        return show_plan(tower_args, pair_args, training_args)
     run = what_makes_the_run(training_args, tower_args, pair_args)
     checkpoint = checkpoint_to_resume(training_args.output_dir, run)
     with loaded_whole(training_args):
@@ -94,6 +97,20 @@ def train(tower_args: TowerArguments, pair_args: PairArguments, training_args: T
         decay_all=tower_args.decay_all,
     )
     return train_and_save(trainer, checkpoint)
+
+
+def show_plan(tower_args: TowerArguments, pair_args: PairArguments, training_args: TrainingArguments) -> int:
+    """Print what the run takes; its data must be there, its pictures and the model's weights need not."""
+    indexes = open_indexes(pair_args.data, training_args)
+    pictures = RegionTextDataset(indexes, pair_args, TRAIN, training_args.seed, Path("skipped.jsonl"))
+    with torch.device("meta"):
+        model = prepare_model(AlphaCLIPModel(AlphaCLIPConfig.from_pretrained(tower_args.model)), tower_args)
+    print(  # noqa: T201
+        plan_contrast(
+            model, clip_in(model), pair_args, training_args, PARTS, len(pictures), tower_args.device_tflops
+        ).table()
+    )
+    return 0
 
 
 @contextlib.contextmanager

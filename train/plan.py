@@ -24,7 +24,7 @@ from train.arguments import ModelArguments
 from train.lora import parts_of, prepare_model, trained_table
 from train.sampling import ConversationDataset
 
-_GIB = 2**30
+GIB = 2**30
 # bytes of a trained weight without DeepSpeed, all float32: weight and AdamW's two moments; its gradient
 _KEPT_BYTES, _GRADIENT_BYTES = 12, 4
 _NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # QLoRA, arXiv 2305.14314: 8-bit scales a block of 64, float32 a block of 256
@@ -99,10 +99,10 @@ def plan(
     kept = activation_bytes(model, batch, tokens, args.gradient_checkpointing)
     world = args.world_size
     memory = {
-        name: ((device + kept.all) / _GIB, host / _GIB)
+        name: ((device + kept.all) / GIB, host / GIB)
         for name, (device, host) in states(model, trained, frozen, world).items()
     }
-    memory = {"no DeepSpeed": (plain_peak(trained, frozen, kept) / _GIB, 0.0), **memory}
+    memory = {"no DeepSpeed": (plain_peak(trained, frozen, kept) / GIB, 0.0), **memory}
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * (samples // per_step or 1))
     hours = None
@@ -110,7 +110,7 @@ def plan(
         work = step_flops(model, batch * args.gradient_accumulation_steps, tokens, args.gradient_checkpointing)
         hours = steps * work / (device_tflops * 1e12) / 3600
     return Plan(trained_table(model, parts_of(model.get_base_model() if model_args.lora_r else model)), memory,
-                kept.all / _GIB, steps, hours)  # fmt: skip
+                kept.all / GIB, steps, hours)  # fmt: skip
 
 
 def plain_peak(trained: int, frozen: float, activations: Activations) -> float:

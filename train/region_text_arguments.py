@@ -57,6 +57,14 @@ class TowerArguments:
         default=False, metadata={"help": "weight decay on norms and biases too, as the released training has it"}
     )
 
+    plan: bool = field(
+        default=False,
+        metadata={"help": "print parameters, memory, steps and hours of the run, and end; reads no weights"},
+    )
+    device_tflops: float | None = field(
+        default=None, metadata={"help": "with --plan: what a device computes in such work, 10^12 operations a second"}
+    )
+
     def __post_init__(self) -> None:
         """Check the values.
 
