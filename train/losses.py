@@ -48,7 +48,7 @@ def region_text_loss(
         (), the loss of this process.
 
     Source: the loss is that of CLIP, Radford et al., arXiv 2103.00020, figure 3; targets shared among the positives of
-        a row are UniCL's, Yang et al., arXiv 2204.03610, section 3.2.
+        a row are UniCL's, Yang et al., arXiv 2204.03610.
     """
     image_embeds, text_embeds, logit_scale = map(_at_least_float32, (image_embeds, text_embeds, logit_scale))
     counts = _row_counts(image_embeds)
