@@ -13,7 +13,7 @@ products. The model's code is ours on both sides. Pictures are made: 640 x 480 J
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import io
 import itertools
 import json
@@ -21,16 +21,17 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
-from torch.nn import functional
+from torch.nn.functional import interpolate, normalize
 from transformers import CLIPTextConfig, CLIPTokenizer, TrainingArguments
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -162,6 +163,9 @@ def bench_memory(args: argparse.Namespace, folder: Path) -> None:
         chunk: trainer_of(model, folder, "fp32", device == "cpu", cache_chunk=chunk) for chunk in (0, args.chunk)
     }
     batches = {pairs: random_batch(model, pairs, device) for pairs in (args.chunk, args.batch)}
+    # the same pairs back to front: what rounding alone does to the gradients
+    of_pairs = ("pixel_values", "text_of", "text_ids")
+    batches[0] = batches[args.batch] | {name: batches[args.batch][name].flip(0) for name in of_pairs}
 
     def step(pairs: int, chunk: int) -> None:
         for parameter in model.parameters():
@@ -178,22 +182,30 @@ def bench_memory(args: argparse.Namespace, folder: Path) -> None:
     for (pairs, chunk), size in grown.items():
         how = f"in chunks of {chunk}" if chunk else "plain"
         print(f"| {pairs}, {how} | {size:.0f} | {size / grown[args.chunk, 0]:.2f} |", flush=True)
-    step(args.batch, 0)
-    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    step(args.batch, args.chunk)
-    largest = max(float(gradient.abs().max()) for gradient in expected.values())
-    apart = {name: float((model.get_parameter(name).grad - g).abs().max()) for name, g in expected.items()}
-    # a key's bias moves all of a row's scores alike: softmax has no gradient there, only rounding
-    own = {name: apart[name] / float(g.abs().max()) for name, g in expected.items() if "k_proj.bias" not in name}
-    worst = max(own, key=own.get)
-    print(
-        f"\ngradients of {args.batch}, cached and plain, worst difference: {max(apart.values()) / largest:.1e} of the "
-        f"largest gradient; {own[worst]:.1e} of the largest in its own tensor ({worst}; key biases left out)"
-    )
+    gradients = {}
+    for name, pairs, chunk in (("plain", args.batch, 0), ("cached", args.batch, args.chunk), ("other order", 0, 0)):
+        step(pairs, chunk)
+        gradients[name] = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    print(f"\ngradients of {args.batch} in float32, worst difference from those of the plain batch")
+    for name in ("cached", "other order"):
+        print(f"- {name}: {differences(gradients[name], gradients['plain'])}")
     timed = [[seconds(lambda: step(args.batch, chunk)) for chunk in (args.chunk, 0)] for _ in range(args.pairs)]  # noqa: B023
     if ratios := [cached / plain for cached, plain in timed]:
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs"
         print(f"time of a step, cached / plain: {statistics.median(ratios):.2f} ({spread})")
+
+
+def differences(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> str:
+    """The worst difference, of the largest gradient of all and of the largest in the same tensor."""
+    apart = {name: float((found[name] - gradient).abs().max()) for name, gradient in expected.items()}
+    sizes = {name: float(gradient.abs().max()) for name, gradient in expected.items()}
+    # a key's bias moves all of a row's scores alike: softmax has no gradient there, only rounding
+    own = {name: apart[name] / size for name, size in sizes.items() if not name.endswith("k_proj.bias")}
+    worst = max(own, key=own.get)
+    return (
+        f"{max(apart.values()) / max(sizes.values()):.1e} of the largest gradient; {own[worst]:.1e} of the largest in "
+        f"its own tensor ({worst}; key biases left out)"
+    )
 
 
 def growth(run: Callable[[], Any], device: str) -> int:
@@ -313,7 +325,7 @@ class Released:
             (slice(3, 4), "bilinear", [ALPHA_MEAN], [ALPHA_STD]),
         ):
             size = (self.side, self.side)
-            resized = functional.interpolate(floats[None, channels], size, mode=mode, antialias=True)[0]
+            resized = interpolate(floats[None, channels], size, mode=mode, antialias=True)[0]
             made.append((resized - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None])
         return torch.cat(made)
 
@@ -323,7 +335,7 @@ class Released:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             images = model.visual_projection(model.vision_model(pixels).pooler_output)
             texts = model.text_projection(model.text_model(ids).pooler_output)
-            images, texts = (functional.normalize(rows, dim=-1) for rows in (images, texts))
+            images, texts = (normalize(rows, dim=-1) for rows in (images, texts))
         return released_loss(images, texts, model.logit_scale.detach().exp())
 
 
@@ -356,7 +368,8 @@ class Ours:
         )
         batch = RegionTextCollator(timed, CONTEXT)(samples)
         trainer, accelerator = self.trainer, self.trainer.accelerator
-        with _timed_backward(accelerator, clock):
+        backward = functools.partial(clock.time, "backward", accelerator.backward)
+        with mock.patch.object(accelerator, "backward", backward):
             start = time.perf_counter()
             trainer.training_step(trainer.model_wrapped, batch)
             clock.seconds["forward"] += time.perf_counter() - start - clock.seconds["backward"]
@@ -373,17 +386,6 @@ class Ours:
         facts = clock.time("read", lambda: index.read(self.dataset.drawn_rows(index, rows, rng)))
         image = clock.time("decode", facts[0].sample.open_image)
         return clock.time("prepare pictures", self.dataset.made_of, facts, image, rng)
-
-
-@contextlib.contextmanager
-def _timed_backward(accelerator: Any, clock: Clock) -> Iterator[None]:
-    """Time the trainer's backward pass apart from the forward pass."""
-    backward = accelerator.backward
-    accelerator.backward = lambda *args, **kwargs: clock.time("backward", backward, *args, **kwargs)
-    try:
-        yield
-    finally:
-        accelerator.backward = backward
 
 
 def print_speed(clocks: dict[str, list[Clock]], args: argparse.Namespace) -> None:

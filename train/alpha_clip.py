@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from transformers.integrations.deepspeed import (
 
 from eval.region_text import DescribedPicture, described_pictures
 from mllm.data.index import HELD_OUT, TRAIN, RegionIndex
+from mllm.loading import hub_answers
 from train.lora import ALPHA, linear_layers, part_of, pattern, trained_table
 from train.region_text_arguments import PairArguments, TowerArguments, parse_args
 from train.region_text_data import RegionTextCollator, RegionTextDataset, held_out_samples
@@ -104,7 +106,7 @@ def show_plan(tower_args: TowerArguments, pair_args: PairArguments, training_arg
     indexes = open_indexes(pair_args.data, training_args)
     pictures = RegionTextDataset(indexes, pair_args, TRAIN, training_args.seed, Path("skipped.jsonl"))
     with torch.device("meta"):
-        model = prepare_model(AlphaCLIPModel(AlphaCLIPConfig.from_pretrained(tower_args.model)), tower_args)
+        model = prepare_model(AlphaCLIPModel(read_config(tower_args.model)), tower_args)
     print(  # noqa: T201
         plan_contrast(
             model, clip_in(model), pair_args, training_args, PARTS, len(pictures), tower_args.device_tflops
@@ -132,19 +134,43 @@ def load_model(args: TowerArguments) -> tuple[AlphaCLIPModel, AlphaCLIPProcessor
     """A CLIP with an alpha channel, and its processor with the geometry that is trained.
 
     Raises:
-        ValueError: If the directory holds no full CLIP (text tower and projections too), or its towers do not fit
-            each other.
+        ValueError: If there is no such model, it is no full CLIP (text tower and projections too), or its towers do
+            not fit each other.
     """
-    model = AlphaCLIPModel.from_pretrained(args.model, attn_implementation=args.attn_implementation)
+    config, hub = read_config(args.model), lookup(args.model)
+    attention = args.attn_implementation
+    model = AlphaCLIPModel.from_pretrained(args.model, config=config, attn_implementation=attention, **hub)
     if args.logit_scale is not None:
         with torch.no_grad():
             model.logit_scale.fill_(math.log(args.logit_scale))
     side = model.config.vision_config.image_size
     # under this class whatever the directory names: only the colours are taken from it
     images = AlphaCLIPImageProcessor.for_size(
-        side, args.geometry, like=CLIPImageProcessorPil.from_pretrained(args.model)
+        side, args.geometry, like=CLIPImageProcessorPil.from_pretrained(args.model, **hub)
     )
-    return model, AlphaCLIPProcessor(images, AutoTokenizer.from_pretrained(args.model))
+    return model, AlphaCLIPProcessor(images, AutoTokenizer.from_pretrained(args.model, **hub))
+
+
+def read_config(name: str) -> AlphaCLIPConfig:
+    """The configuration of a CLIP with both towers.
+
+    Raises:
+        ValueError: If there is none, or it is of another model.
+    """
+    try:
+        return AlphaCLIPConfig.from_pretrained(name, **lookup(name))
+    except (OSError, ValueError) as error:
+        reason = error if os.path.isdir(name) else "there is no such directory, and no such model on a hub in reach"
+        raise ValueError(
+            f"expected a directory or hub id of a CLIP with both towers, got {name!r}: {reason}"
+        ) from error
+
+
+def lookup(name: str) -> dict[str, bool]:
+    """How a hub id is looked up: without network in the cache alone, where Transformers would retry for half a
+    minute.
+    """
+    return {} if os.path.isdir(name) or hub_answers() else {"local_files_only": True}
 
 
 def prepare_model(model: AlphaCLIPModel, args: TowerArguments) -> PreTrainedModel:

@@ -81,6 +81,10 @@ class TowerArguments:
             raise ValueError("lora_targets, lora_alpha and lora_dropout need lora_r above 0")
         if self.lora_r and self.train_blocks is not None:
             raise ValueError("train_blocks: blocks are frozen under LoRA; give one of the two")
+        if self.train_blocks is not None and "vision_model" not in self.train_parts:
+            raise ValueError("train_blocks: they are blocks of vision_model, which train_parts does not name")
+        if self.lora_r and "logit_scale" in self.train_parts:
+            raise ValueError("train_parts: an adapter holds no logit_scale; leave it out, or lora_r")
         if self.logit_scale is not None and not 0 < self.logit_scale <= 100:
             raise ValueError(f"logit_scale: expected a factor above 0 and up to 100, got {self.logit_scale}")
         self.rate_of_part()
@@ -164,6 +168,12 @@ class PairArguments:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if not 0 <= self.box_jitter < 0.5:  # opposite edges could meet
             raise ValueError(f"box_jitter: expected a share from 0 to below 0.5, got {self.box_jitter}")
+        if self.regions_per_image * self.whole_image_rate > 1:
+            raise ValueError(
+                f"whole_image_rate: a picture is shown whole once among its {self.regions_per_image} pairs "
+                f"(regions_per_image), so up to {1 / self.regions_per_image:.3g} of the pairs, got "
+                f"{self.whole_image_rate}"
+            )
         if self.loss == "released" and (self.patch_weight or self.cache_chunk):
             raise ValueError("loss: released knows neither patch_weight nor cache_chunk; use loss: symmetric")
 
@@ -181,4 +191,6 @@ def parse_args(argv: Sequence[str]) -> tuple[TowerArguments, PairArguments, Trai
         raise ValueError(
             "cache_chunk: gradient caching takes the place of gradient_accumulation_steps; give one of both"
         )
+    if training_args.metric_for_best_model in ("loss", "eval_loss"):  # Trainer's default where it needs one
+        raise ValueError("metric_for_best_model: evaluations give no loss; name top1, top1_same_image or whole_top1")
     return tower_args, pair_args, training_args

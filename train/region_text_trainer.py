@@ -155,9 +155,15 @@ class RegionTextTrainer(RegionTrainer):
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("logit_scale")]
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """Trainer's, or the released training's."""
+        """Trainer's, or the released training's.
+
+        Raises:
+            ValueError: If the released one's cosine would end within the warm-up.
+        """
         if self.pair_args.schedule == "released" and self.lr_scheduler is None:
             warmup, steps = self.args.get_warmup_steps(num_training_steps), self.pair_args.released_steps
+            if steps <= warmup:
+                raise ValueError(f"released_steps: expected more than the {warmup} steps of the warm-up, got {steps}")
             self.lr_scheduler = LambdaLR(
                 self.optimizer if optimizer is None else optimizer,
                 lambda step: released_learning_rate_factor(step, warmup, steps),

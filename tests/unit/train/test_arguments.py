@@ -5,16 +5,38 @@ from pathlib import Path
 import pytest
 
 import train
+from train import region_text_arguments
 from train.arguments import parse_args
 
 RECIPES = sorted(Path(train.__file__).parent.glob("recipes/*.yaml"))
+CONTRASTIVE = [recipe for recipe in RECIPES if "train.alpha_clip" in recipe.read_text("utf-8")]
 REQUIRED = ["--model", "M", "--data", "D", "--output_dir", "O"]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r not in CONTRASTIVE], ids=lambda path: path.stem)
 def test_every_recipe_parses(recipe):
     model, data, training = parse_args([str(recipe), *REQUIRED, "--use_cpu", "true"])  # bf16 is refused without
     assert (model.model, data.data, training.output_dir) == ("M", ["D"], "O")
+
+
+@pytest.mark.parametrize("recipe", CONTRASTIVE, ids=lambda path: path.stem)
+def test_every_contrastive_recipe_parses(recipe):
+    # half precision is refused without a device that has it
+    flags = [str(recipe), *REQUIRED, "--use_cpu", "true", "--fp16", "false"]
+    tower, pairs, training = region_text_arguments.parse_args(flags)
+    assert (tower.model, pairs.data, training.output_dir) == ("M", ["D"], "O")
+    if "_paper" in recipe.stem or "_released" in recipe.stem:
+        assert (pairs.loss, pairs.equal_texts, pairs.regions_per_image, tower.decay_all) == ("released", False, 1, True)
+    else:
+        assert (pairs.loss, pairs.equal_texts) == ("symmetric", True)
+
+
+def test_which_recipes_are_contrastive():
+    names = {recipe.stem for recipe in CONTRASTIVE}
+    sizes = ("b16", "l14", "l14_336")
+    assert names >= {f"alpha_clip_{size}{kind}" for size in sizes for kind in ("", "_paper")}
+    assert names >= {"shapes_clip", "shapes_alpha_clip", "shapes_alpha_clip_released"}
+    assert names == {recipe.stem for recipe in RECIPES if "alpha_clip" in recipe.stem} | {"shapes_clip"}
 
 
 def test_flags_win_over_the_recipe(tmp_path):
@@ -56,3 +78,53 @@ def test_bad_recipes(tmp_path, content, message):
     recipe.write_text(content)
     with pytest.raises(ValueError, match=message):
         parse_args([str(recipe), *REQUIRED])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("regions: 1", "unknown keys regions"),
+        ("max_turns: 1", "unknown keys max_turns"),  # of region-tune
+        ("geometry: squash", "geometry: expected one of crop, pad, stretch"),
+        ("train_blocks: -1", "train_blocks: expected 0 or more"),
+        ("train_blocks: 1\ntrain_parts: [alpha]", "train_blocks: they are blocks of vision_model"),
+        ("train_blocks: 1\nlora_r: 2", "train_blocks: blocks are frozen under LoRA"),
+        ("lora_r: -1", "lora_r: expected 0"),
+        ("lora_targets: [q_proj]", "need lora_r above 0"),
+        ("lora_alpha: 2.0", "need lora_r above 0"),
+        ("lora_dropout: 0.1", "need lora_r above 0"),
+        ("lora_r: 2\ntrain_parts: [alpha, logit_scale]", "an adapter holds no logit_scale"),
+        ("logit_scale: 0", "logit_scale: expected a factor above 0 and up to 100"),
+        ("logit_scale: 101", "logit_scale: expected a factor above 0 and up to 100"),
+        ("learning_rates: [alpha]", "learning_rates: expected NAME=NUMBER"),
+        ("optimizer: sgd", "optimizer: expected trainer or muon"),
+        ("optimizer: muon\nlearning_rates: [alpha=1.0e-3]", "muon has one learning rate for all"),
+        ("deepspeed: zero2\noptimizer: muon", "muon runs without DeepSpeed only"),
+        ("region_input: circle", "region_input: expected one of"),
+        ("loss: clip", "loss: expected one of symmetric, released"),
+        ("schedule: cosine", "schedule: expected one of trainer, released"),
+        ("regions_per_image: 0", "regions_per_image: expected 1 or more"),
+        ("released_steps: 0", "released_steps: expected 1 or more"),
+        ("eval_pictures: 0", "eval_pictures: expected 1 or more"),
+        ("mask_share: 1.5", "mask_share: expected a number from 0 to 1"),
+        ("min_strength: -0.1", "min_strength: expected a number from 0 to 1"),
+        ("max_missing: 2", "max_missing: expected a number from 0 to 1"),
+        ("whole_image_rate: 1.1", "whole_image_rate: expected a number from 0 to 1"),
+        ("whole_image_rate: 0.5\nregions_per_image: 4", "up to 0.25 of the pairs, got 0.5"),
+        ("max_blur: 2", "max_blur: expected a number from 0 to 1"),
+        ("mask_jitter: -1", "mask_jitter: expected 0 or more"),
+        ("patch_weight: -0.5", "patch_weight: expected 0 or more"),
+        ("cache_chunk: -1", "cache_chunk: expected 0 or more"),
+        ("box_jitter: 0.5", "box_jitter: expected a share from 0 to below 0.5"),
+        ("loss: released\ncache_chunk: 4", "released knows neither patch_weight nor cache_chunk"),
+        ("loss: released\npatch_weight: 0.5", "released knows neither patch_weight nor cache_chunk"),
+        ("cache_chunk: 4\ngradient_accumulation_steps: 2", "takes the place of gradient_accumulation_steps"),
+        ("load_best_model_at_end: true\neval_strategy: steps\neval_steps: 500", "evaluations give no loss"),
+        ("save_total_limit: 1", "save_total_limit: expected 2 or more"),
+    ],
+)
+def test_bad_contrastive_recipes(tmp_path, content, message):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        region_text_arguments.parse_args([str(recipe), *REQUIRED])
