@@ -91,29 +91,26 @@ def _sizes(parser: argparse.ArgumentParser, **defaults: int) -> argparse.Argumen
 def build(args: argparse.Namespace) -> AlphaCLIPModel:
     """A random CLIP of the sizes, image tower, projection and alpha trained, text tower frozen as in the recipes."""
     torch.manual_seed(0)
-    vision = {"hidden_size": args.width, "intermediate_size": 4 * args.width, "num_hidden_layers": args.layers}
-    text = {
-        "hidden_size": args.text_width,
-        "intermediate_size": 4 * args.text_width,
-        "num_hidden_layers": args.text_layers,
-        "num_attention_heads": args.text_width // 64,
-    }
-    vision |= {"num_attention_heads": max(args.width // 64, 1), "projection_dim": args.text_width}
-    config = AlphaCLIPConfig(
-        vision_config=AlphaCLIPVisionConfig(**vision, image_size=args.image_size, patch_size=args.patch_size),
-        text_config=CLIPTextConfig(**text, vocab_size=VOCABULARY, eos_token_id=1, bos_token_id=0, pad_token_id=1),
-        projection_dim=args.text_width,
+
+    def tower(width: int, layers: int) -> dict[str, int]:
+        sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+        return {**sizes, "num_attention_heads": max(width // 64, 1), "projection_dim": args.text_width}
+
+    vision = AlphaCLIPVisionConfig(
+        **tower(args.width, args.layers), image_size=args.image_size, patch_size=args.patch_size
     )
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    text = CLIPTextConfig(**tower(args.text_width, args.text_layers), vocab_size=VOCABULARY, **special)
+    config = AlphaCLIPConfig(vision_config=vision, text_config=text, projection_dim=args.text_width)
     return prepare_model(AlphaCLIPModel(config), TowerArguments(model=""))
 
 
 def trainer_of(model: AlphaCLIPModel, folder: Path, dtype: str, cpu: bool, **settings: Any) -> RegionTextTrainer:
     """Our trainer around a model, with its optimizer."""
-    bf16, out = dtype == "bf16", str(folder / "out")
-    settings_of_run = TrainingArguments(out, use_cpu=cpu, bf16=bf16, learning_rate=2e-6, report_to=[])
+    out, bf16 = str(folder / "out"), dtype == "bf16"
     trainer = RegionTextTrainer(
         model=model,
-        args=settings_of_run,
+        args=TrainingArguments(out, use_cpu=cpu, bf16=bf16, learning_rate=2e-6, report_to=[]),
         parts=PARTS,
         rates=RATES,
         optimizer_name="trainer",
@@ -220,8 +217,8 @@ def growth(run: Callable[[], Any], device: str) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-    sizes = (size for _, size in sorted((event.start_ns(), event.nbytes()) for event in events))
-    return max(itertools.accumulate(sizes, initial=0))
+    in_order = sorted(events, key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in in_order), initial=0))
 
 
 # ---- speed
@@ -343,20 +340,14 @@ class Ours:
     """A step of our training: its data set, collator, trainer and optimizer."""
 
     def __init__(
-        self,
-        trainer: RegionTextTrainer,
-        tokenizer: CLIPTokenizer,
-        side: int,
-        data: Path,
-        per_picture: int,
-        regions: int,
+        self, trainer: RegionTextTrainer, tokenizer: CLIPTokenizer, side: int, data: Path, count: int, regions: int
     ) -> None:
         self.trainer, self.tokenizer = trainer, tokenizer
         self.images = AlphaCLIPImageProcessor.for_size(side, "pad")
-        settings = PairArguments(data=[str(data)], regions_per_image=per_picture)
+        settings = PairArguments(data=[str(data)], regions_per_image=count)
         self.dataset = RegionTextDataset([open_index(data)], settings, "train", 0, data / "skipped.jsonl")
         self.order = itertools.cycle(EpochSampler(len(self.dataset), 0))
-        self.pictures = regions // per_picture
+        self.pictures = regions // count
 
     def step(self) -> Clock:
         """As Trainer does it, on a fresh batch."""

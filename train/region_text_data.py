@@ -47,8 +47,8 @@ class RegionTextDataset(PictureDataset):
 
     @property
     def has_captions(self) -> bool:
-        """Whether some picture has a caption of the whole of it."""
-        return any(bool(whole.any()) for whole in self._is_whole)
+        """Whether some picture has a caption of the whole of it; a question about the whole is none."""
+        return any(bool(w[rows].any()) for w, (rows, _) in zip(self._is_whole, self._groups, strict=True))
 
     def drawn_rows(self, index: RegionIndex, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Rows of different regions, and perhaps the whole image's in place of the last."""
@@ -82,14 +82,16 @@ def softened(region: Region, size: tuple[int, int], args: PairArguments, rng: np
     """
     if region.is_whole or not (args.mask_jitter or args.max_blur):
         return region
-    mask = Image.fromarray(np.rint(region.mask(size[1], size[0]) * 255).astype(np.uint8))
+    # rounded up, so that a faint value does not vanish
+    mask = Image.fromarray(np.ceil(region.mask(size[1], size[0]) * 255 - 1e-6).astype(np.uint8))
     if region.kind != "box" and (steps := int(rng.integers(-args.mask_jitter, args.mask_jitter + 1))):
         moved = mask.filter((ImageFilter.MaxFilter if steps > 0 else ImageFilter.MinFilter)(2 * abs(steps) + 1))
         mask = moved if moved.getbbox() else mask
     if args.max_blur:
         blurred = mask.filter(ImageFilter.GaussianBlur(rng.uniform(0, args.max_blur) * max(size)))
         mask = blurred if blurred.getbbox() else mask
-    return dataclasses.replace(Region.from_mask(mask), strength=region.strength)
+    # as shares: a faint mask of whole numbers could be a map of labels
+    return Region.from_mask(np.asarray(mask) / 255, strength=region.strength)
 
 
 class RegionTextCollator:

@@ -21,7 +21,7 @@ def test_every_recipe_parses(recipe):
 
 @pytest.mark.parametrize("recipe", CONTRASTIVE, ids=lambda path: path.stem)
 def test_every_contrastive_recipe_parses(recipe):
-    # half precision is refused without a device that has it
+    # bf16 is refused without use_cpu, fp16 with it
     flags = [str(recipe), *REQUIRED, "--use_cpu", "true", "--fp16", "false"]
     tower, pairs, training = region_text_arguments.parse_args(flags)
     assert (tower.model, pairs.data, training.output_dir) == ("M", ["D"], "O")

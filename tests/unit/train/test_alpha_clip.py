@@ -1,0 +1,452 @@
+"""Contrastive training: exactly which weights move, what is saved and goes on, what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from eval.region_text import described_pictures, score_region_text
+from mllm.data import shapes, shapes_grit
+from mllm.data.grit import read_grit
+from mllm.data.visual_genome import read_regions
+from tests.tiny import build_tiny_clip, noise_picture
+from train import alpha_clip, region_text_trainer
+from train.losses import released_learning_rate_factor
+from train.trainer import last_whole_checkpoint
+from vision_tower import AlphaCLIPModel, AlphaCLIPProcessor, Region
+
+ALPHA = "vision_model.embeddings.patch_embedding.alpha.weight"
+SAVING = ("--save_strategy", "steps", "--save_steps", 2)
+PLAIN = ("--optim", "sgd", "--max_grad_norm", 0, "--lr_scheduler_type", "constant")  # moves by the gradient itself
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    for split in ("train", "val", "test"):
+        shapes_grit.write(folder / split, 6, 1, split, min_objects=1, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """An Alpha-CLIP whose alpha weight is not zero."""
+    return saved(tmp_path_factory.mktemp("start"))
+
+
+def saved(folder, alpha_std=0.3, **vision):
+    model, processor = build_tiny_clip(alpha_std=alpha_std)
+    for name, value in vision.items():
+        setattr(model.config.vision_config, name, value)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def run(start, data, out, *flags):
+    arguments = ["--model", start, "--data", data / "train", data / "val", "--output_dir", out, "--max_steps", 2]
+    arguments += ["--per_device_train_batch_size", 4, "--dataloader_drop_last", "true", "--regions_per_image", 4]
+    arguments += ["--use_cpu", "true", "--disable_tqdm", "true", "--learning_rate", "1e-2", "--logging_steps", 1]
+    return alpha_clip.main([str(argument) for argument in (*arguments, *flags)])
+
+
+def weights(folder):
+    return AlphaCLIPModel.from_pretrained(folder).state_dict()
+
+
+def moved(before, after):
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def of_parts(names, *prefixes):
+    """Those under the prefixes, but for what has no gradient: softmax ignores what is added to all keys alike."""
+    return {name for name in names if name.startswith(prefixes) and not name.endswith("k_proj.bias")}
+
+
+def largest_difference(one, two):
+    return max((one[name] - two[name]).abs().max().item() for name in one)
+
+
+def log(out):
+    return json.loads((out / "training_record.json").read_text())["log"]
+
+
+def error_line(capsys):
+    """The one line that a user is told."""
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("train.alpha_clip: error:"))
+    return line
+
+
+@pytest.fixture()
+def trainers(monkeypatch):
+    """The trainers of the runs in a test."""
+    found = []
+    original = alpha_clip.train_and_save
+    monkeypatch.setattr(alpha_clip, "train_and_save", lambda t, checkpoint: found.append(t) or original(t, checkpoint))
+    return found
+
+
+# which weights move
+
+TOWER = ("vision_model.", "visual_projection.")
+
+
+@pytest.mark.parametrize("optimizer", ["trainer", "muon"])
+def test_image_tower_projection_and_alpha_move_and_nothing_else(start, data, tmp_path, optimizer):
+    assert run(start, data, tmp_path, "--optimizer", optimizer) == 0
+    before = weights(start)
+    names = moved(before, weights(tmp_path))
+    assert ALPHA in names and of_parts(names, *TOWER) == of_parts(before, *TOWER)
+    assert all(name.startswith(TOWER) for name in names)  # no text tower, no temperature
+
+
+def test_the_last_blocks_alone(start, data, tmp_path):
+    assert run(start, data, tmp_path, "--train_blocks", 1) == 0
+    before = weights(start)
+    parts = "vision_model.encoder.layers.2.", "vision_model.post_layernorm.", "visual_projection.", ALPHA
+    names = moved(before, weights(tmp_path))
+    assert of_parts(names, "") == of_parts(before, *parts) and all(name.startswith(parts) for name in names)
+
+
+def test_no_block_at_all(start, data, tmp_path):
+    assert run(start, data, tmp_path, "--train_blocks", 0, "--train_parts", "vision_model") == 0
+    assert moved(weights(start), weights(tmp_path)) == {f"vision_model.post_layernorm.{n}" for n in ("weight", "bias")}
+
+
+def test_alpha_alone(start, data, tmp_path):
+    assert run(start, data, tmp_path, "--train_parts", "alpha") == 0
+    assert moved(weights(start), weights(tmp_path)) == {ALPHA}
+
+
+@pytest.mark.parametrize("parts", [("alpha",), ("vision_model", "visual_projection", "alpha")])
+def test_lora_and_the_named_parts(start, data, tmp_path, trainers, parts):
+    flags = "--lora_r", 2, "--train_parts", *parts, "--lora_dropout", 0.1
+    assert run(start, data, tmp_path, *flags) == 0
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert not (tmp_path / "model.safetensors").exists()
+    assert sum("lora_B" in name for name in stored) == 18  # 6 matrices in each of 3 blocks
+    before = weights(start)
+    reloaded = PeftModel.from_pretrained(AlphaCLIPModel.from_pretrained(start), tmp_path).eval()
+    with torch.no_grad():
+        pixels = torch.randn(2, 4, 32, 32)
+        here = trainers[0].model.eval().get_base_model().get_image_features(pixels).pooler_output
+        there = reloaded.get_base_model().get_image_features(pixels).pooler_output
+    assert torch.equal(here, there)
+    adapted = {n for n in before if n.startswith("vision_model.encoder.layers.") and before[n].ndim == 2}
+    expected = adapted | {ALPHA} | ({"visual_projection.weight"} if len(parts) == 3 else set())
+    assert moved(before, reloaded.merge_and_unload().state_dict()) == expected
+
+
+def test_a_clip_trained_from_nothing_keeps_its_alpha_at_zero(data, tmp_path):
+    """As in the recipe shapes_clip."""
+    start = saved(tmp_path / "start", alpha_std=0)
+    parts = "vision_model", "visual_projection", "text_model", "text_projection", "logit_scale"
+    flags = "--whole_image_rate", 1, "--regions_per_image", 1, "--optimizer", "muon", "--weight_decay", 0.05
+    assert run(start, data, tmp_path / "out", "--train_parts", *parts, *flags) == 0
+    before, after = weights(start), weights(tmp_path / "out")
+    assert of_parts(moved(before, after), "") == of_parts(before, "") - {ALPHA}
+    assert torch.equal(after[ALPHA], torch.zeros_like(after[ALPHA])) and after["logit_scale"].ndim == 0
+
+
+def test_same_seed_same_model(start, data, tmp_path):
+    flags = "--region_input", "mixed", "--mask_jitter", 2, "--max_blur", 0.02, "--min_strength", 0.5
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert run(start, data, tmp_path / name, "--seed", seed, *flags) == 0
+    assert not moved(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert moved(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_the_temperature_can_be_set_and_is_frozen(start, data, tmp_path):
+    assert run(start, data, tmp_path, "--logit_scale", 50) == 0
+    assert weights(tmp_path)["logit_scale"].exp().item() == pytest.approx(50)
+
+
+# how they move
+
+
+def groups_of(trainer):
+    """Learning rate and weight decay by name."""
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    return {
+        names[id(parameter)]: (group["initial_lr"], group["weight_decay"])
+        for group in trainer.optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+@pytest.mark.parametrize("decay_all", [False, True])
+def test_alpha_has_its_own_learning_rate_and_what_decays(start, data, tmp_path, trainers, decay_all):
+    parts = "--train_parts", "vision_model", "alpha", "logit_scale"
+    flags = "--learning_rates", "alpha=3e-3", "--weight_decay", 0.1, "--decay_all", str(decay_all).lower()
+    assert run(start, data, tmp_path, *parts, *flags) == 0
+    groups = groups_of(trainers[0])
+    assert {name for name, (rate, _) in groups.items() if rate == 3e-3} == {ALPHA}
+    assert {rate for rate, _ in groups.values()} == {3e-3, 1e-2}
+    undecayed = {name for name, (_, decay) in groups.items() if decay == 0}
+    assert {decay for _, decay in groups.values()} == ({0.1} if decay_all else {0.0, 0.1})
+    if not decay_all:
+        before = AlphaCLIPModel.from_pretrained(start)
+        small = {n for n, p in before.named_parameters() if n.startswith("vision_model.") and p.ndim < 2}
+        assert undecayed == (small - {"vision_model.embeddings.class_embedding"}) | {"logit_scale"}
+
+
+def test_the_released_schedule_rises_again(start, data, tmp_path):
+    flags = "--schedule", "released", "--released_steps", 5, "--warmup_steps", 2, "--max_steps", 9
+    assert run(start, data, tmp_path, *flags) == 0
+    rates = [entry["learning_rate"] / 1e-2 for entry in log(tmp_path) if "loss" in entry]
+    assert rates == pytest.approx([released_learning_rate_factor(step, 2, 5) for step in range(9)])
+    assert min(rates[1:]) == rates[5] == pytest.approx(0) and rates[8] == pytest.approx(1)
+
+
+def test_the_released_cosine_must_not_end_in_the_warm_up(start, data, tmp_path, capsys):
+    assert run(start, data, tmp_path, "--schedule", "released", "--released_steps", 2, "--warmup_steps", 2) == 2
+    assert "released_steps: expected more than the 2 steps of the warm-up, got 2" in error_line(capsys)
+
+
+# Largest difference of a weight after two plain steps (the largest move is 1.3e-2). Measured: 1.5e-8 and 3.0e-8.
+CACHED = 1e-6
+LEARNED = (
+    "--train_parts",
+    "vision_model",
+    "visual_projection",
+    "alpha",
+    "text_model",
+    "text_projection",
+    "logit_scale",
+)
+
+
+@pytest.mark.parametrize("more", [(), ("--patch_weight", 0.7, "--label_smoothing_factor", 0.1)], ids=["", "patches"])
+def test_gradient_caching_learns_the_same(start, data, tmp_path, more):
+    for name, chunk in (("whole", 0), ("chunks", 3)):
+        assert run(start, data, tmp_path / name, *PLAIN, *LEARNED, *more, "--cache_chunk", chunk) == 0
+    whole, chunks = weights(tmp_path / "whole"), weights(tmp_path / "chunks")
+    assert largest_difference(whole, weights(start)) > 1e-3
+    assert largest_difference(whole, chunks) <= CACHED
+    losses = [[entry["loss"] for entry in log(tmp_path / name) if "loss" in entry] for name in ("whole", "chunks")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_gradient_caching_goes_twice_through_the_same_dropout(data, tmp_path):
+    """In one chunk: more of them draw other numbers than a batch at once does."""
+    start = saved(tmp_path / "start", attention_dropout=0.3)
+    for name, chunk in (("whole", 0), ("chunk", 100)):
+        assert run(start, data, tmp_path / name, *PLAIN, "--patch_weight", 0.7, "--cache_chunk", chunk) == 0
+    whole, chunk = weights(tmp_path / "whole"), weights(tmp_path / "chunk")
+    assert largest_difference(whole, chunk) <= CACHED
+    assert run(saved(tmp_path / "none"), data, tmp_path / "undropped", *PLAIN, "--patch_weight", 0.7) == 0
+    assert largest_difference(whole, weights(tmp_path / "undropped")) > 1e-4  # or there was no dropout
+
+
+def test_patch_tokens_have_a_gradient_where_llava_reads_them(start, data, tmp_path):
+    """The patches of the last block but one: the block behind them moves as it does without."""
+    for name, weight in (("without", 0), ("with", 1)):
+        assert run(start, data, tmp_path / name, *PLAIN, "--patch_weight", weight, "--max_steps", 1) == 0
+    without, with_ = weights(tmp_path / "without"), weights(tmp_path / "with")
+
+    def difference(block):
+        names = [name for name in without if name.startswith(f"vision_model.encoder.layers.{block}.")]
+        return largest_difference({n: without[n] for n in names}, {n: with_[n] for n in names})
+
+    assert difference(2) <= 1e-8  # measured: 9.3e-10
+    assert difference(1) > 1e-5 and difference(0) > 1e-5
+
+
+# what is saved
+
+
+def test_what_is_saved_tells_two_regions_apart(data, tmp_path):
+    start = saved(tmp_path / "start", alpha_std=0)  # it cannot
+    assert run(start, data, tmp_path / "out", "--geometry", "stretch") == 0
+    wide, regions = noise_picture(40, 24), [Region.from_box(0, 0, 12, 24), Region.from_box(20, 4, 40, 20)]
+
+    def embeddings(folder):
+        model, processor = AlphaCLIPModel.from_pretrained(folder), AlphaCLIPProcessor.from_pretrained(folder)
+        with torch.no_grad():
+            inputs = processor(images=wide, regions=regions, return_tensors="pt")
+            return processor, inputs, model.get_image_features(**inputs).pooler_output
+
+    _, _, (one, two) = embeddings(start)
+    assert torch.equal(one, two)
+    processor, inputs, (one, two) = embeddings(tmp_path / "out")
+    assert not torch.equal(one, two)
+    assert processor.image_processor.geometry == "stretch"
+    assert (inputs["pixel_values"][0, 3, :, :8] > 1.9).all()  # stretched: no padding above
+    record = json.loads((tmp_path / "out" / "training_record.json").read_text())
+    assert record["run"]["geometry"] == "stretch" and record["skipped_pictures"] == []
+
+
+def test_evaluation_while_training_is_that_of_the_saved_model(start, data, tmp_path):
+    flags = "--eval_strategy", "steps", "--eval_steps", 1, "--eval_pictures", 4
+    assert run(start, data, tmp_path / "out", *flags) == 0
+    evaluations = [entry for entry in log(tmp_path / "out") if "eval_top1" in entry]
+    assert [entry["step"] for entry in evaluations] == [1, 2]
+    samples = list(read_grit(data / "val"))
+    masks = [s for s in samples if s.id.endswith(("/mask", "/whole"))]
+    pictures = [described_pictures(masks)[number] for number in (0, 1, 3, 5)]  # evenly spaced
+    model, processor = (kind.from_pretrained(tmp_path / "out") for kind in (AlphaCLIPModel, AlphaCLIPProcessor))
+    scores = score_region_text(model, processor, pictures, truncation=True)
+    assert set(scores) == {"top1", "top1_same_image", "cosine_same_image", "whole_top1"}
+    assert {name: evaluations[-1][f"eval_{name}"] for name in scores} == pytest.approx(scores, abs=1e-6)
+    assert run(start, data, tmp_path / "without") == 0
+    assert not moved(weights(tmp_path / "out"), weights(tmp_path / "without"))
+
+
+# data
+
+
+def write_jsonl(folder, of_scenes):
+    lines = [
+        {
+            "image": sample.image,
+            "region": {"box": list(sample.regions[0].data)},
+            "answer": sample.references[0],
+            "meta": {"split": "train"},
+        }
+        for sample in read_regions(of_scenes)
+    ]
+    folder.mkdir()
+    (folder / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder / "own.jsonl"
+
+
+@pytest.mark.parametrize("layout", ["Visual Genome", "RefCOCOg", "JSONL", "GRIT folder", "GRIT tar"])
+def test_every_layout_trains_alpha(start, tmp_path, layout):
+    folder, form = tmp_path / "data", "mask"
+    if layout.startswith("GRIT"):
+        shapes_grit.write(folder, 4, 1, tars=2 if layout.endswith("tar") else 0, progress=False)
+    else:
+        shapes.write(folder, 4, 1, progress=False)
+    if layout == "RefCOCOg":
+        (folder / "image_data.json").unlink()
+    if layout == "JSONL":
+        folder, form = write_jsonl(tmp_path / "own", folder), "box"
+    flags = "--train_parts", "alpha", "--region_input", form, "--data", folder
+    assert run(start, tmp_path, tmp_path / "out", *flags) == 0
+    assert moved(weights(start), weights(tmp_path / "out")) == {ALPHA}
+    (index,) = tmp_path.glob("*/*region_index/index.json")
+    made_of = {"Visual Genome": "Visual Genome's", "RefCOCOg": "RefCOCO's", "JSONL": "JSONL"}.get(layout, "GRIT's")
+    assert json.loads(index.read_text())["made_of"].startswith(made_of)
+
+
+# what goes wrong
+
+
+def test_a_loss_that_is_no_number_ends_the_run_which_goes_on_afterwards(start, data, tmp_path, monkeypatch, capsys):
+    flags = (*SAVING, "--max_steps", 4)
+    assert run(start, data, tmp_path / "undisturbed", *flags) == 0
+    original, calls = region_text_trainer.region_text_loss, []
+
+    def third_is_none(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs) * (float("nan") if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(region_text_trainer, "region_text_loss", third_is_none)
+    capsys.readouterr()
+    assert run(start, data, tmp_path / "out", *flags) == 2
+    line = error_line(capsys)
+    assert "the loss is nan at step 2 on process 0, batch of 4 samples: 00000/00000000" in line
+    assert "the last whole checkpoint is kept" in line and line.count("00000/00000000") == 4
+    assert last_whole_checkpoint(tmp_path / "out").name == "checkpoint-2"
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    monkeypatch.undo()
+    assert run(start, data, tmp_path / "out", *flags) == 0
+    assert not moved(weights(tmp_path / "undisturbed"), weights(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_a_weight_that_is_no_number_is_noticed_at_once(data, tmp_path, capsys, chunk):
+    start = saved(tmp_path / "start")
+    stored = load_file(start / "model.safetensors")
+    stored["visual_projection.weight"][0, 0] = float("nan")
+    save_file(stored, start / "model.safetensors", {"format": "pt"})
+    assert run(start, data, tmp_path / "out", "--cache_chunk", chunk) == 2
+    assert "the loss is nan at step 0" in error_line(capsys)
+
+
+@pytest.fixture(scope="module")
+def wrong_models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wrong")
+    saved(folder / "widths")
+    stored = load_file(folder / "widths" / "model.safetensors")
+    stored["text_projection.weight"] = stored["text_projection.weight"][:8].clone()
+    save_file(stored, folder / "widths" / "model.safetensors", {"format": "pt"})
+    model, processor = build_tiny_clip()
+    model.vision_model.save_pretrained(folder / "tower")
+    processor.save_pretrained(folder / "tower")
+    saved(folder / "part")
+    stored = load_file(folder / "part" / "model.safetensors")
+    del stored["vision_model.encoder.layers.1.mlp.fc1.weight"]
+    save_file(stored, folder / "part" / "model.safetensors", {"format": "pt"})
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("widths", "do not fit AlphaCLIPModel: 1 of another shape (first: ('text_projection.weight'"),
+        ("tower", "expected a directory or hub id of a CLIP with both towers, got"),
+        ("tower", "got model_type 'alpha_clip_vision_model'"),
+        ("part", "1 missing (first: vision_model.encoder.layers.1.mlp.fc1.weight)"),
+        ("nothing", "there is no such directory, and no such model on a hub in reach"),
+        ("empty", "no file named"),
+    ],
+)
+def test_what_is_no_clip_is_refused_in_one_line(wrong_models, data, tmp_path, capsys, name, message):
+    assert run(wrong_models / name, data, tmp_path / "out") == 2
+    line = error_line(capsys)
+    assert message in line and f"wrong0/{name}" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_id_without_network_is_refused_at_once(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(alpha_clip, "hub_answers", lambda: False)
+    assert run("nobody/no-clip", data, tmp_path / "out") == 2
+    assert "got 'nobody/no-clip': there is no such directory, and no such model on a hub" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--train_parts", "tower"), "train_parts: expected names out of vision_model, visual_projection"),
+        (("--learning_rates", "tower=1e-3"), "train_parts: expected names out of vision_model, visual_projection"),
+        (("--train_blocks", 4), "train_blocks: the tower has 3 blocks, got 4"),
+        (("--lora_r", 2, "--lora_targets", "query"), "lora_targets: expected names out of fc1"),
+        (("--lora_r", 2, "--train_parts", "logit_scale"), "an adapter holds no logit_scale"),
+    ],
+)
+def test_what_the_model_has_not_is_refused_in_one_line(start, data, tmp_path, capsys, flags, message):
+    assert run(start, data, tmp_path / "out", *flags) == 2
+    assert message in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("folders", "flags", "message"),
+    [
+        (["train"], ("--eval_strategy", "steps", "--eval_steps", 1), "evaluation needs pictures of the split 'val'"),
+        (["test"], (), "expected described regions of the split 'train', the data has only test"),
+        (["val"], (), "expected described regions of the split 'train', the data has only val"),
+        (["nothing"], (), "is in no layout that can be indexed"),
+    ],
+)
+def test_data_of_other_splits_is_refused_in_one_line(start, data, tmp_path, capsys, folders, flags, message):
+    assert run(start, data, tmp_path / "out", *flags, "--data", *[data / folder for folder in folders]) == 2
+    assert message in error_line(capsys)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("most", "code"), [(0.5, 0), (0.1, 2)])
+def test_missing_pictures_are_listed(start, data, tmp_path, capsys, most, code):
+    shutil.copytree(data / "train", tmp_path / "train")
+    (tmp_path / "train" / "00000" / "000000002.png").unlink()
+    shutil.rmtree(tmp_path / "train" / "region_index")
+    shutil.copytree(data / "train" / "region_index", tmp_path / "train" / "region_index")
+    assert run(start, data, tmp_path / "out", "--data", tmp_path / "train", "--max_missing", most) == code
+    assert (tmp_path / "out" / "missing_images.txt").read_text().splitlines()[0].endswith("000000002.png")
+    if code:
+        assert "1 of 6 training pictures are missing" in error_line(capsys)
