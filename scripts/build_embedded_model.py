@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
-from build_shapes_clip import build_alpha_clip, build_clip
+from build_shapes_clip import CLIP_SCENES, build_alpha_clip, build_clip
 from PIL import Image
 from transformers import LlamaConfig, LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration, set_seed
 
@@ -55,7 +55,9 @@ def main() -> int:
     args, recipe_flags = parser.parse_known_args()
 
     if args.as_the_paper:
-        if failed := build_clip(args.work, args.seed) or build_alpha_clip(args.work, args.seed):
+        if failed := build_clip(args.work, args.seed, min(args.scenes, CLIP_SCENES)) or build_alpha_clip(
+            args.work, args.seed, args.scenes
+        ):
             return failed
         recipe_flags = ["--train_parts", "multi_modal_projector", "language_model", "lm_head", *recipe_flags]
     data = args.work / f"shapes_train_{TRAIN_SEED}_{args.scenes}"

@@ -27,7 +27,7 @@ from vision_tower import (
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "train" / "recipes"
-CLIP_SCENES, ALPHA_SCENES = 40_000, 20_000
+CLIP_SCENES, ALPHA_SCENES = 24_000, 20_000
 CLIP_SEED, ALPHA_SEED = 101, 1  # of the scenes; the embedded model's language model is trained on those of seed 1
 WIDTH, TEXT_WIDTH, IMAGE_SIZE, PATCH_SIZE = 192, 128, 96, 12
 CONTEXT = 64  # tokens; the longest caption, six objects, has 37
@@ -46,7 +46,9 @@ def main() -> int:
 
 
 def build_clip(work: Path, seed: int, scenes: int = CLIP_SCENES, flags: list[str] | None = None) -> int:
-    """Train the CLIP; returns the exit code. What is there is not made again."""
+    """Train the CLIP; returns the exit code. A finished one in the folder is kept as it is."""
+    if (work / "clip" / "training_record.json").exists():
+        return 0
     data = scenes_folder(work, scenes, CLIP_SEED, min_objects=1)
     start = work / f"clip_start_{seed}"
     write_start(start, seed)
@@ -54,7 +56,9 @@ def build_clip(work: Path, seed: int, scenes: int = CLIP_SCENES, flags: list[str
 
 
 def build_alpha_clip(work: Path, seed: int, scenes: int = ALPHA_SCENES) -> int:
-    """Train the Alpha-CLIP from the CLIP; returns the exit code."""
+    """Train the Alpha-CLIP from the CLIP; returns the exit code. A finished one in the folder is kept as it is."""
+    if (work / "alpha_clip" / "training_record.json").exists():
+        return 0
     data = scenes_folder(work, scenes, ALPHA_SEED)
     return _train("shapes_alpha_clip.yaml", work / "clip", data, work / "alpha_clip", seed, [])
 
@@ -109,8 +113,6 @@ def train_tokenizer() -> CLIPTokenizer:
 
 
 def _train(recipe: str, model: Path, data: Path, out: Path, seed: int, flags: list[str]) -> int:
-    if (out / "training_record.json").exists():
-        return 0
     run = {"--model": model, "--data": data, "--output_dir": out, "--seed": seed}
     return alpha_clip.main([str(RECIPES / recipe), *(str(part) for flag in run.items() for part in flag), *flags])
 

@@ -109,27 +109,26 @@ class RegionTextCollator:
     def __call__(self, samples: Sequence[RegionTexts]) -> dict[str, Any]:
         """Build the batch; texts longer than the text tower reads are cut, as CLIP's own training does."""
         texts = [text for sample in samples for text in sample.texts]
-        different = list(dict.fromkeys(texts))
-        row_of = {text: row for row, text in enumerate(different)}
-        encoded = self.processor.tokenizer(
-            different, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-        )
+        encoded = self.processor.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        different = list(dict.fromkeys(map(tuple, encoded)))
+        row_of = {tokens: row for row, tokens in enumerate(different)}
+        padded = self.processor.tokenizer.pad({"input_ids": list(map(list, different))}, return_tensors="pt")
         pixels = self.processor.image_processor(
             [sample.image for sample in samples], [list(sample.regions) for sample in samples], return_tensors="pt"
         )
         return {
             "pixel_values": pixels["pixel_values"],
-            "input_ids": encoded["input_ids"],
-            "attention_mask": encoded["attention_mask"],
-            "text_of": torch.tensor([row_of[text] for text in texts]),
-            "text_ids": torch.tensor([text_id(text) for text in texts]),
+            "input_ids": padded["input_ids"],
+            "attention_mask": padded["attention_mask"],
+            "text_of": torch.tensor([row_of[tuple(tokens)] for tokens in encoded]),
+            "text_ids": torch.tensor([text_id(tokens) for tokens in encoded]),
             "names": [sample.id for sample in samples],
         }
 
 
-def text_id(text: str) -> int:
-    """63 bits of the text's hash: the same number on every rank."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+def text_id(tokens: Sequence[int]) -> int:
+    """63 bits of the hash of a text's tokens: the same number on every rank. Of tokens, since CLIP lowers case."""
+    return int.from_bytes(hashlib.sha256(np.array(tokens, np.int64).tobytes()).digest()[:8], "big") >> 1
 
 
 def chunks_of(batch: dict[str, Any], count: int = 1) -> list[dict[str, torch.Tensor]]:
