@@ -85,6 +85,8 @@ def _sizes(parser: argparse.ArgumentParser, **defaults: int) -> argparse.Argumen
     for name, value in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--text-layers", type=int, default=12)
+    timed = "time the process's own seconds, not the wall's: where other work runs beside it, with OMP_NUM_THREADS=1"
+    parser.add_argument("--cpu-time", action="store_true", help=timed)
     return parser
 
 
@@ -140,13 +142,18 @@ def random_batch(model: AlphaCLIPModel, pairs: int, device: str = "cpu", shared:
     return {**batch, "pixel_values": pixels.expand(pairs, -1, -1, -1), "names": ["noise"]}
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
+def seconds(run: Callable[[], Any], timer: Callable[[], float] = time.perf_counter) -> float:
+    """Time of one call."""
+    start = timer()
     run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return timer() - start
+
+
+def timer_of(args: argparse.Namespace) -> Callable[[], float]:
+    """Wall time, or with --cpu-time the process's own."""
+    return time.process_time if args.cpu_time else time.perf_counter
 
 
 # ---- memory
@@ -186,8 +193,11 @@ def bench_memory(args: argparse.Namespace, folder: Path) -> None:
     print(f"\ngradients of {args.batch} in float32, worst difference from those of the plain batch")
     for name in ("cached", "other order"):
         print(f"- {name}: {differences(gradients[name], gradients['plain'])}")
-    timed = [[seconds(lambda: step(args.batch, chunk)) for chunk in (args.chunk, 0)] for _ in range(args.pairs)]  # noqa: B023
-    if ratios := [cached / plain for cached, plain in timed]:
+    ratios = []
+    for _ in range(args.pairs):
+        cached, plain = (seconds(lambda: step(args.batch, chunk), timer_of(args)) for chunk in (args.chunk, 0))  # noqa: B023
+        ratios.append(cached / plain)
+    if ratios:
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs"
         print(f"time of a step, cached / plain: {statistics.median(ratios):.2f} ({spread})")
 
@@ -227,14 +237,15 @@ def growth(run: Callable[[], Any], device: str) -> int:
 class Clock:
     """Seconds by part of a step."""
 
-    def __init__(self) -> None:
+    def __init__(self, timer: Callable[[], float]) -> None:
+        self.timer = timer
         self.seconds = dict.fromkeys(STEP_PARTS, 0.0)
 
     def time(self, part: str, call: Callable, *args: Any, **kwargs: Any) -> Any:
         """Call, and add what it took."""
-        start = time.perf_counter()
+        start = self.timer()
         result = call(*args, **kwargs)
-        self.seconds[part] += time.perf_counter() - start
+        self.seconds[part] += self.timer() - start
         return result
 
     def total(self, parts: tuple[str, ...] = STEP_PARTS) -> float:
@@ -255,7 +266,7 @@ def bench_speed(args: argparse.Namespace, folder: Path) -> None:
         for per_picture in (1, args.per_picture)
     )
     other = "eager" if args.attention == "sdpa" else "sdpa"
-    sides: dict[str, tuple[str, Callable[[], Clock]]] = {
+    sides: dict[str, tuple[str, Callable[[Clock], None]]] = {
         "released": ("eager", released.step),
         "released, sdpa": ("sdpa", released.step),
         "ours, 1 a picture": (args.attention, one.step),
@@ -266,7 +277,8 @@ def bench_speed(args: argparse.Namespace, folder: Path) -> None:
     for _ in range(args.rounds + 1):
         for name, (attention, step) in sides.items():
             model.set_attn_implementation(attention)
-            clocks[name].append(step())
+            clocks[name].append(Clock(timer_of(args)))
+            step(clocks[name][-1])
     print_speed({name: timed[1:] for name, timed in clocks.items()}, args)
 
 
@@ -284,9 +296,8 @@ class Released:
         others = [p for p in model.parameters() if p.requires_grad and p is not alpha]
         self.optimizer = torch.optim.AdamW([{"params": [alpha], "lr": RATES["alpha"]}, {"params": others, "lr": 2e-6}])
 
-    def step(self) -> Clock:
+    def step(self, clock: Clock) -> None:
         """As many pictures as regions."""
-        clock = Clock()
         pairs = [self.pair(clock, picture) for picture in itertools.islice(self.pictures, self.regions)]
         pixels = clock.time("prepare pictures", lambda: torch.stack([pair[0] for pair in pairs]))
         settings = {"padding": "max_length", "truncation": True, "max_length": CONTEXT, "return_tensors": "pt"}
@@ -295,7 +306,6 @@ class Released:
         loss = clock.time("forward", self.loss, pixels, ids)
         clock.time("backward", loss.backward)
         clock.time("optimizer", self.optimizer.step)
-        return clock
 
     def pair(self, clock: Clock, picture: Path) -> tuple[torch.Tensor, str]:
         """(4, S, S) and the text of one region; of one in ten, the whole picture and its caption."""
@@ -349,26 +359,23 @@ class Ours:
         self.order = itertools.cycle(EpochSampler(len(self.dataset), 0))
         self.pictures = regions // count
 
-    def step(self) -> Clock:
+    def step(self, clock: Clock) -> None:
         """As Trainer does it, on a fresh batch."""
-        clock = Clock()
         samples = [self.sample(clock, number) for number in itertools.islice(self.order, self.pictures)]
-        timed = SimpleNamespace(
-            tokenizer=lambda *args, **kwargs: clock.time("tokenise", self.tokenizer, *args, **kwargs),
-            image_processor=lambda *args, **kwargs: clock.time("prepare pictures", self.images, *args, **kwargs),
-        )
-        batch = RegionTextCollator(timed, CONTEXT)(samples)
+        images = functools.partial(clock.time, "prepare pictures", self.images)
+        before = clock.seconds["prepare pictures"]
+        collator = RegionTextCollator(SimpleNamespace(tokenizer=self.tokenizer, image_processor=images), CONTEXT)
+        batch = clock.time("tokenise", collator, samples)
+        clock.seconds["tokenise"] -= clock.seconds["prepare pictures"] - before
         trainer, accelerator = self.trainer, self.trainer.accelerator
         backward = functools.partial(clock.time, "backward", accelerator.backward)
         with mock.patch.object(accelerator, "backward", backward):
-            start = time.perf_counter()
-            trainer.training_step(trainer.model_wrapped, batch)
-            clock.seconds["forward"] += time.perf_counter() - start - clock.seconds["backward"]
+            took = seconds(lambda: trainer.training_step(trainer.model_wrapped, batch), clock.timer)
+        clock.seconds["forward"] = took - clock.seconds["backward"]
         trained = [p for p in trainer.model.parameters() if p.grad is not None]
         clock.time("optimizer", accelerator.clip_grad_norm_, trained, 1.0)  # as the recipes do, the released loop not
         clock.time("optimizer", trainer.optimizer.step)
         clock.time("optimizer", trainer.optimizer.zero_grad)
-        return clock
 
     def sample(self, clock: Clock, number: int) -> Any:
         """A picture with its drawn regions, as `RegionTextDataset` makes it."""

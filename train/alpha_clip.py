@@ -71,6 +71,11 @@ def train(tower_args: TowerArguments, pair_args: PairArguments, training_args: T
     log_on_one_process(training_args)
     if "logit_scale" in tower_args.train_parts and is_deepspeed_zero3_enabled():
         raise ValueError("train_parts: logit_scale is not learned under ZeRO-3; take zero2, or leave it out")
+    if training_args.n_gpu > 1:
+        raise ValueError(
+            f"{training_args.n_gpu} GPUs need a process each: torchrun --nproc_per_node {training_args.n_gpu} -m "
+            "train.alpha_clip ..., or deepspeed --module train.alpha_clip ...; or show this one GPU alone"
+        )
     if tower_args.plan:
         return show_plan(tower_args, pair_args, training_args)
     run = what_makes_the_run(training_args, tower_args, pair_args)
@@ -139,7 +144,10 @@ def load_model(args: TowerArguments) -> tuple[AlphaCLIPModel, AlphaCLIPProcessor
     """
     config, hub = read_config(args.model), lookup(args.model)
     attention = args.attn_implementation
-    model = AlphaCLIPModel.from_pretrained(args.model, config=config, attn_implementation=attention, **hub)
+    # weights kept in 16 bits would not move at these learning rates: autocast computes in 16, float32 is trained
+    model = AlphaCLIPModel.from_pretrained(
+        args.model, config=config, attn_implementation=attention, dtype=torch.float32, **hub
+    )
     if args.logit_scale is not None:
         with torch.no_grad():
             model.logit_scale.fill_(math.log(args.logit_scale))

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-REGION_INPUTS = ("box", "mask", "mixed")
+REGION_INPUTS = ("box", "mask", "mixed", "available")
 EVAL_METRICS = ("exact match", "CIDEr")
 
 
@@ -92,7 +92,10 @@ class DataArguments:
     data: list[str] = field(
         metadata={"help": "folders in Visual Genome's or RefCOCOg's layout, or their indexes (scripts/prepare_data.py)"}
     )
-    region_input: str = field(default="box", metadata={"help": "box, mask, or mixed (one of both at random)"})
+    region_input: str = field(
+        default="box",
+        metadata={"help": "box, mask, mixed (one of both at random), or available (masks where there are)"},
+    )
     mask_share: float = field(default=0.5, metadata={"help": "with mixed: how often the region is given as its mask"})
     box_jitter: float = field(
         default=0.0, metadata={"help": "move each edge of a box by up to this share of its width or height (below 0.5)"}

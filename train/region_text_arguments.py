@@ -107,7 +107,10 @@ class PairArguments:
             "help": "folders of GRIT (json + image, or tars), Visual Genome, RefCOCOg, JSONL files, or their indexes"
         }
     )
-    region_input: str = field(default="mask", metadata={"help": "mask, box, or mixed (one of both at random)"})
+    region_input: str = field(
+        default="mask",
+        metadata={"help": "mask, box, mixed (one of both at random), or available (masks where there are)"},
+    )
     mask_share: float = field(default=0.5, metadata={"help": "with mixed: how often the region is given as its mask"})
     regions_per_image: int = field(
         default=1, metadata={"help": "up to this many regions of a picture in a batch: each other's hard negatives"}
@@ -125,7 +128,7 @@ class PairArguments:
         default=1.0, metadata={"help": "soft alpha: a region's strength is drawn between this and 1"}
     )
     max_blur: float = field(
-        default=0.0, metadata={"help": "soft alpha: a mask is blurred by up to this share of the picture's longer side"}
+        default=0.0, metadata={"help": "soft alpha: a mask is blurred by up to this share of its own longer side"}
     )
     loss: str = field(
         default="symmetric", metadata={"help": "symmetric, or released (image to text alone has a gradient)"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,25 +74,37 @@ class RegionTextDataset(PictureDataset):
 
 def softened(region: Region, size: tuple[int, int], args: PairArguments, rng: np.random.Generator) -> Region:
     """The region with its outline grown or shrunk (`mask_jitter`) and blurred (`max_blur`), each by a random amount.
+    Its peak stays what it was.
 
     Args:
         region: Any region; the whole image stays what it is, and a box keeps its outline.
         size: Width and height of the picture in pixels.
-        args: `mask_jitter` in pixels, `max_blur` as a share of the longer side.
+        args: `mask_jitter` in pixels, `max_blur` as a share of the region's longer side.
         rng: What is drawn from.
     """
     if region.is_whole or not (args.mask_jitter or args.max_blur):
         return region
     # rounded up, so that a faint value does not vanish
     mask = Image.fromarray(np.ceil(region.mask(size[1], size[0]) * 255 - 1e-6).astype(np.uint8))
-    if region.kind != "box" and (steps := int(rng.integers(-args.mask_jitter, args.mask_jitter + 1))):
-        moved = mask.filter((ImageFilter.MaxFilter if steps > 0 else ImageFilter.MinFilter)(2 * abs(steps) + 1))
-        mask = moved if moved.getbbox() else mask
-    if args.max_blur:
-        blurred = mask.filter(ImageFilter.GaussianBlur(rng.uniform(0, args.max_blur) * max(size)))
-        mask = blurred if blurred.getbbox() else mask
+    x0, y0, x1, y1 = mask.getbbox()
+    steps = 0 if region.kind in ("box", "nbox") else int(rng.integers(-args.mask_jitter, args.mask_jitter + 1))
+    sigma = rng.uniform(0, args.max_blur) * max(x1 - x0, y1 - y0)
+    if not steps and not sigma:
+        return region
+    margin = abs(steps) + math.ceil(3 * sigma)  # only the window that changes: filters are slow
+    window = (max(x0 - margin, 0), max(y0 - margin, 0), min(x1 + margin, size[0]), min(y1 + margin, size[1]))
+    inside = mask.crop(window)
+    if steps:
+        moved = inside.filter((ImageFilter.MaxFilter if steps > 0 else ImageFilter.MinFilter)(2 * abs(steps) + 1))
+        inside = moved if moved.getbbox() else inside
+    alpha = np.asarray(inside, np.float64)
+    if sigma:
+        blurred = np.asarray(inside.filter(ImageFilter.GaussianBlur(sigma)), np.float64)
+        alpha = blurred * (alpha.max() / blurred.max()) if blurred.any() else alpha
+    whole = np.zeros((size[1], size[0]))
+    whole[window[1] : window[3], window[0] : window[2]] = alpha / 255
     # as shares: a faint mask of whole numbers could be a map of labels
-    return Region.from_mask(np.asarray(mask) / 255, strength=region.strength)
+    return Region.from_mask(whole.clip(0, 1), strength=region.strength)
 
 
 class RegionTextCollator:
@@ -155,6 +168,7 @@ def held_out_samples(index: RegionIndex, picture: int, region_input: str) -> lis
     samples = []
     for facts in index.read(np.flatnonzero(index.picture_of == picture)):
         if facts.sample.references:
-            region = facts.forms[0] if region_input == "box" else facts.forms[-1]
+            whole = facts.forms[0].is_whole
+            region = facts.forms[0] if whole else facts.form("available" if region_input == "mixed" else region_input)
             samples.append(dataclasses.replace(facts.sample, regions=(region,)))
     return samples

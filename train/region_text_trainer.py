@@ -60,13 +60,10 @@ class RegionTextTrainer(RegionTrainer):
         if not self.pair_args.cache_chunk:
             return super().training_step(model, inputs, *args, **kwargs)
         model.train()
-        names = inputs["names"]
-        pixels = inputs["pixel_values"]  # may be too large for the accelerator: moved chunk by chunk
-        inputs = {**self._prepare_inputs({k: v for k, v in inputs.items() if k != "pixel_values"}), "names": names}
-        chunks = chunks_of({**inputs, "pixel_values": pixels}, self._count_of_chunks(len(pixels)))
+        inputs = self._prepare_inputs(inputs)
         return cached_backward(
-            chunks,
-            lambda chunk: self._embed_autocast(model, chunk),
+            chunks_of(inputs, self._count_of_chunks(len(inputs["text_of"]))),
+            lambda chunk: self._embed(model, chunk),
             lambda rows: self._loss_of(rows, inputs),
             self._backward_chunk,
             lambda is_last: contextlib.nullcontext() if is_last else self._unsynchronised(model),
@@ -78,10 +75,6 @@ class RegionTextTrainer(RegionTrainer):
         if self.args.world_size > 1:
             torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
         return int(count)
-
-    def _embed_autocast(self, model: nn.Module, chunk: dict[str, torch.Tensor]) -> Embeddings:
-        with self.compute_loss_context_manager():
-            return self._embed(model, self._prepare_inputs(chunk))
 
     def _embed(self, model: nn.Module, chunk: dict[str, torch.Tensor]) -> Embeddings:
         """Embeddings of a chunk's pairs, (N, D) each of length 1, and the factor of their cosines."""
@@ -98,12 +91,13 @@ class RegionTextTrainer(RegionTrainer):
         embeds = {
             "images": outputs.image_embeds,
             "texts": outputs.text_embeds[chunk["text_of"]],
-            "logit_scale": log_scale.clamp(max=_LARGEST_LOGIT_SCALE).exp().squeeze(),
+            "logit_scale": _capped(log_scale).exp().squeeze(),
         }
         if with_patches:  # what LLaVA reads: the last block but one, without the class token
             tokens = outputs.vision_model_output.hidden_states[-2][:, 1:]
             pooled = region_patch_embeds(tokens, pixels[:, 3:], clip.config.vision_config.patch_size)
-            projected = clip.visual_projection(clip.vision_model.post_layernorm(pooled))
+            with self.accelerator.autocast():  # `forward` has its own
+                projected = clip.visual_projection(clip.vision_model.post_layernorm(pooled))
             embeds["patches"] = functional.normalize(projected, dim=-1)
         return embeds
 
@@ -123,17 +117,20 @@ class RegionTextTrainer(RegionTrainer):
 
     def _refuse_nan(self, loss: torch.Tensor, names: Sequence[str]) -> None:
         """Raise ValueError on every process if the loss of any is no number."""
-        finite = torch.isfinite(loss.detach())
-        everywhere = finite.clone().int()
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
-        if not everywhere:
+        if not self._everywhere(bool(torch.isfinite(loss.detach()))):
             shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
             raise ValueError(
                 f"the loss is {float(loss)} at step {self.state.global_step} on process {self.args.process_index}, "
                 f"batch of {len(names)} samples: {shown}; the last whole checkpoint is kept. Lower learning_rate, take "
                 "bf16 in place of fp16, or look at these samples"
             )
+
+    def _everywhere(self, fine: bool) -> bool:
+        """Whether it is so on every process."""
+        flag = torch.tensor(int(fine), device=self.args.device)
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
+        return bool(flag)
 
     def _backward_chunk(self, surrogate: torch.Tensor, is_last: bool) -> None:
         accelerator = self.accelerator
@@ -172,21 +169,42 @@ class RegionTextTrainer(RegionTrainer):
             return self.lr_scheduler
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in `RegionTrainer`, once the weights are numbers: the loss was looked at before they were changed.
+
+        Raises:
+            ValueError: If they are none, on every process.
+        """
+        trained = [getattr(p, "ds_tensor", p) for p in self.model.parameters() if p.requires_grad]  # ZeRO-3's pieces
+        if not self._everywhere(all(bool(torch.isfinite(weight).all()) for weight in trained)):
+            raise ValueError(
+                f"the weights are no numbers after step {self.state.global_step}; no checkpoint is written, the last "
+                "whole one is kept. Lower learning_rate, set max_grad_norm, or take bf16 in place of fp16"
+            )
+        super()._save_checkpoint(model, trial)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """As in Trainer; the temperature as CLIP has it, whatever DeepSpeed needed."""
-        if state_dict is not None and "logit_scale" in state_dict:
-            state_dict = {**state_dict, "logit_scale": state_dict["logit_scale"].reshape(())}
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        if "logit_scale" in state_dict:
+            log_scale = state_dict["logit_scale"].clamp(max=_LARGEST_LOGIT_SCALE)
+            state_dict = {**state_dict, "logit_scale": log_scale.reshape(())}
         super()._save(output_dir, state_dict)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """How well regions are told apart by their texts; every process does it whole, as ZeRO-3 needs all of them."""
         model = clip_in(self.accelerator.unwrap_model(self.model_wrapped))
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             scores = score_region_text(model, self.processing_class, self.eval_dataset, truncation=True)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def _capped(log_scale: torch.Tensor) -> torch.Tensor:
+    """At most log 100; the gradient passes, so that a temperature beyond it comes down again."""
+    return log_scale - (log_scale - log_scale.clamp(max=_LARGEST_LOGIT_SCALE)).detach()
 
 
 def clip_in(model: nn.Module) -> AlphaCLIPModel:

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,10 @@ def what_makes_the_run(training_args: TrainingArguments, *others: Any) -> dict[s
 
 
 def open_indexes(folders: Sequence[str], training_args: TrainingArguments) -> list[RegionIndex]:
-    """The indexes of data folders, made now by one process where there are none."""
-    with training_args.main_process_first(desc="the index of the data"):
+    """The indexes of data folders, made now by one process of all machines where there are none (a large data set
+    takes longer than the others wait: scripts/prepare_data.py makes it beforehand).
+    """
+    with training_args.main_process_first(local=False, desc="the index of the data"):
         return [open_index(folder) for folder in folders]
 
 
@@ -84,18 +87,21 @@ def refuse_missing_pictures(indexes: Sequence[RegionIndex], max_missing: float, 
     Raises:
         ValueError: If they are more than the share `max_missing`.
     """
-    missing = [path for index in indexes for path in index.missing_pictures(TRAIN)]
+    missing: Counter = Counter()
+    for index in indexes:
+        missing.update(index.missing_pictures(TRAIN))
     pictures = sum(int((index.split_of_picture == TRAIN).sum()) for index in indexes)
     if not missing:
         return
     listed = out / "missing_images.txt"
     listed.write_text("\n".join(missing) + "\n", encoding="utf-8")
-    if len(missing) > max_missing * pictures:
+    count = missing.total()
+    if count > max_missing * pictures:
         raise ValueError(
-            f"{len(missing)} of {pictures} training pictures are missing (first: {missing[0]}; all: {listed}), more "
+            f"{count} of {pictures} training pictures are missing (first: {next(iter(missing))}; all: {listed}), more "
             f"than max_missing ({max_missing:.1%}) allows"
         )
-    logger.warning("%d of %d training pictures are missing, left out; listed in %s", len(missing), pictures, listed)
+    logger.warning("%d of %d training pictures are missing, left out; listed in %s", count, pictures, listed)
 
 
 def splits_of(indexes: Sequence[RegionIndex]) -> str:

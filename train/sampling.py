@@ -54,6 +54,7 @@ class PictureDataset(Dataset):
         self.seed = seed
         self.max_missing = max_missing
         self.skipped = skipped
+        self._known_as_skipped: set[str] = set()
         # millions of samples: arrays, no lists
         self._groups = [group_rows(index.rows(split, kinds), index.picture_of, regions_per_sample) for index in indexes]
         self._first = np.cumsum([0, *(len(bounds) - 1 for _, bounds in self._groups)])
@@ -81,16 +82,19 @@ class PictureDataset(Dataset):
         Raises:
             ValueError: If more pictures could not be opened than `max_missing` allows.
         """
-        epoch, sample = divmod(position, len(self))
-        index, rows = self.rows_of(sample)
-        rng = np.random.default_rng([self.seed, epoch, sample])
-        facts = index.read(self.drawn_rows(index, rows, rng))
-        try:
-            image = facts[0].sample.open_image()
-        except ValueError as error:
-            self._skip(facts[0].sample, error)
-            return self[epoch * len(self) + (sample + 1) % len(self)]
-        return self.made_of(facts, image, rng)
+        epoch, first = divmod(position, len(self))
+        for step in range(len(self)):
+            sample = (first + step) % len(self)
+            index, rows = self.rows_of(sample)
+            rng = np.random.default_rng([self.seed, epoch, sample])
+            facts = index.read(self.drawn_rows(index, rows, rng))
+            try:
+                image = facts[0].sample.open_image()
+            except ValueError as error:
+                self._skip(facts[0].sample, error)
+            else:
+                return self.made_of(facts, image, rng)
+        raise ValueError(f"no picture of the data can be opened; the reasons are in {self.skipped}")
 
     def drawn_rows(self, index: RegionIndex, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Those of a sample's rows that are used this time: all."""
@@ -103,9 +107,12 @@ class PictureDataset(Dataset):
     def _skip(self, sample: RegionSample, error: ValueError) -> None:
         """List a picture that cannot be opened, once, and stop when they are too many."""
         name = describe_source(sample.image)
-        known = skipped_pictures(self.skipped)
+        if name in self._known_as_skipped:
+            return
+        known = self._known_as_skipped = skipped_pictures(self.skipped)
         if name in known:
             return
+        known.add(name)
         line = json.dumps({"image": name, "reason": str(error)}) + "\n"
         descriptor = os.open(self.skipped, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -114,9 +121,9 @@ class PictureDataset(Dataset):
             os.close(descriptor)
         logger.warning("left out: %s", error)
         pictures = sum(len(index.pictures) for index in self.indexes)
-        if len(known) + 1 > self.max_missing * pictures:
+        if len(known) > self.max_missing * pictures:
             raise ValueError(
-                f"{len(known) + 1} of {pictures} pictures could not be opened, more than max_missing "
+                f"{len(known)} of {pictures} pictures could not be opened, more than max_missing "
                 f"({self.max_missing:.1%}) allows; they are listed in {self.skipped}"
             )
 
@@ -200,15 +207,14 @@ def draw_region(facts: RegionFacts, size: tuple[int, int], args: DataArguments, 
         rng: What is drawn from.
 
     Raises:
-        ValueError: If a mask is asked for and the region has none.
+        ValueError: If a mask or a box is asked for and the region has none.
     """
-    region = facts.forms[0]
-    if region.is_whole:
-        return region
-    if args.region_input == "mask" or (args.region_input == "mixed" and rng.random() < args.mask_share):
-        if facts.forms[-1].kind == "box":
-            raise ValueError(f"region {facts.sample.id} has no mask; use region_input: box")
-        region = facts.forms[-1]
+    if facts.forms[0].is_whole:
+        return facts.forms[0]
+    wanted = args.region_input
+    if wanted == "mixed":
+        wanted = "mask" if rng.random() < args.mask_share else "box"
+    region = facts.form(wanted)
     if args.box_jitter and region.kind == "box":
         region = Region.from_box(*jittered(region.data, size, args.box_jitter, rng))
     if args.min_strength < 1:

@@ -49,6 +49,20 @@ class RegionFacts:
     forms: tuple[Region, ...]
     turns: tuple[Turn, ...]
 
+    def form(self, wanted: str) -> Region:
+        """The region as "box", as "mask" (any form that is no box), or "available": its mask where it has one.
+
+        Raises:
+            ValueError: If it has no such form.
+        """
+        boxes = [form for form in self.forms if form.kind in ("box", "nbox")]
+        others = [form for form in self.forms if form.kind not in ("box", "nbox")]
+        found = {"box": boxes, "mask": others, "available": others or boxes}[wanted]
+        if not found:
+            other = "box" if boxes else "mask"
+            raise ValueError(f"region {self.sample.id} has no {wanted}; use region_input: {other}, or available")
+        return found[0]
+
 
 class RegionIndex:
     """An index on disk.
@@ -140,12 +154,12 @@ class RegionIndex:
             if turn["kind"] == "description"
         ]
 
-    def missing_pictures(self, split: str) -> list[str]:
-        """Paths of the split's pictures that are not there, a tar once for all that are in it. Folders are listed, as
-        asking for each picture takes minutes.
+    def missing_pictures(self, split: str) -> dict[str, int]:
+        """Paths of the split's pictures that are not there, or of the tars that hold them, and the number of pictures.
+        Folders are listed, as asking for each picture takes minutes.
         """
         listings: dict[str, set[str]] = {}
-        missing: dict[str, None] = {}
+        missing: Counter = Counter()
         for image, of_split in zip(self.pictures["image"], self.split_of_picture == split, strict=True):
             if not of_split:
                 continue
@@ -153,8 +167,8 @@ class RegionIndex:
             if folder not in listings:
                 listings[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
             if name not in listings[folder]:
-                missing[os.path.join(folder, name)] = None
-        return list(missing)
+                missing[os.path.join(folder, name)] += 1
+        return dict(missing)
 
     def _facts(self, row: dict[str, Any]) -> RegionFacts:
         picture = self.pictures[row["picture"]]

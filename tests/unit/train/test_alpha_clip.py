@@ -1,5 +1,6 @@
 """Contrastive training: exactly which weights move, what is saved and goes on, what is refused."""
 
+import gc
 import json
 import shutil
 
@@ -21,6 +22,20 @@ from vision_tower import AlphaCLIPModel, AlphaCLIPProcessor, Region
 ALPHA = "vision_model.embeddings.patch_embedding.alpha.weight"
 SAVING = ("--save_strategy", "steps", "--save_steps", 2)
 PLAIN = ("--optim", "sgd", "--max_grad_norm", 0, "--lr_scheduler_type", "constant")  # moves by the gradient itself
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_and_little_to_collect():
+    """The models are so small that threads only wait for each other; and half of a run is Accelerate's garbage
+    collection, which need not look at all that was imported.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +65,7 @@ def run(start, data, out, *flags):
     arguments = ["--model", start, "--data", data / "train", data / "val", "--output_dir", out, "--max_steps", 2]
     arguments += ["--per_device_train_batch_size", 4, "--dataloader_drop_last", "true", "--regions_per_image", 4]
     arguments += ["--use_cpu", "true", "--disable_tqdm", "true", "--learning_rate", "1e-2", "--logging_steps", 1]
+    arguments += ["--save_strategy", "no"]
     return alpha_clip.main([str(argument) for argument in (*arguments, *flags)])
 
 
@@ -95,9 +111,8 @@ def trainers(monkeypatch):
 TOWER = ("vision_model.", "visual_projection.")
 
 
-@pytest.mark.parametrize("optimizer", ["trainer", "muon"])
-def test_image_tower_projection_and_alpha_move_and_nothing_else(start, data, tmp_path, optimizer):
-    assert run(start, data, tmp_path, "--optimizer", optimizer) == 0
+def test_image_tower_projection_and_alpha_move_and_nothing_else(start, data, tmp_path):
+    assert run(start, data, tmp_path) == 0
     before = weights(start)
     names = moved(before, weights(tmp_path))
     assert ALPHA in names and of_parts(names, *TOWER) == of_parts(before, *TOWER)
@@ -207,7 +222,8 @@ def test_the_released_cosine_must_not_end_in_the_warm_up(start, data, tmp_path, 
     assert "released_steps: expected more than the 2 steps of the warm-up, got 2" in error_line(capsys)
 
 
-# Largest difference of a weight after two plain steps (the largest move is 1.3e-2). Measured: 1.5e-8 and 3.0e-8.
+# Largest difference of a weight after two plain steps, where the largest move is 0.1. Measured: 1.2e-7 with text tower
+# and temperature, 6.0e-8 with patches, 0 in one chunk with dropout.
 CACHED = 1e-6
 LEARNED = (
     "--train_parts",
@@ -233,7 +249,7 @@ def test_gradient_caching_learns_the_same(start, data, tmp_path, more):
 
 def test_gradient_caching_goes_twice_through_the_same_dropout(data, tmp_path):
     """In one chunk: more of them draw other numbers than a batch at once does."""
-    start = saved(tmp_path / "start", attention_dropout=0.3)
+    start = saved(tmp_path / "start", attention_dropout=0.6)
     for name, chunk in (("whole", 0), ("chunk", 100)):
         assert run(start, data, tmp_path / name, *PLAIN, "--patch_weight", 0.7, "--cache_chunk", chunk) == 0
     whole, chunk = weights(tmp_path / "whole"), weights(tmp_path / "chunk")
@@ -252,7 +268,7 @@ def test_patch_tokens_have_a_gradient_where_llava_reads_them(start, data, tmp_pa
         names = [name for name in without if name.startswith(f"vision_model.encoder.layers.{block}.")]
         return largest_difference({n: without[n] for n in names}, {n: with_[n] for n in names})
 
-    assert difference(2) <= 1e-8  # measured: 9.3e-10
+    assert difference(2) <= 1e-8  # measured: 0
     assert difference(1) > 1e-5 and difference(0) > 1e-5
 
 

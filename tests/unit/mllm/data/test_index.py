@@ -51,16 +51,16 @@ def test_pictures_in_tars_and_in_files(tmp_path, members):
     assert RegionIndex(tmp_path / "index", root=tmp_path / "t").read([0])[0].sample.image.tar.endswith("t/t/x.tar")
 
 
-def test_a_missing_tar_is_listed_once(tmp_path, members):
+def test_a_missing_tar_is_listed_once_with_all_its_pictures(tmp_path, members):
     rows = [sample(member, BOX, "x", 0, str(number)) for number, member in enumerate(members)]
     rows.append(sample(str(tmp_path / "a.png"), BOX, "x", 0, "file"))
     write_index(tmp_path / "index", tmp_path, rows, made_of="a test")
     index = RegionIndex(tmp_path / "index")
-    assert index.missing_pictures("train") == []
+    assert index.missing_pictures("train") == {}
     (tmp_path / "t" / "x.tar").unlink()
     (tmp_path / "a.png").unlink()
-    assert index.missing_pictures("train") == [str(tmp_path / "t" / "x.tar"), str(tmp_path / "a.png")]
-    assert index.missing_pictures("val") == []
+    assert index.missing_pictures("train") == {str(tmp_path / "t" / "x.tar"): len(members), str(tmp_path / "a.png"): 1}
+    assert index.missing_pictures("val") == {}
 
 
 def test_the_whole_image_beside_its_regions(tmp_path):

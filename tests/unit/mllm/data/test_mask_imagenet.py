@@ -54,7 +54,7 @@ def write(folder, *entries):
 def test_masks_boxes_and_texts_come_back_from_the_index(tmp_path):
     index_mask_imagenet(write(tmp_path, entry(1), entry(2)))
     index = RegionIndex(tmp_path)
-    assert index.missing_pictures("train") == [] and index.rows("train").tolist() == [0, 1]
+    assert index.missing_pictures("train") == {} and index.rows("train").tolist() == [0, 1]
     for number, facts in enumerate(index.read([0, 1]), 1):
         assert facts.forms[0] == Region.from_box(number, 5, number + 10, 15)
         assert np.array_equal(facts.forms[1].mask(20, 30), masked(number, number + 10))

@@ -38,7 +38,7 @@ def facts_of(index, scene_number):
 
 def test_regions_from_the_index_lie_where_their_phrase_was_drawn(root, drawn):
     index = RegionIndex(root)
-    assert len(index.pictures) == COUNT and index.missing_pictures("train") == []
+    assert len(index.pictures) == COUNT and index.missing_pictures("train") == {}
     for number, scene in enumerate(drawn):
         *regions, whole = facts_of(index, number)
         truth = {obj.phrase: mask for obj, mask in zip(scene.objects, scene.masks, strict=True)}

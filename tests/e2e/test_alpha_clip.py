@@ -1,0 +1,160 @@
+"""`python -m train.alpha_clip` as a process among others: killed, and on two ranks under each of DeepSpeed's stages."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mllm.data import shapes_grit
+from tests.tiny import build_tiny_clip
+from train import alpha_clip
+from train.trainer import last_whole_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+ALPHA = "vision_model.embeddings.patch_embedding.alpha.weight"
+# 8 pictures of 1 to 6 objects, 4 a step: an epoch is two steps, and two ranks have unequal numbers of pairs
+RECIPE = """
+model: {start}
+data: [{train}, {val}]
+regions_per_image: 6
+learning_rate: 1.0e-2
+learning_rates: [alpha=5.0e-2]
+max_steps: 6
+per_device_train_batch_size: 4
+dataloader_drop_last: true
+logging_steps: 1
+save_strategy: "no"
+use_cpu: true
+disable_tqdm: true
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a tiny model (its alpha weight not zero), its data and a recipe."""
+    folder = tmp_path_factory.mktemp("world")
+    for name, alpha_std in (("start", 0.3), ("blind", 0.0)):
+        model, processor = build_tiny_clip(alpha_std=alpha_std)
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+    for split in ("train", "val"):
+        shapes_grit.write(folder / split, 8, 1, split, min_objects=1, progress=False)
+    (folder / "recipe.yaml").write_text(RECIPE.format(**{n: folder / n for n in ("start", "train", "val")}))
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As many as a rank has: rounding depends on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def arguments(world, out, *flags):
+    return [str(argument) for argument in (world / "recipe.yaml", "--output_dir", out, *flags)]
+
+
+def train(world, out, *flags):
+    assert alpha_clip.main(arguments(world, out, *flags)) == 0
+    return out
+
+
+def launch(world, out, command, *flags):
+    """Run it as a process; returns its exit code and what it said."""
+    if "--deepspeed" in flags and shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("DeepSpeed compiles what its ranks on CPUs talk through: no C++ compiler here")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    started = subprocess.Popen(
+        [*command, *arguments(world, out, *flags)],
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "PATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    try:
+        output, _ = started.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)  # its ranks too
+        raise
+    return started.returncode, output
+
+
+def losses(out):
+    record = json.loads((out / "training_record.json").read_text())
+    return [entry["loss"] for entry in record["log"] if "loss" in entry]
+
+
+def assert_same(one, two, tolerance):
+    first, second = (load_file(out / "model.safetensors") for out in (one, two))
+    assert first.keys() == second.keys()
+    assert all(first[name].shape == second[name].shape for name in first)
+    worst = max((first[name] - second[name]).abs().max().item() for name in first)
+    print("WORST", worst, max(abs(a - b) for a, b in zip(losses(one), losses(two))))
+    assert worst <= tolerance, worst
+    assert losses(one) == pytest.approx(losses(two), abs=tolerance)
+
+
+SAVING = ("--save_strategy", "steps", "--save_steps", 3, "--save_total_limit", 2)
+KILLED_AT_FIVE = """
+import os, signal, sys
+from train import alpha_clip, trainer
+
+def on_step_end(self, args, state, control, **kwargs):
+    if state.global_step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+trainer.StopOnSignal.on_step_end = on_step_end
+alpha_clip.main(sys.argv[1:])
+"""
+
+
+def test_a_run_killed_within_an_epoch_goes_on_to_the_same_end(world, tmp_path):
+    """Killed at step 5; the checkpoint of step 3 lies in the middle of the second epoch."""
+    flags = (*SAVING, "--region_input", "mixed", "--min_strength", 0.5, "--mask_jitter", 1)
+    code, output = launch(world, tmp_path / "killed", [sys.executable, "-c", KILLED_AT_FIVE], *flags)
+    assert code == -signal.SIGKILL, output[-9000:]
+    assert last_whole_checkpoint(tmp_path / "killed").name == "checkpoint-3"
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    train(world, tmp_path / "killed", *flags)
+    train(world, tmp_path / "undisturbed", *flags)
+    assert_same(tmp_path / "undisturbed", tmp_path / "killed", 0)
+
+
+PLAIN = ("--optim", "sgd", "--lr_scheduler_type", "constant")  # Adam would make steps of gradients that are rounding
+LEARNED = ("--train_parts", *alpha_clip.PARTS)
+CHUNKS = ("--cache_chunk", 3)
+
+
+@pytest.mark.parametrize(
+    ("stage", "chunks", "tolerance"),
+    [
+        (None, CHUNKS, 1e-5),
+        (None, (), 1e-5),
+        ("zero1", (), 1e-5),
+        ("zero1", CHUNKS, 1e-5),
+        ("zero2", (), 1e-5),
+        ("zero2", CHUNKS, 1e-5),
+        ("zero3", (), 1e-5),
+        ("zero3", CHUNKS, 1e-5),
+    ],
+)
+def test_two_ranks_learn_what_one_does(world, tmp_path, stage, chunks, tolerance):
+    learned = [part for part in alpha_clip.PARTS if stage != "zero3" or part != "logit_scale"]
+    flags = [*PLAIN, "--train_parts", *learned]
+    train(world, tmp_path / "one", *flags)
+    two = [*flags, *chunks, "--per_device_train_batch_size", 2, *(("--deepspeed", stage) if stage else ())]
+    code, output = launch(world, tmp_path / "two", [*TORCHRUN, "-m", "train.alpha_clip"], *two)
+    assert code == 0, output[-9000:]
+    assert_same(tmp_path / "one", tmp_path / "two", tolerance)
