@@ -43,7 +43,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object], int]] = {
     "label smoothing 0.1": ("shapes_alpha_clip", {"label_smoothing_factor": 0.1}, 10),
     "the released schedule": ("shapes_alpha_clip", {"schedule": "released"}, 10),
     "no whole images": ("shapes_alpha_clip", {"whole_image_rate": 0}, 10),
-    "whole images 0.3": ("shapes_alpha_clip", {"whole_image_rate": 0.3}, 10),
+    "whole images 0.25": ("shapes_alpha_clip", {"whole_image_rate": 0.25}, 10),
     "alpha at the tower's rate": ("shapes_alpha_clip", {}, 1),
     "alpha at 100 times the tower's rate": ("shapes_alpha_clip", {}, 100),
     "temperature learned": (

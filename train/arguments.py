@@ -85,13 +85,10 @@ class ModelArguments:
         return named_numbers("learning_rates", self.learning_rates)
 
 
-@dataclass
-class DataArguments:
-    """Which data, and how a sample is made of it."""
+@dataclass(kw_only=True)
+class RegionArguments:
+    """In which form a region is shown, and which pictures may be left out: in every training."""
 
-    data: list[str] = field(
-        metadata={"help": "folders in Visual Genome's or RefCOCOg's layout, or their indexes (scripts/prepare_data.py)"}
-    )
     region_input: str = field(
         default="box",
         metadata={"help": "box, mask, mixed (one of both at random), or available (masks where there are)"},
@@ -102,6 +99,45 @@ class DataArguments:
     )
     min_strength: float = field(
         default=1.0, metadata={"help": "soft alpha: a region's strength is drawn between this and 1"}
+    )
+    max_missing: float = field(
+        default=0.001,
+        metadata={"help": "share of pictures that may be missing or damaged; they are listed and left out"},
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: If one is out of range.
+        """
+        if self.region_input not in REGION_INPUTS:
+            raise ValueError(f"region_input: expected one of {', '.join(REGION_INPUTS)}, got {self.region_input!r}")
+        if not 0 <= self.box_jitter < 0.5:  # opposite edges could meet
+            raise ValueError(f"box_jitter: expected a share from 0 to below 0.5, got {self.box_jitter}")
+        check_shares(self, "mask_share", "min_strength", "max_missing")
+
+
+def check_shares(arguments: object, *names: str) -> None:
+    """Raise ValueError unless these of the arguments are from 0 to 1."""
+    for name in names:
+        if not 0 <= vars(arguments)[name] <= 1:
+            raise ValueError(f"{name}: expected a number from 0 to 1, got {vars(arguments)[name]}")
+
+
+def check_at_least(arguments: object, least: int, *names: str) -> None:
+    """Raise ValueError unless these of the arguments are `least` or more."""
+    for name in names:
+        if vars(arguments)[name] < least:
+            raise ValueError(f"{name}: expected {least} or more, got {vars(arguments)[name]}")
+
+
+@dataclass(kw_only=True)
+class DataArguments(RegionArguments):
+    """Which data, and how a sample is made of it."""
+
+    data: list[str] = field(
+        metadata={"help": "folders in Visual Genome's or RefCOCOg's layout, or their indexes (scripts/prepare_data.py)"}
     )
     max_turns: int = field(default=1, metadata={"help": "a conversation is of 1 to this many questions"})
     turn_kinds: list[str] = field(
@@ -124,10 +160,6 @@ class DataArguments:
     regions_per_image: int = field(
         default=1, metadata={"help": "a sample is up to this many regions of one picture, each a conversation"}
     )
-    max_missing: float = field(
-        default=0.001,
-        metadata={"help": "share of pictures that may be missing or damaged; they are listed and left out"},
-    )
     eval_samples: int = field(default=200, metadata={"help": "held-out samples (split val) that evaluations use"})
     eval_metrics: list[str] = field(
         default_factory=lambda: ["exact match"],
@@ -142,16 +174,8 @@ class DataArguments:
         Raises:
             ValueError: If a value is out of range.
         """
-        if self.region_input not in REGION_INPUTS:
-            raise ValueError(f"region_input: expected one of {', '.join(REGION_INPUTS)}, got {self.region_input!r}")
-        for name in ("max_turns", "regions_per_image", "eval_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
-        for name in ("mask_share", "min_strength", "max_missing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
-        if not 0 <= self.box_jitter < 0.5:  # opposite edges could meet
-            raise ValueError(f"box_jitter: expected a share from 0 to below 0.5, got {self.box_jitter}")
+        super().__post_init__()
+        check_at_least(self, 1, "max_turns", "regions_per_image", "eval_samples")
         if unknown := set(self.eval_metrics) - set(EVAL_METRICS):
             raise ValueError(f"eval_metrics: expected names out of {EVAL_METRICS}, got {sorted(unknown)}")
         self.weight_of_kind()

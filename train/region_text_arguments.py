@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from train.arguments import REGION_INPUTS, check_optimizer, named_numbers, parse_recipe
+from train.arguments import (
+    RegionArguments,
+    check_at_least,
+    check_optimizer,
+    check_shares,
+    named_numbers,
+    parse_recipe,
+)
 from vision_tower.image_processing_alpha_clip import GEOMETRIES
 
 LOSSES = ("symmetric", "released")
@@ -98,8 +105,8 @@ class TowerArguments:
         return named_numbers("learning_rates", self.learning_rates)
 
 
-@dataclass
-class PairArguments:
+@dataclass(kw_only=True)
+class PairArguments(RegionArguments):
     """Which region-text pairs make a batch, and what is asked of their embeddings."""
 
     data: list[str] = field(
@@ -109,23 +116,16 @@ class PairArguments:
     )
     region_input: str = field(
         default="mask",
-        metadata={"help": "mask, box, mixed (one of both at random), or available (masks where there are)"},
+        metadata={"help": "box, mask, mixed (one of both at random), or available (masks where there are)"},
     )
-    mask_share: float = field(default=0.5, metadata={"help": "with mixed: how often the region is given as its mask"})
     regions_per_image: int = field(
         default=1, metadata={"help": "up to this many regions of a picture in a batch: each other's hard negatives"}
     )
     whole_image_rate: float = field(
         default=0.1, metadata={"help": "r_s: share of pairs that are the whole image, alpha of ones, with its caption"}
     )
-    box_jitter: float = field(
-        default=0.0, metadata={"help": "move each edge of a box by up to this share of its width or height (below 0.5)"}
-    )
     mask_jitter: int = field(
         default=0, metadata={"help": "grow or shrink a mask by up to this many pixels; it never vanishes"}
-    )
-    min_strength: float = field(
-        default=1.0, metadata={"help": "soft alpha: a region's strength is drawn between this and 1"}
     )
     max_blur: float = field(
         default=0.0, metadata={"help": "soft alpha: a mask is blurred by up to this share of its own longer side"}
@@ -145,10 +145,6 @@ class PairArguments:
     cache_chunk: int = field(
         default=0, metadata={"help": "gradient caching: embed so many pairs at a time, contrast all; 0: all at once"}
     )
-    max_missing: float = field(
-        default=0.001,
-        metadata={"help": "share of pictures that may be missing or damaged; they are listed and left out"},
-    )
     eval_pictures: int = field(default=200, metadata={"help": "held-out pictures (split val) that evaluations use"})
 
     def __post_init__(self) -> None:
@@ -157,20 +153,13 @@ class PairArguments:
         Raises:
             ValueError: If a value is out of range.
         """
-        for name, allowed in (("region_input", REGION_INPUTS), ("loss", LOSSES), ("schedule", SCHEDULES)):
+        super().__post_init__()
+        for name, allowed in (("loss", LOSSES), ("schedule", SCHEDULES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name in ("regions_per_image", "released_steps", "eval_pictures"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
-        for name in ("mask_share", "min_strength", "max_missing", "whole_image_rate", "max_blur"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a number from 0 to 1, got {getattr(self, name)}")
-        for name in ("mask_jitter", "patch_weight", "cache_chunk"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        if not 0 <= self.box_jitter < 0.5:  # opposite edges could meet
-            raise ValueError(f"box_jitter: expected a share from 0 to below 0.5, got {self.box_jitter}")
+        check_at_least(self, 1, "regions_per_image", "released_steps", "eval_pictures")
+        check_at_least(self, 0, "mask_jitter", "patch_weight", "cache_chunk")
+        check_shares(self, "whole_image_rate", "max_blur")
         if self.regions_per_image * self.whole_image_rate > 1:
             raise ValueError(
                 f"whole_image_rate: a picture is shown whole once among its {self.regions_per_image} pairs "

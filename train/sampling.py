@@ -22,7 +22,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from mllm.data.index import RegionFacts, RegionIndex
 from mllm.data.samples import RegionSample, describe_source
 from mllm.processing import Message
-from train.arguments import DataArguments
+from train.arguments import DataArguments, RegionArguments
 from vision_tower import Region
 
 logger = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def group_rows(rows: np.ndarray, picture_of: np.ndarray, size: int) -> tuple[np.
     return rows[np.argsort(group_of, kind="stable")], bounds
 
 
-def draw_region(facts: RegionFacts, size: tuple[int, int], args: DataArguments, rng: np.random.Generator) -> Region:
+def draw_region(facts: RegionFacts, size: tuple[int, int], args: RegionArguments, rng: np.random.Generator) -> Region:
     """A region in one of its forms, its box perhaps jittered, its strength perhaps below 1.
 
     Args:
