@@ -124,7 +124,7 @@ def print_report(args: argparse.Namespace, record: dict, reports: prepare.Report
     for split, regions in record["splits"].items():
         pictures, missing = int((index.split_of_picture == split).sum()), missing_of[split]
         line = f"split {split}: {regions:,} regions on {pictures:,} pictures"
-        print(line + (f", {len(missing):,} of them missing (first: {missing[0]})" if missing else ""))
+        print(line + (f", {sum(missing.values()):,} of them missing (first: {next(iter(missing))})" if missing else ""))
     if any(missing_of.values()):
         print(f"missing pictures are published as {PICTURES[args.kind]}")
     print(f"index: {index.folder} ({sum(f.stat().st_size for f in index.folder.iterdir()) / 1e6:.0f} MB)")

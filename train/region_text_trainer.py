@@ -70,11 +70,14 @@ class RegionTextTrainer(RegionTrainer):
         )
 
     def _count_of_chunks(self, pairs: int) -> int:
-        """Chunks of this batch, as many on every process: DeepSpeed's wait for each other at each."""
-        count = torch.tensor(math.ceil(pairs / self.pair_args.cache_chunk), device=self.args.device)
+        """Chunks of this batch, as many on every process: DeepSpeed's wait for each other at each. None is empty, even
+        where a process has so few pairs that others embed more than `cache_chunk` at a time.
+        """
+        counts = torch.tensor([math.ceil(pairs / self.pair_args.cache_chunk), -pairs], device=self.args.device)
         if self.args.world_size > 1:
-            torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
-        return int(count)
+            torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX)
+        most, fewest = counts.tolist()
+        return min(most, -fewest)
 
     def _embed(self, model: nn.Module, chunk: dict[str, torch.Tensor]) -> Embeddings:
         """Embeddings of a chunk's pairs, (N, D) each of length 1, and the factor of their cosines."""
