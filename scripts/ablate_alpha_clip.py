@@ -5,8 +5,8 @@
 Starts from one CLIP (scripts/build_shapes_clip.py). Every variant sees the same number of region-text pairs in batches
 of the same size (but for rounding: a batch is of whole pictures, the released recipe's has up to 3 % more). The
 released recipe and ours each take their best of three learning rates of alpha, chosen on validation scenes with the
-first seed, and the tower a hundredth and a tenth of it; the rows of single switches take ours. Scores are those of test scenes. A run
-that is there is not run again, so that the command goes on where it was stopped.
+first seed, and the tower a hundredth and a tenth of it; the rows of single switches take ours. Scores are those of
+test scenes. A run that is there is not run again, so that the command goes on where it was stopped.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ class RegionTextTrainer(RegionTrainer):
         if not self._everywhere(bool(torch.isfinite(loss.detach()))):
             shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
             raise ValueError(
-                f"the loss is {float(loss)} at step {self.state.global_step} on process {self.args.process_index}, "
+                f"the loss is {loss.item()} at step {self.state.global_step} on process {self.args.process_index}, "
                 f"batch of {len(names)} samples: {shown}; the last whole checkpoint is kept. Lower learning_rate, take "
                 "bf16 in place of fp16, or look at these samples"
             )

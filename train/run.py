@@ -60,9 +60,10 @@ def train_and_save(trainer: RegionTrainer, checkpoint: Path | None) -> int:
 
 def what_makes_the_run(training_args: TrainingArguments, *others: Any) -> dict[str, Any]:
     """The settings that decide what is learned: a checkpoint goes on only under the same ones."""
-    run = {k: v for k, v in training_args.to_sanitized_dict().items() if k not in _NOT_OF_THE_RUN}
+    settings = training_args.to_sanitized_dict()
     for arguments in others:
-        run |= vars(arguments)
+        settings |= vars(arguments)
+    run = {name: value for name, value in settings.items() if name not in _NOT_OF_THE_RUN}
     return {**run, "world_size": training_args.world_size}
 
 

@@ -106,7 +106,6 @@ def assert_same(one, two, tolerance, of_losses):
     assert first.keys() == second.keys()
     assert all(first[name].shape == second[name].shape for name in first)
     worst = max((first[name] - second[name]).abs().max().item() for name in first)
-    print("WORST", worst, [abs(a - b) for a, b in zip(losses(one), losses(two), strict=True)])  # noqa: T201
     assert worst <= tolerance, worst
     assert losses(one) == pytest.approx(losses(two), abs=of_losses)
 
@@ -150,8 +149,9 @@ def test_ranks_have_unequal_numbers_of_pairs(world, tmp_path):
 PLAIN = ("--optim", "sgd", "--lr_scheduler_type", "constant", "--learning_rate", 0.1, "--learning_rates", "alpha=10")
 CHUNKS = ("--cache_chunk", 3)
 PATCHES = ("--patch_weight", 0.5)
-# Measured worst differences over all of these: of a weight 3.0e-8, where the largest move is MOVED; of a loss 7.2e-7.
-TOLERANCE, OF_LOSSES = 1e-6, 1e-5
+# Measured worst differences over all of these: of a weight 2.4e-7 (with patch_weight 1.3e-6), where the largest move is
+# 1.9e-2; of a loss 7.2e-7 (3.3e-6).
+TOLERANCE, OF_LOSSES = 1e-5, 3e-5
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,6 @@ def test_two_ranks_learn_what_one_does(world, tmp_path, stage, flags):
     assert code == 0, output[-3000:]
     assert_same(tmp_path / "one", tmp_path / "two", TOLERANCE, OF_LOSSES)
     before, after = (load_file(folder / "model.safetensors") for folder in (world / "start", tmp_path / "two"))
-    print("MOVED", max((before[name] - after[name]).abs().max().item() for name in before))  # noqa: T201
     assert max((before[name] - after[name]).abs().max().item() for name in before) > 1e-2
     assert (before[ALPHA] - after[ALPHA]).abs().max() > 1e-3
     assert ("logit_scale" in flags) == (before["logit_scale"] != after["logit_scale"]).item()
