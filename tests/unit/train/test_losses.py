@@ -235,3 +235,21 @@ def test_patches_weigh_what_the_region_covers_of_them(dtype):
     expected = torch.stack([(tokens[0, 17] + 4 * tokens[0, 149]) / 5, tokens[1, 80]])
     assert (found - expected).abs().max() < 1e-5  # measured: 2.4e-7
     assert region_patch_embeds(tokens.bfloat16(), normalised(alpha, dtype), 4).dtype == torch.bfloat16
+
+
+def test_equal_texts_as_targets_come_to_the_same():
+    """Rows of one text have the same logits: the loss is linear in their targets, which add up to the same."""
+    torch.manual_seed(0)
+    images = torch.nn.functional.normalize(torch.randn(6, 5, dtype=torch.float64), dim=-1)
+    distinct = torch.nn.functional.normalize(torch.randn(3, 5, dtype=torch.float64), dim=-1)
+    ids = torch.tensor([0, 1, 0, 2, 0, 1])
+    results = []
+    for equal_texts in (True, False):
+        leaves = [tensor.clone().requires_grad_() for tensor in (images, distinct, torch.tensor(10.0).double())]
+        loss = region_text_loss(leaves[0], leaves[1][ids], leaves[2], ids, equal_texts=equal_texts)
+        results.append((loss.item(), torch.autograd.grad(loss, leaves)))
+    (shared, gradients), (own, other_gradients) = results
+    assert shared == pytest.approx(own, abs=1e-12)
+    for gradient, other in zip(gradients, other_gradients, strict=True):
+        assert gradient.abs().max() > 1e-3
+        torch.testing.assert_close(gradient, other, rtol=0, atol=1e-12)
