@@ -210,7 +210,7 @@ def prepare_model(model: AlphaCLIPModel, args: TowerArguments) -> PreTrainedMode
 
 def adapted(model: AlphaCLIPModel, args: TowerArguments) -> PreTrainedModel:
     """LoRA on the image tower's linear layers; other named parts are trained in full."""
-    modules = [PARTS[part] for part in args.train_parts if part not in ("vision_model", "logit_scale")]
+    modules = [PARTS[part] for part in args.train_parts if part != "vision_model"]
     config = LoraConfig(
         r=args.lora_r,
         lora_alpha=2 * args.lora_r if args.lora_alpha is None else args.lora_alpha,

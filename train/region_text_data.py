@@ -44,16 +44,16 @@ class RegionTextDataset(PictureDataset):
     ) -> None:
         super().__init__(indexes, split, ["description"], _ALL, seed, pair_args.max_missing, skipped)
         self.pair_args = pair_args
-        self._is_whole = [index.is_whole for index in indexes]
 
     @property
     def has_captions(self) -> bool:
         """Whether some picture has a caption of the whole of it; a question about the whole is none."""
-        return any(bool(w[rows].any()) for w, (rows, _) in zip(self._is_whole, self._groups, strict=True))
+        groups = zip(self.indexes, self._groups, strict=True)
+        return any(bool(index.is_whole[rows].any()) for index, (rows, _) in groups)
 
     def drawn_rows(self, index: RegionIndex, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Rows of different regions, and perhaps the whole image's in place of the last."""
-        whole = self._is_whole[self.indexes.index(index)][rows]
+        whole = index.is_whole[rows]
         regions, captions = rows[~whole], rows[whole]
         count = min(len(regions), self.pair_args.regions_per_image)
         drawn = rng.choice(regions, count, replace=False)
