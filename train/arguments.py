@@ -17,18 +17,10 @@ REGION_INPUTS = ("box", "mask", "mixed", "available")
 EVAL_METRICS = ("exact match", "CIDEr")
 
 
-@dataclass
-class ModelArguments:
-    """Which model, and which of its parts are trained how."""
+@dataclass(kw_only=True)
+class PartArguments:
+    """Which parts of a model are trained how: what every training can be told about a model."""
 
-    model: str | None = field(
-        default=None, metadata={"help": "directory or hub id of a LLaVA-1.5 or BLIP-2 (default: the embedded model)"}
-    )
-    alpha_weights: str | None = field(
-        default=None, metadata={"help": "Alpha-CLIP checkpoint for the tower; released LLaVA carries plain CLIP"}
-    )
-    dtype: str = field(default="float32", metadata={"help": "of frozen weights; trained ones are kept in float32"})
-    load_in: str | None = field(default=None, metadata={"help": "4bit or 8bit: quantise the frozen language model"})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, ... (Transformers' default)"})
     train_parts: list[str] = field(
         default_factory=list,
@@ -43,10 +35,15 @@ class ModelArguments:
     lora_targets: list[str] = field(
         default_factory=list, metadata={"help": "names of the layers, q_proj v_proj ... (default: every linear layer)"}
     )
-    lora_tower: bool = field(default=False, metadata={"help": "LoRA on the vision tower too"})
     learning_rates: list[str] = field(
         default_factory=list,
-        metadata={"help": "of parts trained in full, where another than learning_rate: multi_modal_projector=2e-5"},
+        metadata={
+            "help": "of parts trained in full, where another than learning_rate: multi_modal_projector=2e-5 alpha=2e-4"
+        },
+    )
+    optimizer: str = field(
+        default="trainer",
+        metadata={"help": "trainer (Trainer's `optim`), or muon (Muon for matrices, AdamW for the rest)"},
     )
     plan: bool = field(
         default=False,
@@ -55,10 +52,6 @@ class ModelArguments:
     device_tflops: float | None = field(
         default=None, metadata={"help": "with --plan: what a device computes in such work, 10^12 operations a second"}
     )
-    optimizer: str = field(
-        default="trainer",
-        metadata={"help": "trainer (Trainer's `optim`), or muon (Muon for matrices, AdamW for the rest)"},
-    )
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -66,14 +59,12 @@ class ModelArguments:
         Raises:
             ValueError: If one is out of range, or two contradict each other.
         """
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {self.dtype!r}")
         if self.lora_r < 0:
             raise ValueError(f"lora_r: expected 0 (no LoRA) or more, got {self.lora_r}")
-        if self.load_in and not self.lora_r:
-            raise ValueError("load_in: quantised weights cannot be trained; give lora_r")
-        if not self.lora_r and (self.lora_targets or self.lora_tower or self.lora_alpha):
-            raise ValueError("lora_targets, lora_tower and lora_alpha need lora_r above 0")
+        # not the dropout: its default is not 0
+        given = [name for name in ("lora_targets", "lora_tower", "lora_alpha") if getattr(self, name, None)]
+        if given and not self.lora_r:
+            raise ValueError(f"{', '.join(given)}: no effect without LoRA; give lora_r above 0 too")
         self.rate_of_part()
 
     def rate_of_part(self) -> dict[str, float]:
@@ -83,6 +74,33 @@ class ModelArguments:
             ValueError: If an entry is not PART=RATE with a rate above 0.
         """
         return named_numbers("learning_rates", self.learning_rates)
+
+
+@dataclass(kw_only=True)
+class ModelArguments(PartArguments):
+    """Which LLaVA or BLIP-2, and which of its parts are trained how."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "directory or hub id of a LLaVA-1.5 or BLIP-2 (default: the embedded model)"}
+    )
+    alpha_weights: str | None = field(
+        default=None, metadata={"help": "Alpha-CLIP checkpoint for the tower; released LLaVA carries plain CLIP"}
+    )
+    dtype: str = field(default="float32", metadata={"help": "of frozen weights; trained ones are kept in float32"})
+    load_in: str | None = field(default=None, metadata={"help": "4bit or 8bit: quantise the frozen language model"})
+    lora_tower: bool = field(default=False, metadata={"help": "LoRA on the vision tower too"})
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: If one is out of range, or two contradict each other.
+        """
+        super().__post_init__()
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {self.dtype!r}")
+        if self.load_in and not self.lora_r:
+            raise ValueError("load_in: quantised weights cannot be trained; give lora_r")
 
 
 @dataclass(kw_only=True)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from train.arguments import (
+    PartArguments,
     RegionArguments,
     check_at_least,
     check_optimizer,
     check_shares,
-    named_numbers,
     parse_recipe,
 )
 from vision_tower.image_processing_alpha_clip import GEOMETRIES
@@ -21,8 +21,8 @@ LOSSES = ("symmetric", "released")
 SCHEDULES = ("trainer", "released")
 
 
-@dataclass
-class TowerArguments:
+@dataclass(kw_only=True)
+class TowerArguments(PartArguments):
     """Which CLIP, and which of its parts are trained how."""
 
     model: str = field(metadata={"help": "directory or hub id of a CLIP (alpha starts at zero) or an Alpha-CLIP"})
@@ -30,7 +30,6 @@ class TowerArguments:
         default="pad",
         metadata={"help": "how a picture becomes a square: pad, stretch or crop (which cuts regions off)"},
     )
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, ... (Transformers' default)"})
     train_parts: list[str] = field(
         default_factory=lambda: ["vision_model", "visual_projection", "alpha"],
         metadata={
@@ -44,32 +43,12 @@ class TowerArguments:
     lora_r: int = field(
         default=0, metadata={"help": "rank of LoRA on the image tower, in place of vision_model; 0: none"}
     )
-    lora_alpha: float | None = field(default=None, metadata={"help": "LoRA's scale is lora_alpha / r (default: 2 r)"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout before LoRA's matrices"})
-    lora_targets: list[str] = field(
-        default_factory=list, metadata={"help": "names of the layers, q_proj v_proj ... (default: every linear layer)"}
-    )
-    learning_rates: list[str] = field(
-        default_factory=list,
-        metadata={"help": "of parts, where another than learning_rate: alpha=2e-4 (the paper's 100 times)"},
-    )
     logit_scale: float | None = field(
         default=None, metadata={"help": "what cosines are multiplied with (default: the model's own, CLIP's is 100)"}
     )
-    optimizer: str = field(
-        default="trainer",
-        metadata={"help": "trainer (Trainer's `optim`), or muon (Muon for matrices, AdamW for the rest)"},
-    )
     decay_all: bool = field(
         default=False, metadata={"help": "weight decay on norms and biases too, as the released training has it"}
-    )
-
-    plan: bool = field(
-        default=False,
-        metadata={"help": "print parameters, memory, steps and hours of the run, and end; reads no weights"},
-    )
-    device_tflops: float | None = field(
-        default=None, metadata={"help": "with --plan: what a device computes in such work, 10^12 operations a second"}
     )
 
     def __post_init__(self) -> None:
@@ -78,14 +57,13 @@ class TowerArguments:
         Raises:
             ValueError: If one is out of range, or two contradict each other.
         """
+        super().__post_init__()
         if self.geometry not in GEOMETRIES:
             raise ValueError(f"geometry: expected one of {', '.join(GEOMETRIES)}, got {self.geometry!r}")
         if self.train_blocks is not None and self.train_blocks < 0:
             raise ValueError(f"train_blocks: expected 0 or more, got {self.train_blocks}")
-        if self.lora_r < 0:
-            raise ValueError(f"lora_r: expected 0 (no LoRA) or more, got {self.lora_r}")
-        if not self.lora_r and (self.lora_targets or self.lora_alpha or self.lora_dropout):
-            raise ValueError("lora_targets, lora_alpha and lora_dropout need lora_r above 0")
+        if self.lora_dropout and not self.lora_r:
+            raise ValueError("lora_dropout: no effect without LoRA; give lora_r above 0 too")
         if self.lora_r and self.train_blocks is not None:
             raise ValueError("train_blocks: blocks are frozen under LoRA; give one of the two")
         if self.train_blocks is not None and "vision_model" not in self.train_parts:
@@ -94,15 +72,6 @@ class TowerArguments:
             raise ValueError("train_parts: an adapter holds no logit_scale; leave it out, or lora_r")
         if self.logit_scale is not None and not 0 < self.logit_scale <= 100:
             raise ValueError(f"logit_scale: expected a factor above 0 and up to 100, got {self.logit_scale}")
-        self.rate_of_part()
-
-    def rate_of_part(self) -> dict[str, float]:
-        """`learning_rates` as numbers by part.
-
-        Raises:
-            ValueError: If an entry is not PART=RATE with a rate above 0.
-        """
-        return named_numbers("learning_rates", self.learning_rates)
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,7 @@
 """`python -m train.alpha_clip RECIPE --plan true`: what a contrastive run takes, told without loading weights.
 
-As `train/plan.py`, whose states and table it uses; the activations counted are those of the image tower on the meta
-device, and the similarities of the batch.
+As `train/plan.py`, whose states and table it uses; the activations counted are those of the towers that are trained, on
+the meta device, and the similarities of the batch.
 """
 
 from __future__ import annotations
@@ -65,33 +65,55 @@ def plan_contrast(
 
 
 def tower_activations(clip: AlphaCLIPModel, pairs: int, bytes_each: int, checkpointing: bool) -> Activations:
-    """What autograd keeps for the backward pass of the image tower, and what it keeps of one block; with checkpointing
-    the inputs of the blocks, and all of one block.
+    """What autograd keeps for the backward pass of the towers that are trained, and what it keeps of one block of the
+    image tower; with checkpointing the inputs of the blocks, and all of one block. Texts count as phrases.
     """
     vision = clip.config.vision_config
     pixels = torch.empty(pairs, 4, vision.image_size, vision.image_size, device="meta")
-    tower = clip.vision_model
+    kept = _activations(clip.vision_model, pixels, _patches(clip), bytes_each, checkpointing)
+    if not _is_trained(clip.text_model):
+        return kept
+    phrases = torch.empty(pairs, _PHRASE, dtype=torch.int64, device="meta")
+    of_texts = _activations(clip.text_model, phrases, _PHRASE, bytes_each, checkpointing)
+    return Activations(kept.all + of_texts.all, kept.layer)
+
+
+def _activations(
+    tower: nn.Module, inputs: torch.Tensor, tokens: int, bytes_each: int, checkpointing: bool
+) -> Activations:
     with kept_for_backward() as kept:
-        tower(pixels)
+        tower(inputs)
     everything = sum(kept.values()) * bytes_each // 4  # counted in float32
-    block = everything // vision.num_hidden_layers
+    blocks = tower.config.num_hidden_layers
+    block = everything // blocks
     if checkpointing:
-        tokens = (vision.image_size // vision.patch_size) ** 2 + 1
-        inputs = vision.num_hidden_layers * pairs * tokens * vision.hidden_size * bytes_each
-        return Activations(inputs + block, block)
+        of_inputs = blocks * len(inputs) * tokens * tower.config.hidden_size * bytes_each
+        return Activations(of_inputs + block, block)
     return Activations(everything, block)
 
 
 def step_flops(clip: AlphaCLIPModel, pairs: int, cached: bool, args: TrainingArguments) -> float:
-    """Floating point operations of a step's matrices: 2 a weight and token forward, 4 back, and 2 for each further
-    forward pass (gradient caching, checkpointing); of the frozen text tower 2.
+    """Floating point operations of a step's matrices: 2 a weight and token forward, 4 back through a tower that is
+    trained, and 2 for each further forward pass (gradient caching embeds both towers twice; checkpointing).
 
     Source: Kaplan et al., arXiv 2001.08361, section 2.1; attention's own products are left out.
     """
+    passes = {
+        tower: 2 * (1 + cached) + (4 + 2 * args.gradient_checkpointing) * _is_trained(tower)
+        for tower in (clip.vision_model, clip.text_model)
+    }
+    tokens = {clip.vision_model: _patches(clip), clip.text_model: _PHRASE}
+    return pairs * sum(passes[tower] * tokens[tower] * _matrices(tower) for tower in passes)
+
+
+def _patches(clip: AlphaCLIPModel) -> int:
+    """Tokens of a picture, the class token among them."""
     vision = clip.config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2 + 1
-    passes = 6 + 2 * cached + 2 * args.gradient_checkpointing
-    return pairs * (passes * patches * _matrices(clip.vision_model) + 2 * _PHRASE * _matrices(clip.text_model))
+    return (vision.image_size // vision.patch_size) ** 2 + 1
+
+
+def _is_trained(tower: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in tower.parameters())
 
 
 def _matrices(module: nn.Module) -> int:

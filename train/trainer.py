@@ -67,7 +67,11 @@ class RegionTrainer(Trainer):
         return EpochSampler(len(dataset), args.seed, dataset.lengths if grouped else None, batch)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As in Trainer, with a learning rate of its own for each part that has one."""
+        """As in Trainer, with a learning rate of its own for each part that has one.
+
+        Raises:
+            ValueError: If such a part is not trained.
+        """
         model = self.model if model is None else model
         args = self.args
         if self.optimizer_name == "muon":
@@ -76,10 +80,16 @@ class RegionTrainer(Trainer):
         elif self.rates and self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(model))
             groups: dict[tuple, list] = {}
+            frozen = set(self.rates)
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    rate = self.rates.get(part_of(name, self.parts), args.learning_rate)
-                    groups.setdefault((rate, name in decayed), []).append(parameter)
+                    part = part_of(name, self.parts)
+                    frozen.discard(part)
+                    groups.setdefault((self.rates.get(part, args.learning_rate), name in decayed), []).append(parameter)
+            if frozen:
+                raise ValueError(
+                    f"learning_rates: {', '.join(sorted(frozen))}: not trained; name it in train_parts too"
+                )
             optimizer, settings = self.get_optimizer_cls_and_kwargs(args, model)
             self.optimizer = optimizer(
                 [

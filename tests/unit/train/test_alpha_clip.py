@@ -431,6 +431,7 @@ def test_a_hub_id_without_network_is_refused_at_once(data, tmp_path, monkeypatch
     [
         (("--train_parts", "tower"), "train_parts: expected names out of vision_model, visual_projection"),
         (("--learning_rates", "tower=1e-3"), "train_parts: expected names out of vision_model, visual_projection"),
+        (("--learning_rates", "text_model=1e-3"), "learning_rates: text_model: not trained; name it in train_parts"),
         (("--train_blocks", 4), "train_blocks: the tower has 3 blocks, got 4"),
         (("--lora_r", 2, "--lora_targets", "query"), "lora_targets: expected names out of fc1"),
         (("--lora_r", 2, "--train_parts", "logit_scale"), "an adapter holds no logit_scale"),
