@@ -64,7 +64,9 @@ class RegionTrainer(Trainer):
         args = self.args
         grouped = args.train_sampling_strategy == "group_by_length"
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return EpochSampler(len(dataset), args.seed, dataset.lengths if grouped else None, batch)
+        sampler = EpochSampler(len(dataset), args.seed, dataset.lengths if grouped else None, batch)
+        self.add_callback(TellEpoch(sampler))
+        return sampler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As in Trainer, with a learning rate of its own for each part that has one.
@@ -133,6 +135,19 @@ class RegionTrainer(Trainer):
                 f"cannot write the checkpoint {folder} ({' '.join(str(error).split())[:200]}); is the disk full? "
                 f"The last whole one is {last or 'none'}: make room, and the same command goes on from there"
             ) from error
+
+
+class TellEpoch(TrainerCallback):
+    """Tells the sampler which epoch begins. Trainer does so too, but where a run of several processes goes on in the
+    middle of an epoch, the sampler is wrapped deeper than it reaches, and would begin with epoch 0 again.
+    """
+
+    def __init__(self, sampler: EpochSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        """Tell."""
+        self.sampler.set_epoch(int(state.epoch))
 
 
 class StopOnSignal(TrainerCallback):

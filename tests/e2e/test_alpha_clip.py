@@ -200,3 +200,64 @@ def test_alpha_stays_at_zero_under_every_stage(world, tmp_path, stage):
     before, after = (load_file(folder / "model.safetensors") for folder in (world / "blind", tmp_path))
     assert not after[ALPHA].any()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def launch_two(world, out, script, *flags):
+    """As `launch`, on two ranks of a script of the test's own."""
+    file = out.with_name(f"{out.name}.py")
+    file.write_text(script)
+    return launch(world, out, [*TORCHRUN, str(file)], *flags, "--per_device_train_batch_size", 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", [(), ("--deepspeed", "zero2"), ("--deepspeed", "zero3")], ids=" ".join)
+def test_two_ranks_killed_within_an_epoch_go_on_to_the_same_end(world, tmp_path, deepspeed):
+    flags = (*SAVING, *deepspeed, "--learning_rates", "alpha=3e-2")
+    code, output = launch_two(world, tmp_path / "killed", KILLED_AT_FIVE, *flags)
+    assert code != 0 and "SIGKILL" in output, output[-3000:]
+    assert last_whole_checkpoint(tmp_path / "killed").name == "checkpoint-3"
+    goes_on = KILLED_AT_FIVE.replace("trainer.StopOnSignal.on_step_end = on_step_end", "")
+    for name in ("killed", "undisturbed"):
+        code, output = launch_two(world, tmp_path / name, goes_on, *flags)
+        assert code == 0, output[-3000:]
+    assert_same(tmp_path / "undisturbed", tmp_path / "killed", 0, 0)
+
+
+NAN_ON_ONE = """
+import os, sys
+from train import alpha_clip, region_text_trainer
+
+loss_of = region_text_trainer.region_text_loss
+calls = []
+
+
+def spoiled(*args, **kwargs):
+    calls.append(1)
+    loss = loss_of(*args, **kwargs)
+    return loss * float("nan") if os.environ["RANK"] == "1" and len(calls) == 5 else loss
+
+region_text_trainer.region_text_loss = spoiled
+sys.exit(alpha_clip.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--deepspeed", "zero2")], ids=["torchrun", "zero2"])
+def test_a_loss_that_is_no_number_on_one_rank_ends_both(world, tmp_path, flags):
+    code, output = launch_two(world, tmp_path / "out", NAN_ON_ONE, *SAVING, *flags)
+    assert code != 0
+    assert "error: the loss is nan at step 4 on process 1, batch of" in output, output[-3000:]
+    assert "exitcode  : 2" in output and "Signal" not in output  # both ended by themselves
+    assert last_whole_checkpoint(tmp_path / "out").name == "checkpoint-3"
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--deepspeed", "zero2"), CHUNKS], ids=["torchrun", "zero2", "chunks"])
+def test_two_ranks_in_bfloat16_learn_what_one_does(world, tmp_path, flags):
+    """Weights that are trained stay in float32: measured differences are of the products' rounding."""
+    train(world, tmp_path / "one", *PLAIN, "--bf16", "true")
+    two = ("--bf16", "true", "--per_device_train_batch_size", 2, *flags)
+    code, output = launch(world, tmp_path / "two", [*TORCHRUN, "-m", "train.alpha_clip"], *PLAIN, *two)
+    assert code == 0, output[-3000:]
+    assert_same(tmp_path / "one", tmp_path / "two", 1e-3, 1e-2)
