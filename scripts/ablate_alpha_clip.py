@@ -12,6 +12,7 @@ test scenes. A run that is there is not run again, so that the command goes on w
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -100,7 +101,9 @@ class Ablation:
 
     def __init__(self, work: Path, pairs: int, scenes: int, jobs: int) -> None:
         self.clip = work / "clip"
-        self.out = work / f"ablations_{pairs}"
+        with open(self.clip / "model.safetensors", "rb") as weights:  # runs of another CLIP are other runs
+            of_clip = hashlib.file_digest(weights, "sha256").hexdigest()[:8]
+        self.out = work / f"ablations_{pairs}_of_{scenes}_{of_clip}"
         self.steps = pairs // BATCH
         self.jobs = jobs
         self.data = scenes_folder(work, scenes, ALPHA_SEED)

@@ -1,11 +1,10 @@
-"""Build the embedded model from nothing: scenes, tokenizer, a random LLaVA, training, scores, files.
+"""Build the embedded model from nothing, as the paper builds its own: a CLIP, from it an Alpha-CLIP, from that a LLaVA.
 
-    python scripts/build_embedded_model.py [--work DIR] [--out DIR] [--seed S] [--as-the-paper]
+    python scripts/build_embedded_model.py [--work DIR] [--out DIR] [--seed S] [--scenes N] [--flag value ...]
 
-On 2 CPU cores this takes about one and a half hours. What comes out of the same machine and seed is the same model.
-
-With --as-the-paper the tower is not learned from descriptions, but is that of an Alpha-CLIP which was trained out of a
-CLIP (scripts/build_shapes_clip.py), and it is frozen, as in Alpha-CLIP's LLaVA. The shipped model was built without.
+The first two stages are those of scripts/build_shapes_clip.py; further flags go to the recipe of the third. On 2 CPU
+cores all takes about two hours. Draws the loss of each stage to `WORK/training.png`. What comes out of the same machine
+and seed is the same model; a stage that is there is kept, so that the command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
-from build_shapes_clip import CLIP_SCENES, build_alpha_clip, build_clip
+from build_shapes_clip import ALPHA_SCENES, CLIP_SCENES, build_alpha_clip, build_clip, clip_scenes_folder
 from PIL import Image
+from plot_training import draw
 from transformers import LlamaConfig, LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration, set_seed
 
 from mllm.data import shapes
@@ -32,13 +32,12 @@ from mllm.llava import build_llava_processor
 from mllm.loading import EMBEDDED_MODEL
 from mllm.processing import VICUNA_V1_SYSTEM
 from train import finetune
-from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel, Region
+from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionModel, Region
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "train" / "recipes" / "shapes_embedded.yaml"
-TRAIN_SCENES, TRAIN_SEED = 20_000, 1
+TRAIN_SCENES, TRAIN_SEED = 20_000, 1  # those that the Alpha-CLIP was trained on
 SAMPLE_SCENES, SAMPLE_SEED = 3, 11
-IMAGE_SIZE, PATCH_SIZE = 96, 12
 VOCABULARY = 640  # 256 bytes, so that any text can be read, and the words of the Shapes world
 
 
@@ -48,50 +47,43 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "embedded_model", help="scenes and checkpoints")
     parser.add_argument("--out", type=Path, default=EMBEDDED_MODEL, help="where the finished model goes")
     parser.add_argument("--seed", type=int, default=2, help="of initial weights and training order (default 2)")
-    parser.add_argument(
-        "--scenes", type=int, default=TRAIN_SCENES, help="training scenes; fewer only to try the script"
-    )
-    parser.add_argument("--as-the-paper", action="store_true", help="CLIP, from it an Alpha-CLIP, from that the LLaVA")
+    parser.add_argument("--scenes", type=int, help="training scenes of each stage; only to try the script")
     args, recipe_flags = parser.parse_known_args()
 
-    if args.as_the_paper:
-        if failed := build_clip(args.work, args.seed, min(args.scenes, CLIP_SCENES)) or build_alpha_clip(
-            args.work, args.seed, args.scenes
-        ):
-            return failed
-        recipe_flags = ["--train_parts", "multi_modal_projector", "language_model", "lm_head", *recipe_flags]
-    data = args.work / f"shapes_train_{TRAIN_SEED}_{args.scenes}"
+    failed = build_clip(args.work, args.seed, args.scenes or CLIP_SCENES) or build_alpha_clip(
+        args.work, args.seed, args.scenes or ALPHA_SCENES
+    )
+    if failed:
+        return failed
+    scenes = args.scenes or TRAIN_SCENES
+    data = args.work / f"shapes_train_{TRAIN_SEED}_{scenes}"
     if not (data / "image_data.json").exists():
-        shapes.write(data, args.scenes, TRAIN_SEED, "train")
+        shapes.write(data, scenes, TRAIN_SEED, "train")
     start, trained = args.work / f"start_{args.seed}", args.work / f"trained_{args.seed}"
-    write_start(start, args.seed, args.work / "alpha_clip" if args.as_the_paper else None)
+    write_start(start, args.seed, args.work / "alpha_clip")
     flags = {"--model": start, "--data": data, "--output_dir": trained, "--seed": args.seed}
     failed = finetune.main([str(RECIPE), *(str(part) for flag in flags.items() for part in flag), *recipe_flags])
     if failed:
         return failed
     export(trained, args.out)
-    (args.out / shapes.TRAINING_SCENES).write_bytes(b"".join(_training_hashes(data)))
+    seen = clip_scenes_folder(args.work, args.scenes or CLIP_SCENES), data
+    (args.out / shapes.TRAINING_SCENES).write_bytes(b"".join(hashes_of_pictures(*seen)))
     write_sample_scenes(args.out.parent / "scenes")
+    draw([args.work / "clip", args.work / "alpha_clip", trained], args.work / "training.png")
     print(f"wrote {args.out}; score it with: python scripts/score_embedded_model.py --model {args.out}")
     return 0
 
 
-def write_start(out: Path, seed: int, alpha_clip: Path | None = None) -> None:
-    """A randomly initialised LLaVA of the embedded model's size, with its processor; its tower that of an Alpha-CLIP
-    where one is given.
+def write_start(out: Path, seed: int, alpha_clip: Path) -> None:
+    """A LLaVA of the embedded model's size with the tower of an Alpha-CLIP, and its processor; projector and language
+    model are random.
     """
     tokenizer = train_tokenizer(out / "tokenizer")
+    tower = AlphaCLIPVisionModel.from_pretrained(alpha_clip)
+    side = tower.config.image_size
     set_seed(seed)
     config = LlavaConfig(
-        vision_config=AlphaCLIPVisionConfig(
-            hidden_size=192,
-            intermediate_size=768,
-            num_hidden_layers=6,
-            num_attention_heads=6,
-            image_size=IMAGE_SIZE,
-            patch_size=PATCH_SIZE,
-            projection_dim=192,
-        ),
+        vision_config=tower.config,
         text_config=LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=192,
@@ -105,12 +97,10 @@ def write_start(out: Path, seed: int, alpha_clip: Path | None = None) -> None:
             pad_token_id=tokenizer.pad_token_id,
         ),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
+        image_seq_length=(side // tower.config.patch_size) ** 2,
     )
     model = LlavaForConditionalGeneration(config)
-    if alpha_clip is not None:
-        trained = AlphaCLIPVisionModel.from_pretrained(alpha_clip)
-        model.model.vision_tower.load_state_dict(trained.state_dict())
+    model.model.vision_tower.load_state_dict(tower.state_dict())
     model.generation_config.update(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -118,7 +108,7 @@ def write_start(out: Path, seed: int, alpha_clip: Path | None = None) -> None:
         max_new_tokens=64,
     )
     model.save_pretrained(out)
-    image_processor = AlphaCLIPImageProcessor.for_size(IMAGE_SIZE, "pad")
+    image_processor = AlphaCLIPImageProcessor.for_size(side, "pad")
     build_llava_processor(image_processor, tokenizer, config).save_pretrained(out)
 
 
@@ -173,10 +163,12 @@ def write_sample_scenes(folder: Path) -> None:
         (folder / f"scene_{number}.json").write_text(json.dumps(regions, indent=1) + "\n", encoding="utf-8")
 
 
-def _training_hashes(data: Path) -> Iterator[bytes]:
-    for file in sorted((data / "VG_100K").iterdir(), key=lambda file: int(file.stem)):
-        with Image.open(file) as picture:
-            yield shapes.scene_hash(np.asarray(picture))
+def hashes_of_pictures(*folders: Path) -> Iterator[bytes]:
+    """The hash of each scene in these folders."""
+    for folder in folders:
+        for file in sorted(folder.rglob("*.png")):
+            with Image.open(file) as picture:
+                yield shapes.scene_hash(np.asarray(picture))
 
 
 def export(trained: Path, out: Path) -> None:

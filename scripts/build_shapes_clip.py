@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import CLIPTextConfig, CLIPTokenizer, set_seed
@@ -28,8 +29,10 @@ from vision_tower import (
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "train" / "recipes"
 CLIP_SCENES, ALPHA_SCENES = 24_000, 20_000
-CLIP_SEED, ALPHA_SEED = 101, 1  # of the scenes; the embedded model's language model is trained on those of seed 1
+CLIP_SEED, ALPHA_SEED = 101, 1  # of the scenes
 WIDTH, TEXT_WIDTH, IMAGE_SIZE, PATCH_SIZE = 192, 128, 96, 12
+# for the embedded model: captions are kept better, and a LLaVA reads the patch tokens of boxes and masks
+ALPHA_FLAGS = ("--whole_image_rate", "0.25", "--patch_weight", "0.5")
 CONTEXT = 64  # tokens; the longest caption, six objects, has 37
 
 
@@ -38,21 +41,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "embedded_model", help="scenes and models")
     parser.add_argument("--seed", type=int, default=2, help="of initial weights and training order (default 2)")
-    parser.add_argument("--scenes", type=int, default=CLIP_SCENES, help="scenes for CLIP; fewer only to try the script")
+    parser.add_argument("--scenes", type=int, help="training scenes of each stage; only to try the script")
     parser.add_argument("--only-clip", action="store_true", help="stop after CLIP")
     args, recipe_flags = parser.parse_known_args()
-    failed = build_clip(args.work, args.seed, args.scenes, recipe_flags)
-    return failed or (0 if args.only_clip else build_alpha_clip(args.work, args.seed, min(args.scenes, ALPHA_SCENES)))
+    failed = build_clip(args.work, args.seed, args.scenes or CLIP_SCENES, recipe_flags)
+    return failed or (0 if args.only_clip else build_alpha_clip(args.work, args.seed, args.scenes or ALPHA_SCENES))
 
 
-def build_clip(work: Path, seed: int, scenes: int = CLIP_SCENES, flags: list[str] | None = None) -> int:
+def build_clip(work: Path, seed: int, scenes: int = CLIP_SCENES, flags: Sequence[str] = ()) -> int:
     """Train the CLIP; returns the exit code. A finished one in the folder is kept as it is."""
     if (work / "clip" / "training_record.json").exists():
         return 0
-    data = scenes_folder(work, scenes, CLIP_SEED, min_objects=1)
+    data = clip_scenes_folder(work, scenes)
     start = work / f"clip_start_{seed}"
     write_start(start, seed)
-    return _train("shapes_clip.yaml", start, data, work / "clip", seed, flags or [])
+    return _train("shapes_clip.yaml", start, data, work / "clip", seed, flags)
 
 
 def build_alpha_clip(work: Path, seed: int, scenes: int = ALPHA_SCENES) -> int:
@@ -60,7 +63,12 @@ def build_alpha_clip(work: Path, seed: int, scenes: int = ALPHA_SCENES) -> int:
     if (work / "alpha_clip" / "training_record.json").exists():
         return 0
     data = scenes_folder(work, scenes, ALPHA_SEED)
-    return _train("shapes_alpha_clip.yaml", work / "clip", data, work / "alpha_clip", seed, [])
+    return _train("shapes_alpha_clip.yaml", work / "clip", data, work / "alpha_clip", seed, ALPHA_FLAGS)
+
+
+def clip_scenes_folder(work: Path, count: int) -> Path:
+    """The scenes that the CLIP is trained on: of one object too, so that it knows objects by themselves."""
+    return scenes_folder(work, count, CLIP_SEED, min_objects=1)
 
 
 def scenes_folder(work: Path, count: int, seed: int, min_objects: int = 3, split: str = "train") -> Path:
@@ -112,7 +120,7 @@ def train_tokenizer() -> CLIPTokenizer:
     return tokenizer
 
 
-def _train(recipe: str, model: Path, data: Path, out: Path, seed: int, flags: list[str]) -> int:
+def _train(recipe: str, model: Path, data: Path, out: Path, seed: int, flags: Sequence[str]) -> int:
     run = {"--model": model, "--data": data, "--output_dir": out, "--seed": seed}
     return alpha_clip.main([str(RECIPES / recipe), *(str(part) for flag in run.items() for part in flag), *flags])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -24,16 +25,26 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     args = parser.parse_args()
     try:
-        rows = [[chart(f"{run.name}: {name}", points) for name, points in curves(run).items()] for run in args.runs]
+        draw(args.runs, args.out)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+    print(f"wrote {args.out}")
+    return 0
+
+
+def draw(runs: Sequence[Path], out: Path) -> None:
+    """Write a PNG with a row of charts a run.
+
+    Raises:
+        ValueError: If a run logged no loss.
+        OSError: If its record cannot be read, or the picture not be written.
+    """
+    rows = [[chart(f"{run.name}: {name}", points) for name, points in curves(run).items()] for run in runs]
     page = Image.new("RGB", (WIDTH * max(map(len, rows)), HEIGHT * len(rows)), "white")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             page.paste(picture, (x * WIDTH, y * HEIGHT))
-    page.save(args.out)
-    print(f"wrote {args.out}")
-    return 0
+    page.save(out)
 
 
 def curves(run: Path) -> dict[str, list[tuple[float, float]]]:

@@ -1,4 +1,4 @@
-"""`make embedded-model`, shortened: the same script from nothing to a model that loads and has begun to learn."""
+"""`make embedded-model`, shortened: all three stages from nothing to a model that loads and has begun to learn."""
 
 import json
 import math
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import mllm
 from mllm.answering import RegionChat
@@ -33,7 +34,9 @@ def test_build_from_nothing(tmp_path):
     log = [entry["loss"] for entry in json.loads((out / "training_record.json").read_text())["log"] if "loss" in entry]
     # measured: 1.1; the loss of a guess among the vocabulary's words is log(640) = 6.5
     assert float(log[-1]) < 2 < math.log(640)
-    assert len(shapes.training_scenes(out)) == 300
+    assert len(shapes.training_scenes(out)) == 600  # of the CLIP, and of both others
+    with Image.open(tmp_path / "work" / "training.png") as charts:
+        assert charts.height == 3 * 240  # a row a stage
     model, processor = mllm.load(out)
     scene = tmp_path / "assets" / "scenes" / "scene_1.png"
     (first, *_) = json.loads((scene.with_suffix(".json")).read_text())
