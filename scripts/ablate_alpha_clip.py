@@ -31,7 +31,7 @@ from train.run import open_index
 from vision_tower import AlphaCLIPModel, AlphaCLIPProcessor
 
 OURS, RELEASED = "ours", "the released recipe"
-GRID = (1e-3, 3e-3, 1e-2)  # learning rates of alpha
+GRID = (3e-4, 1e-3, 3e-3)  # learning rates of alpha
 BATCH = 128  # pairs of a step
 # name -> (recipe, what is switched, alpha's learning rate as a multiple of the tower's)
 VARIANTS: dict[str, tuple[str, dict[str, object], int]] = {

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
-from build_shapes_clip import ALPHA_SCENES, CLIP_SCENES, build_alpha_clip, build_clip, clip_scenes_folder
+from build_shapes_clip import ALPHA_SCENES, ALPHA_SEED, build_alpha_clip, build_clip, clip_scenes
 from PIL import Image
 from plot_training import draw
 from transformers import LlamaConfig, LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration, set_seed
@@ -36,7 +36,7 @@ from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionModel, Region
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "train" / "recipes" / "shapes_embedded.yaml"
-TRAIN_SCENES, TRAIN_SEED = 20_000, 1  # those that the Alpha-CLIP was trained on
+TRAIN_SCENES, TRAIN_SEED = ALPHA_SCENES, ALPHA_SEED
 SAMPLE_SCENES, SAMPLE_SEED = 3, 11
 VOCABULARY = 640  # 256 bytes, so that any text can be read, and the words of the Shapes world
 
@@ -50,9 +50,7 @@ def main() -> int:
     parser.add_argument("--scenes", type=int, help="training scenes of each stage; only to try the script")
     args, recipe_flags = parser.parse_known_args()
 
-    failed = build_clip(args.work, args.seed, args.scenes or CLIP_SCENES) or build_alpha_clip(
-        args.work, args.seed, args.scenes or ALPHA_SCENES
-    )
+    failed = build_clip(args.work, args.seed, args.scenes) or build_alpha_clip(args.work, args.seed, args.scenes)
     if failed:
         return failed
     scenes = args.scenes or TRAIN_SCENES
@@ -66,7 +64,7 @@ def main() -> int:
     if failed:
         return failed
     export(trained, args.out)
-    seen = clip_scenes_folder(args.work, args.scenes or CLIP_SCENES), data
+    seen = *clip_scenes(args.work, args.scenes), data  # the Alpha-CLIP's are the same as the LLaVA's
     (args.out / shapes.TRAINING_SCENES).write_bytes(b"".join(hashes_of_pictures(*seen)))
     write_sample_scenes(args.out.parent / "scenes")
     draw([args.work / "clip", args.work / "alpha_clip", trained], args.work / "training.png")

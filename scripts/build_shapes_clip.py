@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers import CLIPTextConfig, CLIPTokenizer, set_seed
 
 from mllm.data import shapes_grit
-from mllm.data.shapes_world import COLOURS, PATTERNS, SHAPES, SIZES
+from mllm.data.shapes_world import COLOURS, MAX_OBJECTS, MIN_OBJECTS, PATTERNS, SHAPES, SIZES
 from train import alpha_clip
 from vision_tower import (
     AlphaCLIPConfig,
@@ -28,7 +28,7 @@ from vision_tower import (
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "train" / "recipes"
-CLIP_SCENES, ALPHA_SCENES = 24_000, 20_000
+CLIP_SCENES, CLIP_OBJECTS, ALPHA_SCENES = 24_000, 16_000, 20_000
 CLIP_SEED, ALPHA_SEED = 101, 1  # of the scenes
 WIDTH, TEXT_WIDTH, IMAGE_SIZE, PATCH_SIZE = 192, 128, 96, 12
 # for the embedded model: captions are kept better, and a LLaVA reads the patch tokens of boxes and masks
@@ -44,38 +44,50 @@ def main() -> int:
     parser.add_argument("--scenes", type=int, help="training scenes of each stage; only to try the script")
     parser.add_argument("--only-clip", action="store_true", help="stop after CLIP")
     args, recipe_flags = parser.parse_known_args()
-    failed = build_clip(args.work, args.seed, args.scenes or CLIP_SCENES, recipe_flags)
-    return failed or (0 if args.only_clip else build_alpha_clip(args.work, args.seed, args.scenes or ALPHA_SCENES))
+    failed = build_clip(args.work, args.seed, args.scenes, recipe_flags)
+    return failed or (0 if args.only_clip else build_alpha_clip(args.work, args.seed, args.scenes))
 
 
-def build_clip(work: Path, seed: int, scenes: int = CLIP_SCENES, flags: Sequence[str] = ()) -> int:
-    """Train the CLIP; returns the exit code. A finished one in the folder is kept as it is."""
+def build_clip(work: Path, seed: int, scenes: int | None = None, flags: Sequence[str] = ()) -> int:
+    """Train the CLIP on so many scenes of each kind; returns the exit code. A finished one in the folder is kept."""
     if (work / "clip" / "training_record.json").exists():
         return 0
-    data = clip_scenes_folder(work, scenes)
+    data = clip_scenes(work, scenes)
     start = work / f"clip_start_{seed}"
     write_start(start, seed)
     return _train("shapes_clip.yaml", start, data, work / "clip", seed, flags)
 
 
-def build_alpha_clip(work: Path, seed: int, scenes: int = ALPHA_SCENES) -> int:
-    """Train the Alpha-CLIP from the CLIP; returns the exit code. A finished one in the folder is kept as it is."""
+def build_alpha_clip(work: Path, seed: int, scenes: int | None = None) -> int:
+    """Train the Alpha-CLIP from the CLIP; returns the exit code. A finished one in the folder is kept."""
     if (work / "alpha_clip" / "training_record.json").exists():
         return 0
-    data = scenes_folder(work, scenes, ALPHA_SEED)
+    data = [scenes_folder(work, scenes or ALPHA_SCENES, ALPHA_SEED)]
     return _train("shapes_alpha_clip.yaml", work / "clip", data, work / "alpha_clip", seed, ALPHA_FLAGS)
 
 
-def clip_scenes_folder(work: Path, count: int) -> Path:
-    """The scenes that the CLIP is trained on: of one object too, so that it knows objects by themselves."""
-    return scenes_folder(work, count, CLIP_SEED, min_objects=1)
+def clip_scenes(work: Path, scenes: int | None = None) -> list[Path]:
+    """The folders that the CLIP is trained on: scenes, and objects alone. Captions of scenes differ in their colours
+    already; without the objects it never learns to tell shapes and patterns.
+    """
+    return [
+        scenes_folder(work, scenes or CLIP_SCENES, CLIP_SEED, min_objects=1),
+        scenes_folder(work, scenes or CLIP_OBJECTS, CLIP_SEED + 1, min_objects=1, max_objects=1),
+    ]
 
 
-def scenes_folder(work: Path, count: int, seed: int, min_objects: int = 3, split: str = "train") -> Path:
+def scenes_folder(
+    work: Path,
+    count: int,
+    seed: int,
+    split: str = "train",
+    min_objects: int = MIN_OBJECTS,
+    max_objects: int = MAX_OBJECTS,
+) -> Path:
     """A folder of drawn scenes in GRIT's layout, written now where there is none."""
-    folder = work / f"grit_{split}_{seed}_{count}_{min_objects}"
+    folder = work / f"grit_{split}_{seed}_{count}_{min_objects}_{max_objects}"
     if not (folder / "dataset.json").exists():
-        shapes_grit.write(folder, count, seed, split, min_objects=min_objects)
+        shapes_grit.write(folder, count, seed, split, min_objects=min_objects, max_objects=max_objects)
     return folder
 
 
@@ -120,9 +132,10 @@ def train_tokenizer() -> CLIPTokenizer:
     return tokenizer
 
 
-def _train(recipe: str, model: Path, data: Path, out: Path, seed: int, flags: Sequence[str]) -> int:
-    run = {"--model": model, "--data": data, "--output_dir": out, "--seed": seed}
-    return alpha_clip.main([str(RECIPES / recipe), *(str(part) for flag in run.items() for part in flag), *flags])
+def _train(recipe: str, model: Path, data: Sequence[Path], out: Path, seed: int, flags: Sequence[str]) -> int:
+    run = {"--model": [model], "--data": data, "--output_dir": [out], "--seed": [seed]}
+    words = [str(word) for flag, values in run.items() for word in (flag, *values)]
+    return alpha_clip.main([str(RECIPES / recipe), *words, *flags])
 
 
 if __name__ == "__main__":

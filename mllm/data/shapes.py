@@ -116,21 +116,21 @@ def place(obj: ShapeObject) -> str:
 
 
 def scenes(
-    count: int, seed: int, split: str, min_objects: int = MIN_OBJECTS
+    count: int, seed: int, split: str, min_objects: int = MIN_OBJECTS, max_objects: int = MAX_OBJECTS
 ) -> Iterator[tuple[np.random.Generator, Scene]]:
     """`count` scenes of a split, each with its own generator: a longer set begins with the shorter one.
 
     Raises:
-        ValueError: If the split is unknown, or `min_objects` is not 1 to `MAX_OBJECTS`.
+        ValueError: If the split is unknown, or not 1 <= `min_objects` <= `max_objects` <= `MAX_OBJECTS`.
     """
-    if not 1 <= min_objects <= MAX_OBJECTS:
-        raise ValueError(f"expected at least 1 to {MAX_OBJECTS} objects a scene, got {min_objects}")
+    if not 1 <= min_objects <= max_objects <= MAX_OBJECTS:
+        raise ValueError(f"expected 1 to {MAX_OBJECTS} objects a scene, got {min_objects} to {max_objects}")
     if split not in SPLITS:
         raise ValueError(f"expected a split out of {', '.join(SPLITS)}, got {split!r}")
     stream, pairs, backgrounds = SPLITS[split]
     for index in range(count):
         rng = np.random.default_rng([seed, stream, index])
-        yield rng, draw_scene(rng, pairs, backgrounds, min_objects)
+        yield rng, draw_scene(rng, pairs, backgrounds, min_objects, max_objects)
 
 
 def scene_hash(pixels: np.ndarray) -> bytes:

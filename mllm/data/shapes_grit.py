@@ -1,6 +1,7 @@
 """Write the Shapes world to disk in GRIT's layout: captions, phrases of them, boxes and masks.
 
     python -m mllm.data.shapes_grit --out DIR --images N --seed S [--split train] [--tars K] [--min-objects 1]
+        [--max-objects 6]
 
 The scenes are those of `python -m mllm.data.shapes` with the same seed and split. A scene's caption names its objects
 from left to right; `ref_exps` has each object's phrase in it and its box, `seudo_masks` (the released spelling) its
@@ -25,7 +26,7 @@ from pycocotools import mask as coco_mask
 from tqdm.auto import tqdm
 
 from mllm.data.shapes import SPLITS, scenes
-from mllm.data.shapes_world import MIN_OBJECTS, SCENE_SIZE, Scene
+from mllm.data.shapes_world import MAX_OBJECTS, MIN_OBJECTS, SCENE_SIZE, Scene
 
 _PICTURES_IN_FOLDER = 10_000  # as many as img2dataset puts in a shard
 
@@ -38,6 +39,7 @@ def write(
     *,
     tars: int = 0,
     min_objects: int = MIN_OBJECTS,
+    max_objects: int = MAX_OBJECTS,
     progress: bool = True,
 ) -> None:
     """Write `count` scenes of a split to the folder `out`, in so many tars or, with none, in folders.
@@ -50,7 +52,7 @@ def write(
         raise ValueError(f"expected at least 1 image and 0 to that many tars, got {count} and {tars}")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} already holds files; choose another folder or empty it")
-    drawn = scenes(count, seed, split, min_objects)
+    drawn = scenes(count, seed, split, min_objects, max_objects)
     out.mkdir(parents=True, exist_ok=True)
     files = _files(tqdm(drawn, total=count, desc=f"shapes {split}", disable=not progress))
     if tars:
@@ -117,9 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("--tars", type=int, default=0, help="write so many webdataset tars instead of folders")
     parser.add_argument("--min-objects", type=int, default=MIN_OBJECTS, help="fewest objects of a scene")
+    parser.add_argument("--max-objects", type=int, default=MAX_OBJECTS, help="most objects of a scene")
     args = parser.parse_args(argv)
     try:
-        write(args.out, args.images, args.seed, args.split, tars=args.tars, min_objects=args.min_objects)
+        objects = {"min_objects": args.min_objects, "max_objects": args.max_objects}
+        write(args.out, args.images, args.seed, args.split, tars=args.tars, **objects)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     return 0

@@ -76,9 +76,10 @@ def draw_scene(
     pairs: tuple[tuple[str, str], ...],
     backgrounds: tuple[str, ...],
     min_objects: int = MIN_OBJECTS,
+    max_objects: int = MAX_OBJECTS,
 ) -> Scene:
-    """Draw one scene of `min_objects` to `MAX_OBJECTS` objects that take their colour and shape from `pairs`."""
-    count = int(rng.integers(min_objects, MAX_OBJECTS + 1))
+    """Draw one scene of `min_objects` to `max_objects` objects that take their colour and shape from `pairs`."""
+    count = int(rng.integers(min_objects, max_objects + 1))
     objects = None
     while objects is None:
         objects = _place_objects(rng, pairs, count)

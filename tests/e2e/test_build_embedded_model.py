@@ -34,7 +34,7 @@ def test_build_from_nothing(tmp_path):
     log = [entry["loss"] for entry in json.loads((out / "training_record.json").read_text())["log"] if "loss" in entry]
     # measured: 1.1; the loss of a guess among the vocabulary's words is log(640) = 6.5
     assert float(log[-1]) < 2 < math.log(640)
-    assert len(shapes.training_scenes(out)) == 600  # of the CLIP, and of both others
+    assert len(shapes.training_scenes(out)) == 900  # the CLIP's of both kinds, and the others'
     with Image.open(tmp_path / "work" / "training.png") as charts:
         assert charts.height == 3 * 240  # a row a stage
     model, processor = mllm.load(out)

@@ -109,9 +109,10 @@ def test_the_scenes_are_those_of_shapes_where_nothing_else_is_asked(tmp_path):
 def test_scenes_of_one_to_six_objects():
     counts = [len(scene.objects) for _, scene in shapes.scenes(60, 1, "train", 1)]
     assert set(counts) == {1, 2, 3, 4, 5, 6}
-    for fewest in (0, 7):
-        with pytest.raises(ValueError, match=f"1 to 6 objects a scene, got {fewest}"):
-            next(shapes.scenes(1, 1, "train", fewest))
+    assert {len(scene.objects) for _, scene in shapes.scenes(30, 1, "train", 1, 2)} == {1, 2}
+    for fewest, most in ((0, 6), (1, 7), (3, 2)):
+        with pytest.raises(ValueError, match=f"1 to 6 objects a scene, got {fewest} to {most}"):
+            next(shapes.scenes(1, 1, "train", fewest, most))
 
 
 def test_same_seed_same_bytes(tmp_path):
@@ -123,7 +124,9 @@ def test_same_seed_same_bytes(tmp_path):
 
 def test_command_line(tmp_path, capsys):
     arguments = ["--out", str(tmp_path / "x"), "--images", "2", "--seed", "1", "--tars", "2", "--min-objects", "1"]
+    arguments += ["--max-objects", "1"]
     assert shapes_grit.main(arguments) == 0
+    assert {sample.references[0].count(",") for sample in read_grit(tmp_path / "x")} == {0}  # one object each
     assert sorted(file.name for file in (tmp_path / "x").iterdir()) == ["00000.tar", "00001.tar", "dataset.json"]
     for wrong, message in (
         (arguments, "already holds files"),
