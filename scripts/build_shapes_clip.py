@@ -30,7 +30,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "train" / "recipes"
 CLIP_SCENES, CLIP_OBJECTS, ALPHA_SCENES = 24_000, 16_000, 20_000
 CLIP_SEED, ALPHA_SEED = 101, 1  # of the scenes
-WIDTH, TEXT_WIDTH, IMAGE_SIZE, PATCH_SIZE = 192, 128, 96, 12
+WIDTH, TEXT_WIDTH = 192, 128
+TOWER = {  # the embedded model's
+    "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 6, "num_attention_heads": 6,
+    "image_size": 96, "patch_size": 12, "projection_dim": WIDTH,
+}  # fmt: skip
 # for the embedded model: captions are kept better, and a LLaVA reads the patch tokens of boxes and masks
 ALPHA_FLAGS = ("--whole_image_rate", "0.25", "--patch_weight", "0.5")
 CONTEXT = 64  # tokens; the longest caption, six objects, has 37
@@ -96,15 +100,7 @@ def write_start(out: Path, seed: int) -> None:
     tokenizer = train_tokenizer()
     set_seed(seed)
     config = AlphaCLIPConfig(
-        vision_config=AlphaCLIPVisionConfig(
-            hidden_size=WIDTH,
-            intermediate_size=4 * WIDTH,
-            num_hidden_layers=6,
-            num_attention_heads=6,
-            image_size=IMAGE_SIZE,
-            patch_size=PATCH_SIZE,
-            projection_dim=WIDTH,
-        ),
+        vision_config=AlphaCLIPVisionConfig(**TOWER),
         text_config=CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=TEXT_WIDTH,
@@ -120,7 +116,7 @@ def write_start(out: Path, seed: int) -> None:
         projection_dim=WIDTH,
     )
     AlphaCLIPModel(config).save_pretrained(out)
-    AlphaCLIPProcessor(AlphaCLIPImageProcessor.for_size(IMAGE_SIZE, "pad"), tokenizer).save_pretrained(out)
+    AlphaCLIPProcessor(AlphaCLIPImageProcessor.for_size(TOWER["image_size"], "pad"), tokenizer).save_pretrained(out)
 
 
 def train_tokenizer() -> CLIPTokenizer:

@@ -43,8 +43,16 @@ class RegionTextTrainer(RegionTrainer):
         temperature = clip_in(self.model).logit_scale
         # ZeRO-3 keeps no whole weight outside of `forward`; a frozen one is known
         self.frozen_logit_scale = None if temperature.requires_grad else temperature.detach().clone()
+        in_16_bits = self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16)
+        # DeepSpeed rounds the whole model to 16 bits, frozen towers too, and keeps copies of trained weights alone
+        self.frozen_weights = (
+            {n: p.detach().cpu().clone() for n, p in self.model.named_parameters() if not p.requires_grad}
+            if in_16_bits
+            else None
+        )
         # Trainer would smooth labels of its own
         self.smoothing, self.label_smoother = self.args.label_smoothing_factor, None
+        self.whole_weights: dict[str, torch.Tensor] | None = None
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The loss of this process's pairs among those of all processes.
@@ -186,9 +194,26 @@ class RegionTextTrainer(RegionTrainer):
             )
         super()._save_checkpoint(model, trial)
 
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """As in Trainer; also after DeepSpeed in 16 bits what is saved is float32: frozen weights as they were loaded,
+        trained ones as the optimizer has them. Every process must call it.
+        """
+        self.whole_weights = self.frozen_weights and {**self.frozen_weights, **self._optimizers_weights()}
+        super().save_model(*args, **kwargs)
+        self.whole_weights = None
+
+    def _optimizers_weights(self) -> dict[str, torch.Tensor]:
+        """DeepSpeed's float32 copies of the trained weights, of all processes; on the CPU."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        return {name: safe_get_full_fp32_param(parameter).cpu() for name, parameter in trained}
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """As in Trainer; the temperature as CLIP has it, whatever DeepSpeed needed."""
         state_dict = self.model.state_dict() if state_dict is None else state_dict
+        if self.whole_weights is not None:
+            state_dict = {name: self.whole_weights.get(name, weight) for name, weight in state_dict.items()}
         if "logit_scale" in state_dict:
             log_scale = state_dict["logit_scale"].clamp(max=_LARGEST_LOGIT_SCALE)
             state_dict = {**state_dict, "logit_scale": log_scale.reshape(())}

@@ -210,7 +210,7 @@ def launch_two(world, out, script, *flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deepspeed", [(), ("--deepspeed", "zero2"), ("--deepspeed", "zero3")], ids=" ".join)
+@pytest.mark.parametrize("deepspeed", [(), ("--deepspeed", "zero2")], ids=["torchrun", "zero2"])
 def test_two_ranks_killed_within_an_epoch_go_on_to_the_same_end(world, tmp_path, deepspeed):
     flags = (*SAVING, *deepspeed, "--learning_rates", "alpha=3e-2")
     code, output = launch_two(world, tmp_path / "killed", KILLED_AT_FIVE, *flags)
@@ -242,9 +242,8 @@ sys.exit(alpha_clip.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [(), ("--deepspeed", "zero2")], ids=["torchrun", "zero2"])
-def test_a_loss_that_is_no_number_on_one_rank_ends_both(world, tmp_path, flags):
-    code, output = launch_two(world, tmp_path / "out", NAN_ON_ONE, *SAVING, *flags)
+def test_a_loss_that_is_no_number_on_one_rank_ends_both(world, tmp_path):
+    code, output = launch_two(world, tmp_path / "out", NAN_ON_ONE, *SAVING)
     assert code != 0
     assert "error: the loss is nan at step 4 on process 1, batch of" in output, output[-3000:]
     assert "exitcode  : 2" in output and "Signal" not in output  # both ended by themselves
@@ -253,11 +252,17 @@ def test_a_loss_that_is_no_number_on_one_rank_ends_both(world, tmp_path, flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [(), ("--deepspeed", "zero2"), CHUNKS], ids=["torchrun", "zero2", "chunks"])
+@pytest.mark.parametrize("flags", [("--deepspeed", "zero2"), ("--deepspeed", "zero3"), CHUNKS], ids=lambda f: f[-1])
 def test_two_ranks_in_bfloat16_learn_what_one_does(world, tmp_path, flags):
-    """Weights that are trained stay in float32: measured differences are of the products' rounding."""
+    """Up to rounding: DeepSpeed computes from rounded weights. What is saved is not rounded, the text tower neither."""
     train(world, tmp_path / "one", *PLAIN, "--bf16", "true")
     two = ("--bf16", "true", "--per_device_train_batch_size", 2, *flags)
     code, output = launch(world, tmp_path / "two", [*TORCHRUN, "-m", "train.alpha_clip"], *PLAIN, *two)
     assert code == 0, output[-3000:]
-    assert_same(tmp_path / "one", tmp_path / "two", 1e-3, 1e-2)
+    assert_same(tmp_path / "one", tmp_path / "two", 8e-3, 2e-2)  # the largest move is 7.7e-2
+    before, after = (load_file(folder / "model.safetensors") for folder in (world / "start", tmp_path / "two"))
+    assert all(weight.dtype == torch.float32 for weight in after.values())
+    frozen = [name for name in before if name.startswith("text_")]
+    assert frozen and all(torch.equal(before[name], after[name]) for name in frozen)
+    rounded = [name for name, weight in after.items() if torch.equal(weight, weight.bfloat16().float())]
+    assert ALPHA not in rounded and len(rounded) < len(after) / 2  # zeros and ones are equal
