@@ -6,8 +6,8 @@ On 2 CPU cores this takes about one and a half hours. What comes out of the same
 Further flags go to the recipe.
 
 With --as-the-paper the tower is not learned from descriptions, but is that of an Alpha-CLIP which was trained out of a
-CLIP (scripts/build_shapes_clip.py), and it is frozen, as in Alpha-CLIP's LLaVA: some two and a half hours, a stage that
-is there is kept. The shipped model was built without.
+CLIP (scripts/build_shapes_clip.py), and it is frozen, as in Alpha-CLIP's LLaVA. A stage that is there is kept; all of
+them take two and a half hours by estimate. The shipped model was built without.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def write_sample_scenes(folder: Path) -> None:
 def hashes_of_pictures(*folders: Path) -> Iterator[bytes]:
     """The hash of each scene in these folders."""
     for folder in folders:
-        for file in sorted(folder.rglob("*.png")):
+        for file in sorted(folder.rglob("*.png"), key=lambda file: (len(file.name), file.name)):
             with Image.open(file) as picture:
                 yield shapes.scene_hash(np.asarray(picture))
 

@@ -35,8 +35,6 @@ TOWER = {  # the embedded model's
     "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 6, "num_attention_heads": 6,
     "image_size": 96, "patch_size": 12, "projection_dim": WIDTH,
 }  # fmt: skip
-# for the embedded model: captions are kept better, and a LLaVA reads the patch tokens of boxes and masks
-ALPHA_FLAGS = ("--whole_image_rate", "0.25", "--patch_weight", "0.5")
 CONTEXT = 64  # tokens; the longest caption, six objects, has 37
 
 
@@ -67,7 +65,7 @@ def build_alpha_clip(work: Path, seed: int, scenes: int | None = None) -> int:
     if (work / "alpha_clip" / "training_record.json").exists():
         return 0
     data = [scenes_folder(work, scenes or ALPHA_SCENES, ALPHA_SEED)]
-    return _train("shapes_alpha_clip.yaml", work / "clip", data, work / "alpha_clip", seed, ALPHA_FLAGS)
+    return _train("shapes_alpha_clip.yaml", work / "clip", data, work / "alpha_clip", seed, [])
 
 
 def clip_scenes(work: Path, scenes: int | None = None) -> list[Path]:

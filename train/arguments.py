@@ -62,10 +62,14 @@ class PartArguments:
         if self.lora_r < 0:
             raise ValueError(f"lora_r: expected 0 (no LoRA) or more, got {self.lora_r}")
         # not the dropout: its default is not 0
-        given = [name for name in ("lora_targets", "lora_tower", "lora_alpha") if getattr(self, name, None)]
+        self._refuse_without_lora("lora_targets", "lora_alpha")
+        self.rate_of_part()
+
+    def _refuse_without_lora(self, *names: str) -> None:
+        """Raise ValueError if one of these is given without LoRA."""
+        given = [name for name in names if vars(self)[name]]
         if given and not self.lora_r:
             raise ValueError(f"{', '.join(given)}: no effect without LoRA; give lora_r above 0 too")
-        self.rate_of_part()
 
     def rate_of_part(self) -> dict[str, float]:
         """`learning_rates` as numbers by part.
@@ -97,6 +101,7 @@ class ModelArguments(PartArguments):
             ValueError: If one is out of range, or two contradict each other.
         """
         super().__post_init__()
+        self._refuse_without_lora("lora_tower")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {self.dtype!r}")
         if self.load_in and not self.lora_r:

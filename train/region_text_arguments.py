@@ -62,8 +62,7 @@ class TowerArguments(PartArguments):
             raise ValueError(f"geometry: expected one of {', '.join(GEOMETRIES)}, got {self.geometry!r}")
         if self.train_blocks is not None and self.train_blocks < 0:
             raise ValueError(f"train_blocks: expected 0 or more, got {self.train_blocks}")
-        if self.lora_dropout and not self.lora_r:
-            raise ValueError("lora_dropout: no effect without LoRA; give lora_r above 0 too")
+        self._refuse_without_lora("lora_dropout")
         if self.lora_r and self.train_blocks is not None:
             raise ValueError("train_blocks: blocks are frozen under LoRA; give one of the two")
         if self.train_blocks is not None and "vision_model" not in self.train_parts:
@@ -151,6 +150,15 @@ def parse_args(argv: Sequence[str]) -> tuple[TowerArguments, PairArguments, Trai
     if pair_args.cache_chunk and training_args.gradient_accumulation_steps > 1:
         raise ValueError(
             "cache_chunk: gradient caching takes the place of gradient_accumulation_steps; give one of both"
+        )
+    if (
+        training_args.deepspeed
+        and (training_args.bf16 or training_args.fp16)
+        and not training_args.hf_deepspeed_config.get_value("zero_optimization.stage", 0)
+    ):
+        raise ValueError(
+            f"deepspeed: {training_args.deepspeed} is of ZeRO stage 0, which in 16 bits has no float32 weights to "
+            "save; take zero1, zero2 or zero3, or leave out bf16 and fp16"
         )
     if training_args.metric_for_best_model in ("loss", "eval_loss"):  # Trainer's default where it needs one
         raise ValueError("metric_for_best_model: evaluations give no loss; name top1, top1_same_image or whole_top1")

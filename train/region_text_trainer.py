@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.utils import CONFIG_NAME
 
 from eval.region_text import DescribedPicture, score_region_text
 from train.gradient_cache import Embeddings, cached_backward
@@ -43,13 +46,12 @@ class RegionTextTrainer(RegionTrainer):
         temperature = clip_in(self.model).logit_scale
         # ZeRO-3 keeps no whole weight outside of `forward`; a frozen one is known
         self.frozen_logit_scale = None if temperature.requires_grad else temperature.detach().clone()
-        in_16_bits = self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16)
         # DeepSpeed rounds the whole model to 16 bits, frozen towers too, and keeps copies of trained weights alone
-        self.frozen_weights = (
-            {n: p.detach().cpu().clone() for n, p in self.model.named_parameters() if not p.requires_grad}
-            if in_16_bits
-            else None
-        )
+        self.was_rounded = self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16)
+        self.frozen_weights = {}
+        if self.was_rounded and self.args.should_save and clip_in(self.model) is self.model:  # adapters are saved alone
+            frozen = ((name, p) for name, p in self.model.named_parameters() if not p.requires_grad)
+            self.frozen_weights = {name: p.detach().to("cpu", copy=True) for name, p in frozen}
         # Trainer would smooth labels of its own
         self.smoothing, self.label_smoother = self.args.label_smoothing_factor, None
         self.whole_weights: dict[str, torch.Tensor] | None = None
@@ -198,7 +200,8 @@ class RegionTextTrainer(RegionTrainer):
         """As in Trainer; also after DeepSpeed in 16 bits what is saved is float32: frozen weights as they were loaded,
         trained ones as the optimizer has them. Every process must call it.
         """
-        self.whole_weights = self.frozen_weights and {**self.frozen_weights, **self._optimizers_weights()}
+        if self.was_rounded:
+            self.whole_weights = {**self.frozen_weights, **self._optimizers_weights()}
         super().save_model(*args, **kwargs)
         self.whole_weights = None
 
@@ -218,6 +221,11 @@ class RegionTextTrainer(RegionTrainer):
             log_scale = state_dict["logit_scale"].clamp(max=_LARGEST_LOGIT_SCALE)
             state_dict = {**state_dict, "logit_scale": log_scale.reshape(())}
         super()._save(output_dir, state_dict)
+        config = Path(output_dir or self.args.output_dir) / CONFIG_NAME
+        if self.whole_weights is not None and self.args.should_save and config.exists():
+            # it says what the model in memory is of, and whoever loads would round to that
+            stated = json.loads(config.read_text(encoding="utf-8"))
+            config.write_text(json.dumps({**stated, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """How well regions are told apart by their texts; every process does it whole, as ZeRO-3 needs all of them."""

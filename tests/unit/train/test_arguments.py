@@ -1,5 +1,7 @@
 """Recipes first, flags win, unknown keys are errors; every shipped recipe parses."""
 
+import contextlib
+import json
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,16 @@ def test_bad_contrastive_recipes(tmp_path, content, message):
     recipe.write_text(content)
     with pytest.raises(ValueError, match=message):
         region_text_arguments.parse_args([str(recipe), *REQUIRED])
+
+
+@pytest.mark.parametrize(("stage", "is_refused"), [(0, True), (1, False)])
+def test_zero_stage_0_in_16_bits_is_refused(tmp_path, stage, is_refused):
+    """It keeps no float32 weights within reach: what it saved would be rounded."""
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage}, "bf16": {"enabled": "auto"}}))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"deepspeed: {file}")
+    expected = pytest.raises(ValueError, match="is of ZeRO stage 0") if is_refused else contextlib.nullcontext()
+    with expected:
+        region_text_arguments.parse_args([str(recipe), *REQUIRED, "--use_cpu", "true", "--bf16", "true"])
+    region_text_arguments.parse_args([str(recipe), *REQUIRED])
