@@ -98,12 +98,11 @@ def step_flops(clip: AlphaCLIPModel, pairs: int, cached: bool, args: TrainingArg
 
     Source: Kaplan et al., arXiv 2001.08361, section 2.1; attention's own products are left out.
     """
-    passes = {
-        tower: 2 * (1 + cached) + (4 + 2 * args.gradient_checkpointing) * _is_trained(tower)
-        for tower in (clip.vision_model, clip.text_model)
-    }
-    tokens = {clip.vision_model: _patches(clip), clip.text_model: _PHRASE}
-    return pairs * sum(passes[tower] * tokens[tower] * _matrices(tower) for tower in passes)
+    work = 0
+    for tower, tokens in ((clip.vision_model, _patches(clip)), (clip.text_model, _PHRASE)):
+        passes = 2 * (1 + cached) + (4 + 2 * args.gradient_checkpointing) * _is_trained(tower)
+        work += passes * tokens * _matrices(tower)
+    return pairs * work
 
 
 def _patches(clip: AlphaCLIPModel) -> int:

@@ -54,7 +54,7 @@ class RegionTextTrainer(RegionTrainer):
             self.frozen_weights = {name: p.detach().to("cpu", copy=True) for name, p in frozen}
         # Trainer would smooth labels of its own
         self.smoothing, self.label_smoother = self.args.label_smoothing_factor, None
-        self.whole_weights: dict[str, torch.Tensor] | None = None
+        self.whole_weights: dict[str, torch.Tensor] = {}  # while a rounded model is saved
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The loss of this process's pairs among those of all processes.
@@ -203,7 +203,7 @@ class RegionTextTrainer(RegionTrainer):
         if self.was_rounded:
             self.whole_weights = {**self.frozen_weights, **self._optimizers_weights()}
         super().save_model(*args, **kwargs)
-        self.whole_weights = None
+        self.whole_weights = {}
 
     def _optimizers_weights(self) -> dict[str, torch.Tensor]:
         """DeepSpeed's float32 copies of the trained weights, of all processes; on the CPU."""
@@ -213,16 +213,15 @@ class RegionTextTrainer(RegionTrainer):
         return {name: safe_get_full_fp32_param(parameter).cpu() for name, parameter in trained}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """As in Trainer; the temperature as CLIP has it, whatever DeepSpeed needed."""
+        """As in Trainer; temperature, precision and what the configuration says of it are those of before DeepSpeed."""
         state_dict = self.model.state_dict() if state_dict is None else state_dict
-        if self.whole_weights is not None:
-            state_dict = {name: self.whole_weights.get(name, weight) for name, weight in state_dict.items()}
+        state_dict = {name: self.whole_weights.get(name, weight) for name, weight in state_dict.items()}
         if "logit_scale" in state_dict:
             log_scale = state_dict["logit_scale"].clamp(max=_LARGEST_LOGIT_SCALE)
             state_dict = {**state_dict, "logit_scale": log_scale.reshape(())}
         super()._save(output_dir, state_dict)
         config = Path(output_dir or self.args.output_dir) / CONFIG_NAME
-        if self.whole_weights is not None and self.args.should_save and config.exists():
+        if self.was_rounded and self.args.should_save and config.exists():  # an adapter has none
             # it says what the model in memory is of, and whoever loads would round to that
             stated = json.loads(config.read_text(encoding="utf-8"))
             config.write_text(json.dumps({**stated, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")

@@ -235,7 +235,7 @@ def jittered(box: Sequence[float], size: tuple[int, int], share: float, rng: np.
 class EpochSampler(Sampler[int]):
     """A permutation an epoch, drawn from the seed and the epoch; with `lengths`, samples of like length come together.
 
-    Gives `epoch * N + sample`. Trainer calls `set_epoch`.
+    Gives `epoch * N + sample`. `TellEpoch` and Trainer call `set_epoch`.
     """
 
     def __init__(self, count: int, seed: int, lengths: np.ndarray | None = None, batch_size: int = 1) -> None:
