@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
     random weights, a model of the embedded one's size had after 32,000 samples the loss (0.46) that AdamW alone had
     after about 49,000.
 
+    Args:
+        lr: Learning rate where `rates` has none.
+        rates: Learning rate by name of a parameter.
+
     Source: Keller Jordan, "Muon: an optimizer for hidden layers"; the scaling is Liu et al., arXiv 2502.16982.
     """
 
@@ -28,23 +32,21 @@ class MuonWithAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         if not hasattr(torch.optim, "Muon"):
             raise ValueError(
                 f"optimizer muon needs torch 2.9 or newer, this is {torch.__version__}; take optimizer: trainer"
             )
-        matrices, others, undecayed = _split(model)
+        matrices, others, undecayed = (_by_rate(members, lr, rates or {}) for members in _split(model))
+        for group in undecayed:
+            group["weight_decay"] = 0.0
         self.parts = [
-            torch.optim.AdamW(
-                [{"params": others}, {"params": undecayed, "weight_decay": 0.0}],
-                lr=lr,
-                betas=betas,
-                eps=eps,
-                weight_decay=weight_decay,
-            ),
+            torch.optim.AdamW([*others, *undecayed], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay),
             torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
         ]
-        super().__init__(list(itertools.chain(matrices, others, undecayed)), {"lr": lr})
+        groups = itertools.chain(matrices, others, undecayed)
+        super().__init__([parameter for group in groups for parameter in group["params"]], {"lr": lr})
         # the parts' own groups, not copies: the schedule sets the learning rate in them
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
@@ -67,15 +69,23 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-def _split(model: nn.Module) -> tuple[list, list, list]:
-    """(matrices of linear layers inside blocks, other weights, biases and norms) among the trained parameters."""
+def _split(model: nn.Module) -> tuple[dict, dict, dict]:
+    """(matrices of linear layers inside blocks, other weights, biases and norms), trained parameters by name."""
     inside = {
         module.weight
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and not name.endswith("lm_head")
     }
-    matrices, others, undecayed = [], [], []
-    for parameter in model.parameters():
+    matrices, others, undecayed = {}, {}, {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (matrices if parameter in inside else others if parameter.ndim > 1 else undecayed).append(parameter)
+            (matrices if parameter in inside else others if parameter.ndim > 1 else undecayed)[name] = parameter
     return matrices, others, undecayed
+
+
+def _by_rate(members: Mapping[str, nn.Parameter], lr: float, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """A parameter group for each learning rate among these."""
+    groups: dict[float, list] = {}
+    for name, parameter in members.items():
+        groups.setdefault(rates.get(name, lr), []).append(parameter)
+    return [{"params": group, "lr": rate} for rate, group in groups.items()]

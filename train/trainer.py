@@ -76,22 +76,18 @@ class RegionTrainer(Trainer):
         """
         model = self.model if model is None else model
         args = self.args
+        rates = self._rates_by_name(model)
         if self.optimizer_name == "muon":
             betas = (args.adam_beta1, args.adam_beta2)
-            self.optimizer = MuonWithAdamW(model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon)
-        elif self.rates and self.optimizer is None:
+            self.optimizer = MuonWithAdamW(
+                model, args.learning_rate, args.weight_decay, betas, args.adam_epsilon, rates
+            )
+        elif rates and self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(model))
             groups: dict[tuple, list] = {}
-            frozen = set(self.rates)
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    part = part_of(name, self.parts)
-                    frozen.discard(part)
-                    groups.setdefault((self.rates.get(part, args.learning_rate), name in decayed), []).append(parameter)
-            if frozen:
-                raise ValueError(
-                    f"learning_rates: {', '.join(sorted(frozen))}: not trained; name it in train_parts too"
-                )
+                    groups.setdefault((rates.get(name, args.learning_rate), name in decayed), []).append(parameter)
             optimizer, settings = self.get_optimizer_cls_and_kwargs(args, model)
             self.optimizer = optimizer(
                 [
@@ -101,6 +97,17 @@ class RegionTrainer(Trainer):
                 **settings,
             )
         return super().create_optimizer(model)
+
+    def _rates_by_name(self, model: nn.Module) -> dict[str, float]:
+        """The learning rate of each trained parameter whose part has its own.
+
+        Raises:
+            ValueError: If a part with a learning rate is not trained.
+        """
+        part = {name: part_of(name, self.parts) for name, weight in model.named_parameters() if weight.requires_grad}
+        if frozen := sorted(self.rates.keys() - part.values()):
+            raise ValueError(f"learning_rates: {', '.join(frozen)}: not trained; name it in train_parts too")
+        return {name: self.rates[of] for name, of in part.items() if of in self.rates}
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Loss on the held-out samples, and how their questions are answered."""

@@ -100,7 +100,6 @@ def test_bad_recipes(tmp_path, content, message):
         ("logit_scale: 101", "logit_scale: expected a factor above 0 and up to 100"),
         ("learning_rates: [alpha]", "learning_rates: expected NAME=NUMBER"),
         ("optimizer: sgd", "optimizer: expected trainer or muon"),
-        ("optimizer: muon\nlearning_rates: [alpha=1.0e-3]", "muon has one learning rate for all"),
         ("deepspeed: zero2\noptimizer: muon", "muon runs without DeepSpeed only"),
         ("region_input: circle", "region_input: expected one of"),
         ("loss: clip", "loss: expected one of symmetric, released"),

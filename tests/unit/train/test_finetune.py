@@ -1,5 +1,6 @@
 """The training entry point: what moves and what does not, what comes out, what is refused."""
 
+import copy
 import json
 
 import pytest
@@ -128,24 +129,49 @@ def test_missing_data_is_one_line(start, tmp_path, capsys):
     assert error.startswith("region-tune: error:") and "image_data.json is missing" in error
 
 
-def test_muon_state_round_trip():
+def muon_step(module, optimizer):
+    module(torch.ones(2, 4)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def small_net():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 4))
+    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 4))
+
+
+def test_muon_state_round_trip():
+    model = small_net()
     optimizer = MuonWithAdamW(model, lr=0.01, weight_decay=0.1)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
-
-    def step(module, optimizer):
-        module(torch.ones(2, 4)).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step(model, optimizer)
+    muon_step(model, optimizer)
     assert {group["lr"] for part in optimizer.parts for group in part.param_groups} == {0.005}
-    assert scheduler.get_last_lr() == [0.005] * 3
-    import copy
-
+    assert scheduler.get_last_lr() == [0.005] * 2  # biases and norms; matrices
     twin = copy.deepcopy(model)
     again = MuonWithAdamW(twin, lr=0.01, weight_decay=0.1)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    step(model, optimizer), step(twin, again)
+    muon_step(model, optimizer), muon_step(twin, again)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_muon_has_a_learning_rate_for_each_part():
+    slow, fast, both = small_net(), small_net(), small_net()
+    muon_step(slow, MuonWithAdamW(slow, lr=0.001, weight_decay=0.1))
+    muon_step(fast, MuonWithAdamW(fast, lr=0.01, weight_decay=0.1))
+    muon_step(both, MuonWithAdamW(both, lr=0.01, weight_decay=0.1, rates={"2.weight": 0.001, "2.bias": 0.001}))
+    for name, weight in both.named_parameters():
+        expected = slow if name.startswith("2.") else fast
+        assert torch.equal(weight, expected.get_parameter(name)), name
+    assert not torch.equal(slow[2].weight, fast[2].weight)
+
+
+def test_muon_takes_the_recipes_learning_rates(start, data, tmp_path):
+    for name, rates in (("slow", ["multi_modal_projector=1e-12"]), ("fast", [])):
+        flags = "--optimizer", "muon", "--learning_rate", "1e-2", *(["--learning_rates", *rates] if rates else [])
+        assert run(start, data / "train", tmp_path / name, *flags) == 0
+    projector = next(name for name in moved(start, tmp_path / "fast") if "projector" in name and "weight" in name)
+    before, slow, fast = (
+        mllm.load(folder, device="cpu", dtype=torch.float32)[0].state_dict()[projector]
+        for folder in (start, tmp_path / "slow", tmp_path / "fast")
+    )
+    assert (slow - before).abs().max() < 1e-6 < 1e-3 < (fast - before).abs().max()
