@@ -1,13 +1,10 @@
-"""Build the embedded model from nothing: scenes, tokenizer, a random LLaVA, training, scores, files.
+"""Build the embedded model from nothing, as the paper builds: a CLIP, from it an Alpha-CLIP, from that the LLaVA.
 
-    python scripts/build_embedded_model.py [--work DIR] [--out DIR] [--seed S] [--as-the-paper] [--flag value ...]
+    python scripts/build_embedded_model.py [--work DIR] [--out DIR] [--seed S] [--flag value ...]
 
-On 2 CPU cores this takes about one and a half hours. What comes out of the same machine and seed is the same model.
-Further flags go to the recipe.
-
-With --as-the-paper the tower is not learned from descriptions, but is that of an Alpha-CLIP which was trained out of a
-CLIP (scripts/build_shapes_clip.py), and it is frozen, as in Alpha-CLIP's LLaVA. A stage that is there is kept; all of
-them take two and a half hours by estimate. The shipped model was built without.
+Scenes, tokenizers and random weights are made here too; scripts/build_shapes_clip.py has the first two stages. A stage
+that is there is kept. On 2 CPU cores all three take two and a half hours; what comes out of the same machine and seed
+is the same model. Further flags go to the last stage's recipe. `WORK/training.png` charts each stage.
 """
 
 from __future__ import annotations
@@ -51,40 +48,32 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=EMBEDDED_MODEL, help="where the finished model goes")
     parser.add_argument("--seed", type=int, default=2, help="of initial weights and training order (default 2)")
     parser.add_argument("--scenes", type=int, help="training scenes of each stage; only to try the script")
-    parser.add_argument("--as-the-paper", action="store_true", help="CLIP, from it an Alpha-CLIP, from that the LLaVA")
     args, recipe_flags = parser.parse_known_args()
 
-    alpha_clip, seen = None, []
-    if args.as_the_paper:
-        alpha_clip, seen = args.work / "alpha_clip", clip_scenes(args.work, args.scenes)  # Alpha-CLIP's are `data`'s
-        if failed := build_clip(args.work, args.seed, args.scenes) or build_alpha_clip(
-            args.work, args.seed, args.scenes
-        ):
-            return failed
-        recipe_flags = ["--train_parts", "multi_modal_projector", "language_model", "lm_head", *recipe_flags]
+    failed = build_clip(args.work, args.seed, args.scenes) or build_alpha_clip(args.work, args.seed, args.scenes)
+    if failed:
+        return failed
     scenes = args.scenes or TRAIN_SCENES
     data = args.work / f"shapes_train_{TRAIN_SEED}_{scenes}"
     if not (data / "image_data.json").exists():
         shapes.write(data, scenes, TRAIN_SEED, "train")
     start, trained = args.work / f"start_{args.seed}", args.work / f"trained_{args.seed}"
-    write_start(start, args.seed, alpha_clip)
+    write_start(start, args.seed, args.work / "alpha_clip")
     flags = {"--model": start, "--data": data, "--output_dir": trained, "--seed": args.seed}
     failed = finetune.main([str(RECIPE), *(str(part) for flag in flags.items() for part in flag), *recipe_flags])
     if failed:
         return failed
     export(trained, args.out)
-    (args.out / shapes.TRAINING_SCENES).write_bytes(b"".join(hashes_of_pictures(*seen, data)))
+    seen = [*clip_scenes(args.work, args.scenes), data]  # the Alpha-CLIP's are those of `data`
+    (args.out / shapes.TRAINING_SCENES).write_bytes(b"".join(hashes_of_pictures(*seen)))
     write_sample_scenes(args.out.parent / "scenes")
-    stages = [args.work / "clip", alpha_clip, trained] if alpha_clip else [trained]
-    draw(stages, args.work / "training.png")
+    draw([args.work / "clip", args.work / "alpha_clip", trained], args.work / "training.png")
     print(f"wrote {args.out}; score it with: python scripts/score_embedded_model.py --model {args.out}")
     return 0
 
 
-def write_start(out: Path, seed: int, alpha_clip: Path | None = None) -> None:
-    """A randomly initialised LLaVA of the embedded model's size, with its processor; its tower that of an Alpha-CLIP
-    where one is given.
-    """
+def write_start(out: Path, seed: int, alpha_clip: Path) -> None:
+    """A LLaVA of the embedded model's size with its processor: the tower of an Alpha-CLIP, all else random."""
     tokenizer = train_tokenizer(out / "tokenizer")
     set_seed(seed)
     config = LlavaConfig(
@@ -105,9 +94,8 @@ def write_start(out: Path, seed: int, alpha_clip: Path | None = None) -> None:
         image_seq_length=(TOWER["image_size"] // TOWER["patch_size"]) ** 2,
     )
     model = LlavaForConditionalGeneration(config)
-    if alpha_clip is not None:
-        tower = AlphaCLIPVisionModel.from_pretrained(alpha_clip)
-        model.model.vision_tower.load_state_dict(tower.state_dict())
+    tower = AlphaCLIPVisionModel.from_pretrained(alpha_clip)
+    model.model.vision_tower.load_state_dict(tower.state_dict())
     model.generation_config.update(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

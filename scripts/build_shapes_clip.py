@@ -65,7 +65,8 @@ def build_alpha_clip(work: Path, seed: int, scenes: int | None = None) -> int:
     if (work / "alpha_clip" / "training_record.json").exists():
         return 0
     data = [scenes_folder(work, scenes or ALPHA_SCENES, ALPHA_SEED)]
-    return _train("shapes_alpha_clip.yaml", work / "clip", data, work / "alpha_clip", seed, [])
+    flags = ["--whole_image_rate", "0.25"]  # docs/ablations.md: whole images suffer less, regions hardly
+    return _train("shapes_alpha_clip.yaml", work / "clip", data, work / "alpha_clip", seed, flags)
 
 
 def clip_scenes(work: Path, scenes: int | None = None) -> list[Path]:

@@ -1,4 +1,4 @@
-"""`make embedded-model`, shortened, and as the paper in three stages: from nothing to a model that begins to learn."""
+"""`make embedded-model`, its three stages shortened: from nothing to a model that begins to learn."""
 
 import json
 import math
@@ -20,33 +20,33 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stages", "steps", "loss"), [(1, 100, 2), (3, 40, 5)])  # measured: 1.1 and 4.2
-def test_build_from_nothing(tmp_path, stages, steps, loss):
+def test_build_from_nothing(tmp_path):
     command = [
         sys.executable,
         str(ROOT / "scripts" / "build_embedded_model.py"),
         "--scenes",
         "300",
         "--max_steps",
-        str(steps),
+        "100",
     ]
     command += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "assets" / "model"), "--logging_steps", "10"]
-    command += ["--as-the-paper"] if stages == 3 else []
     subprocess.run(command, check=True, cwd=tmp_path)
     out = tmp_path / "assets" / "model"
     log = [entry["loss"] for entry in json.loads((out / "training_record.json").read_text())["log"] if "loss" in entry]
-    assert float(log[-1]) < loss < math.log(640)  # a guess among the vocabulary's words
-    assert len(shapes.training_scenes(out)) == 300 * stages  # the CLIP's of both kinds, and the others'
+    assert float(log[-1]) < 2 < math.log(640)  # a guess among the vocabulary's words; measured: 1.1
+    assert len(shapes.training_scenes(out)) == 3 * 300  # the CLIP's of both kinds, and the others'
     with Image.open(tmp_path / "work" / "training.png") as charts:
-        assert charts.height == 240 * stages
+        assert charts.height == 240 * 3
     model, processor = mllm.load(out)
-    if stages == 3:  # the tower is the Alpha-CLIP's, frozen; rounded as the embedded model is stored
-        trained = AlphaCLIPVisionModel.from_pretrained(tmp_path / "work" / "alpha_clip").state_dict()
-        tower = model.model.vision_tower.state_dict()
-        assert trained.keys() == tower.keys()
-        assert all(torch.equal(tower[name], trained[name].bfloat16().float()) for name in trained)
-        assert tower["embeddings.patch_embedding.alpha.weight"].any()
+    # the tower came from the Alpha-CLIP and was trained on, which read from other weights would be far away
+    trained = AlphaCLIPVisionModel.from_pretrained(tmp_path / "work" / "alpha_clip").state_dict()
+    tower = model.model.vision_tower.state_dict()
+    assert trained.keys() == tower.keys()
+    alpha = "embeddings.patch_embedding.alpha.weight"
+    assert trained[alpha].any() and not torch.equal(tower[alpha], trained[alpha].bfloat16().float())
+    name = "encoder.layers.0.self_attn.q_proj.weight"
+    assert (tower[name] - trained[name]).norm() < 0.5 * trained[name].norm()
     scene = tmp_path / "assets" / "scenes" / "scene_1.png"
     (first, *_) = json.loads((scene.with_suffix(".json")).read_text())
     answer = RegionChat(model, processor).answer(load_image(str(scene)), Region.from_json({"box": first["box"]}))
-    assert answer.startswith("a ") or stages == 3  # after 40 steps it says nothing yet
+    assert answer.startswith("a ")
