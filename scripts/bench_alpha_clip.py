@@ -1,12 +1,10 @@
-"""Contrastive training: what gradient caching takes and gives, and regions a second against the released training loop.
+"""Regions a second of contrastive training against the released training loop, and where each step's time goes.
 
-    python scripts/bench_alpha_clip.py memory [--pairs 3]    a batch of 1024 by gradient caching against one of 64
-    python scripts/bench_alpha_clip.py speed [--rounds 5] [--dtype bf16] [--attention eager]
-    python scripts/bench_alpha_clip.py gpu                   ViT-L/14-336 on one GPU; never run
+    python scripts/bench_alpha_clip.py [--rounds 5] [--dtype bf16] [--attention eager]
 
-Random weights; sides take turns in one process, and ratios are medians over the turns. `speed` restates the loop of
-SunzeY/AlphaCLIP, train/ at e5676c9 (train_grit_1m.py, alpha_grit.py): each region decodes a picture of its own, which
-is padded with black and resized as a float tensor; every text is padded to 77 tokens; attention is plain matrix
+Random weights; sides take turns in one process, and ratios are medians over the turns. The released loop is restated
+from SunzeY/AlphaCLIP, train/ at e5676c9 (train_grit_1m.py, alpha_grit.py): each region decodes a picture of its own,
+which is padded with black and resized as a float tensor; every text is padded to 77 tokens; attention is plain matrix
 products. The model's code is ours on both sides. Pictures are made: 640 x 480 JPEGs in GRIT's layout.
 """
 
@@ -56,38 +54,26 @@ JOINTS = ("on", "with", "in front of", "next to", "and", "behind")
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = parser.add_subparsers(required=True)
-    memory = _sizes(parts.add_parser("memory"), width=192, layers=6, image_size=96, patch_size=12, text_width=128)
-    memory.add_argument("--batch", type=int, default=1024, help="pairs of the large batch")
-    memory.add_argument("--chunk", type=int, default=64, help="pairs embedded at a time, and of the small batch")
-    memory.add_argument("--pairs", type=int, default=3, help="timed pairs of cached and plain steps; 0 for none")
-    memory.set_defaults(run=bench_memory)
-    speed = _sizes(parts.add_parser("speed"), width=768, layers=12, image_size=224, patch_size=16, text_width=512)
-    speed.add_argument("--rounds", type=int, default=5, help="timed rounds; one more to warm up")
-    speed.add_argument("--regions", type=int, default=16, help="regions of a step")
-    speed.add_argument("--per-picture", type=int, default=4, help="regions of a picture in a step of ours")
-    speed.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
-    speed.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa", help="of ours")
-    speed.set_defaults(run=bench_speed)
-    gpu = _sizes(parts.add_parser("gpu"), width=1024, layers=24, image_size=336, patch_size=14, text_width=768)
-    gpu.add_argument("--batch", type=int, default=256, help="pairs of a step")
-    gpu.add_argument("--chunk", type=int, default=128, help="pairs embedded at a time in the largest batch")
-    gpu.add_argument("--largest", type=int, default=32_768, help="stop doubling the cached batch here")
-    gpu.set_defaults(run=bench_gpu)
+    add_sizes(parser, width=768, layers=12, image_size=224, patch_size=16, text_width=512)
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds; one more to warm up")
+    parser.add_argument("--regions", type=int, default=16, help="regions of a step")
+    parser.add_argument("--per-picture", type=int, default=4, help="regions of a picture in a step of ours")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
+    parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa", help="of ours")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     with tempfile.TemporaryDirectory() as folder:
-        args.run(args, Path(folder))
+        bench(args, Path(folder))
     return 0
 
 
-def _sizes(parser: argparse.ArgumentParser, **defaults: int) -> argparse.ArgumentParser:
+def add_sizes(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """Flags of the sizes of a random CLIP, and of how time is taken."""
     for name, value in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--text-layers", type=int, default=12)
     timed = "time the process's own seconds, not the wall's: where other work runs beside it, with OMP_NUM_THREADS=1"
     parser.add_argument("--cpu-time", action="store_true", help=timed)
-    return parser
 
 
 def build(args: argparse.Namespace) -> AlphaCLIPModel:
@@ -127,21 +113,6 @@ def trainer_of(model: AlphaCLIPModel, folder: Path, dtype: str, cpu: bool, **set
     return trainer
 
 
-def random_batch(model: AlphaCLIPModel, pairs: int, device: str = "cpu", shared: bool = False) -> dict[str, Any]:
-    """Pairs of noise and random texts of 16 tokens, each text of two pairs; `shared`: one picture, which takes no
-    memory of its own.
-    """
-    generator, side = torch.Generator().manual_seed(1), model.config.vision_config.image_size
-    pixels = torch.randn(1 if shared else pairs, 4, side, side, generator=generator).to(device)
-    texts = max(pairs // 2, 1)
-    ids = torch.randint(2, VOCABULARY, (texts, 16), generator=generator)
-    ids[:, -1] = 1  # where the text tower's output is read
-    of_pair = torch.arange(pairs) % texts
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "text_of": of_pair, "text_ids": of_pair.clone()}
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    return {**batch, "pixel_values": pixels.expand(pairs, -1, -1, -1), "names": ["noise"]}
-
-
 def seconds(run: Callable[[], Any], timer: Callable[[], float] = time.perf_counter) -> float:
     """Time of one call."""
     start = timer()
@@ -154,84 +125,6 @@ def seconds(run: Callable[[], Any], timer: Callable[[], float] = time.perf_count
 def timer_of(args: argparse.Namespace) -> Callable[[], float]:
     """Wall time, or with --cpu-time the process's own."""
     return time.process_time if args.cpu_time else time.perf_counter
-
-
-# ---- memory
-
-
-def bench_memory(args: argparse.Namespace, folder: Path) -> None:
-    """Gradient caching in float32: growth of memory, gradients and time against plain batches."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build(args).to(device)
-    trainers = {
-        chunk: trainer_of(model, folder, "fp32", device == "cpu", cache_chunk=chunk) for chunk in (0, args.chunk)
-    }
-    batches = {pairs: random_batch(model, pairs, device) for pairs in (args.chunk, args.batch)}
-    # the same pairs back to front: what rounding alone does to the gradients
-    of_pairs = ("pixel_values", "text_of", "text_ids")
-    batches[0] = batches[args.batch] | {name: batches[args.batch][name].flip(0) for name in of_pairs}
-
-    def step(pairs: int, chunk: int) -> None:
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.zero_()  # kept, so that the gradients are no growth
-        trainers[chunk].training_step(model, batches[pairs])
-
-    step(args.chunk, 0)
-    grown = {
-        (pairs, chunk): growth(lambda: step(pairs, chunk), device) / 2**20  # noqa: B023
-        for pairs, chunk in ((args.chunk, 0), (args.batch, args.chunk), (args.batch, 0))
-    }
-    print("| batch, float32 | beside weights, gradients and pictures, MiB | of the small batch's |\n|---|---|---|")
-    for (pairs, chunk), size in grown.items():
-        how = f"in chunks of {chunk}" if chunk else "plain"
-        print(f"| {pairs}, {how} | {size:.0f} | {size / grown[args.chunk, 0]:.2f} |", flush=True)
-    gradients = {}
-    for name, pairs, chunk in (("plain", args.batch, 0), ("cached", args.batch, args.chunk), ("other order", 0, 0)):
-        step(pairs, chunk)
-        gradients[name] = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
-    print(f"\ngradients of {args.batch} in float32, worst difference from those of the plain batch")
-    for name in ("cached", "other order"):
-        print(f"- {name}: {differences(gradients[name], gradients['plain'])}")
-    ratios = []
-    for _ in range(args.pairs):
-        cached, plain = (seconds(lambda: step(args.batch, chunk), timer_of(args)) for chunk in (args.chunk, 0))  # noqa: B023
-        ratios.append(cached / plain)
-    if ratios:
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}, {len(ratios)} pairs"
-        print(f"time of a step, cached / plain: {statistics.median(ratios):.2f} ({spread})")
-
-
-def differences(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> str:
-    """The worst difference, of the largest gradient of all and of the largest in the same tensor."""
-    apart = {name: float((found[name] - gradient).abs().max()) for name, gradient in expected.items()}
-    sizes = {name: float(gradient.abs().max()) for name, gradient in expected.items()}
-    # a key's bias moves all of a row's scores alike: softmax has no gradient there, only rounding
-    own = {name: apart[name] / size for name, size in sizes.items() if not name.endswith("k_proj.bias")}
-    worst = max(own, key=own.get)
-    return (
-        f"{max(apart.values()) / max(sizes.values()):.1e} of the largest gradient; {own[worst]:.1e} of the largest in "
-        f"its own tensor ({worst}; key biases left out)"
-    )
-
-
-def growth(run: Callable[[], Any], device: str) -> int:
-    """Bytes of tensors at most alive during a call beyond those before it; on a CPU as PyTorch's profiler counts every
-    allocation and release.
-    """
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-    in_order = sorted(events, key=lambda event: event.start_ns())
-    return max(itertools.accumulate((event.nbytes() for event in in_order), initial=0))
-
-
-# ---- speed
 
 
 class Clock:
@@ -253,7 +146,7 @@ class Clock:
         return sum(self.seconds[part] for part in parts)
 
 
-def bench_speed(args: argparse.Namespace, folder: Path) -> None:
+def bench(args: argparse.Namespace, folder: Path) -> None:
     """Ours and the released loop, and steps on the way from one to the other."""
     data = folder / "grit"
     write_pictures(data, 4 * args.regions, max(args.per_picture, 6))
@@ -440,58 +333,6 @@ def write_pictures(folder: Path, count: int, regions: int) -> None:
         record = {"caption": caption, "width": 640, "height": 480, "ref_exps": rows, "seudo_masks": masks}
         name.with_suffix(".json").write_text(json.dumps(record), encoding="utf-8")
     (folder / "dataset.json").write_text('{"split": "train"}', encoding="utf-8")
-
-
-# ---- gpu: never run
-
-
-def bench_gpu(args: argparse.Namespace, folder: Path) -> None:
-    """ViT-L/14-336 in bf16 on one GPU: regions a second, peak memory, share of the matrix rate, largest cached batch.
-
-    Never run: no GPU was at hand.
-    """
-    model = build(args).to("cuda")
-    rate = matrix_rate()
-    print("| batch, bf16 | regions a second | peak memory, GiB | share of the matrix rate |\n|---|---|---|---|")
-    tokens = (args.image_size // args.patch_size) ** 2 + 1
-    forward = args.layers * (2 * tokens * 12 * args.width**2 + 4 * tokens**2 * args.width)  # of one region
-
-    def row(name: str, pairs: int, chunk: int, steps: int) -> bool:
-        trainer = trainer_of(model, folder, "bf16", cpu=False, cache_chunk=chunk)
-        batch = random_batch(model, pairs, shared=True)
-        torch.cuda.reset_peak_memory_stats()
-
-        def step() -> None:
-            trainer.training_step(trainer.model_wrapped, batch)
-            trainer.optimizer.step()
-            trainer.optimizer.zero_grad()
-
-        try:
-            step()
-            took = statistics.median(seconds(step) for _ in range(steps))
-        except torch.OutOfMemoryError:
-            trainer.optimizer.zero_grad()
-            torch.cuda.empty_cache()
-            print(f"| {pairs}, {name} | out of memory | | |", flush=True)
-            return False
-        share = 3 * forward * pairs / took / rate  # 3: what recomputing adds is no work done
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        print(f"| {pairs}, {name} | {pairs / took:.0f} | {peak:.1f} | {share:.2f} |", flush=True)
-        return True
-
-    row("plain", args.batch, 0, 5)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    row("checkpointed", args.batch, 0, 5)
-    pairs = 4096
-    while pairs <= args.largest and row(f"checkpointed, in chunks of {args.chunk}", pairs, args.chunk, 1):
-        pairs *= 2
-
-
-def matrix_rate() -> float:
-    """Floating-point operations a second of the tower's own matrix product in bf16."""
-    a, b = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for shape in ((577 * 64, 1024), (1024, 4096)))
-    best = min(seconds(lambda: [a @ b for _ in range(20)]) for _ in range(10))
-    return 20 * 2 * len(a) * 1024 * 4096 / best
 
 
 if __name__ == "__main__":
