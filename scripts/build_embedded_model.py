@@ -178,7 +178,7 @@ def export(trained: Path, out: Path) -> None:
         if file.suffix in (".json", ".jinja"):
             shutil.copy(file, out / file.name)
     processor = json.loads((out / "processor_config.json").read_text(encoding="utf-8"))
-    del processor["image_processor"]["auto_map"]  # no copy of our own code beside our own code
+    processor["image_processor"].pop("auto_map", None)  # no copy of our own code beside our own code
     (out / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
 
 

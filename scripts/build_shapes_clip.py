@@ -41,9 +41,16 @@ CONTEXT = 64  # tokens; the longest caption, six objects, has 37
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "embedded_model", help="scenes and models")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=ROOT / "build" / "embedded_model",
+        help="scenes and models (default: build/embedded_model)",
+    )
     parser.add_argument("--seed", type=int, default=2, help="of initial weights and training order (default 2)")
-    parser.add_argument("--scenes", type=int, help="training scenes of each stage; only to try the script")
+    parser.add_argument(
+        "--scenes", type=int, help="training scenes of each stage, to try the script; 128 or more make a batch"
+    )
     parser.add_argument("--only-clip", action="store_true", help="stop after CLIP")
     args, recipe_flags = parser.parse_known_args()
     failed = build_clip(args.work, args.seed, args.scenes, recipe_flags)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-WIDTH, HEIGHT, MARGIN = 420, 240, 46
+WIDTH, HEIGHT, MARGIN = 420, 240, 58
 _LINE, _GRID, _INK = (31, 90, 166), (222, 222, 222), (40, 40, 40)
 
 
@@ -51,9 +51,12 @@ def curves(run: Path) -> dict[str, list[tuple[float, float]]]:
     """(step, value) by what was logged: the loss, then whatever begins with `eval_` and is no time.
 
     Raises:
-        ValueError: If the run logged no loss.
+        ValueError: If the run is not finished, or logged no loss.
     """
-    log = json.loads((run / "training_record.json").read_text(encoding="utf-8"))["log"]
+    record = run / "training_record.json"
+    if not record.exists():
+        raise ValueError(f"{run} is no finished run: it has no training_record.json")
+    log = json.loads(record.read_text(encoding="utf-8"))["log"]
     found: dict[str, list[tuple[float, float]]] = {"loss": []}
     for entry in log:
         for name, value in entry.items():
@@ -81,9 +84,12 @@ def chart(title: str, points: list[tuple[float, float]]) -> Image.Image:
         y = place(x0, value)[1]
         draw.line([(left, y), (right, y)], fill=_GRID)
         draw.text((left - 6, y), f"{value:.3g}", fill=_INK, font=font, anchor="rm")
-    for x in (x0, (x0 + x1) / 2, x1):
+    for x in sorted({x0, (x0 + x1) // 2, x1}):  # steps: whole numbers
         draw.text((place(x, y0)[0], bottom + 6), f"{x:.0f}", fill=_INK, font=font, anchor="mt")
-    draw.line([place(*point) for point in points], fill=_LINE, width=2)
+    if len(points) > 1:
+        draw.line([place(*point) for point in points], fill=_LINE, width=2)
+    else:
+        draw.circle(place(*points[0]), 3, fill=_LINE)
     draw.text((left, 10), f"{title} (last: {points[-1][1]:.4g}; by step)", fill=_INK, font=font)
     return picture
 

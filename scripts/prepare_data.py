@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             record = _INDEX[args.kind](args.source, args.out, reports)
         print_report(args, record, reports)
         own = images_of(args.source, args.out)
-        print_overlap(f"{args.source} itself", own.train, own.held_out)
+        print_overlap(f"the test and validation splits of {args.source} itself", own.train, own.held_out)
         for other in args.against:
             there = images_of(other)
             print_overlap(f"the test and validation splits of {other}", own.train, there.held_out)

@@ -27,6 +27,7 @@ from transformers.integrations.deepspeed import (
 from eval.region_text import DescribedPicture, described_pictures
 from mllm.data.index import HELD_OUT, TRAIN, RegionIndex
 from mllm.loading import hub_answers
+from train.arguments import refuse_unknown_parts
 from train.lora import ALPHA, linear_layers, part_of, pattern, trained_table
 from train.region_text_arguments import PairArguments, TowerArguments, parse_args
 from train.region_text_data import RegionTextCollator, RegionTextDataset, held_out_samples
@@ -187,9 +188,7 @@ def prepare_model(model: AlphaCLIPModel, args: TowerArguments) -> PreTrainedMode
     Raises:
         ValueError: If the model has no such part, layer or block.
     """
-    named = {*args.train_parts, *args.rate_of_part()}
-    if unknown := named - PARTS.keys():
-        raise ValueError(f"train_parts: expected names out of {', '.join(PARTS)}, got {sorted(unknown)}")
+    refuse_unknown_parts(args, PARTS)
     blocks = model.config.vision_config.num_hidden_layers
     if args.train_blocks is not None and args.train_blocks > blocks:
         raise ValueError(f"train_blocks: the tower has {blocks} blocks, got {args.train_blocks}")

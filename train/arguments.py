@@ -5,11 +5,12 @@ errors.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -212,6 +213,13 @@ class DataArguments(RegionArguments):
         return named_numbers("turn_weights", self.turn_weights)
 
 
+def refuse_unknown_parts(args: PartArguments, parts: Collection[str]) -> None:
+    """Raise ValueError if `train_parts` or `learning_rates` name a part that the model does not have."""
+    for setting, named in (("train_parts", args.train_parts), ("learning_rates", args.rate_of_part())):
+        if unknown := sorted(set(named) - set(parts)):
+            raise ValueError(f"{setting}: expected names out of {', '.join(parts)}, got {unknown}")
+
+
 def named_numbers(name: str, entries: Sequence[str]) -> dict[str, float]:
     """NAME=NUMBER entries as a dict."""
     numbers = {}
@@ -262,7 +270,11 @@ def parse_recipe(prog: str, kinds: Sequence[type], argv: Sequence[str]) -> tuple
         if action.dest == "deepspeed":
             action.type = _deepspeed_file
             action.default = action.default and _deepspeed_file(action.default)
-    *arguments, training_args = parser.parse_args_into_dataclasses(flags)
+    if not torch.accelerator.is_available() and parser.parse_known_args(flags)[0].plan:
+        parser.set_defaults(use_cpu=True)  # a plan computes nothing: it need not have the devices
+    *arguments, training_args, unknown = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True)
+    if unknown:
+        raise ValueError(f"unknown flags or values without a flag: {' '.join(unknown)}; --help lists the flags")
     if training_args.save_total_limit == 1:
         raise ValueError("save_total_limit: expected 2 or more, since the older is deleted before the newer is whole")
     return *arguments, training_args
@@ -298,7 +310,9 @@ def _read_recipe(path: str) -> dict:
         try:
             recipe = yaml.safe_load(file)
         except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from error
+            place = getattr(error, "problem_mark", None)
+            where = f", line {place.line + 1}, column {place.column + 1}," if place else ""
+            raise ValueError(f"{path}{where} is not YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path}: expected 'key: value' lines, got {type(recipe).__name__}")
     return recipe

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from mllm.loading import FAMILIES
-from train.arguments import ModelArguments
+from train.arguments import ModelArguments, refuse_unknown_parts
 
 ALPHA = "alpha"  # the alpha convolution, a part inside the tower
 _ALPHA_MODULE = "patch_embedding.alpha"
@@ -27,9 +27,7 @@ def prepare_model(model: PreTrainedModel, args: ModelArguments) -> PreTrainedMod
         ValueError: If the model has no such part or layer, or a part cannot be trained beside LoRA.
     """
     parts = parts_of(model)
-    named = {*args.train_parts, *args.rate_of_part()}
-    if unknown := named - parts.keys():
-        raise ValueError(f"train_parts: expected names out of {', '.join(parts)}, got {sorted(unknown)}")
+    refuse_unknown_parts(args, parts)
     if args.lora_r:
         model = _adapted(model, parts, args)
     else:

@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections import Counter
@@ -20,9 +21,11 @@ from transformers.processing_utils import ProcessorMixin
 from mllm.data.index import TRAIN, RegionIndex, index_folder
 from mllm.data.prepare import make_index
 from train.sampling import skipped_pictures
-from train.trainer import STOPPED, RegionTrainer
+from train.trainer import TRAINING_RECORD, RegionTrainer
 
 logger = logging.getLogger(__name__)
+
+INTERRUPTED = 128 + signal.SIGINT  # as a shell reports it
 
 # What may differ between a run and its continuation: where and how it runs, not what it computes
 _NOT_OF_THE_RUN = {
@@ -39,23 +42,51 @@ def run_command(name: str, train: Callable[[Sequence[str]], int], argv: Sequence
         return train(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError) as error:
         # of a worker's error the last line, below its traceback
-        message = str(error).strip().splitlines()[-1] if str(error).startswith("Caught ") else str(error)
+        message = str(error).strip().splitlines()[-1] if str(error).startswith("Caught ") else one_line(error)
         print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
         return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)  # noqa: T201
+        return INTERRUPTED
     finally:
         _leave_process_group()
 
 
 def train_and_save(trainer: RegionTrainer, checkpoint: Path | None) -> int:
-    """Train from the checkpoint or from the start, and save; returns the exit code."""
+    """Train from the checkpoint or from the start, and save; returns the exit code.
+
+    Raises:
+        ValueError: If the data is less than a batch.
+    """
+    refuse_less_than_a_batch(trainer)
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if trainer.state.global_step < trainer.state.max_steps:
-        logger.warning("stopped at step %d by SIGTERM; the same command goes on", trainer.state.global_step)
-        return STOPPED
+    if stopped := trainer.stopping.received:
+        name = signal.Signals(stopped).name
+        logger.warning("stopped at step %d by %s; the same command goes on", trainer.state.global_step, name)
+        return 128 + stopped
+    if checkpoint is not None and checkpoint.name.endswith(f"-{trainer.state.max_steps}"):
+        logger.info("that was the last step; the model is written once more")
     save(trainer, trainer.processing_class)
     return 0
+
+
+def refuse_less_than_a_batch(trainer: RegionTrainer) -> None:
+    """Raise ValueError where `dataloader_drop_last` would leave nothing to train on."""
+    args, samples = trainer.args, len(trainer.train_dataset)
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and samples < batch:
+        raise ValueError(
+            f"the data has {samples} samples, fewer than one batch of {batch}, and dataloader_drop_last leaves out "
+            "what does not fill a batch; lower per_device_train_batch_size, or add data"
+        )
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, of a file the system's words without its number."""
+    named = isinstance(error, OSError) and error.filename is not None and error.strerror
+    return f"{os.fspath(error.filename)}: {error.strerror}" if named else str(error)
 
 
 def what_makes_the_run(training_args: TrainingArguments, *others: Any) -> dict[str, Any]:
@@ -118,7 +149,7 @@ def save(trainer: RegionTrainer, processor: ProcessorMixin) -> None:
         processor.save_pretrained(out)
         skipped = sorted(skipped_pictures(trainer.train_dataset.skipped))
         record = {"run": trainer.run, "skipped_pictures": skipped, "log": trainer.state.log_history}
-        with open(os.path.join(out, "training_record.json"), "w", encoding="utf-8") as file:
+        with open(os.path.join(out, TRAINING_RECORD), "w", encoding="utf-8") as file:
             json.dump(record, file, indent=1)
 
 

@@ -26,7 +26,7 @@ from train.sampling import EpochSampler
 logger = logging.getLogger(__name__)
 
 WHOLE = "whole.json"  # written last into a checkpoint: without it one is half-written
-STOPPED = 128 + signal.SIGTERM  # exit code of a run that SIGTERM ended, as a shell reports it
+TRAINING_RECORD = "training_record.json"  # beside a finished model: what made it, and its curves
 
 
 class RegionTrainer(Trainer):
@@ -158,30 +158,38 @@ class TellEpoch(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM: finish the step, save a checkpoint, end. All processes agree on the step."""
+    """SIGTERM, or Ctrl-C: finish the step, save a checkpoint, end. All processes agree on the step.
+
+    Attributes:
+        received: The signal; 0 while there was none, or where it came in the last step.
+    """
 
     def __init__(self) -> None:
-        self.received = False
+        self.received = 0
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Listen."""
-        self._before = signal.signal(signal.SIGTERM, self._receive)
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Stop listening."""
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if state.global_step >= state.max_steps:
+            self.received = 0
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Ask for a checkpoint and the end, once any process got the signal."""
         if args.world_size > 1:
             flag = torch.tensor(int(self.received), device=args.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            self.received = bool(flag)
+            self.received = int(flag)
         if self.received and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
     def _receive(self, number: int, frame: Any) -> None:
-        self.received = True
+        self.received = number
+        signal.signal(number, self._before[number])  # a second one need not wait for the end of the step
 
 
 def last_whole_checkpoint(output_dir: str | os.PathLike) -> Path | None:
@@ -194,20 +202,30 @@ def checkpoint_to_resume(output_dir: str | os.PathLike, run: Mapping[str, Any]) 
     """The newest whole checkpoint, None where there is none. Half-written ones are no checkpoints.
 
     Raises:
-        ValueError: If it is of another run: other model, data or settings.
+        ValueError: If the folder is of another run: other model, data or settings; or if it is what the run reads.
     """
-    checkpoint = last_whole_checkpoint(output_dir)
-    if checkpoint is None:
-        return None
-    stored = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))["run"]
-    now = json.loads(json.dumps(run))  # as it would be stored
-    if changed := sorted(key for key in stored.keys() | now.keys() if stored.get(key) != now.get(key)):
-        first = changed[0]
-        raise ValueError(
-            f"{checkpoint} is of another run: {', '.join(changed)} differ ({first} was {stored.get(first)!r}, is "
-            f"{now.get(first)!r}); give another --output_dir, or the settings of that run to go on"
-        )
+    for read in (run.get("model"), run.get("alpha_weights"), *run.get("data", ())):
+        if read is not None and os.path.exists(read) and os.path.realpath(read) == os.path.realpath(output_dir):
+            raise ValueError(f"output_dir: {output_dir} is what the run reads, and would be overwritten; give another")
+    checkpoint, record = last_whole_checkpoint(output_dir), Path(output_dir) / TRAINING_RECORD
+    if checkpoint is not None:
+        refuse_other_run(checkpoint, checkpoint / WHOLE, run)
+    elif record.exists():
+        refuse_other_run(record, record, run)  # a finished one, its checkpoints deleted
     return checkpoint
+
+
+def refuse_other_run(shown: Path, file: Path, run: Mapping[str, Any]) -> None:
+    """Raise ValueError if what a file stores as its run is not this one; `shown` is named."""
+    stored = json.loads(file.read_text(encoding="utf-8"))["run"]
+    now = json.loads(json.dumps(run))  # as it would be stored
+    changed = sorted(key for key in stored.keys() | now.keys() if stored.get(key) != now.get(key))
+    if changed:
+        first, others = changed[0], f"; also {', '.join(changed[1:])}" if changed[1:] else ""
+        raise ValueError(
+            f"{shown} is of another run: {first} was {stored.get(first)!r}, is {now.get(first)!r}{others}. Give "
+            "another --output_dir, or the settings of that run to go on"
+        )
 
 
 def _write_synced(path: Path, content: Mapping[str, Any]) -> None:

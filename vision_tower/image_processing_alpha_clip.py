@@ -91,6 +91,7 @@ class AlphaCLIPImageProcessor(PilBackend):
     geometry = "crop"
 
     def __init__(self, **kwargs) -> None:
+        kwargs.pop("auto_map", None)  # a processor's names files that do not lie beside an image processor alone
         super().__init__(**kwargs)
         del self.regions  # an argument of each call, never a setting
         self._valid_kwargs_names.remove("regions")
@@ -135,7 +136,8 @@ class AlphaCLIPImageProcessor(PilBackend):
                 images, transparency is laid onto white.
             regions: For one image: a `Region`, or a list of N regions, which gives N outputs for one decoding and
                 resizing. For a list of images: a list of the same length, each entry a `Region`, None, or a list of
-                regions of that image. None means the whole image.
+                regions of that image. None means the whole image. In place of a `Region` its text may stand
+                ("box:40,60,220,200", `Region.parse`).
             geometry: "crop", "pad" or "stretch"; the processor's own when not given.
             return_tensors: "pt" or "np"; lists of arrays when not given.
             **kwargs: Colour settings of CLIP's image processor (`do_normalize`, `image_mean`, ...).
@@ -263,7 +265,7 @@ def _match_regions(regions: Region | list | None, count: int, images: ImageInput
         entries = [regions]
     elif regions is None:
         entries = [None] * count
-    elif isinstance(regions, Region):
+    elif isinstance(regions, Region | str):
         entries = [regions]
     else:
         entries = list(regions)
@@ -273,8 +275,18 @@ def _match_regions(regions: Region | list | None, count: int, images: ImageInput
     for entry in lists:
         if not entry:
             raise ValueError("got an image with an empty list of regions; None means the whole image")
-        if wrong := [region for region in entry if not (region is None or isinstance(region, Region))]:
-            raise ValueError(
-                f"expected a Region or None, got {type(wrong[0]).__name__}; see Region.from_box and its kin"
-            )
-    return [[Region.whole() if region is None else region for region in entry] for entry in lists]
+    return [[_region(value) for value in entry] for entry in lists]
+
+
+def _region(value: Any) -> Region:
+    """A `Region`, the text of one, or None for the whole image."""
+    if value is None:
+        return Region.whole()
+    if isinstance(value, str):
+        return Region.parse(value)
+    if not isinstance(value, Region):
+        raise ValueError(
+            f"expected a Region, its text ('box:40,60,220,200') or None, got {type(value).__name__}; see "
+            "Region.from_box and its kin"
+        )
+    return value

@@ -38,6 +38,8 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[RegionSample]:
                     sample = _sample(path.resolve().parent, number, json.loads(line))
                     if sample.id in seen:
                         raise ValueError(f"the id {sample.id!r} occurs again; ids must differ")
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number}, column {error.colno}: {error.msg}") from error
                 except (ValueError, OSError, RecursionError) as error:
                     raise ValueError(f"{path}, line {number}: {error}") from error
                 seen.add(sample.id)

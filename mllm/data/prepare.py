@@ -39,6 +39,8 @@ def make_index(root: str | os.PathLike) -> dict[str, Any]:
     root = Path(root)
     if root.suffix == ".jsonl":
         return index_jsonl(root)
+    if not root.is_dir():
+        raise ValueError(f"there is no folder {root}")
     if (root / "image_data.json").exists():
         return index_visual_genome(root)
     if refs := sorted(root.glob("refs(*).p")):
@@ -198,8 +200,11 @@ def _of_picture(path: Path, folder: Path, image: str, lines: list[RegionSample])
     name = Path(image)
     image_id = name.relative_to(folder).as_posix() if name.is_relative_to(folder) else name.as_posix()
     sizes = {(meta["width"], meta["height"]) for sample in lines if (meta := sample.meta).get("width")}
+    # a mask states it too: a picture of another size is then left out when it is opened
+    masks = (region for sample in lines for region in sample.regions if region.kind == "mask")
+    sizes |= {(width, height) for height, width, *_ in (mask.data for mask in masks)}
     if len(sizes) > 1:
-        raise ValueError(f"{path}: {image_id} has one size, lines about it state {sorted(sizes)}")
+        raise ValueError(f"{path}: {image_id} has one size, its lines and masks state {sorted(sizes)}")
     size = dict(zip(("width", "height"), *sizes, strict=True)) if sizes else {}
     number_of: dict[Region, int] = {}
     found = []

@@ -36,7 +36,7 @@ def test_both_layouts_are_indexed(folder, capsys, kind):
 @pytest.mark.parametrize("kind", ["vg", "refcocog"])
 def test_the_index_may_lie_elsewhere(folder, tmp_path, capsys, kind):
     assert prepare_data.main([kind, "--source", str(folder), "--out", str(tmp_path / "index")]) == 0
-    assert f"training images in {folder} itself: 0" in capsys.readouterr().out
+    assert f"training images in the test and validation splits of {folder} itself: 0" in capsys.readouterr().out
     assert not (folder / "region_index").exists() and len(RegionIndex(tmp_path / "index"))
 
 
@@ -49,7 +49,7 @@ def test_grits_layout_is_indexed(tmp_path, capsys, tars):
     assert prepare_data.main(["grit", "--source", str(source), "--against", str(held_out)]) == 0
     printed = capsys.readouterr().out
     assert "split train: " in printed and "on 3 pictures" in printed and "missing" not in printed
-    assert f"training images in {source} itself: 0" in printed
+    assert f"training images in the test and validation splits of {source} itself: 0" in printed
     assert f"training images in the test and validation splits of {held_out}: 0" in printed
     (source / "00000" / "000000002.png" if not tars else source / "00001.tar").unlink()
     if not tars:
@@ -71,7 +71,8 @@ def test_a_file_of_one_s_own_is_indexed(tmp_path, folder, capsys):
     assert prepare_data.main(["jsonl", "--source", str(file)]) == 0
     printed = capsys.readouterr().out
     assert "lines: 4 read" in printed and "split train: 2 regions on 2 pictures, 1 of them missing" in printed
-    assert f"training images in {file} itself: 2 (first: file {tmp_path / 'no.png'}, vg 1)" in printed
+    shared = f"2 (first: file {tmp_path / 'no.png'}, vg 1)"
+    assert f"training images in the test and validation splits of {file} itself: {shared}" in printed
     assert len(RegionIndex(file)) == 4 and (tmp_path / "mine.jsonl.region_index").is_dir()
     assert "cannot read" in refused(capsys, "jsonl", "--source", tmp_path / "no.jsonl")
 
@@ -146,7 +147,7 @@ def test_training_images_that_are_held_out_elsewhere_are_counted(tmp_path, folde
     (tmp_path / "mix.json").write_text(json.dumps(mix))
     assert prepare_data.main(["vg", "--source", str(folder), "--against", str(tmp_path / "mix.json")]) == 0
     printed = capsys.readouterr().out
-    assert f"training images in {folder} itself: 0" in printed
+    assert f"training images in the test and validation splits of {folder} itself: 0" in printed
     line = next(line for line in printed.splitlines() if "mix.json trains on" in line)
     assert ": 2 (first: coco 9, vg" in line  # one picture, under both of its names
 

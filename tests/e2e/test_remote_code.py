@@ -23,9 +23,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
 processor = AutoImageProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
-Region = sys.modules[type(processor).__module__].Region
-regions = [Region.parse("box:4,4,40,30"), Region.parse("box:44,4,60,50")]
-values = processor(Image.open(sys.argv[2]), regions, return_tensors="pt")
+values = processor(Image.open(sys.argv[2]), ["box:4,4,40,30", "box:44,4,60,50"], return_tensors="pt")
 pooled = model(**values).pooler_output.detach()
 torch.save({"pixels": values["pixel_values"], "pooled": pooled}, sys.argv[3])
 assert "vision_tower" not in sys.modules

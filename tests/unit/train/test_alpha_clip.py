@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -430,7 +431,7 @@ def test_a_hub_id_without_network_is_refused_at_once(data, tmp_path, monkeypatch
     ("flags", "message"),
     [
         (("--train_parts", "tower"), "train_parts: expected names out of vision_model, visual_projection"),
-        (("--learning_rates", "tower=1e-3"), "train_parts: expected names out of vision_model, visual_projection"),
+        (("--learning_rates", "tower=1e-3"), "learning_rates: expected names out of vision_model, visual_projection"),
         (("--learning_rates", "text_model=1e-3"), "learning_rates: text_model: not trained; name it in train_parts"),
         (("--train_blocks", 4), "train_blocks: the tower has 3 blocks, got 4"),
         (("--lora_r", 2, "--lora_targets", "query"), "lora_targets: expected names out of fc1"),
@@ -448,13 +449,51 @@ def test_what_the_model_has_not_is_refused_in_one_line(start, data, tmp_path, ca
         (["train"], ("--eval_strategy", "steps", "--eval_steps", 1), "evaluation needs pictures of the split 'val'"),
         (["test"], (), "expected described regions of the split 'train', the data has only test"),
         (["val"], (), "expected described regions of the split 'train', the data has only val"),
-        (["nothing"], (), "is in no layout that can be indexed"),
+        (["nothing"], (), "there is no folder"),
     ],
 )
 def test_data_of_other_splits_is_refused_in_one_line(start, data, tmp_path, capsys, folders, flags, message):
     assert run(start, data, tmp_path / "out", *flags, "--data", *[data / folder for folder in folders]) == 2
     assert message in error_line(capsys)
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_less_data_than_a_batch_is_refused(start, data, tmp_path, capsys):
+    assert run(start, data, tmp_path, "--per_device_train_batch_size", 16) == 2
+    assert "the data has 6 samples, fewer than one batch of 16" in error_line(capsys)
+
+
+def test_what_the_run_reads_is_not_written_over(start, data, tmp_path, capsys):
+    before = (start / "model.safetensors").read_bytes()
+    for folder in (start, data / "train"):
+        assert run(start, data, folder) == 2
+        assert f"output_dir: {folder} is what the run reads" in error_line(capsys)
+    assert (start / "model.safetensors").read_bytes() == before and not (data / "train" / "config.json").exists()
+
+
+def test_a_finished_run_is_not_written_over_by_another(start, data, tmp_path, capsys):
+    assert run(start, data, tmp_path) == 0 and not last_whole_checkpoint(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    assert run(start, data, tmp_path, "--learning_rate", "2e-2", "--seed", 7) == 2
+    message = error_line(capsys)
+    assert "training_record.json is of another run: learning_rate was 0.01, is 0.02; also seed." in message
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_a_mask_of_another_size_than_its_picture_is_left_out_and_listed(start, data, tmp_path, capsys):
+    lines = []
+    for number, side in enumerate((40, 41)):
+        noise_picture(40, 40).save(tmp_path / f"{number}.png")
+        mask = np.zeros((40, side))
+        mask[:9, :9] = 1
+        lines.append({"image": f"{number}.png", "region": Region.from_mask(mask).to_json(), "answer": "a cat"})
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = "--data", tmp_path / "mine.jsonl", "--region_input", "mask", "--per_device_train_batch_size", 1
+    assert run(start, data, tmp_path / "some", *flags, "--max_missing", 0.5) == 0
+    (skipped,) = (tmp_path / "some" / "skipped.jsonl").read_text().splitlines()
+    assert "1.png" in skipped and "40 x 40" in skipped and "41 x 40" in skipped
+    assert run(start, data, tmp_path / "none", *flags) == 2
+    assert "1 of 2 pictures could not be opened" in error_line(capsys)
 
 
 @pytest.mark.parametrize(("most", "code"), [(0.5, 0), (0.1, 2)])

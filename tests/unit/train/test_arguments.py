@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from train import region_text_arguments
@@ -41,6 +42,19 @@ def test_which_recipes_are_contrastive():
     assert names == {recipe.stem for recipe in RECIPES if "alpha_clip" in recipe.stem} | {"shapes_clip"}
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there bf16 is no question")
+@pytest.mark.parametrize("parse", [parse_args, region_text_arguments.parse_args])
+def test_a_plan_needs_no_gpu(parse):
+    assert parse([*REQUIRED, "--bf16", "true", "--plan", "true"])[0].plan
+    with pytest.raises(ValueError, match="bf16"):
+        parse([*REQUIRED, "--bf16", "true"])
+
+
+def test_an_unknown_flag_is_named():
+    with pytest.raises(ValueError, match="unknown flags or values without a flag: --lerning_rate 1; --help"):
+        parse_args([*REQUIRED, "--lerning_rate", "1"])
+
+
 def test_flags_win_over_the_recipe(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("model: A\ndata: D\noutput_dir: O\nlearning_rate: 1.0e-3\nmax_turns: 3\n")
@@ -55,7 +69,7 @@ def test_flags_win_over_the_recipe(tmp_path):
     [
         ("learning_rat: 1", "unknown keys learning_rat"),
         ("- 1", "expected 'key: value'"),
-        ("a: [", "is not YAML"),
+        ("a: 1\nb: [", "r.yaml, line 2, column 5, is not YAML: expected the node content"),
         ("region_input: circle", "region_input: expected one of"),
         ("max_turns: 0", "max_turns: expected 1 or more"),
         ("optimizer: sgd", "optimizer: expected trainer or muon"),

@@ -158,7 +158,7 @@ def test_names_and_table():
         ({"lora_targets": ["query"]}, "lora_targets: expected names out of down_proj"),
         ({"train_parts": ["language_model"]}, "cannot be trained in full beside LoRA"),
         ({"train_parts": ["tower"]}, "train_parts: expected names out of"),
-        ({"learning_rates": ["tower=1e-3"]}, "train_parts: expected names out of"),
+        ({"learning_rates": ["tower=1e-3"]}, "learning_rates: expected names out of"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments, message):

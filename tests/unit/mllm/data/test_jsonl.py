@@ -36,7 +36,6 @@ def test_lines_become_samples(tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"id": 1', "line 2"),
         ([1], "expected an object"),
         ({**LINE, "id": "a"}, "'a' occurs again"),
         ({**LINE, "id": None}, "id as text"),
@@ -56,6 +55,11 @@ def test_bad_lines_are_named(tmp_path, line, message):
     with pytest.raises(ValueError, match=message) as caught:
         list(read_jsonl(write(tmp_path, LINE, line)))
     assert "mine.jsonl, line 2: " in str(caught.value)
+
+
+def test_damaged_json_is_named_by_line_and_column(tmp_path):
+    with pytest.raises(ValueError, match=r"mine.jsonl, line 2, column 7: Expecting ':' delimiter$"):
+        list(read_jsonl(write(tmp_path, LINE, '{"id" 1}')))
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from mllm.data import shapes, shapes_grit
@@ -92,7 +93,10 @@ def test_splits_sizes_and_places_of_lines(tmp_path):
         ({"type": None}, "expected type in meta"),
         ({"width": 10}, r"width and height in pixels in meta, got \[10, None\]"),
         ({"width": "10", "height": 8}, "width and height"),
-        ({"width": 10, "height": 9}, r"p/a.png has one size, lines about it state \[\(10, 8\), \(10, 9\)\]"),
+        (
+            {"width": 10, "height": 9},
+            r"p/a.png has one size, its lines and masks state \[\(10, 8\), \(10, 9\)\]",
+        ),
     ],
 )
 def test_what_cannot_be_taken_of_a_line_is_named(tmp_path, meta, message):
@@ -102,7 +106,18 @@ def test_what_cannot_be_taken_of_a_line_is_named(tmp_path, meta, message):
     assert not (tmp_path / "mine.jsonl.region_index").exists()
 
 
+def test_a_mask_states_the_size_of_its_picture(tmp_path):
+    masks = [{"region": Region.from_mask(np.ones((8, side))).to_json()} for side in (10, 11)]
+    index_jsonl(write(tmp_path, masks[0]))
+    (facts,) = RegionIndex(tmp_path / "mine.jsonl").read([0])
+    assert (facts.sample.meta["width"], facts.sample.meta["height"]) == (10, 8)
+    with pytest.raises(ValueError, match=r"masks state \[\(10, 8\), \(11, 8\)\]"):
+        index_jsonl(write(tmp_path, masks[0], {"id": "other", **masks[1]}))
+
+
 def test_layouts_are_told_apart(tmp_path):
+    with pytest.raises(ValueError, match="there is no folder .*nothing"):
+        make_index(tmp_path / "nothing")
     shapes.write(tmp_path / "vg", 1, 1, progress=False)
     assert make_index(tmp_path / "vg")["made_of"] == "Visual Genome's layout"
     (tmp_path / "vg" / "image_data.json").unlink()
