@@ -1,0 +1,66 @@
+"""scripts/score_region_text.py against one pass of the model for each region and text."""
+
+import re
+
+import pytest
+import torch
+
+from mllm.data import shapes_grit
+from mllm.data.grit import read_grit
+from scripts import score_region_text
+from tests.tiny import build_tiny_clip
+
+
+def build():
+    """Weights so large that what a region changes reaches the class token."""
+    model, processor = build_tiny_clip(alpha_std=1)
+    for parameter in model.vision_model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model, processor
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scored")
+    shapes_grit.write(folder / "data", 5, 3, "test", progress=False)
+    model, processor = build()
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    return folder
+
+
+def score(folder, *flags):
+    arguments = ["--model", folder / "model", "--data", folder / "data", "--device", "cpu", *flags]
+    return score_region_text.main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("form", ["mask", "box"])
+def test_shares_are_those_of_one_pass_for_each_region(folder, capsys, form):
+    assert score(folder, "--region-input", form) == 0
+    printed = capsys.readouterr().out
+    model, processor = build()
+    samples = [s for s in read_grit(folder / "data") if s.regions[0].kind == form]
+    texts = sorted({sample.references[0] for sample in samples})
+    right = 0
+    for sample in samples:
+        inputs = processor(
+            text=texts, images=sample.open_image(), regions=sample.regions[0], return_tensors="pt", padding=True
+        )
+        with torch.no_grad():
+            right += texts[model(**inputs).logits_per_image.argmax()] == sample.references[0]
+    assert right
+    assert f"5 pictures, {len(samples)} regions, alpha\ntop1: {right / len(samples):.1%}\n" in printed
+
+
+def test_the_region_reaches_the_model(folder, capsys):
+    cosines = []
+    for view in ("alpha", "whole"):
+        assert score(folder, "--view", view) == 0
+        cosines.append(float(re.search(r"cosine_same_image: (.*)", capsys.readouterr().out)[1]))
+    assert cosines[0] < cosines[1] == 1
+
+
+def test_a_split_that_the_data_has_not_is_one_line(folder, capsys):
+    assert score(folder, "--split", "val") == 2
+    assert "has no pictures of the split 'val', only test" in capsys.readouterr().err.strip().splitlines()[-1]
