@@ -1,1 +1,1 @@
-"""Training: the tuning of language models with an alpha tower."""
+"""Training: Alpha-CLIP itself by contrast, and language models with an alpha tower."""
