@@ -95,7 +95,7 @@ class AlphaLlavaProcessor(LlavaProcessor):
         self,
         images: ImageInput | None = None,
         text: str | list[str] | None = None,
-        regions: Region | list | None = None,
+        regions: Region | str | list | None = None,
         *,
         text_is_prompt: bool = False,
         **kwargs,
@@ -106,7 +106,7 @@ class AlphaLlavaProcessor(LlavaProcessor):
             images: For one question: an image or a list of images. For a list of questions: a list with an entry each
                 (an image, a list of images, or None).
             text: The user's question, or a list of questions. "<image>" or "USER:" in it is plain text.
-            regions: As `images`, with a `Region` or None (the whole image) for each image.
+            regions: As `images`, with a `Region`, its text, or None (the whole image) for each image.
             text_is_prompt: True when `text` is a complete prompt with a placeholder for each image, as `LlavaProcessor`
                 takes it; images and regions are then flat lists.
             **kwargs: As in `LlavaProcessor` (`return_tensors`, `padding`, ...).

@@ -32,7 +32,7 @@ class AlphaBlip2Processor(Blip2Processor):
         self,
         images: ImageInput | None = None,
         text: str | list[str] | None = None,
-        regions: Region | list | None = None,
+        regions: Region | str | list | None = None,
         **kwargs,
     ) -> BatchFeature:
         """Prepare images with their regions and prompts.
@@ -41,7 +41,7 @@ class AlphaBlip2Processor(Blip2Processor):
             images: One image or a list.
             text: One prompt or a list: "" to describe, "Question: What is this? Answer:" to ask. "<image>" in it is
                 plain text.
-            regions: One `Region` or None (the whole image) for each image.
+            regions: One `Region`, its text, or None (the whole image) for each image.
             **kwargs: As in `Blip2Processor`.
 
         Returns:

@@ -68,7 +68,7 @@ def tune_and_score(tower: Path, out: Path, data: dict[str, Path], steps: int, se
         flags = {"--model": start, "--data": data["train"], "--output_dir": out, "--seed": seed, "--max_steps": steps}
         words = [str(word) for flag in flags.items() for word in flag]
         words += ["--train_parts", "multi_modal_projector", "language_model", "lm_head"]
-        words += ["--learning_rates", "lm_head=2e-3"]  # as for the rest; the recipe's are of the tower
+        words += ["--save_strategy", "no"]
         words += ["--turn_kinds", "description", "--max_turns", "1", "--turn_weights", "description=1"]
         if finetune.main([str(RECIPE), *words, "--warmup_steps", "50", "--disable_tqdm", "true"]):
             raise RuntimeError(f"training on {tower} failed")

@@ -55,6 +55,7 @@ def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sizes(parser, width=768, layers=12, image_size=224, patch_size=16, text_width=512)
+    add_cpu_time(parser)
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds; one more to warm up")
     parser.add_argument("--regions", type=int, default=16, help="regions of a step")
     parser.add_argument("--per-picture", type=int, default=4, help="regions of a picture in a step of ours")
@@ -68,10 +69,14 @@ def main() -> int:
 
 
 def add_sizes(parser: argparse.ArgumentParser, **defaults: int) -> None:
-    """Flags of the sizes of a random CLIP, and of how time is taken."""
+    """Flags of the sizes of a random CLIP."""
     for name, value in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     parser.add_argument("--text-layers", type=int, default=12)
+
+
+def add_cpu_time(parser: argparse.ArgumentParser) -> None:
+    """The flag that `timer_of` reads."""
     timed = "time the process's own seconds, not the wall's: where other work runs beside it, with OMP_NUM_THREADS=1"
     parser.add_argument("--cpu-time", action="store_true", help=timed)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_alpha_clip import VOCABULARY, add_sizes, build, seconds, timer_of, trainer_of
+from bench_alpha_clip import VOCABULARY, add_cpu_time, add_sizes, build, seconds, timer_of, trainer_of
 
 from vision_tower import AlphaCLIPModel
 
@@ -25,6 +25,7 @@ def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sizes(parser, width=192, layers=6, image_size=96, patch_size=12, text_width=128)
+    add_cpu_time(parser)
     parser.add_argument("--batch", type=int, default=1024, help="pairs of the large batch")
     parser.add_argument("--chunk", type=int, default=64, help="pairs embedded at a time, and of the small batch")
     parser.add_argument("--pairs", type=int, default=3, help="timed pairs of cached and plain steps; 0 for none")

@@ -3,8 +3,8 @@
     python scripts/build_embedded_model.py [--work DIR] [--out DIR] [--seed S] [--flag value ...]
 
 Scenes, tokenizers and random weights are made here too; scripts/build_shapes_clip.py has the first two stages. A stage
-that is there is kept. On 2 CPU cores all three take two and a half hours; what comes out of the same machine and seed
-is the same model. Further flags go to the last stage's recipe. `WORK/training.png` charts each stage.
+that is there is kept. On 2 CPU cores all three take two and a half hours by estimate; what comes out of the same
+machine and seed is the same model. Further flags go to the last stage's recipe. `WORK/training.png` charts each stage.
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ def main() -> int:
     parser.add_argument("--scenes", type=int, help="training scenes of each stage; only to try the script")
     args, recipe_flags = parser.parse_known_args()
 
-    failed = build_clip(args.work, args.seed, args.scenes) or build_alpha_clip(args.work, args.seed, args.scenes)
+    # as the paper builds, but that its LLaVA keeps the tower frozen: see the recipe
+    try:
+        failed = build_clip(args.work, args.seed, args.scenes) or build_alpha_clip(args.work, args.seed, args.scenes)
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
     if failed:
         return failed
     scenes = args.scenes or TRAIN_SCENES

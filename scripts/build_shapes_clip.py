@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer, set_seed
 from mllm.data import shapes_grit
 from mllm.data.shapes_world import COLOURS, MAX_OBJECTS, MIN_OBJECTS, PATTERNS, SHAPES, SIZES
 from train import alpha_clip
+from train.trainer import TRAINING_RECORD
 from vision_tower import (
     AlphaCLIPConfig,
     AlphaCLIPImageProcessor,
@@ -53,15 +55,18 @@ def main() -> int:
     )
     parser.add_argument("--only-clip", action="store_true", help="stop after CLIP")
     args, recipe_flags = parser.parse_known_args()
-    failed = build_clip(args.work, args.seed, args.scenes, recipe_flags)
-    return failed or (0 if args.only_clip else build_alpha_clip(args.work, args.seed, args.scenes))
+    try:
+        failed = build_clip(args.work, args.seed, args.scenes, recipe_flags)
+        return failed or (0 if args.only_clip else build_alpha_clip(args.work, args.seed, args.scenes))
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 def build_clip(work: Path, seed: int, scenes: int | None = None, flags: Sequence[str] = ()) -> int:
     """Train the CLIP on so many scenes of each kind; returns the exit code. A finished one in the folder is kept."""
-    if (work / "clip" / "training_record.json").exists():
-        return 0
     data = clip_scenes(work, scenes)
+    if is_built(work / "clip", seed, data):
+        return 0
     start = work / f"clip_start_{seed}"
     write_start(start, seed)
     return _train("shapes_clip.yaml", start, data, work / "clip", seed, flags)
@@ -69,11 +74,27 @@ def build_clip(work: Path, seed: int, scenes: int | None = None, flags: Sequence
 
 def build_alpha_clip(work: Path, seed: int, scenes: int | None = None) -> int:
     """Train the Alpha-CLIP from the CLIP; returns the exit code. A finished one in the folder is kept."""
-    if (work / "alpha_clip" / "training_record.json").exists():
-        return 0
     data = [scenes_folder(work, scenes or ALPHA_SCENES, ALPHA_SEED)]
+    if is_built(work / "alpha_clip", seed, data):
+        return 0
     flags = ["--whole_image_rate", "0.25"]  # docs/ablations.md: whole images suffer less, regions hardly
     return _train("shapes_alpha_clip.yaml", work / "clip", data, work / "alpha_clip", seed, flags)
+
+
+def is_built(folder: Path, seed: int, data: Sequence[Path]) -> bool:
+    """Whether a finished model of this seed and these scenes is in the folder.
+
+    Raises:
+        ValueError: If one of others is.
+    """
+    record = folder / TRAINING_RECORD
+    if not record.exists():
+        return False
+    run = json.loads(record.read_text(encoding="utf-8"))["run"]
+    built, asked = (run["seed"], sorted(Path(name).name for name in run["data"])), (seed, sorted(d.name for d in data))
+    if built != asked:
+        raise ValueError(f"{folder} was built with seed and scenes {built}, asked for are {asked}; give another --work")
+    return True
 
 
 def clip_scenes(work: Path, scenes: int | None = None) -> list[Path]:

@@ -13,14 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from eval.region_text import VIEWS, described_pictures, score_region_text
+from eval.region_text import VIEWS, score_region_text
 from mllm.chat import exit_code
 from mllm.loading import pick_device
-from train.alpha_clip import lookup
-from train.region_text_data import held_out_samples
-from train.run import open_index, splits_of
+from train.alpha_clip import held_out, lookup
+from train.run import open_index
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPModel, AlphaCLIPProcessor
 
 PROGRAM = "score_region_text.py"
@@ -34,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="directory or hub id, with text tower and processor")
     parser.add_argument("--data", type=Path, required=True, help="folder or .jsonl")
     parser.add_argument("--split", default="test", help="of the data (default test)")
+    parser.add_argument("--pictures", type=int, default=2000, help="at most, evenly spaced; all are held in memory")
     parser.add_argument("--region-input", choices=("mask", "box", "available"), default="mask", help="default: mask")
     parser.add_argument("--view", choices=VIEWS, default="alpha", help="how a region is shown (default alpha)")
     parser.add_argument("--device", default="auto", help="cpu, cuda ... (default: what there is)")
@@ -48,16 +46,17 @@ def run(args: argparse.Namespace) -> int:
         ValueError: If model or data cannot be used, or the data has no pictures of the split.
         OSError: If something cannot be read.
     """
-    index = open_index(str(args.data))
-    of_split = np.flatnonzero(index.split_of_picture == args.split)
-    if not len(of_split):
-        raise ValueError(f"{args.data} has no pictures of the split {args.split!r}, only {splits_of([index])}")
-    samples = (sample for picture in of_split for sample in held_out_samples(index, picture, args.region_input))
-    pictures, hub = described_pictures(samples), lookup(args.model)
+    pictures = held_out([open_index(str(args.data))], args.split, args.pictures, args.region_input)
+    hub = lookup(args.model)
     model = AlphaCLIPModel.from_pretrained(args.model, **hub).to(pick_device(args.device))
+    if args.view == "alpha" and not model.vision_model.embeddings.patch_embedding.alpha.weight.any():
+        raise ValueError(f"view: the alpha weight of {args.model} is zero, it sees no region; take another --view")
     processor = AlphaCLIPProcessor.from_pretrained(args.model, **hub)
-    if not isinstance(processor.image_processor, AlphaCLIPImageProcessor):  # a plain CLIP's
-        processor.image_processor = AlphaCLIPImageProcessor.from_pretrained(args.model, **hub)
+    if not isinstance(processor.image_processor, AlphaCLIPImageProcessor):  # a plain CLIP's, which cuts the sides off
+        side = model.config.vision_config.image_size
+        processor.image_processor = AlphaCLIPImageProcessor.for_size(side, "pad", like=processor.image_processor)
+    about = f"{model.device}, {str(model.dtype).removeprefix('torch.')}, {model.config._attn_implementation}"
+    print(f"{args.model}: {about}, {processor.image_processor.geometry}", file=sys.stderr)
     scores = score_region_text(model, processor, pictures, view=args.view, truncation=True, progress=True)
     print(f"{len(pictures):,} pictures, {sum(len(picture.regions) for picture in pictures):,} regions, {args.view}")
     for name, value in scores.items():

@@ -240,20 +240,20 @@ def read_data(
     refuse_missing_pictures(indexes, pair_args.max_missing, out)
     if training_args.eval_strategy == "no":
         return dataset, []
-    return dataset, held_out(indexes, pair_args)
+    return dataset, held_out(indexes, HELD_OUT, pair_args.eval_pictures, pair_args.region_input)
 
 
-def held_out(indexes: Sequence[RegionIndex], args: PairArguments) -> list[DescribedPicture]:
-    """Up to `eval_pictures` pictures of the split val, evenly spaced.
+def held_out(indexes: Sequence[RegionIndex], split: str, count: int, region_input: str) -> list[DescribedPicture]:
+    """Up to `count` pictures of a split, evenly spaced.
 
     Raises:
         ValueError: If there are none.
     """
-    pictures = [(index, picture) for index in indexes for picture in np.flatnonzero(index.split_of_picture == HELD_OUT)]
+    pictures = [(index, picture) for index in indexes for picture in np.flatnonzero(index.split_of_picture == split)]
     if not pictures:
-        raise ValueError(f"evaluation needs pictures of the split {HELD_OUT!r}, the data has only {splits_of(indexes)}")
-    spaced = np.linspace(0, len(pictures) - 1, min(len(pictures), args.eval_pictures)).astype(int)
-    return described_pictures(s for n in spaced for s in held_out_samples(*pictures[n], args.region_input))
+        raise ValueError(f"evaluation needs pictures of the split {split!r}, the data has only {splits_of(indexes)}")
+    spaced = np.linspace(0, len(pictures) - 1, min(len(pictures), count)).astype(int)
+    return described_pictures(s for n in spaced for s in held_out_samples(*pictures[n], region_input))
 
 
 if __name__ == "__main__":

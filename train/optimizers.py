@@ -84,8 +84,8 @@ def _split(model: nn.Module) -> tuple[dict, dict, dict]:
 
 
 def _by_rate(members: Mapping[str, nn.Parameter], lr: float, rates: Mapping[str, float]) -> list[dict[str, Any]]:
-    """A parameter group for each learning rate among these."""
-    groups: dict[float, list] = {}
+    """A parameter group for each learning rate among these; where there are none an empty one, which torch takes."""
+    groups: dict[float, list] = {} if members else {lr: []}
     for name, parameter in members.items():
         groups.setdefault(rates.get(name, lr), []).append(parameter)
     return [{"params": group, "lr": rate} for rate, group in groups.items()]

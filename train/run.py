@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
-import os
 import signal
 import sys
 import warnings
@@ -21,7 +19,7 @@ from transformers.processing_utils import ProcessorMixin
 from mllm.data.index import TRAIN, RegionIndex, index_folder
 from mllm.data.prepare import make_index
 from train.sampling import skipped_pictures
-from train.trainer import TRAINING_RECORD, RegionTrainer
+from train.trainer import TRAINING_RECORD, RegionTrainer, write_synced
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +59,10 @@ def train_and_save(trainer: RegionTrainer, checkpoint: Path | None) -> int:
     refuse_less_than_a_batch(trainer)
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        trainer.stopping.stop_listening()
     if stopped := trainer.stopping.received:
         name = signal.Signals(stopped).name
         logger.warning("stopped at step %d by %s; the same command goes on", trainer.state.global_step, name)
@@ -86,7 +87,7 @@ def refuse_less_than_a_batch(trainer: RegionTrainer) -> None:
 def one_line(error: Exception) -> str:
     """What an error says, of a file the system's words without its number."""
     named = isinstance(error, OSError) and error.filename is not None and error.strerror
-    return f"{os.fspath(error.filename)}: {error.strerror}" if named else str(error)
+    return f"{error.filename}: {error.strerror}" if named else str(error)
 
 
 def what_makes_the_run(training_args: TrainingArguments, *others: Any) -> dict[str, Any]:
@@ -149,8 +150,7 @@ def save(trainer: RegionTrainer, processor: ProcessorMixin) -> None:
         processor.save_pretrained(out)
         skipped = sorted(skipped_pictures(trainer.train_dataset.skipped))
         record = {"run": trainer.run, "skipped_pictures": skipped, "log": trainer.state.log_history}
-        with open(os.path.join(out, TRAINING_RECORD), "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
+        write_synced(Path(out) / TRAINING_RECORD, record)
 
 
 def log_on_one_process(args: TrainingArguments) -> None:

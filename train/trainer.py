@@ -7,7 +7,8 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from mllm.loading import EMBEDDED_MODEL
 from train.evaluation import AnswerScorer
 from train.lora import part_of
 from train.optimizers import MuonWithAdamW
@@ -26,6 +29,7 @@ from train.sampling import EpochSampler
 logger = logging.getLogger(__name__)
 
 WHOLE = "whole.json"  # written last into a checkpoint: without it one is half-written
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 TRAINING_RECORD = "training_record.json"  # beside a finished model: what made it, and its curves
 
 
@@ -67,6 +71,13 @@ class RegionTrainer(Trainer):
         sampler = EpochSampler(len(dataset), args.seed, dataset.lengths if grouped else None, batch)
         self.add_callback(TellEpoch(sampler))
         return sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in Trainer; a signal to the whole process group, as launchers send it, does not end the workers."""
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's cover starts the workers of the one inside
+        inner.worker_init_fn = partial(_ignoring_signals, inner.worker_init_fn)
+        return loader
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As in Trainer, with a learning rate of its own for each part that has one.
@@ -135,13 +146,21 @@ class RegionTrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                _write_synced(folder / WHOLE, {"step": self.state.global_step, "run": self.run})
+                write_synced(folder / WHOLE, {"step": self.state.global_step, "run": self.run})
         except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk
             last = last_whole_checkpoint(self.args.output_dir)
             raise OSError(
                 f"cannot write the checkpoint {folder} ({' '.join(str(error).split())[:200]}); is the disk full? "
                 f"The last whole one is {last or 'none'}: make room, and the same command goes on from there"
             ) from error
+
+
+def _ignoring_signals(init: Callable[[int], None] | None, worker: int) -> None:
+    """Begin a worker of a data loader that its process alone ends."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    if init is not None:
+        init(worker)
 
 
 class TellEpoch(TrainerCallback):
@@ -166,17 +185,23 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received = 0
+        self._before: dict[int, Any] = {}
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Listen."""
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        """Listen; not to what is ignored, as Ctrl-C is by a shell's background jobs."""
+        heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._receive) for number in heard}
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Stop listening."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self.stop_listening()
         if state.global_step >= state.max_steps:
             self.received = 0
+
+    def stop_listening(self) -> None:
+        """Give the signals back, also where training ended in an error."""
+        while self._before:
+            signal.signal(*self._before.popitem())
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Ask for a checkpoint and the end, once any process got the signal."""
@@ -189,7 +214,8 @@ class StopOnSignal(TrainerCallback):
 
     def _receive(self, number: int, frame: Any) -> None:
         self.received = number
-        signal.signal(number, self._before[number])  # a second one need not wait for the end of the step
+        if number == signal.SIGINT:  # a second Ctrl-C need not wait for the end of the step; launchers repeat SIGTERM
+            signal.signal(number, self._before[number])
 
 
 def last_whole_checkpoint(output_dir: str | os.PathLike) -> Path | None:
@@ -204,7 +230,7 @@ def checkpoint_to_resume(output_dir: str | os.PathLike, run: Mapping[str, Any]) 
     Raises:
         ValueError: If the folder is of another run: other model, data or settings; or if it is what the run reads.
     """
-    for read in (run.get("model"), run.get("alpha_weights"), *run.get("data", ())):
+    for read in (run.get("model") or EMBEDDED_MODEL, run.get("alpha_weights"), *run.get("data", ())):
         if read is not None and os.path.exists(read) and os.path.realpath(read) == os.path.realpath(output_dir):
             raise ValueError(f"output_dir: {output_dir} is what the run reads, and would be overwritten; give another")
     checkpoint, record = last_whole_checkpoint(output_dir), Path(output_dir) / TRAINING_RECORD
@@ -217,7 +243,7 @@ def checkpoint_to_resume(output_dir: str | os.PathLike, run: Mapping[str, Any]) 
 
 def refuse_other_run(shown: Path, file: Path, run: Mapping[str, Any]) -> None:
     """Raise ValueError if what a file stores as its run is not this one; `shown` is named."""
-    stored = json.loads(file.read_text(encoding="utf-8"))["run"]
+    stored = json.loads(file.read_text(encoding="utf-8")).get("run", {})
     now = json.loads(json.dumps(run))  # as it would be stored
     changed = sorted(key for key in stored.keys() | now.keys() if stored.get(key) != now.get(key))
     if changed:
@@ -228,7 +254,7 @@ def refuse_other_run(shown: Path, file: Path, run: Mapping[str, Any]) -> None:
         )
 
 
-def _write_synced(path: Path, content: Mapping[str, Any]) -> None:
+def write_synced(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON so that the file is either whole on disk or absent."""
     partial = path.with_suffix(".partial")
     with open(partial, "w", encoding="utf-8") as file:

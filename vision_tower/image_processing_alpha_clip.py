@@ -91,7 +91,6 @@ class AlphaCLIPImageProcessor(PilBackend):
     geometry = "crop"
 
     def __init__(self, **kwargs) -> None:
-        kwargs.pop("auto_map", None)  # a processor's names files that do not lie beside an image processor alone
         super().__init__(**kwargs)
         del self.regions  # an argument of each call, never a setting
         self._valid_kwargs_names.remove("regions")
@@ -120,10 +119,17 @@ class AlphaCLIPImageProcessor(PilBackend):
         crop_size = {"height": side, "width": side}
         return cls(size={"shortest_edge": side}, crop_size=crop_size, geometry=geometry, **colours)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in `PilBackend`, without the file of a processor around this one: Transformers writes it in here too."""
+        fields = super().to_dict()
+        if "auto_map" in fields:
+            fields["auto_map"] = {name: of for name, of in fields["auto_map"].items() if name == "AutoImageProcessor"}
+        return fields
+
     def preprocess(
         self,
         images: ImageInput,
-        regions: Region | list | None = None,
+        regions: Region | str | list | None = None,
         *,
         geometry: str | None = None,
         return_tensors: str | None = None,
@@ -259,7 +265,7 @@ def _on_white(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _match_regions(regions: Region | list | None, count: int, images: ImageInput) -> list[list[Region]]:
+def _match_regions(regions: Region | str | list | None, count: int, images: ImageInput) -> list[list[Region]]:
     """For each image the list of its regions; None becomes the whole image."""
     if not isinstance(images, list | tuple):  # one image: its region or regions
         entries = [regions]

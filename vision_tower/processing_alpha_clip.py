@@ -16,7 +16,7 @@ class AlphaCLIPProcessor(CLIPProcessor):
         self,
         images: ImageInput | None = None,
         text: str | list[str] | None = None,
-        regions: Region | list | None = None,
+        regions: Region | str | list | None = None,
         **kwargs,
     ) -> BatchFeature:
         """Prepare images with their regions, texts, or both.

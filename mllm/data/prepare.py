@@ -161,7 +161,8 @@ def index_jsonl(
     path: str | os.PathLike, out: str | os.PathLike | None = None, reports: Reports | None = None
 ) -> dict[str, Any]:
     """Index a JSONL file of one's own (`mllm.data.jsonl`). Lines about one picture, and about one region of it, are put
-    together wherever they stand. A line's meta may state `split` (else it is for training), `width` and `height`.
+    together wherever they stand. A line's meta may state `split` (else it is for training), `width` and `height`. A
+    mask states the size too; a picture of another one is left out of training.
 
     Args:
         path: The file, held in memory.
@@ -169,7 +170,7 @@ def index_jsonl(
         reports: Filled with what was read.
 
     Raises:
-        ValueError: If a line or its meta is damaged, or two lines state different sizes of a picture.
+        ValueError: If a line or its meta is damaged, or lines and masks state different sizes of a picture.
     """
     path = Path(path)
     folder = path.resolve().parent

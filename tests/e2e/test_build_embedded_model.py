@@ -14,9 +14,19 @@ import mllm
 from mllm.answering import RegionChat
 from mllm.data import shapes
 from mllm.data.samples import load_image
+from scripts.build_shapes_clip import is_built
 from vision_tower import AlphaCLIPVisionModel, Region
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_stage_of_another_seed_or_other_scenes_is_not_taken(tmp_path):
+    assert not is_built(tmp_path, 2, [Path("W/grit_1")])
+    (tmp_path / "training_record.json").write_text(json.dumps({"run": {"seed": 2, "data": ["V/grit_1"]}}))
+    assert is_built(tmp_path, 2, [Path("W/grit_1")])
+    for seed, name in ((1, "grit_1"), (2, "grit_2")):
+        with pytest.raises(ValueError, match="give another --work"):
+            is_built(tmp_path, seed, [Path("W") / name])
 
 
 @pytest.mark.slow

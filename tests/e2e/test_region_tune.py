@@ -213,6 +213,20 @@ def test_a_killed_run_goes_on_to_the_same_end(world, undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_ends_with_a_checkpoint(world, tmp_path, number):
+    """As a launcher or a terminal sends it: the workers that read pictures get it too."""
+    flags = *SAVING, "--max_steps", 2000, "--dataloader_num_workers", 2, "--dataloader_persistent_workers", "true"
+    started = launch(world, tmp_path, [REGION_TUNE], *flags, check=False)
+    while started.poll() is None and last_whole_checkpoint(tmp_path) is None:
+        time.sleep(0.01)
+    os.killpg(started.pid, number)
+    output, _ = started.communicate(timeout=60)
+    assert started.returncode == 128 + number, output[-3000:]
+    assert f"by {number.name}; the same command goes on" in output
+    assert int(last_whole_checkpoint(tmp_path).name.partition("-")[2]) >= 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_goes_on(world, undisturbed, tmp_path, monkeypatch, number):
     original = StopOnSignal.on_step_end
 

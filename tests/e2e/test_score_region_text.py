@@ -4,11 +4,12 @@ import re
 
 import pytest
 import torch
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from mllm.data import shapes_grit
 from mllm.data.grit import read_grit
 from scripts import score_region_text
-from tests.tiny import build_tiny_clip
+from tests.tiny import build_tiny_clip, tiny_clip_config, tiny_clip_tokenizer
 
 
 def build():
@@ -63,4 +64,21 @@ def test_the_region_reaches_the_model(folder, capsys):
 
 def test_a_split_that_the_data_has_not_is_one_line(folder, capsys):
     assert score(folder, "--split", "val") == 2
-    assert "has no pictures of the split 'val', only test" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert (
+        "needs pictures of the split 'val', the data has only test" in capsys.readouterr().err.strip().splitlines()[-1]
+    )
+
+
+def test_a_plain_clip_is_scored_by_other_views(folder, capsys):
+    tokenizer = tiny_clip_tokenizer()
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = tiny_clip_config(vocab_size=len(tokenizer), max_position_embeddings=77, **ids)
+    CLIPModel(config).save_pretrained(folder / "clip")
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, tokenizer).save_pretrained(folder / "clip")
+    flags = "--model", folder / "clip"
+    assert score(folder, *flags, "--view", "masked", "--pictures", 3) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("3 pictures, ") and "cpu, float32, sdpa, pad" in printed.err
+    assert score(folder, *flags) == 2
+    assert "sees no region; take another --view" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -370,6 +371,7 @@ def test_a_loss_that_is_no_number_ends_the_run_which_goes_on_afterwards(start, d
     assert "the last whole checkpoint is kept" in line and line.count("00000/00000000") == 4
     assert last_whole_checkpoint(tmp_path / "out").name == "checkpoint-2"
     assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # given back: the next Ctrl-C is heard
     monkeypatch.undo()
     assert run(start, data, tmp_path / "out", *flags) == 0
     assert not moved(weights(tmp_path / "undisturbed"), weights(tmp_path / "out"))

@@ -8,6 +8,7 @@ import torch
 
 import mllm
 from mllm.data import shapes
+from mllm.loading import EMBEDDED_MODEL
 from tests.tiny import build_tiny_blip2, build_tiny_llava
 from train import finetune
 from train.optimizers import MuonWithAdamW
@@ -123,10 +124,18 @@ def test_the_test_split_is_refused(start, data, tmp_path, capsys):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_what_the_run_reads_is_not_written_over(start, data, capsys):
+    for folder in (start, data / "train"):
+        assert run(start, data / "train", folder) == 2
+        assert f"output_dir: {folder} is what the run reads" in capsys.readouterr().err
+    assert finetune.main(["--data", str(data / "train"), "--output_dir", str(EMBEDDED_MODEL)]) == 2
+    assert "is what the run reads" in capsys.readouterr().err
+
+
 def test_missing_data_is_one_line(start, tmp_path, capsys):
     assert run(start, tmp_path / "nothing", tmp_path / "out") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("region-tune: error:") and "image_data.json is missing" in error
+    assert error.startswith("region-tune: error:") and "there is no folder" in error
 
 
 def muon_step(module, optimizer):
@@ -146,7 +155,7 @@ def test_muon_state_round_trip():
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
     muon_step(model, optimizer)
     assert {group["lr"] for part in optimizer.parts for group in part.param_groups} == {0.005}
-    assert scheduler.get_last_lr() == [0.005] * 2  # biases and norms; matrices
+    assert scheduler.get_last_lr() == [0.005] * 3  # other weights (none), biases and norms, matrices
     twin = copy.deepcopy(model)
     again = MuonWithAdamW(twin, lr=0.01, weight_decay=0.1)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -163,6 +172,20 @@ def test_muon_has_a_learning_rate_for_each_part():
         expected = slow if name.startswith("2.") else fast
         assert torch.equal(weight, expected.get_parameter(name)), name
     assert not torch.equal(slow[2].weight, fast[2].weight)
+
+
+@pytest.mark.parametrize("kind", ["matrices alone, as LoRA's", "no matrix"])
+def test_muon_trains_what_there_is(kind):
+    net = small_net()
+    for name, weight in net.named_parameters():
+        weight.requires_grad_((name in ("0.weight", "2.weight")) == (kind != "no matrix"))
+    before = {name: weight.clone() for name, weight in net.named_parameters()}
+    optimizer = MuonWithAdamW(net, lr=0.01)
+    muon_step(net, optimizer)
+    assert {n for n, w in net.named_parameters() if not torch.equal(w, before[n])} == {
+        name for name, weight in net.named_parameters() if weight.requires_grad
+    }
+    MuonWithAdamW(net, lr=0.01).load_state_dict(optimizer.state_dict())
 
 
 def test_muon_takes_the_recipes_learning_rates(start, data, tmp_path):

@@ -1,5 +1,6 @@
 """Which samples a run shows that goes on in the middle of an epoch."""
 
+import signal
 from types import SimpleNamespace
 
 from accelerate import skip_first_batches
@@ -7,7 +8,7 @@ from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
 from torch.utils.data import BatchSampler
 from transformers import TrainerState
 
-from train.trainer import RegionTrainer
+from train.trainer import RegionTrainer, StopOnSignal
 
 SAMPLES = 8
 
@@ -34,3 +35,17 @@ def test_the_epoch_reaches_the_sampler_of_several_processes():
         shown = [samples_from_the_middle_of(epoch, process) for process in (0, 1)]
         assert all(len(samples) == 2 and {s // SAMPLES for s in samples} == {epoch} for samples in shown)
         assert not set(shown[0]) & set(shown[1])
+
+
+def test_what_a_shell_ignores_for_its_jobs_stays_ignored():
+    stopping, before = StopOnSignal(), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        stopping.on_train_begin(None, None, None)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # launchers repeat it
+        assert stopping.received == signal.SIGTERM
+    finally:
+        stopping.stop_listening()
+        signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

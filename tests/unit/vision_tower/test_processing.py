@@ -39,9 +39,10 @@ def test_regions_and_texts_in_one_call(tmp_path):
     with pytest.raises(ValueError, match="regions without images"):
         processor(text="a cat", regions=regions)
     # alone, beside a tower, it must not name the processor's file, which is not saved with it
-    again.image_processor.save_pretrained(tmp_path / "alone")
-    stated = json.loads((tmp_path / "alone" / "preprocessor_config.json").read_text())["auto_map"]
-    assert {value.partition(".")[0] + ".py" for value in stated.values()} <= set(os.listdir(tmp_path / "alone"))
+    for number, images in enumerate((processor.image_processor, again.image_processor)):
+        images.save_pretrained(tmp_path / f"{number}")
+        stated = json.loads((tmp_path / f"{number}" / "preprocessor_config.json").read_text())["auto_map"]
+        assert {value.partition(".")[0] + ".py" for value in stated.values()} <= set(os.listdir(tmp_path / f"{number}"))
 
 
 def test_zero_shot_scores_depend_on_the_region(tmp_path):
