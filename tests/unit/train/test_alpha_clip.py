@@ -469,8 +469,7 @@ def test_a_finished_run_is_not_written_over_by_another(start, data, tmp_path, ca
     assert run(start, data, tmp_path) == 0 and not last_whole_checkpoint(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
     assert run(start, data, tmp_path, "--learning_rate", "2e-2", "--seed", 7) == 2
-    message = error_line(capsys)
-    assert "training_record.json is of another run: learning_rate was 0.01, is 0.02; also seed." in message
+    assert "training_record.json is of another run: learning_rate was 0.01, is 0.02; also seed." in error_line(capsys)
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
