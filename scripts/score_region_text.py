@@ -3,7 +3,7 @@
     python scripts/score_region_text.py --model DIR_OR_HUB_ID --data DIR [--split test] [--view alpha]
 
 DIR is data that `train.alpha_clip` reads (GRIT, Visual Genome, RefCOCOg, a JSONL file). Views: alpha; for a CLIP, which
-has none, whole, crop, masked, blurred or circle.
+has none, whole, crop, masked, blurred or circle. The pictures of a plain CLIP are padded to a square.
 """
 
 from __future__ import annotations
