@@ -188,7 +188,7 @@ def test_tuning_reads_the_region(embedded, root, tmp_path, fed):
 
 def test_scenes_here_and_in_the_scores_are_no_training_scenes():
     trained = shapes.training_scenes(EMBEDDED_MODEL)
-    assert len(trained) == 20_000
+    assert len(trained) == 24_000 + 16_000 + 20_000  # CLIP: scenes, objects alone; Alpha-CLIP and LLaVA
     for seed, count in ((SEED, SCENES), (2, 200)):
         for _, scene in shapes.scenes(count, seed, "test"):
             assert shapes.scene_hash(scene.pixels) not in trained

@@ -76,8 +76,8 @@ def test_the_demo_says_what_the_readme_says(monkeypatch, capsys):
 def test_the_scores_are_those_that_were_measured(document):
     text = document.read_text(encoding="utf-8")
     scores = json.loads((EMBEDDED_MODEL / "scores.json").read_text())
-    for name, entry in scores["seed 2"].items():
-        columns = rf"{entry['score']:.1%} \| {scores['seed 1'][name]['score']:.1%}"
+    for name, entry in scores["shipped"].items():
+        columns = rf"{entry['score']:.1%} \| {scores['without the CLIP'][name]['score']:.1%}"
         assert re.search(rf"^\| {re.escape(name)} \| {columns} \|", text, re.MULTILINE), name
 
 
