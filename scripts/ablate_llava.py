@@ -14,8 +14,8 @@ import json
 from pathlib import Path
 
 from ablate_alpha_clip import OURS, RELEASED, Ablation
-from build_embedded_model import RECIPES, write_start
-from build_shapes_clip import ROOT
+from build_embedded_model import write_start
+from build_shapes_clip import RECIPES, ROOT
 
 import mllm
 from eval.controls import references_of_shown_region, with_whole_image, with_wrong_region

@@ -21,7 +21,17 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import torch
-from build_shapes_clip import ALPHA_SCENES, ALPHA_SEED, TOWER, build_alpha_clip, build_clip, clip_scenes, is_built
+from build_shapes_clip import (
+    ALPHA_SCENES,
+    ALPHA_SEED,
+    ROOT,
+    TOWER,
+    build_alpha_clip,
+    build_clip,
+    clip_scenes,
+    is_built,
+    train_stage,
+)
 from PIL import Image
 from plot_training import draw
 from transformers import LlamaConfig, LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration, set_seed
@@ -35,8 +45,6 @@ from mllm.processing import VICUNA_V1_SYSTEM
 from train import finetune
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel, Region
 
-ROOT = Path(__file__).resolve().parent.parent
-RECIPES = ROOT / "train" / "recipes"
 TRAIN_SCENES, TRAIN_SEED = ALPHA_SCENES, ALPHA_SEED
 SAMPLE_SCENES, SAMPLE_SEED = 3, 11
 STAGES = ("clip", "alpha_clip", "llava_pretrained", "llava")  # folders
@@ -52,22 +60,19 @@ def main() -> int:
     parser.add_argument("--scenes", type=int, help="training scenes of each stage; only to try the script")
     args, recipe_flags = parser.parse_known_args()
 
-    scenes, llava = args.scenes or TRAIN_SCENES, args.work / "llava"
-    data = args.work / f"shapes_train_{TRAIN_SEED}_{scenes}"
-    if not (data / "image_data.json").exists():
-        shapes.write(data, scenes, TRAIN_SEED, "train")
     try:
         failed = (
             build_clip(args.work, args.seed, args.scenes)
             or build_alpha_clip(args.work, args.seed, args.scenes)
-            or build_llava(args.work, args.seed, data, llava, recipe_flags)
+            or build_llava(args.work, args.seed, args.scenes, recipe_flags)
         )
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     if failed:
         return failed
-    export(llava, args.out)
-    seen = [*clip_scenes(args.work, args.scenes), data]  # the Alpha-CLIP's are those of `data`
+    export(args.work / "llava", args.out)
+    # the Alpha-CLIP's scenes are the LLaVA's
+    seen = [*clip_scenes(args.work, args.scenes), llava_scenes(args.work, args.scenes)]
     (args.out / shapes.TRAINING_SCENES).write_bytes(b"".join(hashes_of_pictures(*seen)))
     write_sample_scenes(args.out.parent / "scenes")
     draw([args.work / stage for stage in STAGES], args.work / "training.png")
@@ -75,21 +80,25 @@ def main() -> int:
     return 0
 
 
-def build_llava(work: Path, seed: int, data: Path, out: Path, flags: Sequence[str]) -> int:
+def build_llava(work: Path, seed: int, scenes: int | None, flags: Sequence[str]) -> int:
     """Train the LLaVA on the Alpha-CLIP's tower, which is frozen at first; returns the exit code."""
-    pretrained = work / "llava_pretrained"
-    if not is_built(pretrained, seed, [data]):
+    data, pretrained = [llava_scenes(work, scenes)], work / "llava_pretrained"
+    if not is_built(pretrained, seed, data):
         start = work / f"llava_start_{seed}"
         write_start(start, seed, work / "alpha_clip")
-        failed = _train("shapes_embedded_pretrain.yaml", start, data, pretrained, seed, flags)
+        failed = train_stage(finetune.main, "shapes_embedded_pretrain.yaml", start, data, pretrained, seed, flags)
         if failed:
             return failed
-    return _train("shapes_embedded.yaml", pretrained, data, out, seed, flags)
+    return train_stage(finetune.main, "shapes_embedded.yaml", pretrained, data, work / "llava", seed, flags)
 
 
-def _train(recipe: str, model: Path, data: Path, out: Path, seed: int, flags: Sequence[str]) -> int:
-    run = {"--model": model, "--data": data, "--output_dir": out, "--seed": seed}
-    return finetune.main([str(RECIPES / recipe), *(str(part) for flag in run.items() for part in flag), *flags])
+def llava_scenes(work: Path, scenes: int | None = None) -> Path:
+    """The folder that the LLaVA is trained on, in Visual Genome's layout, written now where there is none."""
+    count = scenes or TRAIN_SCENES
+    data = work / f"shapes_train_{TRAIN_SEED}_{count}"
+    if not (data / "image_data.json").exists():
+        shapes.write(data, count, TRAIN_SEED, "train")
+    return data
 
 
 def write_start(out: Path, seed: int, alpha_clip: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from transformers import CLIPTextConfig, CLIPTokenizer, set_seed
@@ -69,7 +69,7 @@ def build_clip(work: Path, seed: int, scenes: int | None = None, flags: Sequence
         return 0
     start = work / f"clip_start_{seed}"
     write_start(start, seed)
-    return _train("shapes_clip.yaml", start, data, work / "clip", seed, flags)
+    return train_stage(alpha_clip.main, "shapes_clip.yaml", start, data, work / "clip", seed, flags)
 
 
 def build_alpha_clip(work: Path, seed: int, scenes: int | None = None) -> int:
@@ -78,7 +78,7 @@ def build_alpha_clip(work: Path, seed: int, scenes: int | None = None) -> int:
     if is_built(work / "alpha_clip", seed, data):
         return 0
     flags = ["--whole_image_rate", "0.25"]  # docs/ablations.md: whole images suffer less, regions hardly
-    return _train("shapes_alpha_clip.yaml", work / "clip", data, work / "alpha_clip", seed, flags)
+    return train_stage(alpha_clip.main, "shapes_alpha_clip.yaml", work / "clip", data, work / "alpha_clip", seed, flags)
 
 
 def is_built(folder: Path, seed: int, data: Sequence[Path]) -> bool:
@@ -155,10 +155,19 @@ def train_tokenizer() -> CLIPTokenizer:
     return tokenizer
 
 
-def _train(recipe: str, model: Path, data: Sequence[Path], out: Path, seed: int, flags: Sequence[str]) -> int:
+def train_stage(
+    train: Callable[[Sequence[str]], int],
+    recipe: str,
+    model: Path,
+    data: Sequence[Path],
+    out: Path,
+    seed: int,
+    flags: Sequence[str],
+) -> int:
+    """Run a training's `main` by a recipe; returns its exit code."""
     run = {"--model": [model], "--data": data, "--output_dir": [out], "--seed": [seed]}
     words = [str(word) for flag, values in run.items() for word in (flag, *values)]
-    return alpha_clip.main([str(RECIPES / recipe), *words, *flags])
+    return train([str(RECIPES / recipe), *words, *flags])
 
 
 if __name__ == "__main__":
