@@ -17,7 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllm.chat import add_model_arguments, exit_code
+from mllm.chat import add_model_arguments
+from mllm.command_line import exit_code
 
 if TYPE_CHECKING:  # torch and Transformers wait until the arguments are read
     from eval.tasks import Task

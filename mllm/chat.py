@@ -12,9 +12,11 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING
+
+from mllm.command_line import exit_code
 
 if TYPE_CHECKING:  # torch and Transformers wait until the arguments are read
     from vision_tower import Region
@@ -107,18 +109,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 1 when batch requests failed, 2 for bad input."""
     args = build_parser().parse_args(argv)
     return exit_code(PROGRAM, lambda: _run(args))
-
-
-def exit_code(program: str, run: Callable[[], int]) -> int:
-    """What a command returns: its own code, 2 after a one-line message for bad input, 130 when it is interrupted."""
-    try:
-        return run()
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError) as error:
-        message = " ".join(str(error).split())
-        print(f"{program}: error: {message[:1500]}{' ...' if len(message) > 1500 else ''}", file=sys.stderr)
-        return 2
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -22,7 +22,8 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers.utils import logging as transformers_logging
 
 from eval.region_text import embed_texts
-from mllm.chat import REGION_OPTIONS, exit_code
+from mllm.chat import REGION_OPTIONS
+from mllm.command_line import exit_code
 from mllm.data.samples import load_image
 from mllm.loading import hub_answers, pick_device
 from mllm.overlay import check_folder, draw_overlay, keep_picture

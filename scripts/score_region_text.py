@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.region_text import VIEWS, score_region_text
-from mllm.chat import exit_code
+from mllm.command_line import exit_code
 from mllm.loading import pick_device
 from train.alpha_clip import held_out, lookup
 from train.run import open_index

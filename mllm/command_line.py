@@ -1,0 +1,84 @@
+"""What all commands share: exit codes, one-line errors, and text that cannot change a terminal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from typing import TextIO
+
+FAILED, BAD_INPUT, INTERRUPTED, CLOSED_PIPE = 1, 2, 128 + 2, 128 + 13  # the last two as a shell reports the signals
+_LONGEST = 1500  # characters of an error
+# C0 without tab and newline, DEL, C1 (an 8-bit escape sequence begins with one), and marks that turn the direction of
+# text around
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def exit_code(program: str, run: Callable[[], int]) -> int:
+    """What a command returns: its own code, 2 after a one-line message for bad input, 130 after Ctrl-C, 141 (quietly)
+    when whoever reads its output has closed the pipe.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # file names may hold bytes that are not text
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = run()
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        _forget_stdout()
+        return CLOSED_PIPE
+    except (ValueError, OSError) as error:
+        say_error(program, str(error))
+        return BAD_INPUT
+
+
+def say_error(program: str, message: str) -> None:
+    """Print an error as one line to stderr."""
+    message = " ".join(message.split())
+    shortened = message[:_LONGEST] + (" ..." if len(message) > _LONGEST else "")
+    print(f"{program}: error: {printable(shortened)}", file=sys.stderr)
+
+
+def say(text: object = "", file: TextIO | None = None) -> None:
+    """Print text that may hold names and words of somebody else's files."""
+    print(printable(str(text)), file=file)
+
+
+def printable(text: str) -> str:
+    """Text without the control characters that a terminal would obey; newlines and tabs stay."""
+    return _CONTROL.sub("", text)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Log records as text that a terminal can show."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message, without control characters."""
+        return printable(super().format(record))
+
+
+def log_to_terminal(level: int) -> None:
+    """Log to stderr, the message alone."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+
+
+def _forget_stdout() -> None:
+    """Let the interpreter's last flush go nowhere instead of failing."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, AttributeError):  # stdout is closed, or no file
+        pass
+
+
+def stopping_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask a run to save and end; SIGHUP only where the system has it."""
+    names = ("SIGTERM", "SIGINT", "SIGHUP")
+    return tuple(getattr(signal, name) for name in names if hasattr(signal, name))
