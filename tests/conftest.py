@@ -1,6 +1,12 @@
 """Fixtures that several test files share."""
 
 import os
+
+# Before torch is imported. Tiny models gain nothing from threads, which wait for each other at full speed; Java
+# compiles and collects as for runs of seconds.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["JAVA_TOOL_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+
 from pathlib import Path
 
 import pytest

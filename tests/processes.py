@@ -83,13 +83,14 @@ class ForkServer:
         self.processes = {}
         self.started = 0
 
-    def start(self, target, arguments=(), *, env=None, cwd=None, threads=1, checkout=True):
+    def start(self, target, arguments=(), *, before="", env=None, cwd=None, threads=1, checkout=True):
         """Start a process.
 
         Args:
             target: "module:function", called without arguments and with `sys.argv` set, as a console script does; a
                 `Path` of a script; or source text.
             arguments: `sys.argv[1:]`, turned into text.
+            before: Source that is run first, in the process: to set a limit, to inject a fault.
             env: Added to the environment; None as a value removes.
             cwd: Folder it runs in (default: one of its own).
             threads: Of torch.
@@ -102,6 +103,7 @@ class ForkServer:
             "number": self.started,
             kind: str(target),
             "argv": [str(argument) for argument in arguments],
+            "before": before,
             "env": {"HF_HUB_OFFLINE": "1", **(env or {})},
             "cwd": str(cwd or self.folder.name),
             "threads": threads,
@@ -249,6 +251,7 @@ def run_request(request, torch):
     os.chdir(request["cwd"])
     sys.path[:0] = request["path"]
     torch.set_num_threads(request["threads"])
+    exec(compile(request["before"], "<before>", "exec"), {})
     if "file" in request:
         sys.argv = [request["file"], *request["argv"]]
         return runpy.run_path(request["file"], run_name="__main__") and 0
