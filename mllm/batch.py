@@ -8,7 +8,6 @@ import codecs
 import dataclasses
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -27,8 +26,6 @@ from mllm.command_line import MAX_ERRORS, too_many_errors
 from mllm.data.jsonl import region_in
 from mllm.data.samples import load_image
 from mllm.files import one_line
-
-logger = logging.getLogger(__name__)
 
 _HASH_WHOLE_FILES_UP_TO = 200_000_000  # bytes; larger weights are told apart by name, size and time
 _ADDED = ("vision_tower.", "vision_model.", ".lora_", ".modules_to_save.")  # parts of the names of such weights
@@ -110,8 +107,6 @@ def run_batch(
 
     with output.opened(record, retry_failed=retry_failed):
         left = [request for request in requests if request.digest not in output.answered]
-        if 0 < len(left) < len(requests):
-            logger.info("resuming after %d answers", len(requests) - len(left))
         failures = failed()
         try:
             with tqdm(

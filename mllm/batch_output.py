@@ -76,9 +76,7 @@ class BatchOutput:
         if self.journal_path.exists() or not self.path.exists() or not self.path.stat().st_size:
             return
         if Path(f"{self.path}.run.json").exists():
-            raise ValueError(
-                f"{self.path} was written by an earlier version, without a journal; choose another --output"
-            )
+            raise ValueError(f"{self.path} was written by an earlier version; choose another --output")
         raise ValueError(f"{self.path} exists and was not written by a batch run; choose another --output")
 
     @contextlib.contextmanager
@@ -119,7 +117,7 @@ class BatchOutput:
         self._append({"ended": True})
 
     def _replay(self, run: Mapping[str, Any]) -> tuple[set[bytes], bool]:
-        """Read the journal into `answered`; returns all lines it ever gave an output, and whether a retry is unfinished.
+        """Read the journal into `answered`; returns all output lines it ever held, and whether a retry is open.
 
         Raises:
             ValueError: If the journal is damaged, or its run has other settings.

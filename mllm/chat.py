@@ -73,8 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     batch.add_argument(
         "--output",
         metavar="JSONL",
-        help='answers {"id", "answer"} or {"id", "error"}, written at the end. Rerun the same command to resume: answers '
-        "are kept in OUTPUT.journal.jsonl, and only new, changed and interrupted requests are answered",
+        help='answers {"id", "answer"} or {"id", "error"}, written at the end. Rerun the same command to resume: '
+        "answers are kept in OUTPUT.journal.jsonl, and only new, changed and interrupted requests are answered",
     )
     batch.add_argument("--batch-size", type=int, help="answers made at once (default 16)")
     batch.add_argument("--retry-failed", action="store_true", help="answer requests again that failed earlier")
@@ -276,8 +276,8 @@ def _batch(args: argparse.Namespace) -> int:
         )
     if failed:
         say(
-            f"{PROGRAM}: {failed} request(s) failed; their errors are in {args.output}. Failed requests are not retried "
-            "on resume; use --retry-failed",
+            f"{PROGRAM}: {failed} request(s) failed; their errors are in {args.output}. Failed requests are not "
+            "retried on resume; use --retry-failed",
             file=sys.stderr,
         )
     return 1 if failed else 0

@@ -47,7 +47,7 @@ def arguments(model, folder, output="answers.jsonl", size=4, tokens=3):
 
 
 def answers(folder, output="answers.jsonl"):
-    return [json.loads(line) for line in (folder / output).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / output).read_text().removesuffix("\n").split("\n")]
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_whatever_json_a_request_is_it_gets_an_answer_or_an_error(tiny_llava, fo
         "strength": '{"whole": true, "strength": "1"}',
         "empty": "{}",
     }
-    lines = ['{"id": "%s", "image": "a.png", "region": %s}' % pair for pair in regions.items()]
+    lines = [f'{{"id": "{name}", "image": "a.png", "region": {region}}}' for name, region in regions.items()]
     images = {
         "image null": "null",
         "image 5": "5",
@@ -209,7 +209,7 @@ def test_whatever_json_a_request_is_it_gets_an_answer_or_an_error(tiny_llava, fo
         "image long": '"' + "x" * 9999 + '"',
     }
     images |= {"image empty": '""', "image folder": '"."', "image list": '["a.png"]'}
-    lines += ['{"id": "%s", "image": %s, "region": {"whole": true}}' % pair for pair in images.items()]
+    lines += [f'{{"id": "{name}", "image": {image}, "region": {{"whole": true}}}}' for name, image in images.items()]
     ids = [json.loads(line)["id"] for line in lines if "nested" not in line]
     ids.insert(list(regions).index("nested"), "nested")
     strange = ["\x1b[31mred", "", 10**300, -1, "\u2028"]
