@@ -86,14 +86,16 @@ def journal(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
 def _append(descriptor: int, line: bytes) -> None:
     start = os.lseek(descriptor, 0, os.SEEK_END)
+    written = False
     try:
         while line:
             line = line[os.write(descriptor, line) :]
         os.fsync(descriptor)
-    except BaseException:  # whoever appends later must not continue half a line
-        with contextlib.suppress(OSError):  # it is cut off when the journal is opened again
-            os.ftruncate(descriptor, start)
-        raise
+        written = True
+    finally:
+        if not written:  # whoever appends later must not continue half a line
+            with contextlib.suppress(OSError):  # it is cut off when the journal is opened again
+                os.ftruncate(descriptor, start)
 
 
 def _end_of_lines(path: Path) -> int:
