@@ -84,7 +84,7 @@ class AnswerScorer:
         return answered
 
     def score(self, answered: Sequence[Answered]) -> dict[str, float]:
-        """Shares of exactly right answers, of all, descriptions and questions; CIDEr of descriptions where asked for."""
+        """Shares of exactly right answers: all, descriptions, questions; CIDEr of descriptions where asked for."""
         texts = [text for _, text in sorted(answered)]
         references = [(held.answer,) for held in self.asked]
         scores = {"exactly_right": exactly_right(texts, references)}
