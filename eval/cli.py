@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mllm.chat import add_model_arguments
-from mllm.command_line import exit_code
+from mllm.command_line import add_max_errors, exit_code, say, too_many_errors
 
 if TYPE_CHECKING:  # torch and Transformers wait until the arguments are read
     from eval.tasks import Task
@@ -59,7 +59,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--data", required=True, type=Path, metavar="DIR", help="folder of the task's files (jsonl: a file)"
     )
     parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="folder of the run; an equal run continues"
+        "--out", required=True, type=Path, metavar="DIR", help="folder of the run; rerun the same command to resume"
     )
     parser.add_argument("--region-input", choices=INPUTS, default=None, help="what the model is shown (default box)")
     parser.add_argument(
@@ -96,14 +96,19 @@ def _add_scoring(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-intervals", action="store_true", help="leave the bootstrap out: faster on large files")
     parser.add_argument("--allow-missing", action="store_true", help="score although samples have no prediction")
+    add_max_errors(parser, "samples")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, or 2 for bad input."""
+    return exit_code(PROGRAM, lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
-    args.command_line = shlex.join([PROGRAM, *(sys.argv[1:] if argv is None else argv)])
+    args.command_line = shlex.join([PROGRAM, *argv])
     commands = {"run": _run, "score": _score, "compare": _compare, "export": _export, "tasks": _tasks}
-    return exit_code(PROGRAM, lambda: commands[args.command](args))
+    return commands[args.command](args)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -121,6 +126,7 @@ def _run(args: argparse.Namespace) -> int:
     )
     if not 0 <= args.strength <= 1:  # also NaN
         raise ValueError(f"expected a --strength from 0 to 1, got {args.strength}")
+    too_many_errors(0, 0, args.max_errors)  # is it a fraction?
     if args.limit is not None:
         _positive("--limit", args.limit)
     plan = Plan(
@@ -135,6 +141,8 @@ def _run(args: argparse.Namespace) -> int:
         sentence_model=args.sentence_model,
         intervals=not args.no_intervals,
         allow_missing=args.allow_missing,
+        max_errors=args.max_errors,
+        reads=tuple(path for path in (args.model, args.alpha_weights, args.adapter, args.sentence_model) if path),
         seed=args.seed,
         command=args.command_line,
     )
@@ -179,23 +187,52 @@ def _positive(option: str, value: int) -> int:
 
 def _score(args: argparse.Namespace) -> int:
     from eval import tasks
-    from eval.evaluate import write_results
-    from eval.predictions import read_predictions, write_predictions
-    from eval.score import score
+    from eval.evaluate import SCORES, is_scores
+    from eval.predictions import read_predictions
+    from eval.score import check_metrics
+    from mllm.files import claim_folder, locked
 
-    records, notes = read_predictions(args.predictions, args.references, allow_missing=args.allow_missing)
+    records, notes = read_predictions(
+        args.predictions, args.references, allow_missing=args.allow_missing, max_errors=args.max_errors
+    )
     task = tasks.find(args.task) if args.task else None
     if task and task.items not in (None, len(records)) and not args.allow_missing:
         raise ValueError(f"{task.name} has {task.items:,} items, {args.predictions} has {len(records):,}")
+    metrics = _metrics(args, _default_metrics(args, task, records))
+    check_metrics(metrics, args.sentence_model)
+    if (args.out / "run.json").exists():
+        raise ValueError(f"{args.out} is a run, whose own metrics would be lost; choose another --out")
+    reads = [path for path in (args.predictions, args.references, args.data, args.sentence_model) if path]
+    claim_folder(args.out, SCORES, reads=reads, known=is_scores)
+    with locked(args.out, inside=True):
+        found = _write_scores(args, task, records, notes, metrics)
+    print_metrics(found, args.out)
+    return 0
+
+
+def _default_metrics(args: argparse.Namespace, task: Task | None, records: Sequence[dict]) -> Sequence[str]:
+    """The metrics of the protocol, or of the kind of the samples."""
+    from eval import tasks
+
     questions = sum(bool(record.get("question")) for record in records)
     if args.metrics is None and task is None and questions not in (0, len(records)):
         raise ValueError(
             f"{questions} of {len(records)} samples are questions, the others captions: name the --metrics"
         )
-    default = task.metrics if task else tasks.QUESTION_METRICS if questions else tasks.CAPTION_METRICS
+    return task.metrics if task else tasks.QUESTION_METRICS if questions else tasks.CAPTION_METRICS
+
+
+def _write_scores(
+    args: argparse.Namespace, task: Task | None, records: list[dict], notes: list[str], names: Sequence[str]
+) -> dict:
+    """Score predictions and write them, with metrics and report; the content of metrics.json."""
+    from eval.evaluate import write_results
+    from eval.predictions import write_predictions
+    from eval.score import score
+
     metrics = score(
         records,
-        _metrics(args, default),
+        names,
         with_intervals=not args.no_intervals,
         seed=args.seed,
         sentence_model=args.sentence_model,
@@ -204,21 +241,17 @@ def _score(args: argparse.Namespace) -> int:
     about = {"item": task.item, "references": task.references} if task else {}
     protocol = {**about, "items": len(records), "predictions": str(args.predictions)}
     metrics = {"task": args.task, "protocol": protocol, **metrics, "inputs": {}}
-    if (args.out / "run.json").exists():
-        raise ValueError(f"{args.out} is a run, whose own metrics would be lost; choose another --out")
-    args.out.mkdir(parents=True, exist_ok=True)
     write_predictions(args.out / "predictions.jsonl", records)  # joined with their references, to compare with
     record = {"task": args.task, "protocol": protocol, "model": str(args.predictions)}
     write_results(args.out, task, metrics, record, records, {}, args.command_line, args.seed, args.data)
-    print_metrics(metrics, args.out)
-    return 0
+    return metrics
 
 
 def _compare(args: argparse.Namespace) -> int:
     from eval.compare import compare
 
     comparison = compare([Path(run) for run in args.runs], seed=args.seed)
-    print(comparison.to_text())
+    say(comparison.to_text())
     if args.html:
         comparison.write_html(Path(args.html), args.data)
     return 0
@@ -257,21 +290,21 @@ def _tasks(args: argparse.Namespace) -> int:
 
 def print_metrics(metrics: dict, out: Path) -> None:
     """The numbers as people know them, times 100, with their intervals; then the inputs side by side."""
-    print(f"{metrics['task'] or 'predictions'}: {metrics['items']:,} items")
+    say(f"{metrics['task'] or 'predictions'}: {metrics['items']:,} items")
     for name, entry in metrics["metrics"].items():
         interval = "" if entry["low"] is None else f"  [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]"
-        print(f"  {name:<12}{100 * entry['value']:7.1f}{interval}")
+        say(f"  {name:<12}{100 * entry['value']:7.1f}{interval}")
     if len(metrics["inputs"]) > 1:
         first = next(iter(metrics["metrics"]))
-        print(f"does it look where it is told? {first} under each input:")
+        say(f"does it look where it is told? {first} under each input:")
         for name, entry in metrics["inputs"].items():
             shown = f"; of the region shown {100 * entry['shown'][first]['value']:.1f}" if "shown" in entry else ""
-            print(f"  {name:<12}{100 * entry['metrics'][first]['value']:7.1f}  ({entry['items']:,} items{shown})")
+            say(f"  {name:<12}{100 * entry['metrics'][first]['value']:7.1f}  ({entry['items']:,} items{shown})")
     for row in metrics["published"]:
-        print(f"  beside it: {row['system']}: METEOR {row['METEOR']}, CIDEr {row['CIDEr']} ({row['source']})")
+        say(f"  beside it: {row['system']}: METEOR {row['METEOR']}, CIDEr {row['CIDEr']} ({row['source']})")
     for note in metrics["notes"]:
-        print(f"note: {note}")
-    print(f"report: {out / 'report.html'}")
+        say(f"note: {note}")
+    say(f"report: {out / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def _overlap(box: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def best_blind_score(samples: Sequence[RegionSample]) -> float:
-    """The best exact match of an answerer who sees the whole picture but not the region.
+    """The best share of exactly right answers of one who sees the whole picture but not the region.
 
     For each picture and kind of question (`meta["type"]`, "description" without one) it always gives the answer that
     most of the picture's samples have; nobody who ignores the region can do better on these samples.

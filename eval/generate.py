@@ -1,25 +1,30 @@
-"""Model + samples -> predictions, through the code that `region-chat` answers with; over several processes, and
-continuing where a killed run stopped.
+"""Model + samples -> predictions, through the code that `region-chat` answers with; over several processes. An
+interrupted run resumes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import torch.distributed
 from PIL import Image
 from tqdm.auto import tqdm
 
 from eval.controls import show
 from eval.predictions import record_of, write_predictions
-from mllm.answering import RegionChat
+from mllm.answering import Asked, RegionChat
 from mllm.data.samples import ImageSource, RegionSample
+from mllm.files import one_line
+from mllm.resume import journal, read_journal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +64,26 @@ class Processes(NamedTuple):
             torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
         return cls(int(os.environ.get("RANK", "0")), count)
 
-    def wait(self) -> None:
-        """Wait until all processes are here."""
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """All processes leave this block together, and if one of them fails, all do.
+
+        Raises:
+            ValueError: If another process failed.
+        """
+        failure: ValueError | OSError | None = None
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            failure = error
+        problems: list[str | None] = [None] * self.count
         if self.count > 1:
-            torch.distributed.barrier()
+            torch.distributed.all_gather_object(problems, None if failure is None else one_line(failure))
+        if failure is not None:
+            raise failure
+        for rank, problem in enumerate(problems):
+            if problem is not None:
+                raise ValueError(f"process {rank} of this run failed: {problem}")
 
 
 def generate(
@@ -88,8 +109,10 @@ def generate(
     settings = Settings("box", None, batch_size, max_new_tokens)
     predictions: list[str] = []
     for start in tqdm(range(0, len(samples), batch_size), desc=label, unit="batch"):
-        answers = _answers(chat, samples[start : start + batch_size], settings)
-        predictions.extend(answer["prediction"] for answer in answers)
+        for answer in _answers(chat, samples[start : start + batch_size], settings):
+            if "error" in answer:
+                raise ValueError(answer["error"])
+            predictions.append(answer["prediction"])
     return predictions
 
 
@@ -105,31 +128,28 @@ def run(
     """Answer every sample into `folder`/predictions.jsonl; returns how many could not be answered.
 
     Batches are formed once over all samples and dealt out whole: however many processes there are and however often
-    they were killed, the same batches are computed, and the merged file is the same. What is done stands in
-    `folder`/parts, a batch a line; a batch with an unanswered sample is done again by the next run.
+    they were killed, the same batches are computed, and the merged file is the same. What is done is kept in
+    `folder`/parts, a batch a line; a batch with an unanswered sample is answered again by the next run.
 
     Raises:
-        ValueError: If the model cannot be asked in this way at all.
+        ValueError: If the model cannot be asked in this way at all, or a file of parts is damaged or of another run.
+        OSError: If something cannot be written.
     """
+    batches = [samples[start : start + settings.batch_size] for start in range(0, len(samples), settings.batch_size)]
     parts = folder / "parts"
-    parts.mkdir(parents=True, exist_ok=True)
-    if settings.region_input == "blind":
-        chat.answers([(None, None, settings.question(samples[0]))], max_new_tokens=1)  # refused before the long run
-    _cut_torn_line(own := parts / f"{processes.rank}.jsonl")
-    processes.wait()
-    starts = range(0, len(samples), settings.batch_size)
-    done = {batch for batch, answers in _read_parts(parts).items() if not _failed(answers)}
-    processes.wait()  # nobody writes before all have read
-
-    def size(batch: int) -> int:
-        return min(settings.batch_size, len(samples) - starts[batch])
-
-    left = [batch for batch in range(len(starts)) if batch not in done]
+    own = parts / f"{processes.rank}.jsonl"
+    with processes.together():  # nobody writes before all have read
+        parts.mkdir(parents=True, exist_ok=True)
+        if settings.region_input == "blind":
+            chat.answers([(None, None, settings.question(samples[0]))], max_new_tokens=1)  # refused at once
+        done = {batch for batch, answers in _read_parts(parts, batches, settings).items() if not _failed(answers)}
+    left = [batch for batch in range(len(batches)) if batch not in done]
     with (
-        open(own, "a", encoding="utf-8", newline="\n") as part,
+        processes.together(),
+        journal(own) as append,
         tqdm(
             total=len(samples),
-            initial=sum(map(size, done)),
+            initial=sum(len(batches[batch]) for batch in done),
             desc=settings.region_input,
             unit="sample",
             disable=processes.rank > 0,
@@ -137,24 +157,29 @@ def run(
     ):
         for position in range(0, len(left) - processes.rank, processes.count):
             batch = left[position + processes.rank]
-            chosen = samples[starts[batch] : starts[batch] + settings.batch_size]
-            part.write(json.dumps({"batch": batch, "answers": _answer_each(chat, chosen, settings)}) + "\n")
-            part.flush()
-            os.fsync(part.fileno())
+            answers = _answers(chat, batches[batch], settings)
+            append({"batch": batch, "samples": _digest(batches[batch], settings), "answers": answers})
             # the other processes are about as far
-            progress.update(sum(size(other) for other in left[position : position + processes.count]))
-    processes.wait()
+            progress.update(sum(len(batches[other]) for other in left[position : position + processes.count]))
     failed = 0
-    if processes.rank == 0:
-        failed = _merge(chat, samples, folder, settings, data)
-    processes.wait()
+    with processes.together():
+        if processes.rank == 0:
+            answered = _read_parts(parts, batches, settings)
+            answers = [answer for batch in range(len(batches)) for answer in answered[batch]]
+            failed = _failed(answers)
+            _write(chat, samples, answers, folder, settings, data)
     return failed
 
 
-def _merge(chat: RegionChat, samples: Sequence[RegionSample], folder: Path, settings: Settings, data: Path) -> int:
-    """Write the predictions of all processes in the order of the samples; returns how many are missing."""
-    by_batch = _read_parts(folder / "parts")
-    answers = [answer for batch in sorted(by_batch) for answer in by_batch[batch]]
+def _write(
+    chat: RegionChat,
+    samples: Sequence[RegionSample],
+    answers: Sequence[dict[str, Any]],
+    folder: Path,
+    settings: Settings,
+    data: Path,
+) -> None:
+    """Write predictions.jsonl, in the order of the samples."""
     prompts: dict[str | None, str] = {}
 
     def prompt(sample: RegionSample) -> str:
@@ -167,49 +192,70 @@ def _merge(chat: RegionChat, samples: Sequence[RegionSample], folder: Path, sett
         folder / "predictions.jsonl",
         (record_of(sample, prompt(sample), answer, data) for sample, answer in zip(samples, answers, strict=True)),
     )
-    return _failed(answers)
-
-
-def _answer_each(chat: RegionChat, samples: Sequence[RegionSample], settings: Settings) -> list[dict[str, Any]]:
-    """The answers of a batch; a sample that cannot be answered gets its error instead, and the others are answered."""
-    try:
-        return _answers(chat, samples, settings)
-    except ValueError as error:
-        if len(samples) == 1:
-            return [{"error": str(error)}]
-        return [answer for sample in samples for answer in _answer_each(chat, [sample], settings)]
 
 
 def _answers(chat: RegionChat, samples: Sequence[RegionSample], settings: Settings) -> list[dict[str, Any]]:
+    """The answers of a batch; a sample that cannot be answered gets its error instead, and the others are answered."""
     pictures: dict[ImageSource, Image.Image] = {}  # one decoding for all regions of a picture in a batch
-    requests = []
+    asked: list[Asked | ValueError] = []
     for sample in samples:
-        if settings.region_input != "blind" and sample.image not in pictures:
-            pictures[sample.image] = sample.open_image()
-        image, region = show(sample, settings.region_input, pictures.get(sample.image))
-        requests.append((image, region, settings.question(sample)))
-    answers = chat.answers(requests, max_new_tokens=settings.max_new_tokens)
-    return [{"prediction": answer.text, **({"cut": True} if answer.cut else {})} for answer in answers]
+        try:
+            if settings.region_input != "blind" and sample.image not in pictures:
+                pictures[sample.image] = sample.open_image()
+            image, region = show(sample, settings.region_input, pictures.get(sample.image))
+            asked.append((image, region, settings.question(sample)))
+        except (ValueError, OSError) as error:
+            asked.append(ValueError(one_line(error)))
+    return [
+        {"error": one_line(answer)}
+        if isinstance(answer, ValueError)
+        else {"prediction": answer.text, **({"cut": True} if answer.cut else {})}
+        for answer in chat.answer_each(asked, max_new_tokens=settings.max_new_tokens)
+    ]
 
 
-def _cut_torn_line(part: Path) -> None:
-    """Take off what a killed process left of a line, so that the next one begins on its own."""
-    if part.exists():
-        content = part.read_bytes()
-        os.truncate(part, content.rfind(b"\n") + 1)
+class _Answered(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    prediction: str | None = None
+    cut: bool = False
+    error: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.prediction is None) == (self.error is None):
+            raise ValueError("expected a prediction or an error")
 
 
-def _read_parts(parts: Path) -> dict[int, list[dict[str, Any]]]:
-    """The answers by batch of all processes that ever worked on a run; of a batch done again those without errors."""
+class _Part(msgspec.Struct, forbid_unknown_fields=True):
+    """A line of a file of parts: a batch, and what it is of (`_digest`)."""
+
+    batch: int
+    samples: str
+    answers: list[_Answered]
+
+
+def _read_parts(
+    parts: Path, batches: Sequence[Sequence[RegionSample]], settings: Settings
+) -> dict[int, list[dict[str, Any]]]:
+    """The answers by batch of all processes that ever worked on a run; of a batch done again those without errors.
+
+    Raises:
+        ValueError: If a file is damaged, or holds a batch of another run.
+    """
     by_batch: dict[int, list[dict[str, Any]]] = {}
-    for part in sorted(parts.glob("*.jsonl")):
-        with open(part, encoding="utf-8") as lines:
-            for line in lines:
-                row = json.loads(line) if line.endswith("\n") else {"batch": -1}  # torn by a kill
-                batch = row["batch"]
-                if batch >= 0 and (batch not in by_batch or _failed(by_batch[batch])):
-                    by_batch[batch] = row["answers"]
+    digests = [_digest(batch, settings) for batch in batches]
+    for file in sorted(parts.glob("*.jsonl")):
+        for part in read_journal(file, _Part):
+            known = 0 <= part.batch < len(batches) and part.samples == digests[part.batch]
+            if not known or len(part.answers) != len(batches[part.batch]):
+                raise ValueError(f"{file} holds answers of another run or version; choose another --out, or delete it")
+            if part.batch not in by_batch or _failed(by_batch[part.batch]):
+                by_batch[part.batch] = msgspec.to_builtins(part.answers)
     return by_batch
+
+
+def _digest(samples: Sequence[RegionSample], settings: Settings) -> str:
+    """What a batch is of. The whole of a run stands in its run.json; this tells files of parts apart."""
+    content = [dataclasses.astuple(settings), [[sample.id, settings.question(sample)] for sample in samples]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _failed(answers: Sequence[dict[str, Any]]) -> int:

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mllm.command_line import MAX_ERRORS, too_many_errors
 from mllm.data.samples import RegionSample, TarMember
+from mllm.files import replacing_file
 
 # Names under which the files of the field keep the id and the text of a result, and the texts of a reference.
 _ID_KEYS = ("id", "image_id", "annotation_id", "ann_id", "question_id")
@@ -43,14 +45,23 @@ def image_name(sample: RegionSample, data: Path) -> str:
 
 def write_predictions(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write records, one a line; the file is there only when it is whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    os.replace(temporary, path)
+    with replacing_file(path) as partial, open(partial, "wb") as file:
+        file.writelines(_line(record) for record in records)
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # a file's name with bytes that are no text
+        return json.dumps(record).encode() + b"\n"
 
 
 def read_predictions(
-    path: str | os.PathLike, references: str | os.PathLike | None = None, *, allow_missing: bool = False
+    path: str | os.PathLike,
+    references: str | os.PathLike | None = None,
+    *,
+    allow_missing: bool = False,
+    max_errors: float = MAX_ERRORS,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The records of a file of predictions, and a note for each thing that was left out.
 
@@ -61,6 +72,7 @@ def read_predictions(
         references: For files without them: JSONL of {"id", "references"}, COCO caption annotations, or MDETR's and
             GLaMM's JSON with the expression in its images or annotations.
         allow_missing: Leave out samples without a prediction (and say so) instead of refusing the file.
+        max_errors: Share of the samples that may be left out, at most.
 
     Raises:
         ValueError: If a file cannot be read, is empty, holds an id twice, or its ids are not those of the references.
@@ -83,6 +95,8 @@ def read_predictions(
             f"{path}: {what}{why}. Mend them and run again, or score the others with --allow-missing, which is said "
             "beside every number"
         )
+    if too_many_errors(len(missing), len(records), max_errors):
+        raise ValueError(f"{path}: {what}, more than --max-errors {max_errors:g} allows; nothing was scored")
     return [record for record in records if record["prediction"] is not None], [f"INCOMPLETE: {what}"]
 
 

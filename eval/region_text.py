@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,8 +17,12 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 from transformers.image_utils import OPENAI_CLIP_MEAN
 
-from mllm.data.samples import RegionSample
+from mllm.command_line import MAX_ERRORS, too_many_errors
+from mllm.data.samples import RegionSample, describe_source
+from mllm.files import one_line
 from vision_tower import AlphaCLIPModel, AlphaCLIPProcessor, Region
+
+logger = logging.getLogger(__name__)
 
 # Source: `crop_scale` in SunzeY/AlphaCLIP, train/dataset/mask_image.py at e5676c9.
 _CROP = 1.5
@@ -30,6 +35,7 @@ _LINE = 0.01
 _RED = (255, 0, 0)
 # Cosines of unit vectors in float32 that differ by less are equal but for rounding.
 _TIE = 1e-6
+_NAMED = 3  # problems named in a message
 _ROWS = 1024  # of a matrix of similarities made at once
 
 
@@ -42,30 +48,52 @@ class DescribedPicture(NamedTuple):
     caption: str | None
 
 
-def described_pictures(samples: Iterable[RegionSample]) -> list[DescribedPicture]:
+def described_pictures(samples: Iterable[RegionSample], max_errors: float = MAX_ERRORS) -> list[DescribedPicture]:
     """The pictures of consecutive samples, grouped by `meta["image_id"]` (by their image where there is none).
 
     A sample of the whole image gives the caption, others a region; the text is the first reference. What comes again
-    (a region or a caption described more than once) is left out: an embedding cannot be nearest to two texts.
+    (a region or a caption described more than once) is left out: an embedding cannot be nearest to two texts. An image
+    that cannot be read, or that one of its regions does not fit, is left out with a warning that counts and names it.
+
+    Args:
+        samples: Descriptions of one region each.
+        max_errors: Share of the images that may be left out, at most (fewer than 20 always may).
 
     Raises:
-        ValueError: If a sample is a question, has not one region or no reference, or its picture cannot be opened.
+        ValueError: If a sample is a question, has not one region or no reference, or too many images are left out.
     """
-    pictures = []
+    pictures, problems = [], []
     for _, group in itertools.groupby(samples, lambda sample: sample.meta.get("image_id", sample.image)):
-        image, texts = None, {}
-        for sample in group:
+        described = list(group)
+        for sample in described:
             if sample.question is not None or len(sample.regions) != 1 or not sample.references:
                 raise ValueError(
                     f"sample {sample.id}: expected a description of one region, got question {sample.question!r}, "
                     f"{len(sample.regions)} regions and {len(sample.references)} references"
                 )
-            image = sample.open_image() if image is None else image
-            (region,) = sample.regions
-            texts.setdefault(Region.whole() if region.is_whole else region, sample.references[0])
-        caption = texts.pop(Region.whole(), None)
-        pictures.append(DescribedPicture(image, tuple(texts), tuple(texts.values()), caption))
+        try:
+            pictures.append(_described(described))
+        except (ValueError, OSError) as error:
+            problems.append(f"{describe_source(described[0].image)}: {one_line(error)}")
+    if problems:
+        total = len(pictures) + len(problems)
+        what = f"{len(problems)} of {total} images cannot be used ({'; '.join(problems[:_NAMED])})"
+        if not pictures or too_many_errors(len(problems), total, max_errors):
+            raise ValueError(what)
+        logger.warning("%s; they are left out", what)
     return pictures
+
+
+def _described(samples: Sequence[RegionSample]) -> DescribedPicture:
+    """One picture, of its samples."""
+    image = samples[0].open_image()
+    texts: dict[Region, str] = {}
+    for sample in samples:
+        (region,) = sample.regions
+        region.bounding_box(image.height, image.width)  # does it fit?
+        texts.setdefault(Region.whole() if region.is_whole else region, sample.references[0])
+    caption = texts.pop(Region.whole(), None)
+    return DescribedPicture(image, tuple(texts), tuple(texts.values()), caption)
 
 
 def _crop(image: Image.Image, region: Region) -> tuple[Image.Image, Region]:

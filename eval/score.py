@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from eval.metrics import captions, java, questions, similarity
-from eval.metrics.exact_match import exact_matches
+from eval.metrics.exact_match import exactly_right_each
 from eval.metrics.intervals import (
     RESAMPLES,
     Difference,
@@ -21,9 +21,11 @@ from eval.metrics.intervals import (
     interval_of_captions,
     interval_of_mean,
     paired_difference,
+    value_of_part,
 )
 
 LETTERS = "exactly right"  # letter for letter: for the drawn world, whose answers are canonical
+CIDER_OF_PART = "CIDEr (df of all items)"
 METRICS = (LETTERS, *captions.METRICS, *questions.METRICS, *similarity.METRICS)
 # Upper ends of the buckets of a region's share of its picture. Absolute sizes, as COCO's, would depend on the pictures.
 _AREAS = ((0.01, "under 1 % of the picture"), (0.1, "1 to 10 %"), (float("inf"), "over 10 %"))
@@ -52,16 +54,16 @@ def score(
         sentence_model: As `measure`.
 
     Returns:
-        "items", "metrics" by name ({"value", "low", "high", "interval"}), "by" (values by kind of region or question),
-        "length" (mean words), "counts" and "notes". Values are as the reference scorers give them: METEOR .195, CIDEr
-        .600.
+        "items", "metrics" by name ({"value", "low", "high", "interval"}), "by" (values by kind of region or question,
+        see `Measured.part`), "length" (mean words), "counts" and "notes". Values are as the reference scorers give
+        them: METEOR .195, CIDEr .600.
 
     Raises:
         ValueError: If there is no record, a metric is unknown, or it needs Java where there is none.
     """
     found = measure(records, metrics, sentence_model) if measured is None else measured
     groups = picture_of_each(records)
-    result: dict[str, Any] = {"items": len(records), "metrics": {}, "by": _by_kind(records, metrics, found.items)}
+    result: dict[str, Any] = {"items": len(records), "metrics": {}, "by": _by_kind(records, metrics, found)}
     for name in metrics:
         entry: dict[str, Any] = {"value": found.values[name], "low": None, "high": None, "interval": None}
         if with_intervals:
@@ -108,6 +110,14 @@ class Measured:
             return interval_of_captions(self.captions, name, groups, seed=seed)
         return interval_of_mean(self.items[name], groups, seed=seed)
 
+    def part(self, name: str, rows: Sequence[int]) -> tuple[str, float]:
+        """The value of a metric for some of the items, and what it is called: that of the items as a corpus of their
+        own, as the whole has it. Only CIDEr keeps the document frequencies of the whole, and says so.
+        """
+        if self.captions and name in self.captions.corpus:
+            return (CIDER_OF_PART if name == "CIDEr" else name), value_of_part(self.captions, name, rows)
+        return name, float(self.items[name][rows].mean())
+
     def difference(
         self, other: Measured, name: str, groups: Sequence | None, resamples: int = RESAMPLES, seed: int = 0
     ) -> Difference:
@@ -132,7 +142,7 @@ def measure(
     references = [record["references"] for record in records]
     items: dict[str, np.ndarray] = {}
     if LETTERS in metrics:
-        items[LETTERS] = exact_matches(predictions, references)
+        items[LETTERS] = exactly_right_each(predictions, references)
     if set(metrics) & set(questions.METRICS[:3]):
         items |= questions.score_answers(predictions, references)
     if "VQA accuracy" in metrics:
@@ -167,10 +177,9 @@ def picture_of_each(records: Sequence[Mapping[str, Any]]) -> list | None:
 
 
 def _by_kind(
-    records: Sequence[Mapping[str, Any]], metrics: Sequence[str], items: Mapping[str, np.ndarray]
+    records: Sequence[Mapping[str, Any]], metrics: Sequence[str], found: Measured
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean item scores by what is known of the regions or questions; BLEU, which has none, is left out."""
-    names = [name for name in metrics if name not in captions.BLEU]
+    """Values by what is known of the regions or questions."""
     result = {}
     for kind, bucket_of in _KINDS.items():
         members: dict[str, list[int]] = defaultdict(list)
@@ -179,7 +188,7 @@ def _by_kind(
                 members[bucket].append(index)
         if len(members) > 1:
             result[kind] = {
-                bucket: {"items": len(rows), **{name: float(items[name][rows].mean()) for name in names}}
+                bucket: {"items": len(rows), **dict(found.part(name, rows) for name in metrics)}
                 for bucket, rows in sorted(members.items(), key=lambda pair: _ORDER.get(pair[0], len(_ORDER)))
             }
     return result

@@ -16,6 +16,7 @@ from mllm.processing import image_items
 from vision_tower import Region
 
 Turn = tuple[str, str]  # question, answer
+Asked = tuple[Image.Image | None, Region | None, str | None]  # image, region, question
 # Whatever the checkpoint says. As arguments of `generate`, not as a `GenerationConfig`: what is None in that would be
 # filled from the checkpoint's again, and giving both is deprecated. `max_length` beside `max_new_tokens` would warn.
 _GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_length": None}
@@ -76,7 +77,7 @@ class RegionChat:
 
     def answers(
         self,
-        requests: Sequence[tuple[Image.Image | None, Region | None, str | None]],
+        requests: Sequence[Asked],
         *,
         max_new_tokens: int = 128,
     ) -> list[Answer]:
@@ -93,16 +94,45 @@ class RegionChat:
             raise ValueError("expected images for all requests of a batch, or for none")
         return self._generate([self.conversation(*request) for request in requests], max_new_tokens)
 
+    def answer_each(
+        self, requests: Sequence[Asked | ValueError], *, max_new_tokens: int = 128
+    ) -> list[Answer | ValueError]:
+        """As `answers`, but a request that cannot be answered gets its error, and the others are answered in one batch.
+
+        Args:
+            requests: A request that is an error already (its image cannot be read) keeps it.
+            max_new_tokens: Longest answer, in tokens.
+
+        Raises:
+            ValueError: If the requests can be answered one by one, but not together.
+        """
+        results: list = list(requests)
+
+        def answer(places: list[int]) -> None:
+            texts = self.answers([requests[place] for place in places], max_new_tokens=max_new_tokens) if places else []
+            for place, text in zip(places, texts, strict=True):
+                results[place] = text
+
+        places = [place for place, request in enumerate(requests) if not isinstance(request, ValueError)]
+        try:
+            answer(places)
+        except ValueError:
+            good = []
+            for place in places:
+                try:
+                    self._inputs([self.conversation(*requests[place])], max_new_tokens)
+                    good.append(place)
+                except ValueError as error:
+                    results[place] = error
+            if len(good) == len(places):
+                raise
+            answer(good)
+        return results
+
     def prompt(self, question: str | None, *, with_image: bool = True) -> str:
         """The text that the model gets for a question, None asking for a description."""
         conversation = self.conversation(None, Region.whole() if with_image else None, question)
         return self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-
-    def check_length(self, question: str | None, max_new_tokens: int) -> None:
-        """Raise ValueError if a single question with an image and its answer does not fit the model's context."""
-        conversation = self.conversation(None, Region.whole(), question)
-        tokens = len(self.processor.encode_conversation(conversation, add_generation_prompt=True))
-        self._check_tokens(tokens, max_new_tokens)
 
     def conversation(
         self, image: Image.Image | None, region: Region | None, question: str | None, history: Sequence[Turn] = ()
@@ -143,15 +173,20 @@ class RegionChat:
         ends = (settings or self.model.generation_config).eos_token_id
         return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
-    @torch.inference_mode()
-    def _generate(self, conversations: list[list[dict]], max_new_tokens: int, streamer: Any = None) -> list[Answer]:
+    def _inputs(self, conversations: list[list[dict]], max_new_tokens: int) -> BatchFeature:
+        """What `generate` takes; whatever is wrong with a request is found here."""
         inputs = self.processor.apply_chat_template(
             conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
-        prompt_length = inputs["input_ids"].shape[1]
-        self._check_tokens(prompt_length, max_new_tokens)
+        self._check_tokens(inputs["input_ids"].shape[1], max_new_tokens)
         if any(image_items(conversation) for conversation in conversations):
             check_alpha(inputs)
+        return inputs
+
+    @torch.inference_mode()
+    def _generate(self, conversations: list[list[dict]], max_new_tokens: int, streamer: Any = None) -> list[Answer]:
+        inputs = self._inputs(conversations, max_new_tokens)
+        prompt_length = inputs["input_ids"].shape[1]
         inputs = inputs.to(self.model.device, self.model.dtype)
         output = self.model.generate(**inputs, **_GREEDY, max_new_tokens=max_new_tokens, streamer=streamer)
         prompt_returned = not self.model.config.get_text_config().is_encoder_decoder

@@ -1,4 +1,6 @@
-"""Batch files: requests in, answers out, one JSON object a line; a killed run continues where it stopped."""
+"""Batch files: requests in, answers out, one JSON object a line. An interrupted run resumes to the same bytes, and an
+edited file keeps the answers of its unchanged requests.
+"""
 
 from __future__ import annotations
 
@@ -6,70 +8,135 @@ import codecs
 import dataclasses
 import hashlib
 import json
-import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from mllm.answering import RegionChat
+from mllm.answering import Asked, RegionChat
+from mllm.batch_output import BatchOutput, Entry
+from mllm.command_line import MAX_ERRORS, too_many_errors
 from mllm.data.jsonl import region_in
 from mllm.data.samples import load_image
-from mllm.overlay import check_folder
-from vision_tower import Region
-
-logger = logging.getLogger(__name__)
+from mllm.files import one_line
 
 _HASH_WHOLE_FILES_UP_TO = 200_000_000  # bytes; larger weights are told apart by name, size and time
-_REQUEST_KEYS = {"id", "image", "region", "question"}
+_ADDED = ("vision_tower.", "vision_model.", ".lora_", ".modules_to_save.")  # parts of the names of such weights
+
+
+class _Line(msgspec.Struct, forbid_unknown_fields=True):
+    """What a line of a request file must be; what is wrong with its region shows when it meets its image."""
+
+    id: str | int
+    image: str
+    region: dict[str, Any]
+    question: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One line of a request file; `problem` says why it cannot be answered."""
+    """One line of a request file.
+
+    Attributes:
+        id: Its own, or "line N" where it has none.
+        record: The JSON object; empty where there is none.
+        digest: Of the content: a line that is edited becomes another request.
+        problem: Why it cannot be answered, or None.
+    """
 
     id: str | int
     record: dict[str, Any]
+    digest: str
     problem: str | None = None
+
+    def files(self, folder: Path) -> Iterator[Path]:
+        """The image and mask that it names, relative to the folder of the request file."""
+        if self.problem is None:
+            yield folder / self.record["image"]
+            mask = self.record["region"].get("mask")
+            if isinstance(mask, str) and not mask.startswith("data:"):
+                yield folder / mask
 
 
 def run_batch(
-    chat: RegionChat, requests_path: str, output_path: str, *, model_name: str, batch_size: int, max_new_tokens: int
+    chat: RegionChat,
+    requests_path: str,
+    requests: Sequence[Request],
+    output: BatchOutput,
+    *,
+    model_name: str,
+    batch_size: int,
+    max_new_tokens: int,
+    retry_failed: bool = False,
+    max_errors: float = MAX_ERRORS,
 ) -> int:
     """Answer a file of requests; returns how many of them failed.
 
     A line of the output is `{"id", "answer"}` or `{"id", "error"}`, in the order of the requests. Batches are formed
-    over the whole file, so that a continued run writes the same file as an undisturbed one; a batch that was not
-    finished is done again.
+    over the requests that are not answered yet, so that a resumed run forms the same batches as an uninterrupted one;
+    an interrupted batch is answered again. The output holds what is answered also after an error.
+
+    Args:
+        chat: The model.
+        requests_path: The request file; its paths are relative to its folder.
+        requests: What `read_requests` gave for it.
+        output: Where the answers are kept; the caller holds its lock.
+        model_name: What the model is called in the run's settings.
+        batch_size: Answers made at once.
+        max_new_tokens: Longest answer, in tokens.
+        retry_failed: Answer requests again that failed in an earlier run.
+        max_errors: The run stops when more than this share of the requests (and at least 20) failed.
 
     Raises:
-        ValueError: If the request file is no list of requests with different ids, or the output belongs to another run.
+        ValueError: If the output belongs to another run, its journal is damaged, or too many requests failed.
+        OSError: If the answers cannot be written.
     """
-    requests = read_requests(requests_path)
-    done = _prepare_output(
-        output_path, _run_record(chat, requests_path, model_name, batch_size, max_new_tokens), requests, batch_size
-    )
-    failed = sum("error" in answer for answer in done)
     folder = Path(requests_path).resolve().parent
-    with (
-        open(output_path, "a", encoding="utf-8") as output,
-        tqdm(total=len(requests), initial=len(done), desc="answers", unit="answer") as progress,
-    ):
-        for start in range(len(done), len(requests), batch_size):
-            batch = requests[start : start + batch_size]
-            answers = _answer(chat, batch, folder, max_new_tokens)
-            output.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-            output.flush()
-            os.fsync(output.fileno())
-            failed += sum("error" in answer for answer in answers)
-            progress.update(len(batch))
-    return failed
+    record = _run_record(chat, requests_path, output.path, model_name, batch_size, max_new_tokens)
+
+    def failed() -> int:
+        answers = (output.answered.get(request.digest) for request in requests)
+        return sum(answer is not None and answer.error is not None for answer in answers)
+
+    with output.opened(record, retry_failed=retry_failed):
+        left = [request for request in requests if request.digest not in output.answered]
+        failures = failed()
+        try:
+            with tqdm(
+                total=len(requests), initial=len(requests) - len(left), desc="answers", unit="answer"
+            ) as progress:
+                for start in range(0, len(left), batch_size):
+                    if too_many_errors(failures, len(requests), max_errors):
+                        break
+                    batch = left[start : start + batch_size]
+                    answers = _answer(chat, batch, folder, max_new_tokens)
+                    output.add(answers)
+                    failures += sum(entry.error is not None for entry in answers.values())
+                    progress.update(len(batch))
+        finally:
+            output.write(request.digest for request in requests)
+        output.end()
+    if too_many_errors(failures, len(requests), max_errors):
+        raise ValueError(_too_many(output, requests, failures, max_errors))
+    return failures
+
+
+def _too_many(output: BatchOutput, requests: Sequence[Request], failures: int, max_errors: float) -> str:
+    first = next(
+        entry for r in requests if (entry := output.answered.get(r.digest)) is not None and entry.error is not None
+    )
+    return (
+        f"{failures} of {len(requests)} requests failed, more than --max-errors {max_errors:g} allows (the first, "
+        f"{first.id}: {first.error}); the answers so far are in {output.path}. Fix the requests and rerun, with "
+        "--retry-failed for those that did not change"
+    )
 
 
 def read_requests(path: str) -> list[Request]:
@@ -81,7 +148,7 @@ def read_requests(path: str) -> list[Request]:
     try:
         lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
-        raise ValueError(f"cannot read the requests {path}: {error}") from error
+        raise ValueError(f"cannot read the requests {path}: {one_line(error)}") from error
     requests = [_read_request(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not requests:
         raise ValueError(f"{path} holds no request")
@@ -95,68 +162,77 @@ def read_requests(path: str) -> list[Request]:
 
 
 def _read_request(number: int, line: bytes) -> Request:
+    name = f"line {number}"
     try:
         record = json.loads(line.decode())
-        json.dumps(record, ensure_ascii=False).encode()  # "\ud800" is JSON, but no text that could be written back
+        # "\ud800" is JSON, but no text that could be written back
+        content = json.dumps(record, ensure_ascii=False, sort_keys=True).encode()
     except (ValueError, RecursionError) as error:
-        return Request(f"line {number}", {}, f"not JSON: {error}")
-    if not isinstance(record, dict) or not isinstance(record.get("id"), str | int) or isinstance(record["id"], bool):
-        return Request(f"line {number}", {}, "expected an object with an id (text or number)")
+        return Request(name, {}, _digest(name, line), f"not JSON: {one_line(error)}")
     problem = None
-    if unknown := record.keys() - _REQUEST_KEYS:
-        problem = f"unknown keys {sorted(unknown)}; expected id, image, region and question"
-    elif not isinstance(record.get("image"), str) or "region" not in record:
-        problem = 'expected "image": path and "region": {...} ({"whole": true} for the whole image)'
-    elif not isinstance(record.get("question", ""), str):
-        problem = "expected the question as text"
-    elif "question" in record and not record["question"].strip():
-        problem = "the question is empty; leave it out to have the region described"
-    return Request(record["id"], record, problem)
+    try:
+        checked = msgspec.convert(record, _Line)
+        if checked.question is not None and not checked.question.strip():
+            problem = "the question is empty; leave it out to have the region described"
+    except (ValueError, RecursionError) as error:
+        problem = (
+            f'{one_line(error)}; expected an id (text or whole number), "image": path, "region": {{...}} '
+            '({"whole": true} for the whole image) and, if there is one, a question as text'
+        )
+    own = record.get("id") if isinstance(record, dict) else None
+    if isinstance(own, str | int) and not isinstance(own, bool):
+        return Request(own, record, _digest("", content), problem)
+    return Request(name, record if isinstance(record, dict) else {}, _digest(name, content), problem)
 
 
-def _answer(chat: RegionChat, batch: Sequence[Request], folder: Path, max_new_tokens: int) -> list[dict]:
-    """The output records of a batch: each request is prepared alone, so that a bad one fails alone."""
-    prepared: dict[int, tuple[Image.Image, Region, str | None]] = {}
+def _digest(name: str, content: bytes) -> str:
+    return hashlib.sha256(name.encode() + b"\n" + content).hexdigest()
+
+
+def _answer(chat: RegionChat, batch: Sequence[Request], folder: Path, max_new_tokens: int) -> dict[str, Entry]:
+    """The answers of a batch by the digests of its requests; a bad request fails alone."""
+    asked: list[Asked | ValueError] = []
     pictures: dict[str, Image.Image] = {}
-    answers: list[dict] = []
-    for index, request in enumerate(batch):
+    for request in batch:
         try:
-            prepared[index] = _prepare(chat, request, folder, max_new_tokens, pictures)
-            answers.append({"id": request.id})
-        except ValueError as error:
-            answers.append({"id": request.id, "error": str(error)})
-    if prepared:
-        texts = chat.answer_batch(list(prepared.values()), max_new_tokens=max_new_tokens)
-        for index, text in zip(prepared, texts, strict=True):
-            answers[index]["answer"] = text
-    return answers
+            asked.append(_prepare(request, folder, pictures))
+        except (ValueError, OSError) as error:
+            asked.append(ValueError(one_line(error)))
+    answers = chat.answer_each(asked, max_new_tokens=max_new_tokens)
+    return {
+        request.digest: Entry(request.id, error=one_line(answer))
+        if isinstance(answer, ValueError)
+        else Entry(request.id, answer.text)
+        for request, answer in zip(batch, answers, strict=True)
+    }
 
 
-def _prepare(
-    chat: RegionChat, request: Request, folder: Path, max_new_tokens: int, pictures: dict[str, Image.Image]
-) -> tuple[Image.Image, Region, str | None]:
-    """Everything that can be wrong with a request is found here; a picture is decoded once a batch."""
+def _prepare(request: Request, folder: Path, pictures: dict[str, Image.Image]) -> Asked:
+    """What the model is asked; an image is decoded once a batch."""
     if request.problem:
         raise ValueError(request.problem)
     path = str(folder / request.record["image"])
     if path not in pictures:
         pictures[path] = load_image(path)
-    region = region_in(folder, request.record["region"])
-    chat.processor.image_processor(pictures[path], region)  # does the region fit the picture?
-    question = request.record.get("question")
-    chat.check_length(question, max_new_tokens)
-    return pictures[path], region, question
+    return pictures[path], region_in(folder, request.record["region"]), request.record.get("question")
 
 
-def _run_record(chat: RegionChat, requests_path: str, model_name: str, batch_size: int, max_new_tokens: int) -> dict:
+def _run_record(
+    chat: RegionChat, requests_path: str, output: Path, model_name: str, batch_size: int, max_new_tokens: int
+) -> dict:
     """What must be the same for two runs to write one file."""
+    requests = Path(requests_path).resolve()
+    try:
+        requests = Path(os.path.relpath(requests, output.parent))  # both may be moved together
+    except ValueError:  # on another drive
+        pass
     return {
         "model": model_name,
         "weights": fingerprint(chat.model.config._name_or_path, chat.model.config),
         "quantised": str(getattr(chat.model, "quantization_method", None)),
         "alpha and adapter": added_weights(chat.model),
         "dtype": str(chat.model.get_input_embeddings().weight.dtype),  # BLIP-2 keeps its Q-Former in float32
-        "requests": hashlib.sha256(Path(requests_path).read_bytes()).hexdigest(),
+        "request file": requests.as_posix(),
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
         "version": version("alpha-clip-mllm"),
@@ -164,10 +240,12 @@ def _run_record(chat: RegionChat, requests_path: str, model_name: str, batch_siz
 
 
 def added_weights(model: PreTrainedModel) -> str:
-    """A hash of the alpha weight and LoRA matrices as loaded: they may come from elsewhere than the model directory."""
+    """A hash of the weights as loaded that may come from elsewhere than the model directory: those of the vision tower
+    (alpha weights), and of an adapter.
+    """
     digest = hashlib.sha256()
     for name, tensor in model.named_parameters():
-        if "patch_embedding.alpha." in name or ".lora_" in name:
+        if any(part in name for part in _ADDED):
             digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -186,67 +264,3 @@ def fingerprint(name: str, config: Any) -> str:
         digest.update(file.name.encode())
         digest.update(file.read_bytes() if small else f"{status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()
-
-
-def _prepare_output(path: str, record: dict, requests: Sequence[Request], batch_size: int) -> list[dict]:
-    """The answers of whole batches that an earlier, equal run has written; what is torn or half is cut off the file."""
-    check_folder(path)
-    record_path = Path(f"{path}.run.json")
-    output = Path(path)
-    if not record_path.exists() and output.exists() and output.stat().st_size:
-        raise ValueError(f"{path} exists and was not written by a batch run; choose another --output")
-    if not claim_run(record_path, record, path):
-        output.touch()
-        return []
-    return _whole_batches(output, requests, batch_size)
-
-
-def claim_run(record_path: Path, record: dict, output: str) -> bool:
-    """Write down what makes a run, or check that it is what made the earlier one; whether there was an earlier one.
-
-    Args:
-        record_path: JSON file of the record.
-        record: Whatever must be the same for two runs to write one output.
-        output: The output's name, for messages.
-
-    Raises:
-        ValueError: If the output belongs to another run, or its record is damaged.
-    """
-    if not record_path.exists():
-        temporary = Path(f"{record_path}.tmp")
-        temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        os.replace(temporary, record_path)
-        return False
-    try:
-        earlier = json.loads(record_path.read_text(encoding="utf-8"))
-        damaged = not isinstance(earlier, dict)
-    except ValueError:
-        damaged = True
-    if damaged:
-        raise ValueError(f"{record_path} is damaged; choose another output, or delete it together with {output}")
-    if changed := [name for name in record if record[name] != earlier.get(name)]:
-        raise ValueError(
-            f"{output} belongs to a run with other {', '.join(changed)}; choose another output, or delete "
-            f"it and {record_path}"
-        )
-    return True
-
-
-def _whole_batches(output: Path, requests: Sequence[Request], batch_size: int) -> list[dict]:
-    lines = output.read_bytes().splitlines(keepends=True) if output.exists() else []
-    answers: list[dict] = []
-    for line, request in zip(lines, requests, strict=False):
-        try:
-            answer = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n") or not isinstance(answer, dict) or answer.get("id") != request.id:
-            break
-        answers.append(answer)
-    if len(answers) < len(requests):
-        answers = answers[: len(answers) - len(answers) % batch_size]
-    with open(output, "ab") as file:
-        file.truncate(sum(len(line) for line in lines[: len(answers)]))
-    if answers:
-        logger.info("continuing after %d answers", len(answers))
-    return answers

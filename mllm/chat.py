@@ -14,9 +14,10 @@ import logging
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllm.command_line import exit_code
+from mllm.command_line import add_max_errors, exit_code, say, too_many_errors
 
 if TYPE_CHECKING:  # torch and Transformers wait until the arguments are read
     from vision_tower import Region
@@ -72,10 +73,12 @@ def build_parser() -> argparse.ArgumentParser:
     batch.add_argument(
         "--output",
         metavar="JSONL",
-        help='answers {"id", "answer"} or {"id", "error"}; an existing file of the same run is '
-        "continued (a request that failed stays failed)",
+        help='answers {"id", "answer"} or {"id", "error"}, written at the end. Rerun the same command to resume: '
+        "answers are kept in OUTPUT.journal.jsonl, and only new, changed and interrupted requests are answered",
     )
     batch.add_argument("--batch-size", type=int, help="answers made at once (default 16)")
+    batch.add_argument("--retry-failed", action="store_true", help="answer requests again that failed earlier")
+    add_max_errors(batch, "requests")
     return parser
 
 
@@ -107,8 +110,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 1 when batch requests failed, 2 for bad input."""
-    args = build_parser().parse_args(argv)
-    return exit_code(PROGRAM, lambda: _run(args))
+    return exit_code(PROGRAM, lambda: _run(build_parser().parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -155,6 +157,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"expected a --strength from 0 to 1, got {args.strength}")
     if args.max_new_tokens < 1 or (args.batch_size is not None and args.batch_size < 1):
         raise ValueError("expected --max-new-tokens and --batch-size of at least 1")
+    too_many_errors(0, 0, args.max_errors)  # is it a fraction?
     if args.batch:
         if not args.output:
             raise ValueError("--batch needs --output FILE for the answers")
@@ -167,8 +170,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
             or args.save_overlay
         ):
             raise ValueError("--batch takes pictures, regions and questions from its file; leave the other flags out")
-    elif args.output or args.batch_size is not None:
-        raise ValueError("--output and --batch-size belong to --batch FILE")
+    elif args.output or args.batch_size is not None or args.retry_failed:
+        raise ValueError("--output, --batch-size and --retry-failed belong to --batch FILE")
     elif not args.image:
         raise ValueError("expected --image FILE, or --batch FILE")
     elif args.ask is not None and not args.ask.strip():
@@ -251,22 +254,30 @@ def _added(args: argparse.Namespace) -> dict[str, str | None]:
 
 def _batch(args: argparse.Namespace) -> int:
     from mllm.batch import read_requests, run_batch
-    from mllm.overlay import check_folder
+    from mllm.batch_output import BatchOutput
+    from mllm.files import locked
 
-    check_folder(args.output)
-    read_requests(args.batch)  # before the model is loaded
-    failed = run_batch(
-        load_chat(args),
-        args.batch,
-        args.output,
-        model_name=args.model or "embedded",
-        batch_size=args.batch_size or 16,
-        max_new_tokens=args.max_new_tokens,
-    )
+    output = BatchOutput(args.output)
+    requests = read_requests(args.batch)
+    with locked(output.path):
+        folder = Path(args.batch).resolve().parent
+        named = (file for request in requests for file in request.files(folder))
+        output.check([Path(args.batch), *named])  # before the model is loaded
+        failed = run_batch(
+            load_chat(args),
+            args.batch,
+            requests,
+            output,
+            model_name=args.model or "embedded",
+            batch_size=args.batch_size or 16,
+            max_new_tokens=args.max_new_tokens,
+            retry_failed=args.retry_failed,
+            max_errors=args.max_errors,
+        )
     if failed:
-        print(
-            f"{PROGRAM}: {failed} request(s) failed; their errors are in {args.output}. They stay failed when the "
-            "run is repeated: to try again, put those requests into another file, or delete the output",
+        say(
+            f"{PROGRAM}: {failed} request(s) failed; their errors are in {args.output}. Failed requests are not "
+            "retried on resume; use --retry-failed",
             file=sys.stderr,
         )
     return 1 if failed else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import re
@@ -12,6 +13,8 @@ from typing import TextIO
 
 FAILED, BAD_INPUT, INTERRUPTED, CLOSED_PIPE = 1, 2, 128 + 2, 128 + 13  # the last two as a shell reports the signals
 _LONGEST = 1500  # characters of an error
+MAX_ERRORS = 0.5  # share of items that may fail before a command refuses to proceed
+_FEW_ERRORS = 20  # fewer never stop a command
 # C0 without tab and newline, DEL, C1 (an 8-bit escape sequence begins with one), and marks that turn the direction of
 # text around
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -25,17 +28,44 @@ def exit_code(program: str, run: Callable[[], int]) -> int:
         if hasattr(stream, "reconfigure"):  # file names may hold bytes that are not text
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = run()
-        sys.stdout.flush()
-        return code
+        try:
+            return run()
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is no news, not when the interpreter ends
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        _forget_stdout()
+        _forget_closed_pipes()
         return CLOSED_PIPE
     except (ValueError, OSError) as error:
-        say_error(program, str(error))
+        try:
+            say_error(program, str(error))
+        except BrokenPipeError:
+            _forget_closed_pipes()
         return BAD_INPUT
+
+
+def add_max_errors(parser: argparse._ActionsContainer, items: str) -> None:
+    """Add the option --max-errors."""
+    parser.add_argument(
+        "--max-errors",
+        type=float,
+        default=MAX_ERRORS,
+        metavar="FRACTION",
+        help=f"stop when more than this share of the {items}, and at least {_FEW_ERRORS}, failed "
+        f"(default {MAX_ERRORS})",
+    )
+
+
+def too_many_errors(failed: int, total: int, max_errors: float = MAX_ERRORS) -> bool:
+    """Whether so many of `total` items failed that something else than the items must be wrong.
+
+    Raises:
+        ValueError: If `max_errors` is not a fraction.
+    """
+    if not 0 <= max_errors <= 1:  # also NaN
+        raise ValueError(f"expected a --max-errors from 0 to 1, got {max_errors}")
+    return failed >= _FEW_ERRORS and failed > max_errors * total
 
 
 def say_error(program: str, message: str) -> None:
@@ -70,12 +100,15 @@ def log_to_terminal(level: int) -> None:
     logging.basicConfig(level=level, handlers=[handler])
 
 
-def _forget_stdout() -> None:
-    """Let the interpreter's last flush go nowhere instead of failing."""
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError, AttributeError):  # stdout is closed, or no file
-        pass
+def _forget_closed_pipes() -> None:
+    """Let the interpreter's last flush of a stream that nobody reads go nowhere instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (OSError, ValueError, AttributeError):  # it is closed, or no file
+            continue
 
 
 def stopping_signals() -> tuple[signal.Signals, ...]:

@@ -226,7 +226,8 @@ def one_line(error: BaseException) -> str:
     """What an error says, in one line; of a file the system's words without its number."""
     named = isinstance(error, OSError) and error.filename is not None and error.strerror
     text = f"{error.filename}: {error.strerror}" if named else str(error)
-    return " ".join(text.split()) or type(error).__name__
+    # a file's name may hold bytes that are no text; as surrogates they could not be written anywhere
+    return " ".join(text.split()).encode("utf-8", "backslashreplace").decode() or type(error).__name__
 
 
 def _holder(path: Path) -> str:

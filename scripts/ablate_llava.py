@@ -20,7 +20,7 @@ from build_shapes_clip import RECIPES, ROOT
 import mllm
 from eval.controls import references_of_shown_region, with_whole_image, with_wrong_region
 from eval.generate import generate
-from eval.metrics.exact_match import exact_match
+from eval.metrics.exact_match import exactly_right
 from mllm.answering import RegionChat
 from mllm.data import shapes
 from mllm.data.visual_genome import read_regions
@@ -88,7 +88,7 @@ def score(chat: RegionChat, data: Path) -> dict[str, float]:
         "whole": (with_whole_image(masks), [sample.references for sample in masks]),
     }
     return {
-        name: exact_match(generate(chat, samples, batch_size=64, label=name), references)
+        name: exactly_right(generate(chat, samples, batch_size=64, label=name), references)
         for name, (samples, references) in shown.items()
     }
 

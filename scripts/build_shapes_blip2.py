@@ -18,7 +18,7 @@ from transformers import Blip2QFormerConfig, OPTConfig, set_seed
 import mllm
 from eval.controls import with_whole_image
 from eval.generate import generate
-from eval.metrics.exact_match import exact_match
+from eval.metrics.exact_match import exactly_right
 from mllm.answering import RegionChat
 from mllm.blip2 import (
     AlphaBlip2Config,
@@ -108,7 +108,7 @@ def score(model: Path, data: Path, scenes: int) -> dict[str, float]:
     boxes, masks = (list(read_regions(data, region_input=form)) for form in ("box", "mask"))
     sets = {"box": boxes, "mask": masks, "whole image": with_whole_image(boxes)}
     return {
-        f"description, {name}": exact_match(
+        f"description, {name}": exactly_right(
             generate(chat, samples, batch_size=64, label=name), [sample.references for sample in samples]
         )
         for name, samples in sets.items()

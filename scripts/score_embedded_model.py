@@ -16,7 +16,7 @@ from pathlib import Path
 import mllm
 from eval.controls import best_blind_score, references_of_shown_region, with_whole_image, with_wrong_region
 from eval.generate import generate
-from eval.metrics.exact_match import exact_match
+from eval.metrics.exact_match import exactly_right
 from mllm.answering import RegionChat
 from mllm.data import shapes
 from mllm.data.samples import RegionSample
@@ -62,7 +62,7 @@ def score(chat: RegionChat, folder: Path, scenes: int, seed: int, batch_size: in
     def record(name: str, samples: Sequence[RegionSample], references: Sequence | None = None, **extra: float) -> None:
         predictions = generate(chat, samples, batch_size=batch_size, label=name)
         wanted = [sample.references for sample in samples] if references is None else references
-        scores[name] = {"score": exact_match(predictions, wanted), "of": len(samples), **extra}
+        scores[name] = {"score": exactly_right(predictions, wanted), "of": len(samples), **extra}
 
     record("description, box", boxes)
     record("description, mask", masks)

@@ -18,7 +18,7 @@ from score_embedded_model import EMBEDDED_MODEL, refuse_training_scenes, score
 import mllm
 from eval.controls import references_of_shown_region, with_whole_image, with_wrong_region
 from eval.generate import generate
-from eval.metrics.exact_match import exact_match
+from eval.metrics.exact_match import exactly_right
 from mllm.answering import RegionChat
 from mllm.data import shapes
 from mllm.data.visual_genome import read_region_questions
@@ -56,12 +56,12 @@ def places_right(chat: RegionChat, folder: Path) -> dict[str, float]:
     for form in ("box", "mask"):
         samples = [s for s in read_region_questions(folder, region_input=form) if s.meta["type"] == "place"]
         references = [sample.references for sample in samples]
-        shares[f"{form}, {len(samples)} objects"] = exact_match(generate(chat, samples, batch_size=64), references)
+        shares[f"{form}, {len(samples)} objects"] = exactly_right(generate(chat, samples, batch_size=64), references)
         others = generate(chat, with_wrong_region(samples), batch_size=64)
-        shares[f"{form} of another object: that object's"] = exact_match(others, references_of_shown_region(samples))
-        shares[f"{form} of another object: the asked one's"] = exact_match(others, references)
+        shares[f"{form} of another object: that object's"] = exactly_right(others, references_of_shown_region(samples))
+        shares[f"{form} of another object: the asked one's"] = exactly_right(others, references)
     whole = generate(chat, with_whole_image(samples), batch_size=64)
-    shares["whole image"] = exact_match(whole, references)
+    shares["whole image"] = exactly_right(whole, references)
     return shares
 
 

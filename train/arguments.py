@@ -15,7 +15,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 REGION_INPUTS = ("box", "mask", "mixed", "available")
-EVAL_METRICS = ("exact match", "CIDEr")
+EVAL_METRICS = ("exactly right", "CIDEr")
 
 
 @dataclass(kw_only=True)
@@ -186,9 +186,9 @@ class DataArguments(RegionArguments):
     )
     eval_samples: int = field(default=200, metadata={"help": "held-out samples (split val) that evaluations use"})
     eval_metrics: list[str] = field(
-        default_factory=lambda: ["exact match"],
+        default_factory=lambda: ["exactly right"],
         metadata={
-            "help": "beside the loss: 'exact match', CIDEr (with frozen document frequencies; needs the extra eval)"
+            "help": "beside the loss: 'exactly right', CIDEr (with frozen document frequencies; needs the extra eval)"
         },
     )
 
@@ -200,6 +200,8 @@ class DataArguments(RegionArguments):
         """
         super().__post_init__()
         check_at_least(self, 1, "max_turns", "regions_per_image", "eval_samples")
+        if "exact match" in self.eval_metrics:
+            raise ValueError("eval_metrics: 'exact match' is called 'exactly right' now (letter for letter)")
         if unknown := set(self.eval_metrics) - set(EVAL_METRICS):
             raise ValueError(f"eval_metrics: expected names out of {EVAL_METRICS}, got {sorted(unknown)}")
         self.weight_of_kind()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from eval.metrics.captions import FROZEN, DocumentFrequency, score_captions
-from eval.metrics.exact_match import exact_match
+from eval.metrics.exact_match import exactly_right
 from mllm.answering import RegionChat
 from mllm.loading import AlphaProcessor
 from mllm.processing import image_items
@@ -84,16 +84,18 @@ class AnswerScorer:
         return answered
 
     def score(self, answered: Sequence[Answered]) -> dict[str, float]:
-        """Exact match of all, of descriptions and of questions, 0 to 1; CIDEr of descriptions where asked for."""
+        """Shares of exactly right answers: all, descriptions, questions; CIDEr of descriptions where asked for."""
         texts = [text for _, text in sorted(answered)]
         references = [(held.answer,) for held in self.asked]
-        scores = {"exact_match": exact_match(texts, references)}
+        scores = {"exactly_right": exactly_right(texts, references)}
         places: dict[str, list[int]] = {"descriptions": [], "questions": []}
         for place, held in enumerate(self.asked):
             places["descriptions" if held.is_description else "questions"].append(place)
         if all(places.values()):
             for kind, chosen in places.items():
-                scores[f"exact_match_{kind}"] = exact_match([texts[n] for n in chosen], [references[n] for n in chosen])
+                scores[f"exactly_right_{kind}"] = exactly_right(
+                    [texts[n] for n in chosen], [references[n] for n in chosen]
+                )
         if self.frequency is not None and (chosen := places["descriptions"]):
             scored = score_captions(
                 [texts[n] for n in chosen], [references[n] for n in chosen], ("CIDEr",), frozen=self.frequency

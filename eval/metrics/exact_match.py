@@ -1,4 +1,4 @@
-"""Exact match: is the answer, letter for letter, one of the references?"""
+"""Exactly right: is the answer, letter for letter, one of the references? ("exact match" is VQA's: `questions`.)"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def exact_matches(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+def exactly_right_each(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
     """Which predictions equal one of their references, 1 or 0 (N,); no case folding, nothing stripped.
 
     Raises:
@@ -20,6 +20,6 @@ def exact_matches(predictions: Sequence[str], references: Sequence[Sequence[str]
     return np.array([float(p in refs) for p, refs in zip(predictions, references, strict=True)])
 
 
-def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """The share of `exact_matches`, in [0, 1]."""
-    return float(exact_matches(predictions, references).mean())
+def exactly_right(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """The share of `exactly_right_each`, in [0, 1]."""
+    return float(exactly_right_each(predictions, references).mean())

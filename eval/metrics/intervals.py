@@ -69,6 +69,16 @@ def interval_of_captions(
     return found._replace(how=found.how + (", document frequencies fixed" if name == "CIDEr" else ""))
 
 
+def value_of_part(scores: CaptionScores, name: str, rows: Sequence[int]) -> float:
+    """The value of a caption metric for some of the items (indices), as of a corpus of these alone; of CIDEr with the
+    document frequencies of all.
+    """
+    if name not in _OF_TOTALS:
+        return float(scores.items[name][rows].mean())
+    columns, of_totals = _OF_TOTALS[name]
+    return float(of_totals(columns(scores)[rows].sum(0, keepdims=True))[0])
+
+
 def paired_difference(
     a_items: np.ndarray,
     b_items: np.ndarray,

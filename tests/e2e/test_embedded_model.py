@@ -10,7 +10,7 @@ from PIL import Image
 import mllm
 from eval.controls import references_of_shown_region, with_whole_image, with_wrong_region
 from eval.generate import generate
-from eval.metrics.exact_match import exact_match
+from eval.metrics.exact_match import exactly_right
 from mllm import chat as region_chat
 from mllm.answering import RegionChat
 from mllm.data import shapes
@@ -85,22 +85,22 @@ def test_answers_follow_the_region_also_to_another_object(embedded, samples):
     chat = RegionChat(*embedded)
     right = generate(chat, samples)
     # The shipped model's measured scores (README) less what 60 samples may scatter; a lost region gives 0.3 at most.
-    assert exact_match(right, [s.references for s in samples]) >= 0.9
+    assert exactly_right(right, [s.references for s in samples]) >= 0.9
     wrong = generate(chat, with_wrong_region(samples))
-    assert exact_match(wrong, references_of_shown_region(samples)) >= 0.9
-    assert exact_match(wrong, [s.references for s in with_wrong_region(samples)]) <= 0.05
+    assert exactly_right(wrong, references_of_shown_region(samples)) >= 0.9
+    assert exactly_right(wrong, [s.references for s in with_wrong_region(samples)]) <= 0.05
     whole = generate(chat, with_whole_image(samples))
-    assert exact_match(whole, [s.references for s in samples]) < 0.3
+    assert exactly_right(whole, [s.references for s in samples]) < 0.3
 
 
 def test_boxes_and_questions(embedded, root):
     chat = RegionChat(*embedded)
     boxes = list(read_regions(root, region_input="box"))
-    assert exact_match(generate(chat, boxes), [s.references for s in boxes]) >= 0.9
+    assert exactly_right(generate(chat, boxes), [s.references for s in boxes]) >= 0.9
     questions = list(read_region_questions(root))
     for kinds, least in ((shapes.ATTRIBUTES, 0.95), (shapes.DIRECTIONS, 0.85)):
         asked = [question for question in questions if question.meta["type"] in kinds]
-        assert exact_match(generate(chat, asked), [s.references for s in asked]) >= least
+        assert exactly_right(generate(chat, asked), [s.references for s in asked]) >= least
 
 
 @pytest.mark.parametrize("size", [(96, 96), (200, 96), (130, 300), (640, 480)])

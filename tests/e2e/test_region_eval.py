@@ -1,5 +1,6 @@
 """`region-eval` from files to report, on the drawn world: the command as a user types it."""
 
+import errno
 import json
 import os
 import re
@@ -10,7 +11,9 @@ import torch
 
 from eval import tasks
 from eval.cli import main
+from mllm import chat
 from mllm.data import shapes
+from mllm.files import locked
 
 FAST = ["--metrics", "exactly right", "ROUGE-L"]
 
@@ -197,9 +200,67 @@ def test_bad_input(data, tmp_path, capsys):
     assert "strength" in fails(capsys, *run, "--task", "shapes-caption", "--strength", 2)
     assert "metrics out of" in fails(capsys, *run, "--task", "shapes-caption", "--metrics", "SPICE")
     assert "leave --region-input out" in fails(capsys, *run, "--task", "refcocog-lmms-eval", "--region-input", "box")
-    assert "directory" in fails(capsys, *run, "--task", "shapes-caption", "--model", tmp_path / "none")
     (tmp_path / "empty.jsonl").write_text("")
     assert "is empty" in fails(capsys, "score", tmp_path / "empty.jsonl", *out)
     assert "cannot read" in fails(capsys, "score", tmp_path / "no.jsonl", *out)
     assert "two or more" in fails(capsys, "compare", tmp_path / "empty.jsonl")
     assert not (tmp_path / "x").exists()
+    assert "directory" in fails(capsys, *run, "--task", "shapes-caption", "--model", tmp_path / "none")
+    assert {file.name for file in (tmp_path / "x").iterdir()} <= {".made_by.json", ".lock"}  # claimed, nothing in it
+
+
+def test_a_second_process_is_refused_on_the_command_line(data, finished, tmp_path, capsys):
+    out = tmp_path / "s"
+    score = ["score", finished, "--out", out, *FAST]
+    out.mkdir()
+    with locked(out, inside=True):
+        assert f"is being written by process {os.getpid()}" in fails(capsys, *score)
+    assert main([str(argument) for argument in score]) == 0
+    before = read(out)
+    assert main([str(argument) for argument in score]) == 0 and read(out) == before
+    run = ["run", "--task", "shapes-caption", "--data", data, *FAST]
+    assert "not written by this command" in fails(capsys, *run, "--out", out)  # scores are no run
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "metrics.json").write_text("{}")  # somebody else's
+    assert "not written by this command" in fails(capsys, "score", finished, "--out", tmp_path / "t", *FAST)
+    assert "reads" in fails(capsys, "score", out, "--out", out, *FAST)
+
+
+def test_a_full_disk_leaves_the_metrics_that_were_there(data, tmp_path, capsys, monkeypatch):
+    run = ["run", "--task", "shapes-caption", "--data", str(data), "--out", str(tmp_path / "r"), "--limit", "4", *FAST]
+    assert main(run) == 0
+    names = ("predictions.jsonl", "metrics.json", "report.html")
+    before = [(tmp_path / "r" / name).read_bytes() for name in names]
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert "No space left on device" in fails(capsys, *run)
+    assert [(tmp_path / "r" / name).read_bytes() for name in names] == before
+
+
+@pytest.mark.parametrize("arguments", [["tasks"], ["--help"], ["run", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("command", [main, chat.main], ids=["region-eval", "region-chat"])
+def test_a_closed_pipe_ends_quietly(command, arguments, monkeypatch, capsys):
+    if command is chat.main and arguments != ["--help"]:
+        arguments = ["--version"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert command(arguments) == 141
+        pipe.flush()  # as the interpreter does at its end
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
+
+
+def test_closed_pipes_for_errors_too(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as pipe:
+        monkeypatch.setattr(sys, "stderr", pipe)
+        assert main(["compare", "missing.jsonl"]) == 2
+        pipe.flush()
+        monkeypatch.undo()

@@ -189,10 +189,20 @@ def test_workers_change_nothing(world, undisturbed, tmp_path):
 
 
 def test_evaluation_while_training(world, tmp_path):
-    flags = "--eval_strategy", "steps", "--eval_steps", 3, "--eval_samples", 9, "--eval_metrics", "exact match", "CIDEr"
+    flags = (
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        3,
+        "--eval_samples",
+        9,
+        "--eval_metrics",
+        "exactly right",
+        "CIDEr",
+    )
     tune(world, tmp_path, *flags, "--report_to", "tensorboard")
     log = json.loads((tmp_path / "training_record.json").read_text())["log"]
-    for name in ("eval_loss", "eval_exact_match", "eval_cider_frozen_df"):
+    for name in ("eval_loss", "eval_exactly_right", "eval_cider_frozen_df"):
         assert len([entry for entry in log if name in entry]) == 2, name
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 

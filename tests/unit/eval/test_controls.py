@@ -1,4 +1,4 @@
-"""Exact match and the controls, on cases small enough to count by hand."""
+"""Exactly right answers and the controls, on cases small enough to count by hand."""
 
 import numpy as np
 import pytest
@@ -7,12 +7,13 @@ from PIL import Image
 from eval.controls import (
     INPUTS,
     best_blind_score,
+    crop,
     references_of_shown_region,
     show,
     with_whole_image,
     with_wrong_region,
 )
-from eval.metrics.exact_match import exact_match
+from eval.metrics.exact_match import exactly_right
 from mllm.data.samples import RegionSample
 from vision_tower import Region
 
@@ -23,12 +24,12 @@ def sample(image_id, number, answer, kind=None):
     return RegionSample(f"{image_id}-{number}-{kind}", "x.png", (region,), None, (answer,), meta=meta)
 
 
-def test_exact_match_counts_letters():
-    assert exact_match(["a", "b", "C"], [("a",), ("x", "b"), ("c",)]) == pytest.approx(2 / 3)
+def test_exactly_right_counts_letters():
+    assert exactly_right(["a", "b", "C"], [("a",), ("x", "b"), ("c",)]) == pytest.approx(2 / 3)
     with pytest.raises(ValueError):
-        exact_match([], [])
+        exactly_right([], [])
     with pytest.raises(ValueError):
-        exact_match(["a"], [])
+        exactly_right(["a"], [])
 
 
 def test_wrong_region_is_another_one_of_the_same_picture():
@@ -112,6 +113,20 @@ def test_every_input_shows_what_it_says(picture):
     assert alpha.is_whole and np.array_equal(red, outline)
     with pytest.raises(ValueError, match=", ".join(INPUTS)):
         shown(picture, "circle")
+
+
+@pytest.mark.parametrize(
+    "box, pixels",
+    [
+        ((10.3, 20.6, 39.2, 49.7), (10, 20, 40, 50)),
+        ((10, 20, 39.01, 50), (10, 20, 40, 50)),
+        ((5.2, 5.2, 5.7, 5.9), (5, 5, 6, 6)),
+    ],
+)
+def test_a_crop_holds_every_pixel_that_the_box_touches(picture, box, pixels):
+    left, top, right, bottom = pixels
+    cropped = np.asarray(crop(picture, Region.from_box(*box)))
+    assert np.array_equal(cropped, np.asarray(picture)[top:bottom, left:right])
 
 
 def test_whole_image():

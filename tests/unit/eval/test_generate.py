@@ -143,3 +143,74 @@ def test_one_unreadable_picture_is_named_and_mended_later(chat, samples, data, t
     assert (tmp_path / "bad" / "predictions.jsonl").read_bytes() == (
         tmp_path / "good" / "predictions.jsonl"
     ).read_bytes()
+
+
+def lines_of(part):
+    return part.read_text().splitlines(keepends=True)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda lines: [lines[0], lines[1][:20] + "\n", *lines[2:]], "0.jsonl is damaged .line 2"),
+        (lambda lines: [*lines, "{}\n"], "0.jsonl is damaged"),
+        (lambda lines: ["[1]\n"], "0.jsonl is damaged .line 1"),
+        (lambda lines: [lines[0].replace('"prediction"', '"predicted"')], "0.jsonl is damaged"),
+        (lambda lines: [lines[0].replace('{"batch": 0', '{"batch": 1')], "another run"),
+        (lambda lines: [lines[0].replace('{"batch": 0', '{"batch": 99')], "another run"),
+        (lambda lines: [lines[0].replace('{"batch": 0', '{"batch": -1')], "another run"),
+        (lambda lines: [json.dumps({**json.loads(lines[0]), "answers": []}) + "\n"], "another run"),
+    ],
+)
+def test_damaged_parts_are_named(chat, samples, data, tmp_path, damage, message):
+    settings = Settings("box", None, batch_size=2, max_new_tokens=2)
+    run(chat, samples[:6], tmp_path, settings, data=data)
+    part = tmp_path / "parts" / "0.jsonl"
+    part.write_text("".join(damage(lines_of(part))))
+    before = (tmp_path / "predictions.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        run(chat, samples[:6], tmp_path, settings, data=data)
+    assert (tmp_path / "predictions.jsonl").read_bytes() == before
+
+
+def test_parts_of_another_run_are_refused(chat, samples, data, tmp_path):
+    run(chat, samples[:4], tmp_path, Settings(batch_size=2, max_new_tokens=2), data=data)
+    with pytest.raises(ValueError, match="another run"):
+        run(chat, samples[:4], tmp_path, Settings(batch_size=2, max_new_tokens=3), data=data)
+    with pytest.raises(ValueError, match="another run"):
+        run(chat, samples[4:8], tmp_path, Settings(batch_size=2, max_new_tokens=2), data=data)
+
+
+def test_a_torn_part_of_another_process_is_no_damage(chat, samples, data, tmp_path):
+    settings = Settings(batch_size=2, max_new_tokens=2)
+    run(chat, samples[:6], tmp_path, settings, data=data)
+    whole = (tmp_path / "predictions.jsonl").read_bytes()
+    first, *others = lines_of(tmp_path / "parts" / "0.jsonl")
+    (tmp_path / "parts" / "1.jsonl").write_text(first + others[0][:30])
+    (tmp_path / "parts" / "0.jsonl").write_text(others[1])
+    run(chat, samples[:6], tmp_path, settings, data=data)
+    assert (tmp_path / "predictions.jsonl").read_bytes() == whole
+
+
+def test_an_image_deleted_in_the_middle_is_the_error_of_its_samples(chat, samples, data, tmp_path, monkeypatch):
+    gone = Path(samples[-1].image)
+    content, real = gone.read_bytes(), RegionChat.answers
+
+    def deleting(self, requests, **options):
+        gone.unlink(missing_ok=True)
+        return real(self, requests, **options)
+
+    monkeypatch.setattr(RegionChat, "answers", deleting)
+    try:
+        failed = run(chat, samples, tmp_path, Settings(batch_size=4, max_new_tokens=2), data=data)
+    finally:
+        gone.write_bytes(content)
+    wrong = [record for record in predictions(tmp_path) if "error" in record]
+    assert failed == len(wrong) == sum(sample.image == str(gone) for sample in samples)
+    assert all(gone.name in record["error"] for record in wrong)
+
+
+def test_an_error_of_ours_is_no_unreadable_image(chat, samples, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.generate.show", lambda *arguments: len(None))
+    with pytest.raises(TypeError):
+        run(chat, samples[:2], tmp_path, Settings(), data=data)

@@ -383,3 +383,32 @@ def test_samples_of_one_image_are_one_picture(tmp_path):
 def test_only_descriptions_of_one_region_are_taken(wrong):
     with pytest.raises(ValueError, match="expected a description of one region"):
         described_pictures([wrong])
+
+
+def test_images_that_cannot_be_used_are_left_out_counted_and_named(tmp_path, caplog):
+    noise_picture(32, 32).save(tmp_path / "good.png")
+    (tmp_path / "damaged.png").write_bytes((tmp_path / "good.png").read_bytes()[:80])
+    outside = Region.from_box(50, 50, 60, 60)
+    regions = {"damaged.png": LEFT, "good.png": LEFT, "missing.png": RIGHT}
+    samples = [sample(n, region, "a", image=str(tmp_path / name)) for n, (name, region) in enumerate(regions.items())]
+    samples += [
+        sample(9, LEFT, "a", image=str(tmp_path / "good.png")),
+        sample(9, outside, "b", image=str(tmp_path / "good.png")),
+    ]
+    (kept,) = described_pictures(samples)
+    assert kept.texts == ("a",)
+    assert "3 of 4 images cannot be used" in caplog.text
+    assert "damaged.png" in caplog.text and "missing.png" in caplog.text and "outside" in caplog.text
+    missing = [sample(n, LEFT, "a", image=str(tmp_path / f"{n}.png")) for n in range(20)]
+    with pytest.raises(ValueError, match="20 of 20 images cannot be used"):
+        described_pictures(missing)
+    good = [sample(n, LEFT, "a", image=str(tmp_path / "good.png")) for n in range(100, 120)]
+    assert len(described_pictures([*missing, *good])) == 20  # no more than half
+    with pytest.raises(ValueError, match="20 of 39 images"):
+        described_pictures([*missing, *good[1:]])
+
+
+def test_an_error_of_ours_is_no_unreadable_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(RegionSample, "open_image", lambda self: len(None))
+    with pytest.raises(TypeError):
+        described_pictures([sample(1, LEFT, "a")])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval.score import score
+from eval.score import measure, score
 
 
 def record(number, prediction, reference, **meta):
@@ -66,8 +66,32 @@ def test_intervals_are_over_items_where_pictures_are_not_named():
 def test_captions_and_letters_together():
     found = score(RECORDS, ["exactly right", "BLEU-1", "ROUGE-L", "CIDEr"])
     assert list(found["metrics"]) == ["exactly right", "BLEU-1", "ROUGE-L", "CIDEr"]
-    assert "BLEU-1" not in found["by"]["area"]["over 10 %"] and "CIDEr" in found["by"]["area"]["over 10 %"]
     assert any("unstable" in note for note in found["notes"])
+
+
+CAPTIONS = [
+    record(0, "a red bus", "a red bus on the left", area=0.005),
+    record(1, "a big dog on the grass", "the big dog", area=0.005),
+    record(2, "a cat", "a cat", area=0.005),
+    record(3, "two men", "a man with a hat", area=0.5),
+    record(4, "a tree behind the house", "a tall tree behind a house", area=0.5),
+]
+
+
+def test_a_part_is_scored_as_the_whole_is():
+    """What the breakdown calls METEOR, BLEU or ROUGE-L is what scoring those captions alone gives; a mean over captions
+    is another quantity. CIDEr, whose document frequencies are those of all, has another name.
+    """
+    metrics = ["exact match", "BLEU-1", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"]
+    found = measure(CAPTIONS, metrics)
+    by = score(CAPTIONS, metrics, with_intervals=False, measured=found)["by"]["area"]
+    for bucket, part in {"under 1 % of the picture": CAPTIONS[:3], "over 10 %": CAPTIONS[3:]}.items():
+        alone = {name: entry["value"] for name, entry in score(part, metrics, with_intervals=False)["metrics"].items()}
+        assert list(by[bucket]) == ["items", *metrics[:-1], "CIDEr (df of all items)"]
+        for name in metrics[:-1]:
+            assert by[bucket][name] == pytest.approx(alone[name], abs=1e-12)
+    assert abs(by["under 1 % of the picture"]["METEOR"] - found.items["METEOR"][:3].mean()) > 0.01
+    assert by["over 10 %"]["CIDEr (df of all items)"] == found.items["CIDEr"][3:].mean()
 
 
 @pytest.mark.parametrize(

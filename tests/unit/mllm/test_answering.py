@@ -60,9 +60,21 @@ def test_conversations_put_the_image_first_and_keep_the_history(chat):
 def test_too_long_is_an_error(chat):
     with pytest.raises(ValueError, match="the model reads 512"):
         chat.answer(IMAGE, LEFT, "x" * 600, max_new_tokens=4)
-    with pytest.raises(ValueError, match="the model reads 512"):
-        chat.check_length("x" * 600, 4)
-    chat.check_length("x" * 100, 4)
+
+
+def test_one_bad_request_of_a_batch_is_one_error(chat):
+    good = [(IMAGE, LEFT, "What?"), (IMAGE, RIGHT, None)]
+    unreadable = ValueError("cannot read")
+    bad = [
+        unreadable,
+        (IMAGE, LEFT, "x" * 600),
+        (IMAGE, Region.from_box(500, 500, 600, 600), None),
+        (IMAGE, LEFT, "\ud800"),
+    ]
+    answers = chat.answer_each([good[0], *bad, good[1]], max_new_tokens=4)
+    assert [answers[0], answers[-1]] == chat.answers(good, max_new_tokens=4) == chat.answer_each(good, max_new_tokens=4)
+    assert all(isinstance(answer, ValueError) for answer in answers[1:-1]) and answers[1] is unreadable
+    assert chat.answer_each([unreadable]) == [unreadable]
 
 
 def test_three_channels_are_refused():

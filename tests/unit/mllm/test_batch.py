@@ -1,48 +1,28 @@
 """Batch files: bad requests fail alone, a killed run continues to the same bytes, another run is refused."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 import mllm
 from mllm import chat
+from mllm.answering import RegionChat
+from tests.batch_files import (  # noqa: F401, pytest finds the fixtures here
+    BOX,
+    answers,
+    arguments,
+    asked_batches,
+    batch,
+    good,
+    request_folder,
+    write,
+)
 from tests.tiny import noise_picture
-
-BOX = {"box": [2, 2, 30, 30]}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    noise_picture(60, 40).save(tmp_path / "a.png")
-    noise_picture(40, 60, seed=1).save(tmp_path / "b.png")
-    return tmp_path
-
-
-def good(count):
-    pictures = ("a.png", "b.png")
-    return [{"id": i, "image": pictures[i % 2], "region": {"box": [i % 9, 2, 30, 30 - i % 5]}} for i in range(count)]
-
-
-def write(folder, records):
-    path = folder / "requests.jsonl"
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
-    return path
-
-
-def arguments(model, folder, output="answers.jsonl", size=4, tokens=3):
-    flags = ["--model", model, "--batch", folder / "requests.jsonl", "--output", folder / output]
-    return [str(flag) for flag in [*flags, "--batch-size", size, "--max-new-tokens", tokens]]
-
-
-def answers(folder, output="answers.jsonl"):
-    return [json.loads(line) for line in (folder / output).read_text().splitlines()]
 
 
 def test_one_bad_request_never_stops_the_others(tiny_llava_dir, folder, capsys):
@@ -84,48 +64,10 @@ def test_each_request_gets_its_own_region(tiny_llava_dir, folder):
     assert texts[0] == texts[3] and len(set(texts)) == 3
 
 
-@pytest.mark.parametrize("cut", ["mid line", "mid batch", "torn utf-8", "nothing", "after the end"])
-def test_a_stopped_run_continues_to_the_same_bytes(tiny_llava_dir, folder, cut):
-    write(folder, good(10))
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 0
-    whole = (folder / "answers.jsonl").read_bytes()
-    lines = whole.splitlines(keepends=True)
-    torn = {
-        "mid line": b"".join(lines[:5]) + lines[5][:9],
-        "mid batch": b"".join(lines[:6]),
-        "torn utf-8": b"".join(lines[:4]) + b'{"id": 4, "answer": "\xc3',
-        "nothing": b"",
-        "after the end": whole,
-    }[cut]
-    (folder / "answers.jsonl").write_bytes(torn)
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 0
-    assert (folder / "answers.jsonl").read_bytes() == whole
-
-
-def test_a_killed_process_continues(tiny_llava_dir, folder):
-    write(folder, good(60))
-    command = [sys.executable, "-m", "mllm.chat", *arguments(tiny_llava_dir, folder, size=2)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (folder / "answers.jsonl").exists() or not (folder / "answers.jsonl").stat().st_size:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 0 < len((folder / "answers.jsonl").read_bytes().splitlines()) < 60
-    assert chat.main(arguments(tiny_llava_dir, folder, size=2)) == 0
-    assert chat.main(arguments(tiny_llava_dir, folder, "undisturbed.jsonl", size=2)) == 0
-    assert (folder / "answers.jsonl").read_bytes() == (folder / "undisturbed.jsonl").read_bytes()
-
-
 def test_another_run_is_refused(tiny_llava_dir, folder, capsys):
     write(folder, good(4))
     assert chat.main(arguments(tiny_llava_dir, folder)) == 0
     before = (folder / "answers.jsonl").read_bytes()
-    write(folder, good(5))
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 2
-    assert "other requests" in capsys.readouterr().err
-    write(folder, good(4))
     assert chat.main(arguments(tiny_llava_dir, folder, size=2)) == 2
     assert "other batch_size" in capsys.readouterr().err
     config = tiny_llava_dir / "generation_config.json"
@@ -175,22 +117,55 @@ def test_a_line_that_cannot_be_read_fails_alone(tiny_llava_dir, folder, line):
     assert ["error" in a for a in written] == [False, True, False]
 
 
-@pytest.mark.parametrize("record", ["[]", "{", "\0"])
-def test_a_damaged_run_record_is_refused(tiny_llava_dir, folder, record, capsys):
-    write(folder, good(1))
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 0
-    (folder / "answers.jsonl.run.json").write_text(record)
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 2
-    assert "answers.jsonl.run.json is damaged" in capsys.readouterr().err
+def test_whatever_json_a_request_is_it_gets_an_answer_or_an_error(tiny_llava, folder):
+    def nested(depth):
+        return "[" * depth + "]" * depth
+
+    regions = {
+        "nan": '{"box": [NaN, 2, 30, 30]}',
+        "infinite": '{"box": [-Infinity, 2, 1e400, 30]}',
+        "huge": '{"box": [0, 0, 1, 1' + "0" * 400 + "]}",
+        "text": '{"box": ["0", 0, 1, 1]}',
+        "nested": '{"box": ' + nested(900) + "}",
+        "null": "null",
+        "list": "[0, 0, 9, 9]",
+        "number": '{"whole": 1}',
+        "mask": '{"mask": "missing.png"}',
+        "mask of zero": '{"mask": "a\\u0000.png"}',
+        "rle": '{"rle": {"size": [40, "60"], "counts": 5}}',
+        "strength": '{"whole": true, "strength": "1"}',
+        "empty": "{}",
+    }
+    lines = [f'{{"id": "{name}", "image": "a.png", "region": {region}}}' for name, region in regions.items()]
+    images = {
+        "image null": "null",
+        "image 5": "5",
+        "image zero": '"a\\u0000.png"',
+        "image long": '"' + "x" * 9999 + '"',
+    }
+    images |= {"image empty": '""', "image folder": '"."', "image list": '["a.png"]'}
+    lines += [f'{{"id": "{name}", "image": {image}, "region": {{"whole": true}}}}' for name, image in images.items()]
+    ids = [json.loads(line)["id"] for line in lines if "nested" not in line]
+    ids.insert(list(regions).index("nested"), "nested")
+    strange = ["\x1b[31mred", "", 10**300, -1, "\u2028"]
+    good_ones = [{"id": name, "image": "a.png", "region": BOX, "question": None} for name in strange]
+    write(folder, [*lines, *good_ones])
+    assert batch(tiny_llava, folder, max_errors=1) == len(lines)
+    assert [a["id"] for a in answers(folder)] == [*ids, *strange]
+    assert ["answer" in a for a in answers(folder)] == [False] * len(lines) + [True] * len(strange)
+    assert all("\n" not in a["error"] for a in answers(folder)[: len(lines)])
 
 
-def test_a_failed_request_is_not_asked_again(tiny_llava_dir, folder):
-    write(folder, [*good(1), {"id": "late", "image": "late.png", "region": BOX}])
+def test_failed_requests_are_retried_only_when_asked(tiny_llava_dir, folder, capsys):
+    write(folder, [*good(3), {"id": "late", "image": "late.png", "region": BOX}])
     assert chat.main(arguments(tiny_llava_dir, folder)) == 1
-    before = (folder / "answers.jsonl").read_bytes()
+    assert "--retry-failed" in capsys.readouterr().err
+    before = answers(folder)
     noise_picture(60, 40).save(folder / "late.png")
     assert chat.main(arguments(tiny_llava_dir, folder)) == 1
-    assert (folder / "answers.jsonl").read_bytes() == before
+    assert answers(folder) == before and "error" in before[-1]
+    assert chat.main([*arguments(tiny_llava_dir, folder), "--retry-failed"]) == 0
+    assert answers(folder)[:-1] == before[:-1] and "answer" in answers(folder)[-1]
 
 
 def test_masks_lie_beside_the_request_file(tiny_llava_dir, folder, tmp_path_factory, monkeypatch):
@@ -214,3 +189,64 @@ def test_other_alpha_weights_are_another_run(tiny_llava_dir, folder, capsys):
     assert chat.main([*arguments(tiny_llava_dir, folder), *flags]) == 2
     assert "other alpha and adapter" in capsys.readouterr().err
     assert chat.main([*arguments(tiny_llava_dir, folder, "b.jsonl"), *flags]) == 0
+
+
+@pytest.mark.parametrize("saved", [None, ["multi_modal_projector"]], ids=["LoRA", "a whole module"])
+def test_another_adapter_is_another_run(tiny_llava_dir, folder, capsys, saved):
+    write(folder, good(2))
+    config = LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=saved)
+    torch.manual_seed(1)
+    tuned = get_peft_model(mllm.load(tiny_llava_dir, device="cpu")[0], config)
+    tuned.save_pretrained(folder / "one")
+    with torch.no_grad():  # of the second adapter nothing differs but one tensor
+        changed = [p for n, p in tuned.named_parameters() if (".modules_to_save." if saved else ".lora_A.") in n][-1]
+        changed += 1
+    tuned.save_pretrained(folder / "two")
+    assert chat.main([*arguments(tiny_llava_dir, folder), "--adapter", str(folder / "one")]) == 0
+    assert chat.main([*arguments(tiny_llava_dir, folder), "--adapter", str(folder / "two")]) == 2
+    assert "other alpha and adapter" in capsys.readouterr().err
+    assert chat.main([*arguments(tiny_llava_dir, folder), "--adapter", str(folder / "one")]) == 0
+
+
+def test_a_last_line_without_newline_is_a_request(tiny_llava, folder):
+    write(folder, good(3))
+    batch(tiny_llava, folder)
+    path = folder / "requests.jsonl"
+    path.write_bytes(path.read_bytes().removesuffix(b"\n"))
+    assert batch(tiny_llava, folder, "b.jsonl") == 0
+    assert (folder / "b.jsonl").read_bytes() == (folder / "answers.jsonl").read_bytes()
+    assert [a["id"] for a in answers(folder, "b.jsonl")] == [0, 1, 2]
+
+
+def test_an_image_deleted_in_the_middle_is_the_error_of_its_requests(tiny_llava, folder, monkeypatch):
+    write(folder, good(10))
+    real = RegionChat.answers
+
+    def deleting(self, requests, **options):
+        (folder / "b.png").unlink(missing_ok=True)
+        return real(self, requests, **options)
+
+    monkeypatch.setattr(RegionChat, "answers", deleting)
+    assert batch(tiny_llava, folder) == 3
+    assert [a["id"] for a in answers(folder) if "error" in a] == [5, 7, 9]
+    assert all("b.png" in a["error"] for a in answers(folder) if "error" in a)
+
+
+def test_a_run_of_errors_stops(tiny_llava_dir, folder, capsys, asked):
+    bad = [{"id": f"bad {n}", "image": "none.png", "region": BOX} for n in range(21)]
+    write(folder, [*good(4), *bad, *good(20)[4:]])
+    assert chat.main(arguments(tiny_llava_dir, folder)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "21 of 41 requests failed" in error and "bad 0" in error and "none.png" in error
+    assert len(asked) == 2 and len(answers(folder)) == 28  # up to the batch of the 21st
+    assert chat.main(arguments(tiny_llava_dir, folder)) == 2 and len(asked) == 2
+    assert chat.main([*arguments(tiny_llava_dir, folder), "--max-errors", "0.6"]) == 1
+    assert len(answers(folder)) == 41
+    shutil.copy(folder / "a.png", folder / "none.png")
+    for _ in range(2):
+        assert chat.main([*arguments(tiny_llava_dir, folder), "--retry-failed"]) == 0
+
+
+def test_few_errors_never_stop_a_run(tiny_llava, folder):
+    write(folder, [{"id": f"bad {n}", "image": "none.png", "region": BOX} for n in range(19)])
+    assert batch(tiny_llava, folder) == 19

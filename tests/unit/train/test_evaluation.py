@@ -40,14 +40,14 @@ def test_shares_of_several_processes_make_the_whole(embedded, held_out, world):
     answered = [answer for rank in reversed(range(world)) for answer in asked.answer(embedded[0], rank, world)]
     assert sorted(answer.place for answer in answered) == list(range(11))
     scores = asked.score(answered)
-    assert scores["exact_match_descriptions"] == scores["exact_match_questions"] == scores["exact_match"] == 1.0
+    assert scores["exactly_right_descriptions"] == scores["exactly_right_questions"] == scores["exactly_right"] == 1.0
     assert scores["cider_frozen_df"] > 1
 
 
 def test_another_region_is_another_answer(embedded, held_out):
     regions = [sample.regions[0] for sample in held_out]
     asked = scorer(embedded, held_out, regions[1:6] + regions[:1] + regions[7:] + regions[6:7])
-    assert asked.score(asked.answer(embedded[0], 0, 1))["exact_match_descriptions"] < 0.2
+    assert asked.score(asked.answer(embedded[0], 0, 1))["exactly_right_descriptions"] < 0.2
 
 
 def test_the_model_goes_on_training(embedded, held_out):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,3 +199,24 @@ def test_muon_takes_the_recipes_learning_rates(start, data, tmp_path):
         for folder in (start, tmp_path / "slow", tmp_path / "fast")
     )
     assert (slow - before).abs().max() < 1e-6 < 1e-3 < (fast - before).abs().max()
+
+
+def test_document_frequencies_are_those_of_the_held_out_split(monkeypatch):
+    """CIDEr while training: frozen on the descriptions of val, of every data set; never on those of train."""
+
+    class Index:
+        def __init__(self, name):
+            self.name = name
+
+        def descriptions(self, split):
+            return [f"{self.name} {split} {number}" for number in range(2)]
+
+    counted = []
+    monkeypatch.setattr(finetune, "freeze_document_frequency", lambda texts: counted.extend(texts) or "frequency")
+    monkeypatch.setattr(finetune, "AnswerScorer", lambda *arguments: arguments)
+    train = SimpleNamespace(wordings=["Describe it."], indexes=[Index("a"), Index("b")])
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe it."}]}]
+    metrics = SimpleNamespace(eval_metrics=["CIDEr"])
+    _, conversations, described, frequency = finetune.scorer("processor", train, [[turns]], metrics)
+    assert counted == [["a val 0"], ["a val 1"], ["b val 0"], ["b val 1"]]
+    assert frequency == "frequency" and described == [True] and conversations == [turns]

@@ -1,0 +1,63 @@
+"""What the tests of batch files share: images and requests in a folder, and runs of them."""
+
+import json
+
+import pytest
+
+from mllm.answering import RegionChat
+from mllm.batch import read_requests, run_batch
+from mllm.batch_output import BatchOutput
+from tests.tiny import noise_picture
+
+BOX = {"box": [2, 2, 30, 30]}
+
+
+@pytest.fixture(name="folder")
+def request_folder(tmp_path):
+    noise_picture(60, 40).save(tmp_path / "a.png")
+    noise_picture(40, 60, seed=1).save(tmp_path / "b.png")
+    return tmp_path
+
+
+def good(count):
+    pictures = ("a.png", "b.png")
+    return [{"id": i, "image": pictures[i % 2], "region": {"box": [i % 9, 2, 30, 30 - i % 5]}} for i in range(count)]
+
+
+def write(folder, records):
+    path = folder / "requests.jsonl"
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return path
+
+
+def arguments(model, folder, output="answers.jsonl", size=4, tokens=3):
+    flags = ["--model", model, "--batch", folder / "requests.jsonl", "--output", folder / output]
+    return [str(flag) for flag in [*flags, "--batch-size", size, "--max-new-tokens", tokens]]
+
+
+def answers(folder, output="answers.jsonl"):
+    return [json.loads(line) for line in (folder / output).read_text().removesuffix("\n").split("\n")]
+
+
+@pytest.fixture(name="asked")
+def asked_batches(monkeypatch):
+    """The batches that the model is asked: the boxes of each."""
+    batches = []
+    real = RegionChat.answers
+
+    def spy(self, requests, **options):
+        batches.append([region.data for _, region, _ in requests])
+        return real(self, requests, **options)
+
+    monkeypatch.setattr(RegionChat, "answers", spy)
+    return batches
+
+
+def batch(tiny_llava, folder, output="answers.jsonl", **options):
+    """A batch run in this process, without loading the model again."""
+    requests = folder / "requests.jsonl"
+    place = BatchOutput(str(folder / output))
+    read = read_requests(str(requests))
+    place.check([requests])
+    settings = {"model_name": "tiny", "batch_size": 4, "max_new_tokens": 3, **options}
+    return run_batch(RegionChat(*tiny_llava), str(requests), read, place, **settings)
