@@ -26,7 +26,7 @@ def read_json(path: Path, kind: type, *, unique_keys: bool = False) -> Any:
 
     Args:
         path: The file; a byte order mark at its start is ignored.
-        kind: dict or list.
+        kind: dict or list; object for any.
         unique_keys: Refuse an object with a repeated key, of which only the last value would be seen.
 
     Raises:
@@ -43,7 +43,7 @@ def read_json(path: Path, kind: type, *, unique_keys: bool = False) -> Any:
         except RepeatedError as error:
             raise ValueError(f"{path}: {error}") from None
         except ValueError as error:  # a UnicodeDecodeError too, and a number of over 4,300 digits
-            raise ValueError(f"{path} is not whole JSON ({error}); was it cut short?") from error
+            raise NotWholeError(f"{path} is not whole JSON ({error}); was it cut short?") from error
     if not isinstance(content, kind):
         raise wrong(path, f"a JSON {kind.__name__}", content)
     return content
@@ -63,9 +63,13 @@ def open_file(path: Path, largest: int | None = LARGEST_FILE) -> IO[bytes]:
             raise ValueError(f"{path} has {status.st_size:,} bytes; at most {largest:,} can be read")
         return open(path, "rb")
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing; it is one of the data set's files") from None
+        raise ValueError(f"cannot read the file: {path} is missing") from None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error}") from error
+
+
+class NotWholeError(ValueError):
+    """A file is not one JSON value."""
 
 
 class RepeatedError(ValueError):

@@ -185,8 +185,8 @@ def _pairs_in_tar(path: Path, seen: set[str], report: ReadReport) -> Iterator[Pi
 
 
 def _members(path: Path) -> Iterator[tuple[str, str, bytes | TarMember | None] | int]:
-    """(name without suffix, "json" or "picture", content or place) of each, without content where that is too large; where
-    the tar is damaged, last that byte.
+    """(name without suffix, "json" or "picture", content or place) of each, without content where that is too large;
+    where the tar is damaged, last that byte.
 
     tarfile alone takes a damaged header, or the end of a file without the mark that ends archives, for the end.
     """

@@ -85,8 +85,8 @@ class ReadReport:
         if too_many or (needed and self.unusable and not read):
             reasons = "; ".join(line for reason, line in lines.items() if reason != CLAMPED)
             raise ValueError(
-                f"{what}: {self.unusable:,} of {seen:,} records cannot be used (at most {MOST_UNUSABLE:.0%} may be left "
-                f"out): {reasons}. Check that the files are complete and of the expected format"
+                f"{what}: {self.unusable:,} of {seen:,} records cannot be used (at most {MOST_UNUSABLE:.0%} may be "
+                f"left out): {reasons}. Check that the files are complete and of the expected format"
             )
 
     def _line(self, reason: str) -> str:

@@ -271,11 +271,11 @@ def _hub_sample(number: int, record: dict[str, Any], report: ReadReport) -> Regi
     except ValueError as error:
         report.leave_out(MALFORMED, str(error))
         return None
-    answers = tuple(words for words in row.answer if words.strip() and is_utf8(words))
+    answers = tuple(words for words in row.answer if words.strip())
     if not answers:
         report.leave_out(NO_TEXT, name)
         return None
     report.add(READ, name)
     # an image may have several rows: its file's name tells, where there is one
     meta = {"image_id": row.file_name} if row.file_name else {}
-    return RegionSample(name, row.image.bytes, (region,), None, answers, meta=meta)
+    return RegionSample(name, row.image.content, (region,), None, answers, meta=meta)

@@ -98,19 +98,19 @@ class Sentence(Struct):
     sent: str | None = None
 
 
+class HubImage(Struct):
+    """The image of a row."""
+
+    content: bytes = msgspec.field(name="bytes")
+
+
 class HubRow(Struct):
     """A row of lmms-lab's RefCOCOg: the file's bytes, a box, all expressions."""
 
     image: HubImage
     answer: list[str]
     bbox: PixelBox
-    file_name: str | None = None
-
-
-class HubImage(Struct):
-    """The image of a row."""
-
-    bytes: bytes
+    file_name: FileName | None = None
 
 
 class GenomeImage(Struct):
@@ -198,7 +198,7 @@ class Prediction(Struct):
     question: str | None = None
     prompt: str | None = None
     cut: bool | None = None
-    error: str | UnsetType = UNSET
+    error: str | None = None
     meta: SampleMeta | None = None
 
 

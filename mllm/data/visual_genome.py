@@ -300,7 +300,7 @@ class _Reader:
             found.append(_Picture(image_id, image.width, image.height, _file_of(image_id, image.url or "", folders)))
         if images.unusable:
             images.finish(f"{path}: images")
-            del images.examples[READ]
+            images.examples.pop(READ, None)
             self.report.note(images, "images")
         pictures = {picture.id: picture for picture in found}
         if len(pictures) < len(found):
