@@ -62,8 +62,9 @@ class _RecipeLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = set()
         for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:str" or key.value in keys:
-                problem = "a repeated key" if key.value in keys else "expected text as the key"
+            is_text = key.tag == "tag:yaml.org,2002:str"
+            if not is_text or key.value in keys:
+                problem = "a repeated key" if is_text else "expected text as the key"
                 raise yaml.constructor.ConstructorError(None, None, f"{problem}: {key.value!r:.80}", key.start_mark)
             keys.add(key.value)
         return super().construct_mapping(node, deep=deep)
@@ -201,8 +202,7 @@ def check_ranges(args: TrainingArguments) -> None:
     for name, (least, most) in _RANGES.items():
         value = getattr(args, name, None)  # HF's names come and go with its versions
         if value is not None and not least <= value <= most:
-            raise ValueError(
-                f"{name}: expected {least} or more{'' if most == math.inf else f', up to {most}'}, got {value}"
-            )
+            expected = f"{least} or more" if most == math.inf else f"a number from {least} to {most}"
+            raise ValueError(f"{name}: expected {expected}, got {value}")
     if args.max_steps != -1 and args.max_steps < 1:
         raise ValueError(f"max_steps: expected 1 or more, or -1 to train for num_train_epochs, got {args.max_steps}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ _DAMAGE = (
     AttributeError,
     OverflowError,
     MemoryError,
+    struct.error,
 )
 # Those that name functions, classes or objects outside the file are there only to be refused with a reason.
 _PLAIN = """

@@ -43,12 +43,17 @@ def checked(value: Any, kind: type[T], name: object) -> T:
     """
     try:
         return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
+    except INVALID as error:
         raise ValueError(f"{name}: {problem(error)}") from None
 
 
-def problem(error: msgspec.ValidationError) -> str:
+INVALID = (msgspec.ValidationError, UnicodeEncodeError)  # the second of half a surrogate pair, where text has a limit
+
+
+def problem(error: Exception) -> str:
     """What a check found, in plain words, with the field."""
+    if isinstance(error, UnicodeEncodeError):
+        return "text that is not UTF-8: half of a surrogate pair"
     words, _, field = str(error).partition(" - at ")
     words = re.sub(r"`([^`]*)`", lambda match: _in_words(match[1]), words)
     words = "text without NUL characters expected" if "matching regex" in words else words

@@ -38,7 +38,7 @@ from mllm.data.records import (
     usable_text,
 )
 from mllm.data.samples import RegionSample
-from mllm.data.schemas import GenomeImage, GenomeQuestion, GenomeRegion, is_name, problem
+from mllm.data.schemas import INVALID, GenomeImage, GenomeQuestion, GenomeRegion, is_name, problem
 from vision_tower import Region
 
 _IMAGE_FOLDERS = ("VG_100K", "VG_100K_2", "", "images")
@@ -276,7 +276,7 @@ class _Reader:
         """A record as what it must be; None, counted, if it is something else."""
         try:
             return msgspec.convert(record, kind)
-        except msgspec.ValidationError as error:
+        except INVALID as error:
             self.report.leave_out(MALFORMED, f"{name}: {problem(error)}")
             return None
 
@@ -289,7 +289,7 @@ class _Reader:
         for number, entry in enumerate(stream_json(path)):
             try:
                 image = msgspec.convert(entry, GenomeImage)
-            except msgspec.ValidationError as error:
+            except INVALID as error:
                 images.leave_out(MALFORMED, f"entry {number}: {problem(error)}")
                 continue
             image_id = image.id if image.image_id is None else image.image_id

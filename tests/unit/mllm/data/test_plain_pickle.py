@@ -62,7 +62,7 @@ def size(number):
     return number.to_bytes(8, "little")
 
 
-DEEP = b"N" + b"\x85" * 100_000  # tuples in tuples
+DEEP = b"N" + b"\x85" * 50_000  # tuples in tuples
 DOUBLED = b"N" + b"\x94h\x00\x86" + b"".join(b"\x94h" + bytes([i]) + b"\x86" for i in range(1, 60))
 
 
