@@ -360,5 +360,6 @@ def _deepspeed_file(name: str) -> str:
         check_kept(settings)
         checked(settings, _DeepSpeedSettings, path)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        named = str(error) if str(path) in str(error) else f"{path}: {error}"
+        raise argparse.ArgumentTypeError(named) from error
     return str(path)

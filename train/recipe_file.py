@@ -15,6 +15,7 @@ from transformers.hf_argparser import string_to_bool
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 LARGEST_RECIPE = 64 * 2**10  # bytes
+MOST_BRACKETS = 1000  # nested, PyYAML takes seconds for more
 MOST_VALUES = 10_000  # of a recipe, counted as often as an anchor is used
 # What PyYAML raises, beside its own errors, on damaged values: a date that is none, `!!int x`, `!!bool x`.
 _DAMAGE = (ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
@@ -38,6 +39,8 @@ def read_recipe(path: str) -> dict[str, Any]:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error
+    if (brackets := text.count("[") + text.count("{")) > MOST_BRACKETS:
+        raise ValueError(f"{path} has {brackets:,} opening brackets; expected a recipe, 'key: value' lines")
     try:
         recipe = yaml.load(text, Loader=_RecipeLoader)
     except yaml.YAMLError as error:

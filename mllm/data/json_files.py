@@ -195,7 +195,8 @@ def stream_json(path: Path) -> Iterator[Any]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not whole JSON ({error}); was it cut short?") from error
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            is_cut = str(error).startswith("not whole JSON")
+            raise ValueError(f"{path} is {error}" if is_cut else f"{path}: {error}") from error
 
 
 class _Text:
@@ -243,7 +244,7 @@ class _Text:
                 )
             place += self.before
             if not self._read(min(size, LARGEST_RECORD + 1 - length)):
-                raise ValueError(f"not whole JSON ({problem} at character {place:,}); was it cut short?")
+                raise ValueError(f"not whole JSON ({problem}, character {place:,}); was it cut short?")
             size *= 2
 
     def _read(self, size: int) -> bool:
