@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mllm.command_line import MAX_ERRORS, too_many_errors
+from mllm.data.json_files import (
+    NotWholeError,
+    check_kept,
+    is_utf8,
+    json_lines,
+    parse_record,
+    read_json,
+    refuse_repeated,
+)
 from mllm.data.samples import RegionSample, TarMember
+from mllm.data.schemas import Prediction, checked
 from mllm.files import replacing_file
 
 # Names under which the files of the field keep the id and the text of a result, and the texts of a reference.
@@ -89,7 +101,7 @@ def read_predictions(
         return records, []
     what = f"{len(missing)} of {len(records)} samples have no prediction ({_named(missing)})"
     if not allow_missing or len(missing) == len(records):
-        errors = {record["error"] for record in records if "error" in record}
+        errors = {record["error"] for record in records if record.get("error") is not None}
         why = f": {sorted(errors)[0]}" if errors else ""
         raise ValueError(
             f"{path}: {what}{why}. Mend them and run again, or score the others with --allow-missing, which is said "
@@ -103,16 +115,22 @@ def read_predictions(
 def _complete(path: Path, sample_id: str, row: dict) -> dict[str, Any]:
     """One of our own lines, checked."""
     references = row.get("references")
-    if not isinstance(references, list) or not references or not all(isinstance(text, str) for text in references):
+    if not isinstance(references, list) or not references or not all(map(_is_words, references)):
         raise ValueError(
-            f"{path}: {sample_id} has no list of 'references'; give a file of them with --references, or score a file "
-            "of {'id', 'prediction', 'references'} lines"
+            f"{path}: {sample_id} has no list of 'references', texts that are not empty; give a file of them with "
+            "--references, or score a file of {'id', 'prediction', 'references'} lines"
         )
     return {**row, "id": sample_id, "prediction": _text(path, sample_id, row), "meta": row.get("meta") or {}}
 
 
+def _is_words(value: Any) -> bool:
+    """Whether a value is text that is not empty or blank: a reference."""
+    return isinstance(value, str) and bool(value.strip()) and is_utf8(value)
+
+
 def _text(path: Path, sample_id: str, row: dict) -> str | None:
-    if "error" in row:
+    """The prediction of a row, all of whose fields are checked; None where there is none."""
+    if checked(row, Prediction, f"{path}: {sample_id}").error is not None:
         return None
     value = next((row[key] for key in _TEXT_KEYS if key in row), None)
     if value is not None and not isinstance(value, str):
@@ -133,7 +151,9 @@ def _joined(path: Path, results: dict[str, dict], references_path: Path) -> list
         row = results.get(sample_id, {})
         text = _text(path, sample_id, row) if row else None
         kept = {key: row[key] for key in ("error", "question", "image", "region") if key in row}
-        records.append({"id": sample_id, **kept, "prediction": text, "references": texts, "meta": row.get("meta", {})})
+        records.append(
+            {"id": sample_id, **kept, "prediction": text, "references": texts, "meta": row.get("meta") or {}}
+        )
     return records
 
 
@@ -145,28 +165,40 @@ def read_references(path: str | os.PathLike) -> dict[str, list[str]]:
     """
     path = Path(path)
     references: dict[str, list[str]] = {}
-    for row in _reference_rows(path, _json(path)):
+    whole: Counter = Counter()  # rows that say of an id all there is
+    for row in _reference_rows(path, _content(path, unique_keys=True)):
         if not isinstance(row, dict):
-            raise ValueError(f"{path}: expected references as objects with an id, got {str(row)[:100]}")
+            raise ValueError(f"{path}: expected references as objects with an id, got {reprlib.repr(row)}")
         sample_id, value = _id(path, row, without="image_id" in row), _first(row, _REFERENCE_KEYS)
         texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{path}: {sample_id} has no reference under one of {', '.join(_REFERENCE_KEYS)}")
+        if not isinstance(texts, list) or not texts or not all(map(_is_words, texts)):
+            raise ValueError(
+                f"{path}: {sample_id} has no reference, text that is not empty, under one of "
+                f"{', '.join(_REFERENCE_KEYS)}"
+            )
+        whole[sample_id] += "references" in row
         references.setdefault(sample_id, []).extend(texts)
     if not references:
         raise ValueError(f"{path} holds no reference")
+    refuse_repeated(whole.elements(), f"{path}: ids of references")
     return references
 
 
 def _reference_rows(path: Path, content: Any) -> Iterable[Any]:
     if isinstance(content, dict) and isinstance(rows := content.get("annotations"), list):
+        images = content.get("images", [])
+        for name, entries in (("annotations", rows), ("images", images)):
+            if not isinstance(entries, list):
+                raise ValueError(f"{path}: expected a list of {name}, got {reprlib.repr(entries)}")
+            ids = (row["id"] for row in entries if isinstance(row, dict) and isinstance(row.get("id"), int | str))
+            refuse_repeated(ids, f"{path}: ids of {name}")
         captioned = bool(rows) and isinstance(rows[0], dict) and "caption" in rows[0]
-        return rows if captioned else content.get("images", [])  # MDETR: the expression is its image's caption
+        return rows if captioned else images  # MDETR: the expression is its image's caption
     if isinstance(content, dict):  # by id: a list of texts, or of {"caption": ...}
         if wrong := [key for key, values in content.items() if not isinstance(values, list)]:
             raise ValueError(f"{path}: expected a list of references for each id, got none for {_named(wrong)}")
         return [_entry(key, value) for key, values in content.items() for value in values]
-    return content if isinstance(content, list) else _lines(path)
+    return content
 
 
 def _entry(key: str, value: Any) -> dict:
@@ -174,9 +206,11 @@ def _entry(key: str, value: Any) -> dict:
     return {"id": key, "caption": text}
 
 
-def _rows(path: Path) -> Iterator[dict]:
-    content = _json(path)
-    return iter(content) if isinstance(content, list) else _lines(path)
+def _rows(path: Path) -> Iterable[Any]:
+    content = _content(path)
+    if isinstance(content, dict):
+        raise ValueError(f"{path}: expected a list of predictions or one a line, got an object without an id")
+    return content
 
 
 def _by_id(path: Path, rows: Iterable[Any], keys: Sequence[str]) -> dict[str, dict]:
@@ -184,7 +218,9 @@ def _by_id(path: Path, rows: Iterable[Any], keys: Sequence[str]) -> dict[str, di
     twice = []
     for row in rows:
         if not isinstance(row, dict) or not (row.keys() & {*keys, "error"}):
-            raise ValueError(f"{path}: expected objects with an id and one of {', '.join(keys)}, got {str(row)[:100]}")
+            raise ValueError(
+                f"{path}: expected objects with an id and one of {', '.join(keys)}, got {reprlib.repr(row)}"
+            )
         # COCO's annotations and MDETR's have ids of their own beside `image_id`; results have only that
         sample_id = _id(path, row, without=False)
         if sample_id in by_id:
@@ -200,8 +236,10 @@ def _by_id(path: Path, rows: Iterable[Any], keys: Sequence[str]) -> dict[str, di
 def _id(path: Path, row: Any, without: bool) -> str:
     """The id of a row as text; `without` passes over "id", which in COCO's annotations is not what results name."""
     value = _first(row, _ID_KEYS[without:]) if isinstance(row, dict) else None
-    if not isinstance(value, str | int) or isinstance(value, bool):
-        raise ValueError(f"{path}: expected an id (text or whole number) under {', '.join(_ID_KEYS)}, got {row!s:.100}")
+    if not isinstance(value, str | int) or isinstance(value, bool) or not is_utf8(str(value)):
+        raise ValueError(
+            f"{path}: expected an id (text or whole number) under {', '.join(_ID_KEYS)}, got {reprlib.repr(row)}"
+        )
     return str(value)
 
 
@@ -209,39 +247,52 @@ def _first(row: Mapping, keys: Sequence[str]) -> Any:
     return next((row[key] for key in keys if key in row), None)
 
 
-def _json(path: Path) -> Any:
-    """The content of a file that is one JSON value, or None when it is JSONL (several lines, or one object with an
-    id).
+def _content(path: Path, unique_keys: bool = False) -> Any:
+    """The content of a file that is one JSON value, or the rows of JSONL: several lines, or one object with an id.
+
+    Raises:
+        ValueError: If it is neither, or as `check_kept`.
     """
-    text = _content(path)
-    first, *others = text.split("\n", 1)
-    if first.strip().startswith("{"):
+    lines = json_lines(path)
+    first, second = next(lines, (1, b""))[1], next(lines, None)
+    if not first:
+        return []
+    if first.lstrip().startswith(b"{"):
         try:
-            line = json.loads(first)
+            row = parse_record(first)
         except ValueError:
-            line = None  # goes on over several lines
-        if line is not None and ((others and others[0].strip()) or _first(line, _ID_KEYS) is not None):
-            return None
+            row = None  # goes on over several lines
+        if row is not None and (second is not None or _first(row, _ID_KEYS) is not None):
+            return _lines(path)
+    lines.close()
     try:
-        return json.loads(text)
-    except ValueError:
-        return None
+        content = read_json(path, object, unique_keys=unique_keys)
+    except NotWholeError:
+        if second is None or not first.lstrip().startswith(b"{"):
+            raise
+        return _lines(path)
+    if isinstance(content, list):
+        return _kept(path, content)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a list, or an object a line, got {reprlib.repr(content)}")
+    return content
+
+
+def _kept(path: Path, rows: list) -> Iterator[Any]:
+    for number, row in enumerate(rows):
+        try:
+            check_kept(row)
+        except ValueError as error:
+            raise ValueError(f"{path}, record {number}: {error}") from error
+        yield row
 
 
 def _lines(path: Path) -> Iterator[dict]:
-    for number, line in enumerate(_content(path).split("\n"), 1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error}); was the file cut short?") from error
-
-
-def _content(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+    for number, line in json_lines(path):
+        try:
+            yield parse_record(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}; was the file cut short?") from error
 
 
 def _named(ids: Sequence[str]) -> str:

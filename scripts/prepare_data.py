@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 from mllm.data import mask_imagenet, prepare
 from mllm.data.index import INDEX_FOLDER, TRAIN, RegionIndex, index_folder
-from mllm.data.records import READ, stream_json
+from mllm.data.json_files import stream_json
+from mllm.data.records import READ
 
 FILES = {
     "vg": {
@@ -172,12 +173,13 @@ def _images_of_visual_genome(source: Path) -> Images:
     split_of = prepare.split_of_images(source)
     images = Images(set(), set())
     for entry in stream_json(source / "image_data.json"):
-        number = entry.get("image_id", entry.get("id"))
+        if not isinstance(entry, dict) or type(number := entry.get("image_id", entry.get("id"))) is not int:
+            continue  # left out of the index too, and counted there
         if (split := split_of(number)) == prepare.UNLISTED:
             continue
         side = images.train if split == TRAIN else images.held_out
         side.add(("vg", number))
-        if entry.get("coco_id") is not None:
+        if type(entry.get("coco_id")) is int:
             side.add(("coco", entry["coco_id"]))
     return images
 
@@ -186,7 +188,8 @@ def _images_of_llava(path: Path) -> set:
     """The images of a JSON list of {"image": "vg/VG_100K/1.jpg" or "coco/train2017/000000000009.jpg", ...}."""
     images = set()
     for entry in stream_json(path):
-        if name := _name(entry.get("image", "") if isinstance(entry, dict) else ""):
+        image = entry.get("image") if isinstance(entry, dict) else None
+        if name := _name(image if isinstance(image, str) else ""):
             images.add(name)
     return images
 

@@ -4,15 +4,22 @@ errors.
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
+import msgspec
 import torch
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
+
+from mllm.data.json_files import check_kept, read_json
+from mllm.data.schemas import checked
+from train.recipe_file import check_ranges, finite_number, plain_text, read_recipe, recipe_value, whole_number
 
 REGION_INPUTS = ("box", "mask", "mixed", "available")
 EVAL_METRICS = ("exactly right", "CIDEr")
@@ -62,6 +69,11 @@ class PartArguments:
         """
         if self.lora_r < 0:
             raise ValueError(f"lora_r: expected 0 (no LoRA) or more, got {self.lora_r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout: expected a number from 0 to below 1, got {self.lora_dropout}")
+        for name in ("lora_alpha", "device_tflops"):
+            if (value := vars(self)[name]) is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a number above 0, got {value}")
         # not the dropout: its default is not 0
         self._refuse_without_lora("lora_targets", "lora_alpha")
         self.rate_of_part()
@@ -152,7 +164,7 @@ def check_shares(arguments: object, *names: str) -> None:
 def check_at_least(arguments: object, least: int, *names: str) -> None:
     """Raise ValueError unless these of the arguments are `least` or more."""
     for name in names:
-        if vars(arguments)[name] < least:
+        if not least <= vars(arguments)[name] < math.inf:
             raise ValueError(f"{name}: expected {least} or more, got {vars(arguments)[name]}")
 
 
@@ -227,11 +239,13 @@ def named_numbers(name: str, entries: Sequence[str]) -> dict[str, float]:
     numbers = {}
     for entry in entries:
         key, _, value = str(entry).partition("=")
+        if key in numbers:
+            raise ValueError(f"{name}: {key!r} is given twice")
         try:
             numbers[key] = float(value)
         except ValueError:
             numbers[key] = 0.0
-        if not numbers[key] > 0:
+        if not (key and 0 < numbers[key] < math.inf):
             raise ValueError(f"{name}: expected NAME=NUMBER with a number above 0, got {entry!r}")
     return numbers
 
@@ -252,34 +266,57 @@ def parse_recipe(prog: str, kinds: Sequence[type], argv: Sequence[str]) -> tuple
     the shipped file of that name.
 
     Raises:
-        ValueError: If the recipe is not a mapping, has an unknown key, or asks for what does not go together.
-        OSError: If the recipe cannot be read.
+        ValueError: If the recipe cannot be read, or a key, a flag or a value of them is not one that there is.
     """
     # a launcher may put its own flags (--local_rank=0) before the recipe
     recipe = next((arg for arg in argv if arg.endswith((".yaml", ".yml"))), None)
     flags = [arg for arg in argv if arg != recipe]
-    parser = HfArgumentParser((*kinds, TrainingArguments), prog=prog)
+    parser = _Parser((*kinds, TrainingArguments), prog=prog)
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('alpha-clip-mllm')}")
-    defaults = _read_recipe(recipe) if recipe else {}
-    known = {action.dest for action in parser._actions}
-    if unknown := sorted(defaults.keys() - known):
-        raise ValueError(f"{recipe}: unknown keys {', '.join(unknown)}")
     # Trainer would drop what `forward` does not name before our collator sees it
     parser.set_defaults(remove_unused_columns=False, report_to="none")
-    parser.set_defaults(**defaults)
     for action in parser._actions:
-        action.required = action.required and action.dest not in defaults
+        action.type = {int: whole_number, float: finite_number, str: plain_text}.get(action.type, action.type)
         if action.dest == "deepspeed":
             action.type = _deepspeed_file
-            action.default = action.default and _deepspeed_file(action.default)
+    if recipe:
+        _set_recipe(parser, recipe)
     if not torch.accelerator.is_available() and parser.parse_known_args(flags)[0].plan:
         parser.set_defaults(use_cpu=True)  # a plan computes nothing: it need not have the devices
     *arguments, training_args, unknown = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True)
     if unknown:
         raise ValueError(f"unknown flags or values without a flag: {' '.join(unknown)}; --help lists the flags")
+    check_ranges(training_args)
     if training_args.save_total_limit == 1:
         raise ValueError("save_total_limit: expected 2 or more, since the older is deleted before the newer is whole")
     return *arguments, training_args
+
+
+class _Parser(HfArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _set_recipe(parser: HfArgumentParser, path: str) -> None:
+    """Make the values of a recipe the parser's defaults, each read as its flag would be.
+
+    Raises:
+        ValueError: If the recipe cannot be read, or a key or value is not one that there is.
+    """
+    values = read_recipe(path)
+    actions = {}
+    for action in parser._actions:
+        actions.setdefault(action.dest, action)  # --no_X comes after --X
+    if unknown := sorted(values.keys() - actions.keys()):
+        raise ValueError(f"{path}: unknown keys {', '.join(unknown)}")
+    for key, value in values.items():
+        try:
+            parser.set_defaults(**{key: recipe_value(actions[key], value)})
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"{path}: {key}: {error}") from error
+        actions[key].required = False
 
 
 def check_optimizer(optimizer: str, learning_rates: Sequence[str], training_args: TrainingArguments) -> None:
@@ -297,24 +334,34 @@ def check_optimizer(optimizer: str, learning_rates: Sequence[str], training_args
         raise ValueError("optimizer: muon runs without DeepSpeed only; use optimizer: trainer")
 
 
+class _ZeroSettings(msgspec.Struct):
+    """What is used of "zero_optimization"."""
+
+    stage: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
+
+
+class _DeepSpeedSettings(msgspec.Struct):
+    """What is used of a DeepSpeed file."""
+
+    zero_optimization: _ZeroSettings = msgspec.field(default_factory=_ZeroSettings)
+    optimizer: dict[str, Any] | None = None
+    scheduler: dict[str, Any] | None = None
+    bf16: dict[str, Any] | None = None
+    fp16: dict[str, Any] | None = None
+
+
 def _deepspeed_file(name: str) -> str:
-    """A DeepSpeed JSON by the name of a shipped one, or by its path."""
+    """A DeepSpeed JSON by the name of a shipped one, or by its path; its settings are checked."""
     shipped = Path(__file__).parent / "deepspeed" / f"{name}.json"
-    path = shipped if shipped.exists() else Path(name)
-    if not path.is_file():
+    path = shipped if "\0" not in name and shipped.exists() else Path(name)
+    if "\0" in name or not path.is_file():
         names = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.json")))
-        raise ValueError(f"deepspeed: expected one of {names}, or a JSON file, got {name!r}")
+        raise argparse.ArgumentTypeError(f"deepspeed: expected one of {names}, or a JSON file, got {name!r}")
+    try:
+        settings = read_json(path, dict, unique_keys=True)
+        check_kept(settings)
+        checked(settings, _DeepSpeedSettings, path)
+    except ValueError as error:
+        named = str(error) if str(path) in str(error) else f"{path}: {error}"
+        raise argparse.ArgumentTypeError(named) from error
     return str(path)
-
-
-def _read_recipe(path: str) -> dict:
-    with open(path, encoding="utf-8") as file:
-        try:
-            recipe = yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            place = getattr(error, "problem_mark", None)
-            where = f", line {place.line + 1}, column {place.column + 1}," if place else ""
-            raise ValueError(f"{path}{where} is not YAML: {getattr(error, 'problem', None) or error}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path}: expected 'key: value' lines, got {type(recipe).__name__}")
-    return recipe

@@ -17,16 +17,32 @@ A sample's meta holds `image_id` (of COCO or Visual Genome: MDETR's own image id
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from mllm.data.records import READ, Folders, ReadReport, area_share, clamped, integer, read_json, text, wrong
+from mllm.data.json_files import read_json, refuse_repeated, wrong
+from mllm.data.masks import check_region_input, region_of
+from mllm.data.records import (
+    MALFORMED,
+    READ,
+    REPEATED,
+    UNKNOWN_IMAGE,
+    Folders,
+    ReadReport,
+    area_share,
+    clamped,
+    usable_text,
+)
 from mllm.data.samples import RegionSample
+from mllm.data.schemas import CocoAnnotation, CocoImage, checked, is_name
 from vision_tower import Region
 
 IMAGE_FOLDERS = ("train2014", "VG_100K", "VG_100K_2", "", "images")
+NO_CAPTION = "without a caption, left out"
+NO_FILE = "of an image without a usable file_name, left out"
 
 
 def read_captions(
@@ -49,109 +65,127 @@ def read_captions(
         report: Filled with what was read, clamped and left out; logged in any case.
 
     Raises:
-        ValueError: If a file is missing, damaged or of another form, or a region has no mask where masks are asked for.
+        ValueError: If a file is missing, damaged or not of this layout, has two images or two annotations of one id, or
+            too many of its records cannot be used (`mllm.data.records`).
     """
+    check_region_input(region_input)
     path = Path(annotations)
     report = ReadReport() if report is None else report
     content = read_json(path, dict)
-    images = {integer(path, image, "id"): image for image in _rows(path, content, "images")}
-    by_id = None if masks is None else read_json(Path(masks), dict)
-    folders = Folders(Path(image_root), IMAGE_FOLDERS)
-    rows = _rows(path, content, "annotations")
-    merged: dict[Any, RegionSample] = {}
-    for row in rows:
-        sample = _sample(path, row, images, folders, region_input, by_id, report)
-        if sample is None:
+    reader = _Reader(path, Path(image_root), region_input, report)
+    reader.images = {
+        row["id"]: image
+        for row in rows_by_id(path, content, "images", report).values()
+        if (image := usable(row, CocoImage, "image", report)) is not None
+    }
+    reader.masks = None if masks is None else read_json(Path(masks), dict, unique_keys=True)
+    rows = rows_by_id(path, content, "annotations", report).values()
+    samples = (sample for row in rows if (sample := reader.sample(row, grouped)) is not None)
+    if grouped:
+        merged: dict[str, RegionSample] = {}
+        for sample in samples:
+            first = merged.get(sample.id)
+            references = sample.references if first is None else first.references + sample.references
+            merged[sample.id] = dataclasses.replace(first or sample, references=references)
+        samples = iter(merged.values())
+    seen: set[str] = set()
+    for sample in samples:
+        if sample.id in seen:  # two annotations of one expression
+            report.leave_out(REPEATED, sample.id)
             continue
-        if not grouped:
-            report.add(READ, sample.id)
-            yield sample
-            continue
-        key = integer(path, row, "original_id")
-        earlier = merged.get(key)
-        references = sample.references if earlier is None else earlier.references + sample.references
-        meta = (sample if earlier is None else earlier).meta
-        merged[key] = RegionSample(f"object-{key}", sample.image, sample.regions, None, references, meta=meta)
-    for sample in merged.values():
+        seen.add(sample.id)
         report.add(READ, sample.id)
         yield sample
-    report.log(f"{path}: captions")
+    report.finish(f"{path}: captions", needed=True)
 
 
-def _rows(path: Path, content: dict, key: str) -> list[dict]:
-    rows = content.get(key)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise wrong(path, f"a list {key!r} of objects, as in COCO's layout", rows)
-    return rows
+T = TypeVar("T")
 
 
-def _sample(
-    path: Path,
-    row: dict,
-    images: dict[int, dict],
-    folders: Folders,
-    region_input: str,
-    masks: dict | None,
-    report: ReadReport,
-) -> RegionSample | None:
-    """The sample of an annotation; None, counted, where it has no picture, caption or area."""
-    ann_id, image = integer(path, row, "id"), images.get(integer(path, row, "image_id"))
-    if image is None:
-        report.add("of an unknown image, left out", ann_id)
-        return None
-    caption = text(path, row, "caption") or text(path, image, "caption")
-    if not caption:
-        report.add("without a caption, left out", ann_id)
-        return None
-    width, height = integer(path, image, "width"), integer(path, image, "height")
-    box = clamped(row.get("bbox", ()), width, height, report, f"annotation {ann_id} in {path}")
-    if box is None:
-        return None
-    region = region_of(path, row, box, (height, width), region_input, masks)
-    image_id = image.get("original_id", image["id"])
-    meta = {"image_id": image_id, "width": width, "height": height, "area": area_share(box, width, height)}
-    # where an image entry is an expression (it has the original's id beside its own), results name that
-    sample_id = str(image["id"] if "original_id" in image else ann_id)
-    file = folders.find(text(path, image, "file_name"))
-    return RegionSample(sample_id, file, (region,), None, (caption,), meta={**meta, "ann_id": ann_id})
-
-
-def region_of(
-    path: Path,
-    row: dict,
-    box: Sequence[float],
-    size: tuple[int, int],
-    region_input: str,
-    masks: dict | None = None,
-) -> Region:
-    """The region of a COCO annotation in the form asked for; `size` is (height, width) of its picture.
+def rows_by_id(path: Path, content: dict, key: str, report: ReadReport) -> dict[int, dict]:
+    """The objects of COCO's list `key` by their id; what has none is counted.
 
     Raises:
-        ValueError: If it has no mask, or one of another size or form, where masks are asked for.
+        ValueError: If there is no such list, or an id occurs twice.
     """
-    if region_input == "box":
-        return Region.from_box(*box)
-    if region_input != "mask":
-        raise ValueError(f"expected region_input 'box' or 'mask', got {region_input!r}")
-    shape = row.get("segmentation") if masks is None else masks.get(str(row["id"]))
-    if not shape:
-        raise ValueError(f"{path}: annotation {row['id']} has no mask; use the boxes")
+    rows = content.get(key)
+    if not isinstance(rows, list):
+        raise wrong(path, f"a list {key!r}, as in COCO's layout", rows)
+    found = []
+    for number, row in enumerate(rows):
+        if isinstance(row, dict) and type(row.get("id")) is int:
+            found.append((row["id"], row))
+        else:
+            report.leave_out(MALFORMED, f"{key}[{number}]: expected an object with an id, a whole number")
+    by_id = dict(found)
+    if len(by_id) < len(found):
+        refuse_repeated((row_id for row_id, _ in found), f"{path}: ids of {key}")
+    return by_id
+
+
+def usable(row: Any, kind: type[T], name: str, report: ReadReport) -> T | None:
+    """A record as what it must be; None, counted, if it is something else."""
     try:
-        if isinstance(shape, dict):
-            if list(shape.get("size", ())) != list(size):
-                raise ValueError(f"expected the size {list(size)} (h, w) of its picture, got {shape.get('size')}")
-            return Region.from_rle(shape)
-        # COCO has parts of two points or without area, which are no mask
-        parts = [part for part in (shape if isinstance(shape[0], list) else [shape]) if _has_area(part)]
-        return Region.from_polygon(parts)
+        return checked(row, kind, f"{name} {row['id']}")
     except ValueError as error:
-        raise ValueError(f"{path}: mask of annotation {row['id']}: {error}") from error
+        report.leave_out(MALFORMED, str(error))
+        return None
 
 
-def _has_area(flat: Sequence[float]) -> bool:
-    """Whether a flat polygon x, y, x, y, ... encloses anything: its points do not lie on one line."""
-    points = list(zip(flat[::2], flat[1::2], strict=False))
-    (x0, y0), *others = points
-    return any(
-        (x1 - x0) * (y2 - y0) != (x2 - x0) * (y1 - y0) for (x1, y1), (x2, y2) in zip(others, others[1:], strict=False)
-    )
+@dataclasses.dataclass
+class _Reader:
+    """What all annotations of a file share."""
+
+    path: Path
+    root: Path
+    region_input: str
+    report: ReadReport
+    images: dict[int, CocoImage] = dataclasses.field(default_factory=dict)
+    masks: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.folders = Folders(self.root, IMAGE_FOLDERS)
+
+    def sample(self, record: dict, grouped: bool) -> RegionSample | None:
+        """The sample of an annotation; None, counted, where it cannot be used. Its id is the object's if `grouped`."""
+        report = self.report
+        if (row := usable(record, CocoAnnotation, "annotation", report)) is None:
+            return None
+        if (image := self.images.get(row.image_id)) is None:
+            report.add(UNKNOWN_IMAGE, row.id)
+            return None
+        if grouped and row.original_id is None:
+            report.leave_out(MALFORMED, f"annotation {row.id}: expected original_id, the object's id")
+            return None
+        words = row.caption if (row.caption or "").strip() else image.caption
+        if (caption := usable_text(words, report, row.id, NO_CAPTION)) is None:
+            return None
+        if (box := clamped(row.bbox, image.width, image.height, report, row.id)) is None:
+            return None
+        shape = row.segmentation if self.masks is None else self.masks.get(str(row.id))
+        region = region_of(shape, box, (image.height, image.width), self.region_input)
+        if not isinstance(region, Region):
+            report.leave_out(region, row.id)
+            return None
+        if (file := file_of(image, self.folders, report)) is None:
+            return None
+        # where an image entry is an expression (it has the original's id beside its own), results name that
+        is_expression = image.original_id is not None
+        meta = {
+            "image_id": image.original_id if is_expression else image.id,
+            "width": image.width,
+            "height": image.height,
+            "area": area_share(box, image.width, image.height),
+            "ann_id": row.id,
+        }
+        sample_id = f"object-{row.original_id}" if grouped else str(image.id if is_expression else row.id)
+        return RegionSample(sample_id, file, (region,), None, (caption,), meta=meta)
+
+
+def file_of(image: CocoImage, folders: Folders, report: ReadReport) -> str | None:
+    """The path of an image; None, counted, if its name cannot be one."""
+    name = (image.file_name or "").strip()
+    if not name or not is_name(name):
+        report.leave_out(NO_FILE, image.id)
+        return None
+    return folders.find(name)

@@ -25,7 +25,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mllm.data.picture_pairs import PicturePair, find_pairs, is_utf8
+from mllm.data.json_files import is_utf8
+from mllm.data.masks import OTHER_SIZE, mask_of
+from mllm.data.picture_pairs import PicturePair, find_pairs
 from mllm.data.records import CLAMPED, NO_AREA, READ, Box, ReadReport
 from mllm.data.samples import RegionSample, displayed_size
 from vision_tower import Region
@@ -38,9 +40,6 @@ UNREADABLE = "whose picture cannot be read for its size, left out"
 NO_PHRASE = "whose phrase is empty or not a part of the caption, left out"
 NO_BOX = "whose box is not numbers in fractions of the picture, left out"
 OTHER_NUMBER = "with masks not as many as ref_exps, masks left out"
-BAD_MASK = "whose mask cannot be decoded, left out"
-EMPTY_MASK = "whose mask is empty, left out"
-OTHER_SIZE = "whose mask has another size than those of its picture, left out"
 _FAR_OUT = 0.5  # of the picture's side: a box that lies further outside is in other units
 _DECIMALS = 3  # of a pixel: fractions times a size give 40.99999999999999
 
@@ -53,14 +52,15 @@ def read_grit(root: str | os.PathLike, *, report: ReadReport | None = None) -> I
         report: Filled with what was read, clamped and left out, each for its own reason; logged in any case.
 
     Raises:
-        ValueError: If there is nothing to read, or a tar is compressed.
+        ValueError: If there is nothing to read, a tar is compressed, or too many regions cannot be used
+            (`mllm.data.records`).
     """
     root = Path(root)
     report = ReadReport() if report is None else report
     before = report.counts[READ]
     for pair in find_pairs(root, report):
         yield from _samples(pair, report)
-    report.log(f"{root}: regions and captions")
+    report.finish(f"{root}: regions and captions")
     if report.counts[READ] == before:
         raise ValueError(
             f"nothing in {root} can be used; expected pictures, each with a .json of the same name that has a 'caption'"
@@ -79,15 +79,15 @@ def _samples(pair: PicturePair, report: ReadReport) -> Iterator[RegionSample]:
         phrases = []
     masks = _masks(key, record, len(phrases), report)
     if (size := _size(pair, record, masks)) is None:
-        report.add(UNREADABLE, key)
+        report.leave_out(UNREADABLE, key)
         return
     meta = {"image_id": key, "width": size[0], "height": size[1]}
     for number, row in enumerate(phrases):
         name, mask = f"{key}/{number}", masks.get(number)
         if (phrase := _phrase(caption, row)) is None:
-            report.add(NO_PHRASE, name)
+            report.leave_out(NO_PHRASE, name)
         elif isinstance(mask, str):
-            report.add(mask, name)
+            report.leave_out(mask, name)
         elif (box := _box(row, size, report, name)) is not None:
             report.add(READ, name)
             about = {**meta, "region_id": number}
@@ -101,15 +101,15 @@ def _samples(pair: PicturePair, report: ReadReport) -> Iterator[RegionSample]:
 def _record(pair: PicturePair, report: ReadReport) -> dict[str, Any] | None:
     """The JSON of a picture; None, counted, where it is damaged or has no caption."""
     try:
-        record = json.loads(pair.record)
+        record = json.loads(pair.record.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
-        report.add(DAMAGED, pair.key)
+        report.leave_out(DAMAGED, pair.key)
         return None
     caption = record.get("caption")
     if not isinstance(caption, str) or not caption.strip() or not is_utf8(caption):
-        report.add(NO_CAPTION, pair.key)
+        report.leave_out(NO_CAPTION, pair.key)
         return None
     return record
 
@@ -122,7 +122,7 @@ def _masks(key: str, record: dict[str, Any], count: int, report: ReadReport) -> 
     if not isinstance(stated, list) or len(stated) != count:
         report.add(OTHER_NUMBER, key)  # they could be shifted
         return {}
-    masks = {number: decoded(rle) for number, rle in enumerate(stated) if rle is not None}
+    masks = {number: mask_of(rle) for number, rle in enumerate(stated) if rle is not None}
     sizes = Counter(mask.data[:2] for mask in masks.values() if isinstance(mask, Region))
     if len(sizes) > 1:
         most = sizes.most_common(1)[0][0]
@@ -130,14 +130,6 @@ def _masks(key: str, record: dict[str, Any], count: int, report: ReadReport) -> 
             if isinstance(mask, Region) and mask.data[:2] != most:
                 masks[number] = OTHER_SIZE
     return masks
-
-
-def decoded(rle: Any) -> Region | str:
-    """A mask from an RLE, or the reason for which it is none."""
-    try:
-        return Region.from_rle(rle)
-    except ValueError as error:
-        return EMPTY_MASK if "the region is empty" in str(error) else BAD_MASK
 
 
 def _size(pair: PicturePair, record: dict[str, Any], masks: dict[int, Region | str]) -> tuple[int, int] | None:
@@ -167,12 +159,12 @@ def _box(row: list, size: tuple[int, int], report: ReadReport, name: str) -> Box
     """The box of a row in pixels inside the picture; None, counted, where it is none or has no area."""
     stated = row[2:6]
     if not _are_numbers(stated, 4) or not all(-_FAR_OUT <= side <= 1 + _FAR_OUT for side in stated):
-        report.add(NO_BOX, f"{name} {reprlib.repr(stated)}")
+        report.leave_out(NO_BOX, f"{name} {reprlib.repr(stated)}")
         return None
     inside = [min(max(side, 0), 1) for side in stated]
     x0, y0, x1, y1 = (round(side * extent, _DECIMALS) for side, extent in zip(inside, size * 2, strict=True))
     if x0 >= x1 or y0 >= y1:
-        report.add(NO_AREA, name)
+        report.leave_out(NO_AREA, name)
         return None
     if inside != stated:
         report.add(CLAMPED, name)

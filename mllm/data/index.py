@@ -24,8 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from mllm.data.records import READ, ReadReport, read_json
+from mllm.data.json_files import read_json
+from mllm.data.records import READ, ReadReport
 from mllm.data.samples import RegionSample, TarMember
+from mllm.data.schemas import IndexRecord, checked
 from vision_tower import Region
 
 FORMAT = 2
@@ -91,6 +93,7 @@ class RegionIndex:
         self.record = read_json(folder / "index.json", dict)
         if self.record.get("format") != FORMAT:
             raise ValueError(f"{folder} has format {self.record.get('format')}, this is for {FORMAT}; make it anew")
+        checked(self.record, IndexRecord, folder / "index.json")
         self.root = Path(root) if root is not None else (folder / self.record["root"]).resolve()
         try:
             self.pictures, self.regions = (

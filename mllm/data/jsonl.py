@@ -3,69 +3,72 @@
 `image` and `region` are written as for `region-chat --batch`: a path relative to the file, and {"box": [x0, y0, x1,
 y1]}, {"mask": path}, {"rle": {...}}, {"polygon": [...]}, {"points": [...], "radius": r} or {"whole": true}. `answer`
 (or `references`) is the right answer or a list of them; a line without a question asks for a description. `meta` is
-kept.
+kept. A line that cannot be used is left out, counted and named; of two lines with one id the first is used.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from msgspec import UNSET
+
+from mllm.data.json_files import json_lines, parse_record
+from mllm.data.records import READ, ReadReport
 from mllm.data.samples import RegionSample
+from mllm.data.schemas import Line, SampleMeta, checked
 from vision_tower import Region
 
-_KEYS = {"id", "image", "region", "question", "answer", "references", "meta"}
+DAMAGED = "lines that cannot be used, left out"
+REPEATED = "lines with the id of an earlier one, left out"
 
 
-def read_jsonl(path: str | os.PathLike) -> Iterator[RegionSample]:
+def read_jsonl(path: str | os.PathLike, *, report: ReadReport | None = None) -> Iterator[RegionSample]:
     """One sample for each line; without an id its number, from 1, is the id.
 
+    Args:
+        path: The file.
+        report: Filled with what was read and left out, by line; logged in any case.
+
     Raises:
-        ValueError: If the file cannot be read, or a line is damaged, incomplete or has the id of an earlier one. The
-            line is named.
+        ValueError: If the file cannot be read, or too many of its lines cannot be used (`mllm.data.records`).
     """
     path = Path(path)
+    folder = path.resolve().parent
+    report = ReadReport() if report is None else report
     seen: set[str] = set()
-    try:
-        with open(path, encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    sample = _sample(path.resolve().parent, number, json.loads(line))
-                    if sample.id in seen:
-                        raise ValueError(f"the id {sample.id!r} occurs again; ids must differ")
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}, column {error.colno}: {error.msg}") from error
-                except (ValueError, OSError, RecursionError) as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from error
-                seen.add(sample.id)
-                yield sample
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+    for number, line in json_lines(path):
+        try:
+            sample = _sample(folder, number, parse_record(line))
+        except (ValueError, OSError, RecursionError) as error:
+            report.leave_out(DAMAGED, f"line {number}: {' '.join(str(error).split())}")
+            continue
+        if sample.id in seen:
+            report.leave_out(REPEATED, f"line {number}: {sample.id}")
+            continue
+        seen.add(sample.id)
+        report.add(READ, sample.id)
+        yield sample
+    report.finish(str(path), needed=True)
 
 
 def _sample(folder: Path, number: int, record: Any) -> RegionSample:
-    if not isinstance(record, dict):
-        raise ValueError(f"expected an object, got {type(record).__name__}")
-    if unknown := record.keys() - _KEYS:
-        raise ValueError(f"unknown keys {sorted(unknown)}; expected {', '.join(sorted(_KEYS))}")
-    sample_id, image = record.get("id", number), record.get("image")
-    if not isinstance(sample_id, str | int) or isinstance(sample_id, bool):
-        raise ValueError(f"expected the id as text or a number, got {sample_id!r}")
-    if not isinstance(image, str) or not isinstance(record.get("region"), dict):
-        raise ValueError('expected "image": path and "region": {...} ({"whole": true} for the whole image)')
-    question = record.get("question")
-    if question is not None and not isinstance(question, str):
-        raise ValueError(f"expected the question as text, got {question!r}")
-    meta = record.get("meta", {})
-    if not isinstance(meta, Mapping):
-        raise ValueError(f"expected meta as an object, got {meta!r}")
-    region = region_in(folder, record["region"])
-    return RegionSample(str(sample_id), str(folder / image), (region,), question, _references(record), meta=dict(meta))
+    """The sample of a line.
+
+    Raises:
+        ValueError: If the record is something else.
+    """
+    try:
+        line = checked(record, Line, "a line")
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("a line: ")) from None
+    meta = {} if line.meta is UNSET else line.meta
+    checked(meta, SampleMeta, "meta")
+    region = region_in(folder, line.region)
+    sample_id = str(number if line.id is UNSET else line.id)
+    return RegionSample(sample_id, str(folder / line.image), (region,), line.question, _references(line), meta=meta)
 
 
 def region_in(folder: Path, region: Any) -> Region:
@@ -79,11 +82,11 @@ def region_in(folder: Path, region: Any) -> Region:
     return Region.from_json(region)
 
 
-def _references(record: dict) -> tuple[str, ...]:
-    if ("answer" in record) == ("references" in record):
+def _references(line: Line) -> tuple[str, ...]:
+    if (line.answer is UNSET) == (line.references is UNSET):
         raise ValueError('expected "answer" or "references", and not both')
-    value = record["answer"] if "answer" in record else record["references"]
+    value = line.references if line.answer is UNSET else line.answer
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ValueError(f"expected the answer as text or a list of texts, got {value!r}")
+    if not texts or not all(text.strip() for text in texts):
+        raise ValueError(f"expected the answer as text or a list of texts, none of them empty, got {value!r:.100}")
     return tuple(texts)

@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mllm.data.grit import decoded
-from mllm.data.picture_pairs import is_utf8
-from mllm.data.records import READ, ReadReport, clamped, stream_json
+from mllm.data.json_files import is_utf8, stream_json
+from mllm.data.masks import mask_of
+from mllm.data.records import READ, ReadReport, clamped
 from mllm.data.samples import RegionSample
+from mllm.data.schemas import PixelBox, checked, is_name
 from vision_tower import Region
 
 LIST = "M_ImageNet_top_460k.json"
@@ -40,7 +41,7 @@ def read_mask_imagenet(
         report: Filled with what was read, clamped and left out; logged in any case.
 
     Raises:
-        ValueError: If the list is missing or damaged, or none of its entries can be used.
+        ValueError: If the list is missing or damaged, or none or too few of its entries can be used.
     """
     path = Path(root) / LIST
     images = Path(root if images is None else images)
@@ -48,7 +49,7 @@ def read_mask_imagenet(
     before = report.counts[READ]
     for number, entry in enumerate(stream_json(path)):
         yield from _samples(images, number, entry, report)
-    report.log(f"{path}: regions")
+    report.finish(f"{path}: regions")
     if report.counts[READ] == before:
         raise ValueError(
             f"no entry of {path} can be used; expected lists with at 2 a picture's path, 3 an RLE, 4 a box, 6 a text. "
@@ -58,21 +59,22 @@ def read_mask_imagenet(
 
 def _samples(images: Path, number: int, entry: Any, report: ReadReport) -> Iterator[RegionSample]:
     """The samples of an entry, its box and its mask."""
-    if not isinstance(entry, list) or len(entry) <= _TEXT or not _is_text(entry[_PATH]):
-        report.add(OTHER_FORM, number)
+    if not isinstance(entry, list) or len(entry) <= _TEXT or not _is_text(entry[_PATH]) or not is_name(entry[_PATH]):
+        report.leave_out(OTHER_FORM, number)
         return
     if not _is_text(words := entry[_TEXT]):
-        report.add(NO_TEXT, number)
+        report.leave_out(NO_TEXT, number)
         return
-    mask = decoded(entry[_MASK])
+    # an RLE alone, which tells the image's size
+    mask = mask_of(entry[_MASK] if isinstance(entry[_MASK], dict) else "x")
     if not isinstance(mask, Region):
-        report.add(mask, number)
+        report.leave_out(mask, number)
         return
     height, width = mask.data[:2]
     try:
-        box = clamped(entry[_BOX] if isinstance(entry[_BOX], list) else (), width, height, report, number)
+        box = clamped(checked(entry[_BOX], PixelBox, number), width, height, report, number)
     except ValueError:
-        report.add(NO_BOX, number)
+        report.leave_out(NO_BOX, number)
         return
     if box is None:
         return

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from mllm.data.index import INDEX_FOLDER
+from mllm.data.json_files import LARGEST_RECORD, is_utf8, open_file
 from mllm.data.records import ReadReport
 from mllm.data.samples import TarMember
 
@@ -22,10 +23,21 @@ NO_PICTURE = "with JSON but without a picture, left out"
 NO_JSON = "pictures without a JSON, left out"
 REPEATED = "whose name occurs again, left out"
 NOT_TEXT = "whose name is not UTF-8, left out"
+TOO_LARGE = f"whose JSON has over {LARGEST_RECORD:,} bytes, left out"
+LONG_NAME = "whose name is too long, left out"
 NO_ACCESS = "that cannot be read, left out"
 CUT_SHORT = "tars cut short or damaged, used up to there"
+LONGEST_NAME = 1024  # characters of a name in a tar
+_LARGEST_HEADER = 64 * 2**10  # bytes of the headers that carry long names; tarfile reads them whole
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
+_NAMING = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 # What tarfile raises on damaged files: its headers are parsed as numbers and text.
 _DAMAGE = (tarfile.TarError, OSError, ValueError, EOFError, LookupError, OverflowError)
 
@@ -111,9 +123,13 @@ def _pairs_in_folder(root: Path, report: ReadReport) -> Iterator[PicturePair]:
                 report.add(reason, ascii(key) if reason == NOT_TEXT else key)
                 continue
             try:
-                record = Path(folder, records[0]).read_bytes()
-            except OSError:
-                report.add(NO_ACCESS, key)
+                with open_file(Path(folder, records[0]), None) as file:
+                    record = file.read(LARGEST_RECORD + 1)
+            except (ValueError, OSError):
+                report.leave_out(NO_ACCESS, key)
+                continue
+            if len(record) > LARGEST_RECORD:
+                report.leave_out(TOO_LARGE, key)
                 continue
             yield PicturePair(key, record, str(Path(folder, pictures[0])))
 
@@ -129,21 +145,12 @@ def _why_no_pair(key: str, records: int, pictures: int) -> str | None:
     return None
 
 
-def is_utf8(words: str) -> bool:
-    """Whether text can be written: names of files and JSON can hold halves of surrogate pairs."""
-    try:
-        words.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _pairs_in_tar(path: Path, seen: set[str], report: ReadReport) -> Iterator[PicturePair]:
     """The pairs of a tar, each as soon as its second half comes.
 
     A name that comes again before its pair is whole could mix two pictures: then both are left out.
     """
-    waiting: dict[str, dict[str, bytes | TarMember]] = {}
+    waiting: dict[str, dict[str, bytes | TarMember | None]] = {}
     repeated: set[str] = set()
     damaged_at = None
     for member in _members(path):
@@ -151,8 +158,8 @@ def _pairs_in_tar(path: Path, seen: set[str], report: ReadReport) -> Iterator[Pi
             damaged_at = member
             break
         key, half, content = member
-        if not is_utf8(key):
-            report.add(NOT_TEXT, f"{key!a} in {path.name}")
+        if len(key) > LONGEST_NAME or not is_utf8(key):
+            report.leave_out(LONG_NAME if len(key) > LONGEST_NAME else NOT_TEXT, f"{key[:50]!a} in {path.name}")
             continue
         halves = waiting.setdefault(key, {})
         if key in seen or half in halves:
@@ -166,7 +173,10 @@ def _pairs_in_tar(path: Path, seen: set[str], report: ReadReport) -> Iterator[Pi
         if len(halves) == 2:
             del waiting[key]
             seen.add(key)
-            yield PicturePair(key, halves["json"], halves["picture"])
+            if halves["json"] is None:
+                report.leave_out(TOO_LARGE, f"{key} in {path.name}")
+            else:
+                yield PicturePair(key, halves["json"], halves["picture"])
     if damaged_at is not None:
         report.add(CUT_SHORT, f"{path.name} at byte {damaged_at}")  # what waits may have its half behind it
         return
@@ -174,14 +184,15 @@ def _pairs_in_tar(path: Path, seen: set[str], report: ReadReport) -> Iterator[Pi
         report.add(NO_PICTURE if "json" in halves else NO_JSON, f"{key} in {path.name}")
 
 
-def _members(path: Path) -> Iterator[tuple[str, str, bytes | TarMember] | int]:
-    """(name without suffix, "json" or "picture", content or place) of each; where the tar is damaged, last that byte.
+def _members(path: Path) -> Iterator[tuple[str, str, bytes | TarMember | None] | int]:
+    """(name without suffix, "json" or "picture", content or place) of each, without content where that is too large;
+    where the tar is damaged, last that byte.
 
     tarfile alone takes a damaged header, or the end of a file without the mark that ends archives, for the end.
     """
     position = 0
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as archive:
             length = os.fstat(file.fileno()).st_size
             while (member := archive.next()) is not None:
                 archive.members.clear()  # it would keep them all
@@ -199,7 +210,16 @@ def _members(path: Path) -> Iterator[tuple[str, str, bytes | TarMember] | int]:
         yield position
 
 
-def _half(path: Path, file: BinaryIO, member: tarfile.TarInfo) -> tuple[str, str, bytes | TarMember] | None:
+class _Member(tarfile.TarInfo):
+    """A member whose headers are of a sensible size: a name of a gigabyte would be read whole."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _NAMING and self.size > _LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(archive)
+
+
+def _half(path: Path, file: BinaryIO, member: tarfile.TarInfo) -> tuple[str, str, bytes | TarMember | None] | None:
     """What a member is; None if it is neither a picture nor JSON."""
     if not member.isreg() or member.issparse():
         return None
@@ -210,5 +230,7 @@ def _half(path: Path, file: BinaryIO, member: tarfile.TarInfo) -> tuple[str, str
     key = name.with_suffix("").as_posix()
     if suffix in PICTURES:
         return key, "picture", TarMember(str(path), member.name, member.offset_data, member.size)
+    if member.size > LARGEST_RECORD:
+        return key, "json", None
     file.seek(member.offset_data)
     return key, "json", file.read(member.size)

@@ -15,16 +15,19 @@ from typing import Any
 from mllm.data import refcocog, visual_genome
 from mllm.data.grit import read_grit
 from mllm.data.index import INDEX_FOLDER, TRAIN, index_beside, write_index
+from mllm.data.json_files import read_json
 from mllm.data.jsonl import read_jsonl
 from mllm.data.mask_imagenet import read_mask_imagenet
 from mllm.data.picture_pairs import has_pairs
-from mllm.data.records import READ, ReadReport, read_json, wrong
+from mllm.data.records import ReadReport
 from mllm.data.samples import RegionSample
+from mllm.data.schemas import DatasetRecord, checked
 from mllm.data.splits import SIZES, densecap_split
 from vision_tower import Region
 
 logger = logging.getLogger(__name__)
 
+OTHER_SIZES = "images of which lines and masks state no size, or several, all their lines left out"
 UNLISTED = "unlisted"  # Visual Genome's images in none of DenseCap's splits
 
 Reports = dict[str, ReadReport]
@@ -106,19 +109,18 @@ def index_refcocog(
     """
     root = Path(root)
     reports = {} if reports is None else reports
-    splits = sorted({str(ref.get("split")) for ref in refcocog.read_pickle(root / f"refs({split_by}).p")})
+    files = refcocog.RefFiles(root, split_by)
 
     def read(form: str, split: str) -> Iterator:
         report = reports[f"{split}, {form}"] = ReadReport()
-        samples = refcocog.read_refs(
-            root, split_by=split_by, split=split, grouped=True, region_input=form, report=report
-        )
+        samples = refcocog.read_refs(root, split=split, grouped=True, region_input=form, report=report, files=files)
         # a region's number here is its annotation's: a region has one, refs may share it
         return ((split, _with_region_id(sample, "ann_id")) for sample in samples)
 
-    masks = (pair for split in splits for pair in read("mask", split))
+    masks = (pair for split in files.splits for pair in read("mask", split))
     boxes = sorted(
-        (pair for split in splits for pair in read("box", split)), key=lambda pair: (pair[0], pair[1].meta["image_id"])
+        (pair for split in files.splits for pair in read("box", split)),
+        key=lambda pair: (pair[0], pair[1].meta["image_id"]),
     )
     out = root / INDEX_FOLDER if out is None else out
     return write_index(out, root, boxes, masks, made_of=f"RefCOCO's layout, refs({split_by})", reports=reports)
@@ -167,55 +169,48 @@ def index_jsonl(
     Args:
         path: The file, held in memory.
         out: Where the index goes; by default beside the file, `<name>.region_index`.
-        reports: Filled with what was read.
+        reports: Filled with what was read and left out.
 
     Raises:
-        ValueError: If a line or its meta is damaged, or lines and masks state different sizes of a picture.
+        ValueError: If the file cannot be read, or too many of its lines cannot be used (`mllm.data.records`).
     """
     path = Path(path)
     folder = path.resolve().parent
     reports = {} if reports is None else reports
     report = reports["lines"] = ReadReport()
     of_picture: dict[str, list[RegionSample]] = {}
-    for sample in read_jsonl(path):
-        _check_meta(path, sample)
-        report.add(READ, sample.id)
+    for sample in read_jsonl(path, report=report):
         of_picture.setdefault(sample.image, []).append(sample)
-    samples = (pair for image, lines in of_picture.items() for pair in _of_picture(path, folder, image, lines))
+    samples = (pair for image, lines in of_picture.items() for pair in _of_picture(folder, image, lines, report))
     out = index_beside(path) if out is None else out
     return write_index(out, folder, samples, made_of="JSONL", reports=reports)
 
 
-def _check_meta(path: Path, sample: RegionSample) -> None:
-    """Raise ValueError unless what an index takes of a line's meta can be taken."""
-    size = [sample.meta.get(name) for name in ("width", "height")]
-    if size != [None, None] and not all(type(side) is int and side > 0 for side in size):
-        raise ValueError(f"{path}, id {sample.id}: expected width and height in pixels in meta, got {size}")
-    for name in ("split", "type"):
-        if not isinstance(value := sample.meta.get(name, name), str) or not value:
-            raise ValueError(f"{path}, id {sample.id}: expected {name} in meta as text, got {value!r}")
-
-
-def _of_picture(path: Path, folder: Path, image: str, lines: list[RegionSample]) -> list[tuple[str, RegionSample]]:
-    """The lines about one picture with their splits and ids, those of one split side by side."""
+def _of_picture(
+    folder: Path, image: str, lines: list[RegionSample], report: ReadReport
+) -> list[tuple[str, RegionSample]]:
+    """The lines about one picture with their splits and ids, those of one split side by side; none, counted, where they
+    state different sizes of it.
+    """
     name = Path(image)
     image_id = name.relative_to(folder).as_posix() if name.is_relative_to(folder) else name.as_posix()
-    sizes = {(meta["width"], meta["height"]) for sample in lines if (meta := sample.meta).get("width")}
+    sizes = {(meta.get("width"), meta.get("height")) for sample in lines if (meta := sample.meta)} - {(None, None)}
     # a mask states it too: a picture of another size is then left out when it is opened
     masks = (region for sample in lines for region in sample.regions if region.kind == "mask")
     sizes |= {(width, height) for height, width, *_ in (mask.data for mask in masks)}
-    if len(sizes) > 1:
-        raise ValueError(f"{path}: {image_id} has one size, its lines and masks state {sorted(sizes)}")
+    if len(sizes) > 1 or any(None in size for size in sizes):
+        report.add(OTHER_SIZES, f"{image_id}: {sorted(map(str, sizes))}")
+        return []
     size = dict(zip(("width", "height"), *sizes, strict=True)) if sizes else {}
     number_of: dict[Region, int] = {}
     found = []
     for sample in lines:
         (region,) = sample.regions
         about = {} if region.kind == "whole" else {"region_id": number_of.setdefault(region, len(number_of))}
-        if "type" in sample.meta:
+        if sample.meta.get("type"):
             about["type"] = sample.meta["type"]
         meta = {"image_id": image_id, **size, **about}
-        found.append((sample.meta.get("split", TRAIN), dataclasses.replace(sample, meta=meta)))
+        found.append((sample.meta.get("split") or TRAIN, dataclasses.replace(sample, meta=meta)))
     return sorted(found, key=lambda pair: pair[0])
 
 
@@ -228,10 +223,7 @@ def stated_split(root: str | os.PathLike) -> str | None:
     path = Path(root) / "dataset.json"
     if not path.exists():
         return None
-    about = read_json(path, dict)
-    if not isinstance(about.get("split"), str):
-        raise wrong(path, "'split', text", about)
-    return about["split"]
+    return checked(read_json(path, dict), DatasetRecord, path).split
 
 
 def split_of_images(root: str | os.PathLike) -> Callable[[int], str]:

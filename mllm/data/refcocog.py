@@ -11,18 +11,86 @@ expression.
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mllm.data.coco import IMAGE_FOLDERS, region_of
-from mllm.data.records import READ, Folders, ReadReport, area_share, clamped, integer, read_json, text, wrong
+from mllm.data.coco import IMAGE_FOLDERS, file_of, rows_by_id, usable
+from mllm.data.json_files import read_json, refuse_repeated, wrong
+from mllm.data.masks import check_region_input, region_of
+from mllm.data.plain_pickle import read_pickle
+from mllm.data.records import MALFORMED, READ, Folders, ReadReport, area_share, clamped, is_utf8, usable_text
 from mllm.data.samples import RegionSample
+from mllm.data.schemas import MOST_SENTENCES, CocoAnnotation, CocoImage, HubRow, Ref, Sentence, checked
 from vision_tower import Region
+
+NO_TEXT = "without text, left out"
+NO_SPLIT = "without a split, left out"
+NO_ANNOTATION = "about an annotation or image that instances.json does not have, left out"
+
+
+class RefFiles:
+    """The refs and `instances.json` of a folder: read once, for all splits and forms.
+
+    Attributes:
+        path: Of the refs.
+        splits: Names of the splits, sorted.
+    """
+
+    def __init__(self, root: str | os.PathLike, split_by: str = "umd") -> None:
+        """Read the files.
+
+        Args:
+            root: Folder of the files.
+            split_by: Whose split: "umd", "google" or "unc".
+
+        Raises:
+            ValueError: If a file is missing, damaged or wants to run code, or an id occurs twice.
+        """
+        root = Path(root)
+        self.path = root / f"refs({split_by}).p"
+        self.refs = read_pickle(self.path)
+        if not isinstance(self.refs, list):
+            raise wrong(self.path, "a list of refs", self.refs)
+        self.splits = sorted({split for ref in self.refs if (split := _split_of(ref)) is not None})
+        self._refuse_repeated()
+        self.instances_path = root / "instances.json"
+        content = read_json(self.instances_path, dict)
+        self.malformed = ReadReport()
+        self.images = rows_by_id(self.instances_path, content, "images", self.malformed)
+        self.annotations = rows_by_id(self.instances_path, content, "annotations", self.malformed)
+        self.classes = Counter(map(_class_of, self.annotations.values()))
+        self.folders = Folders(root, IMAGE_FOLDERS)
+
+    def _refuse_repeated(self) -> None:
+        for name in ("ref_id", "sent_id"):
+            ids = [record[name] for record in self._records(name) if type(record.get(name)) is int]
+            if len(set(ids)) < len(ids):
+                refuse_repeated(ids, f"{self.path}: values of {name}")
+
+    def _records(self, name: str) -> Iterator[dict]:
+        """The refs, or their sentences, that are objects."""
+        for ref in self.refs:
+            if not isinstance(ref, dict):
+                continue
+            sentences = ref.get("sentences")
+            if name == "ref_id":
+                yield ref
+            elif isinstance(sentences, list) and len(sentences) <= MOST_SENTENCES:
+                yield from (sentence for sentence in sentences if isinstance(sentence, dict))
+
+
+def _split_of(ref: Any) -> str | None:
+    """The split of a ref; None if it has none."""
+    split = ref.get("split") if isinstance(ref, dict) else None
+    return split if isinstance(split, str) and split and is_utf8(split) else None
+
+
+def _class_of(row: dict) -> tuple:
+    """Image and category of an annotation."""
+    return tuple(value if type(value := row.get(name)) is int else None for name in ("image_id", "category_id"))
 
 
 def read_refs(
@@ -33,8 +101,11 @@ def read_refs(
     grouped: bool = False,
     region_input: str = "box",
     report: ReadReport | None = None,
+    files: RefFiles | None = None,
 ) -> Iterator[RegionSample]:
     """One sample for each expression, or with `grouped` for each region with all its expressions as references.
+
+    An expression without text is left out, and so is a region whose expressions all are.
 
     Args:
         root: Folder of the files.
@@ -43,155 +114,168 @@ def read_refs(
         grouped: Which of two protocols: published numbers differ by half in METEOR (docs/evaluation.md).
         region_input: "box", or "mask" (polygons or RLE of `instances.json`).
         report: Filled with what was read, clamped and left out; logged in any case.
+        files: The files, if they were read already.
 
     Raises:
-        ValueError: If a file is missing, damaged, wants to run code, or has no such split.
+        ValueError: If a file is missing, damaged, wants to run code, or has no such split; if an id of an image,
+            annotation, ref or expression occurs twice; or if too many records cannot be used (`mllm.data.records`).
     """
-    root = Path(root)
-    path = root / f"refs({split_by}).p"
+    check_region_input(region_input)
+    files = RefFiles(root, split_by) if files is None else files
+    if split not in files.splits:
+        raise ValueError(f"{files.path} has no split {split!r}; it has {', '.join(files.splits) or 'none'}")
     report = ReadReport() if report is None else report
-    refs = read_pickle(path)
-    if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
-        raise wrong(path, "a list of refs", refs)
-    if not any(ref.get("split") == split for ref in refs):
-        found = sorted({str(ref.get("split")) for ref in refs})
-        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(found)}")
-    instances = _Instances(root, region_input, report)
-    for ref in refs:
-        if ref.get("split") != split:
-            continue
-        found = instances.region(path, ref)
-        if found is None:
-            continue
-        image, region, meta = found
-        sentences = [(integer(path, s, "sent_id"), text(path, s, "sent")) for s in ref.get("sentences", [])]
-        if grouped:
-            ref_id = integer(path, ref, "ref_id")
-            report.add(READ, ref_id)
-            references = tuple(sentence for _, sentence in sentences)
-            yield RegionSample(f"ref-{ref_id}", image, (region,), None, references, meta=meta)
-            continue
-        for sent_id, sentence in sentences:
-            report.add(READ, sent_id)
-            about = {**meta, "sent_id": sent_id}
-            yield RegionSample(f"sent-{sent_id}", image, (region,), None, (sentence,), meta=about)
-    report.log(f"{path}, {split}: {'regions' if grouped else 'expressions'}")
+    report.note(files.malformed, f"records of {files.instances_path.name}")
+    for number, record in enumerate(files.refs):
+        if (found := _split_of(record)) is None:
+            report.leave_out(NO_SPLIT, f"refs[{number}]")
+        elif found == split:
+            yield from _samples(files, number, record, grouped, region_input, report)
+    report.finish(f"{files.path}, {split}: {'regions' if grouped else 'expressions'}")
 
 
-def read_hub_rows(root: str | os.PathLike) -> Iterator[RegionSample]:
-    """The rows of lmms-lab-encoder/RefCOCOg from its parquet files under `root`, with the pictures inside them.
+def _samples(
+    files: RefFiles, number: int, record: dict, grouped: bool, region_input: str, report: ReadReport
+) -> Iterator[RegionSample]:
+    """The samples of a ref."""
+    try:
+        ref = checked(record, Ref, f"refs[{number}]")
+    except ValueError as error:
+        report.leave_out(MALFORMED, str(error))
+        return
+    sentences = list(_sentences(ref, grouped, report))
+    if not sentences:
+        if grouped or not ref.sentences:
+            report.leave_out(NO_TEXT, f"ref {ref.ref_id}")
+        return
+    if (found := _region(files, ref, region_input, report)) is None:
+        return
+    image, region, meta = found
+    if grouped:
+        report.add(READ, ref.ref_id)
+        references = tuple(words for _, words in sentences)
+        yield RegionSample(f"ref-{ref.ref_id}", image, (region,), None, references, meta=meta)
+        return
+    for sent_id, words in sentences:
+        report.add(READ, sent_id)
+        about = {**meta, "sent_id": sent_id}
+        yield RegionSample(f"sent-{sent_id}", image, (region,), None, (words,), meta=about)
+
+
+def _sentences(ref: Ref, grouped: bool, report: ReadReport) -> Iterator[tuple[int, str]]:
+    """Id and text of the expressions of a ref that can be used; the others are counted."""
+    # where expressions are no items of their own, the region they are dropped from is still read
+    dropped = ReadReport() if grouped else report
+    for record in ref.sentences:
+        try:
+            sentence = checked(record, Sentence, f"a sentence of ref {ref.ref_id}")
+        except ValueError as error:
+            dropped.leave_out(MALFORMED, str(error))
+            continue
+        words = usable_text(sentence.sent, dropped, f"sentence {sentence.sent_id}", NO_TEXT)
+        if words is not None:
+            yield sentence.sent_id, words
+    if grouped:
+        report.note(dropped, "expressions")
+
+
+def _region(
+    files: RefFiles, ref: Ref, region_input: str, report: ReadReport
+) -> tuple[str, Region, dict[str, Any]] | None:
+    """Image, region and meta of a ref; None, counted, where they cannot be used."""
+    name = f"ref {ref.ref_id}"
+    record, of_image = files.annotations.get(ref.ann_id), files.images.get(ref.image_id)
+    if record is None or of_image is None or record.get("image_id") != ref.image_id:
+        report.leave_out(NO_ANNOTATION, f"{name}: annotation {ref.ann_id} of image {ref.image_id}")
+        return None
+    row = usable(record, CocoAnnotation, f"{name}, annotation", report)
+    if row is None or (image := usable(of_image, CocoImage, f"{name}, image", report)) is None:
+        return None
+    if (box := clamped(row.bbox, image.width, image.height, report, name)) is None:
+        return None
+    region = region_of(row.segmentation, box, (image.height, image.width), region_input)
+    if not isinstance(region, Region):
+        report.leave_out(region, name)
+        return None
+    # not the ref's own file name, which carries the annotation's id behind the picture's
+    if (file := file_of(image, files.folders, report)) is None:
+        return None
+    meta = {
+        "image_id": image.id,
+        "width": image.width,
+        "height": image.height,
+        "area": area_share(box, image.width, image.height),
+        "same_class": files.classes[_class_of(record)] - 1,
+        "ref_id": ref.ref_id,
+        "ann_id": row.id,
+    }
+    return file, region, meta
+
+
+_HUB_COLUMNS = ("image", "answer", "bbox", "file_name")
+
+
+def read_hub_rows(root: str | os.PathLike, *, report: ReadReport | None = None) -> Iterator[RegionSample]:
+    """The rows of lmms-lab-encoder/RefCOCOg from its parquet files under `root`, with the images inside them.
+
+    Args:
+        root: Folder of the files.
+        report: Filled with what was read and left out; logged in any case.
 
     Raises:
-        ValueError: If there are no such files, a row is of another form, or the package datasets is absent.
+        ValueError: If there are no such files, one is damaged or of another form, the package pyarrow is absent, or too
+            many rows cannot be used (`mllm.data.records`).
     """
-    files = sorted(map(str, Path(root).rglob("*.parquet")))
+    files = sorted(Path(root).rglob("*.parquet"))
     if not files:
         raise ValueError(f"{root} holds no parquet file; expected those of lmms-lab-encoder/RefCOCOg")
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError("reading parquet files needs datasets: pip install datasets") from None
-    datasets.disable_progress_bars()
-    table = datasets.load_dataset("parquet", data_files=files, split="train")
-    for number, row in enumerate(table.cast_column("image", datasets.Image(decode=False))):
-        yield _hub_sample(Path(root), number, row)
+    report = ReadReport() if report is None else report
+    number = 0
+    for file in files:
+        for row in _parquet_rows(file):
+            if (sample := _hub_sample(number, row, report)) is not None:
+                yield sample
+            number += 1
+    report.finish(f"{root}: rows", needed=True)
 
 
-def _hub_sample(root: Path, number: int, row: dict[str, Any]) -> RegionSample:
-    """A row: box x, y, width, height in pixels; all its answers are references."""
-    missing = {"question_id", "image", "answer", "bbox"} - row.keys()
-    if missing:
-        raise ValueError(
-            f"{root}: row {number} has no {', '.join(sorted(missing))}; expected rows of lmms-lab's RefCOCOg"
-        )
-    x, y, width, height = row["bbox"]
-    # an image may have several rows: its file's name tells, where there is one
-    meta = {"image_id": row["file_name"]} if row.get("file_name") else {}
-    region = Region.from_box(x, y, x + width, y + height)
-    return RegionSample(f"row-{number}", row["image"]["bytes"], (region,), None, tuple(row["answer"]), meta=meta)
-
-
-class _Instances:
-    """`instances.json`: pictures and annotations by id."""
-
-    def __init__(self, root: Path, region_input: str, report: ReadReport) -> None:
-        self.path = root / "instances.json"
-        content = read_json(self.path, dict)
-        if not all(isinstance(content.get(key), list) for key in ("images", "annotations")):
-            raise wrong(self.path, "lists 'images' and 'annotations'", content)
-        self.images = {integer(self.path, image, "id"): image for image in content["images"]}
-        self.annotations = {integer(self.path, row, "id"): row for row in content["annotations"]}
-        self.classes = Counter((row.get("image_id"), row.get("category_id")) for row in content["annotations"])
-        self.folders = Folders(root, IMAGE_FOLDERS)
-        self.region_input = region_input
-        self.report = report
-
-    def region(self, path: Path, ref: dict) -> tuple[str, Region, dict[str, Any]] | None:
-        """Picture, region and meta of a ref; None, counted, where nothing of its box lies inside the picture."""
-        ref_id, ann_id = integer(path, ref, "ref_id"), integer(path, ref, "ann_id")
-        row, image = self.annotations.get(ann_id), self.images.get(integer(path, ref, "image_id"))
-        if row is None or image is None or row.get("image_id") != image["id"]:
-            raise ValueError(
-                f"{path}: ref {ref_id} is about annotation {ann_id} of image {ref['image_id']}, which {self.path} does "
-                "not have; both files must be of the same data set"
-            )
-        width, height = integer(self.path, image, "width"), integer(self.path, image, "height")
-        box = clamped(row.get("bbox", ()), width, height, self.report, f"annotation {ann_id} in {self.path}")
-        if box is None:
-            return None
-        meta = {
-            "image_id": image["id"],
-            "width": width,
-            "height": height,
-            "area": area_share(box, width, height),
-            "same_class": self.classes[image["id"], row.get("category_id")] - 1,
-            "ref_id": ref_id,
-            "ann_id": ann_id,
-        }
-        # not the ref's own file name, which carries the annotation's id behind the picture's
-        file = self.folders.find(text(self.path, image, "file_name"))
-        return file, region_of(self.path, row, box, (height, width), self.region_input), meta
-
-
-# What the unpickler raises on damaged files
-_DAMAGE = (
-    pickle.UnpicklingError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    MemoryError,
-)
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Builds lists, dicts, strings and numbers, nothing else: a pickle may name any function to call."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which would be run")
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to objects outside the file")
-
-
-def read_pickle(path: Path) -> Any:
-    """The content of a pickle of plain containers, strings and numbers, as Python 2 or 3 wrote it.
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file, of the columns that are used.
 
     Raises:
-        ValueError: If it is missing or damaged, or holds anything else.
+        ValueError: If it is damaged, or lacks a column.
     """
     try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; it is one of the data set's files") from None
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError("reading parquet files needs pyarrow: pip install datasets") from None
     try:
-        # as its own reader does: refer.py of lichengunc/refer opens it in Python 2, whose bytes these are
-        return _PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
-    except _DAMAGE as error:
-        raise ValueError(
-            f"{path} is damaged, or no pickle of plain lists, dicts, strings and numbers: {error or 'cut short'}"
-        ) from error
+        with parquet.ParquetFile(path) as file:
+            if missing := set(_HUB_COLUMNS[:3]) - set(file.schema_arrow.names):
+                raise ValueError(f"no column {', '.join(sorted(missing))}; expected rows of lmms-lab's RefCOCOg")
+            columns = [name for name in _HUB_COLUMNS if name in file.schema_arrow.names]
+            for batch in file.iter_batches(64, columns=columns):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+
+
+def _hub_sample(number: int, record: dict[str, Any], report: ReadReport) -> RegionSample | None:
+    """A row: box x, y, width, height in pixels; all its answers are references. None, counted, if it is unusable."""
+    name = f"row-{number}"
+    try:
+        row = checked(record, HubRow, name)
+        x, y, width, height = row.bbox
+        region = Region.from_box(x, y, x + width, y + height)
+    except ValueError as error:
+        report.leave_out(MALFORMED, str(error))
+        return None
+    answers = tuple(words for words in row.answer if words.strip())
+    if not answers:
+        report.leave_out(NO_TEXT, name)
+        return None
+    report.add(READ, name)
+    # an image may have several rows: its file's name tells, where there is one
+    meta = {"image_id": row.file_name} if row.file_name else {}
+    return RegionSample(name, row.image.content, (region,), None, answers, meta=meta)

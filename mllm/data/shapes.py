@@ -29,8 +29,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm.auto import tqdm
 
-from mllm.data.records import read_json
+from mllm.data.json_files import read_json
 from mllm.data.samples import RegionSample
+from mllm.data.schemas import GenomeObjects, checked
 from mllm.data.shapes_world import (
     BACKGROUNDS,
     COLOURS,
@@ -280,10 +281,14 @@ def with_same_class(samples: Iterable[RegionSample], root: str | os.PathLike) ->
     region's shape.
     """
     counts: dict[int, int] = {}
-    for entry in read_json(Path(root) / "objects.json", list):
-        shapes = Counter(obj["names"][0] for obj in entry["objects"])
-        counts |= {obj["object_id"]: shapes[obj["names"][0]] - 1 for obj in entry["objects"]}
+    path = Path(root) / "objects.json"
+    for number, entry in enumerate(read_json(path, list)):
+        objects = checked(entry, GenomeObjects, f"{path}: entry {number}").objects
+        shapes = Counter(obj.names[0] for obj in objects)
+        counts |= {obj.object_id: shapes[obj.names[0]] - 1 for obj in objects}
     for sample in samples:
+        if sample.meta["region_id"] not in counts:
+            raise ValueError(f"{path} has no object {sample.meta['region_id']}, which a region of the same world needs")
         same = {"same_class": counts[sample.meta["region_id"]]}
         yield dataclasses.replace(sample, meta={**sample.meta, **same})
 

@@ -18,25 +18,41 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import msgspec
+
+from mllm.data.json_files import read_json, refuse_repeated, stream_json
+from mllm.data.masks import check_region_input, region_of
 from mllm.data.records import (
+    MALFORMED,
     READ,
+    REPEATED,
+    UNKNOWN_IMAGE,
     Box,
     Folders,
     ReadReport,
     area_share,
     clamped,
-    integer,
-    read_json,
-    stream_json,
-    text,
-    wrong,
+    is_utf8,
+    usable_text,
 )
 from mllm.data.samples import RegionSample
+from mllm.data.schemas import INVALID, GenomeImage, GenomeQuestion, GenomeRegion, is_name, problem
 from vision_tower import Region
 
 _IMAGE_FOLDERS = ("VG_100K", "VG_100K_2", "", "images")
+NO_PHRASE = "without a phrase, left out"
+NO_IMAGE_ID = "without a whole number as their image's id, left out"
+NO_LIST = "entries without a list of records, left out"
+ON_UNKNOWN_IMAGE = "questions on an unknown image, left out"
+ON_OTHER_IMAGE = "questions on a region of another image, left out"
+ON_LEFT_OUT = "questions on a region that was left out, left out"
+ON_UNKNOWN_REGION = "questions on an unknown region, left out"
+REPEATED_QUESTION = "questions with a repeated id, left out"
+NO_ANSWER = "questions without text or answer, left out"
+_LARGEST_ID = 2**63 - 1
+T = TypeVar("T")
 _NAME_IN_URL = re.compile(r"(?:(VG_100K(?:_2)?)/)?([^/]+\.\w+)$")
 
 
@@ -56,21 +72,23 @@ def read_regions(
         report: Filled with what was read, clamped and left out; logged in any case, at the end.
 
     Raises:
-        ValueError: If a file is missing, damaged or of another form, or a region has no mask of its
-            picture's size where masks are asked for.
+        ValueError: If a file is missing, damaged or of another form, an image's id occurs twice, or too many records
+            cannot be used (`mllm.data.records`): where masks are asked for, also those without one of their image's
+            size.
     """
     reader = _Reader(Path(root), image_ids, region_input, report)
     for region_id, picture, box, record in reader.regions():
-        phrase = text(reader.root / "region_descriptions.json", record, "phrase")
-        if not phrase:
-            reader.report.add("without a phrase, left out", region_id)
+        if (phrase := usable_text(record.phrase, reader.report, region_id, NO_PHRASE)) is None:
             continue
         region = reader.region(region_id, picture, box)
+        if not isinstance(region, Region):
+            reader.report.leave_out(region, region_id)
+            continue
         reader.report.add(READ, region_id)
         meta = {**picture.meta(box), "region_id": region_id}
         sample_id = f"vg-region-{region_id}"
         yield RegionSample(sample_id, picture.path, (region,), None, (phrase,), meta=meta)
-    reader.report.log(f"{root}: regions")
+    reader.report.finish(f"{root}: regions")
 
 
 def read_region_questions(
@@ -96,25 +114,25 @@ def read_region_questions(
             reader.report.add(READ, qa_id)
             meta = {**picture.meta(), **extra, "region_id": mapping[qa_id]}
             yield RegionSample(f"vg-qa-{qa_id}", picture.path, (), question, (answer,), meta=meta)
-        reader.report.log(f"{root}: region questions")
+        reader.report.finish(f"{root}: region questions")
         return
     regions = {}  # only what questions need of 5.4 million regions
     for region_id, picture, box, _ in reader.regions(wanted=set(mapping.values())):
         regions[region_id] = picture, box
     for qa_id, picture, question, answer, extra in reader.questions(mapping, mapped=True):
         region_id = mapping[qa_id]
-        if region_id in reader.left_out:
-            reader.report.add("questions on a region that was left out, left out", qa_id)
-        elif region_id not in regions:
-            reader.report.add("questions on an unknown region, left out", qa_id)
+        if region_id not in regions:
+            # questions on a region that was left out are not unusable themselves
+            reader.report.add(ON_LEFT_OUT if region_id in reader.left_out else ON_UNKNOWN_REGION, qa_id)
         elif regions[region_id][0] is not picture:
-            reader.report.add("questions on a region of another image, left out", qa_id)
+            reader.report.leave_out(ON_OTHER_IMAGE, qa_id)
+        elif not isinstance(region := reader.region(region_id, *regions[region_id]), Region):
+            reader.report.leave_out(region, qa_id)
         else:
-            region = reader.region(region_id, *regions[region_id])
             reader.report.add(READ, qa_id)
             meta = {**picture.meta(regions[region_id][1]), **extra, "region_id": region_id}
             yield _question(qa_id, picture, region, question, answer, meta)
-    reader.report.log(f"{root}: region questions")
+    reader.report.finish(f"{root}: region questions")
 
 
 def read_free_questions(
@@ -133,7 +151,7 @@ def read_free_questions(
     for qa_id, picture, question, answer, extra in reader.questions(mapping, mapped=False):
         reader.report.add(READ, qa_id)
         yield _question(qa_id, picture, whole, question, answer, {**picture.meta(), **extra})
-    reader.report.log(f"{root}: free questions")
+    reader.report.finish(f"{root}: free questions")
 
 
 def _question(
@@ -162,7 +180,7 @@ class _Picture(NamedTuple):
 
 
 # region id, picture, box inside it, the whole record
-_RegionRecord = tuple[int, _Picture, Box, dict]
+_RegionRecord = tuple[int, _Picture, Box, GenomeRegion]
 # question id, picture, question, answer, what meta says of it
 _QuestionRecord = tuple[int, _Picture, str, str, dict[str, Any]]
 
@@ -177,124 +195,150 @@ class _Reader:
         region_input: str,
         report: ReadReport | None,
     ) -> None:
-        if region_input not in ("box", "mask"):
-            raise ValueError(f"expected region_input 'box' or 'mask', got {region_input!r}")
+        check_region_input(region_input)
         self.root = root
         self.image_ids = None if image_ids is None else frozenset(image_ids)
         self.report = ReadReport() if report is None else report
         self.left_out: set[int] = set()  # ids of regions
         self.pictures = self._pictures()
-        self.masks = read_json(root / "region_masks.json", dict) if region_input == "mask" else None
+        self.region_input = region_input
+        self.masks = read_json(root / "region_masks.json", dict, unique_keys=True) if region_input == "mask" else {}
 
     def mapping(self) -> dict[int, int]:
-        """Region id by question id."""
-        name = "qa_to_region_mapping.json"
-        mapping = read_json(self.root / name, dict)
-        if not all(key.isdecimal() and type(value) is int for key, value in mapping.items()):
-            raise wrong(self.root / name, "whole numbers {'question id': region id}", mapping)
-        return {int(key): value for key, value in mapping.items()}
+        """Region id by question id; what is no such pair is counted.
+
+        Raises:
+            ValueError: If the file is no JSON object, or has a question twice.
+        """
+        path = self.root / "qa_to_region_mapping.json"
+        found = []
+        for key, value in read_json(path, dict, unique_keys=True).items():
+            if key.isdecimal() and len(key) < 20 and type(value) is int:
+                found.append((int(key), value))
+            else:
+                self.report.leave_out(f"in {path.name} of another form, left out", ascii(key)[:100])
+        mapping = dict(found)
+        if len(mapping) < len(found):
+            refuse_repeated((qa_id for qa_id, _ in found), f"{path}: ids of questions")
+        return mapping
 
     def regions(self, wanted: Collection[int] | None = None) -> Iterator[_RegionRecord]:
         """The regions (or the wanted ones) with an area inside a known picture; each id once."""
-        path = self.root / "region_descriptions.json"
         seen: set[int] = set()
-        for image_id, record in self._records(path.name, "regions"):
-            region_id = integer(path, record, "region_id", "id")
+        for image_id, region_id, record in self._records("region_descriptions.json", "regions", "region_id"):
             if wanted is not None and region_id not in wanted:
                 continue
-            picture, box = self.pictures.get(image_id), None
-            if picture is None:
-                self.report.add("of an unknown image, left out", region_id)
-            elif region_id in seen:
-                self.report.add("with a repeated id, left out", region_id)
+            if (picture := self.pictures.get(image_id)) is None:
+                self.report.add(UNKNOWN_IMAGE, region_id)
+                self.left_out.add(region_id)
                 continue
-            else:
-                seen.add(region_id)
-                box = self._clamped(path, record, picture, region_id)
+            if region_id in seen:
+                self.report.leave_out(REPEATED, region_id)
+                continue
+            seen.add(region_id)
+            region = self._checked(record, GenomeRegion, f"region {region_id}")
+            box = None
+            if region is not None:
+                box = (region.x, region.y, region.width, region.height)
+                box = clamped(box, picture.width, picture.height, self.report, region_id)
             if box is None:
                 self.left_out.add(region_id)
             else:
                 self.left_out.discard(region_id)  # listed for an unknown image too
-                yield region_id, picture, box, record
+                yield region_id, picture, box, region
 
     def questions(self, mapping: dict[int, int], mapped: bool) -> Iterator[_QuestionRecord]:
         """The answered questions that are in the mapping, or those that are not; each id once."""
-        path = self.root / "question_answers.json"
         seen: set[int] = set()
-        for image_id, record in self._records(path.name, "qas"):
-            qa_id = integer(path, record, "qa_id", "id")
+        for image_id, qa_id, record in self._records("question_answers.json", "qas", "qa_id"):
             if (qa_id in mapping) != mapped:
                 continue
-            question, answer = text(path, record, "question"), text(path, record, "answer")
             if image_id not in self.pictures:
-                self.report.add("questions on an unknown image, left out", qa_id)
-            elif qa_id in seen:
-                self.report.add("questions with a repeated id, left out", qa_id)
-            elif not (question and answer):
-                self.report.add("questions without text or answer, left out", qa_id)
-            else:
-                seen.add(qa_id)
-                kind = {"type": record["type"]} if "type" in record else {}
-                yield qa_id, self.pictures[image_id], question, answer, {"qa_id": qa_id, **kind}
+                self.report.add(ON_UNKNOWN_IMAGE, qa_id)
+                continue
+            if qa_id in seen:
+                self.report.leave_out(REPEATED_QUESTION, qa_id)
+                continue
+            if (row := self._checked(record, GenomeQuestion, f"question {qa_id}")) is None:
+                continue
+            question = usable_text(row.question, self.report, qa_id, NO_ANSWER)
+            if question is None or (answer := usable_text(row.answer, self.report, qa_id, NO_ANSWER)) is None:
+                continue
+            seen.add(qa_id)
+            kind = {"type": row.type} if row.type and is_utf8(row.type) else {}
+            yield qa_id, self.pictures[image_id], question, answer, {"qa_id": qa_id, **kind}
 
-    def region(self, region_id: int, picture: _Picture, box: Box) -> Region:
-        """The region in the form asked for."""
-        if self.masks is None:
-            return Region.from_box(*box)
-        path = self.root / "region_masks.json"
-        if (rle := self.masks.get(str(region_id))) is None:
-            raise ValueError(f"{path} has no mask for region {region_id}; use region_input='box'")
-        try:
-            region = Region.from_rle(rle)
-        except ValueError as error:
-            raise ValueError(f"{path}: mask of region {region_id}: {error}") from error
-        size = [picture.height, picture.width]
-        if list(rle["size"]) != size:
-            raise wrong(path, f"the mask of region {region_id} of size {size} (h, w)", rle["size"])
-        return region
+    def region(self, region_id: int, picture: _Picture, box: Box) -> Region | str:
+        """The region in the form asked for, or the reason why its mask cannot be used."""
+        return region_of(self.masks.get(str(region_id)), box, (picture.height, picture.width), self.region_input)
 
-    def _clamped(self, path: Path, record: dict, picture: _Picture, region_id: int) -> Box | None:
-        """The box inside the picture's stated size, or None when nothing is left of it."""
+    def _checked(self, record: dict, kind: type[T], name: str) -> T | None:
+        """A record as what it must be; None, counted, if it is something else."""
         try:
-            box = [record[name] for name in ("x", "y", "width", "height")]
-            return clamped(box, picture.width, picture.height, self.report, region_id)
-        except KeyError as error:
-            raise ValueError(f"{path}: region {region_id} has no {error}; expected pixels") from None
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            return msgspec.convert(record, kind)
+        except INVALID as error:
+            self.report.leave_out(MALFORMED, f"{name}: {problem(error)}")
+            return None
 
     def _pictures(self) -> dict[int, _Picture]:
+        """The images by id; what is no image is counted."""
         path = self.root / "image_data.json"
-        entries = stream_json(path)
         folders = Folders(self.root, _IMAGE_FOLDERS)
-        pictures = {}
-        for entry in entries:
-            image_id = integer(path, entry, "image_id", "id")
-            width, height = (integer(path, entry, name) for name in ("width", "height"))
-            pictures[image_id] = _Picture(
-                image_id, width, height, _file_of(image_id, text(path, entry, "url"), folders)
-            )
+        images = ReadReport()
+        found: list[_Picture] = []
+        for number, entry in enumerate(stream_json(path)):
+            try:
+                image = msgspec.convert(entry, GenomeImage)
+            except INVALID as error:
+                images.leave_out(MALFORMED, f"entry {number}: {problem(error)}")
+                continue
+            image_id = image.id if image.image_id is None else image.image_id
+            if image_id is None or not is_name(image.url or ""):
+                images.leave_out(MALFORMED, f"entry {number}: expected image_id, a whole number, and url, a name")
+                continue
+            images.add(READ, image_id)
+            found.append(_Picture(image_id, image.width, image.height, _file_of(image_id, image.url or "", folders)))
+        if images.unusable:
+            images.finish(f"{path}: images")
+            images.examples.pop(READ, None)
+            self.report.note(images, "images")
+        pictures = {picture.id: picture for picture in found}
+        if len(pictures) < len(found):
+            refuse_repeated((picture.id for picture in found), f"{path}: ids of images")
         return pictures
 
-    def _records(self, name: str, key: str) -> Iterator[tuple[int, dict]]:
-        """(image id, record) of a file with a list `key` for each image, for the images asked for.
+    def _records(self, name: str, key: str, id_name: str) -> Iterator[tuple[int, int, dict]]:
+        """(image id, record's id, record) of a file with a list `key` for each image, for the images asked for.
 
-        Versions differ: the image is `image_id` in each record, or `image` (1.0), or else
-        `image_id` or `id` of the entry that the record is in.
+        Versions differ: the image is `image_id` in each record, or `image` (1.0), or else `image_id` or `id` of the
+        entry that the record is in; the record's id is `id_name`, or `id` (1.0).
         """
-        path = self.root / name
-        for entry in stream_json(path):
+        for number, entry in enumerate(stream_json(self.root / name)):
             if not isinstance(entry, dict) or not isinstance(entry.get(key), list):
-                raise wrong(path, f"a list {key!r} for each image", entry)
-            of_entry = entry.get("image_id", entry.get("id"))
+                self.report.leave_out(NO_LIST, f"entry {number} of {name}: expected an object with a list {key!r}")
+                continue
+            of_entry = _first(entry, "image_id", "id")
             for record in entry[key]:
                 if not isinstance(record, dict):
-                    raise wrong(path, f"objects in {key!r}", record)
-                image_id = record.get("image_id", record.get("image", of_entry))
+                    self.report.leave_out(MALFORMED, f"a record in entry {number} of {name}: expected an object")
+                    continue
+                image_id, record_id = _first(record, "image_id", "image"), _first(record, id_name, "id")
+                image_id = of_entry if image_id is None else image_id
                 if type(image_id) is not int:
-                    raise wrong(path, "a whole number 'image_id' in a record", record)
-                if self.image_ids is None or image_id in self.image_ids:
-                    yield image_id, record
+                    self.report.leave_out(NO_IMAGE_ID, f"a record in entry {number} of {name}")
+                elif self.image_ids is not None and image_id not in self.image_ids:
+                    continue
+                elif type(record_id) is not int or abs(record_id) > _LARGEST_ID:
+                    expected = f"expected {id_name}, a whole number of 64 bits"
+                    self.report.leave_out(MALFORMED, f"a record in entry {number} of {name}: {expected}")
+                else:
+                    yield image_id, record_id, record
+
+
+def _first(record: dict, name: str, other: str) -> Any:
+    """The value under a name, or else under its other name."""
+    value = record.get(name)
+    return record.get(other) if value is None else value
 
 
 def _file_of(image_id: int, url: str, folders: Folders) -> str:

@@ -1,6 +1,7 @@
 """Predictions of ours and of others: joined by id, and never scored when something does not fit."""
 
 import json
+import re
 
 import pytest
 
@@ -124,3 +125,71 @@ def test_an_unanswered_sample_is_missing(tmp_path):
     with pytest.raises(ValueError, match="no image file x.png"):
         read_predictions(write(tmp_path / "p.jsonl", rows))
     assert len(read_predictions(tmp_path / "p.jsonl", allow_missing=True)[0]) == 1
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"references": [""]}, "1 has no list of 'references', texts that are not empty"),
+        ({"references": ["a", " "]}, "1 has no list of 'references'"),
+        ({"references": ["a", 5]}, "1 has no list of 'references'"),
+        ({"references": [["a"]]}, "1 has no list of 'references'"),
+        ({"id": None}, "expected an id"),
+        ({"id": [1]}, "expected an id"),
+        ({"prediction": {"a": 1}}, "prediction of 1"),
+        ({"question": 5}, "1: question: expected text or null, got a whole number"),
+        ({"image": 5}, "1: image: expected text or null"),
+        ({"region": [1]}, "1: region: expected an object or null"),
+        ({"meta": [1]}, "1: meta: expected an object or null, got a list"),
+        ({"meta": {"area": "0.1"}}, "1: meta.area: expected a number or null, got text"),
+        ({"meta": {"area": True}}, "1: meta.area: expected a number or null"),
+        ({"meta": {"area": -1}}, "1: meta.area: expected a number >= 0"),
+        ({"meta": {"area": 5000}}, "1: meta.area: expected a number <= 1"),
+        ({"meta": {"same_class": "1"}}, "1: meta.same_class: expected a whole number"),
+        ({"meta": {"image_id": [1]}}, "1: meta.image_id"),
+        ({"meta": {"type": 5}}, "1: meta.type"),
+        ({"meta": {"area": float("nan")}}, "line 1: a number that is NaN or infinite"),
+        ({"prediction": "\ud800"}, "line 1: text that is not UTF-8"),
+        ({"meta": json.loads("[" * 300 + "]" * 300)}, "line 1: nested more than 100 levels deep"),
+    ],
+)
+def test_fields_of_other_types_are_named(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        read_predictions(write(tmp_path / "p.jsonl", [{**ROWS[0], **changes}, ROWS[1]]))
+    assert "p.jsonl" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_fields_that_are_null_are_those_that_are_not_there(tmp_path):
+    nulls = dict.fromkeys(("question", "image", "region", "prompt", "cut", "error", "meta"))
+    (record, _), notes = read_predictions(write(tmp_path / "p.jsonl", [{**ROWS[0], **nulls}, ROWS[1]]))
+    assert (record["prediction"], record["meta"], notes) == ("a cat", {}, [])
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"7": [""]}, "7 has no reference, text that is not empty"),
+        ({"7": [{"caption": " "}]}, "7 has no reference"),
+        ([{"id": 7, "references": ["a"]}, {"id": "7", "references": ["b"]}], r"ids of references must differ.* \(7\)"),
+        ({**COCO, "annotations": COCO["annotations"] * 2}, r"ids of annotations must differ.* \(1, 2, 7\)"),
+        ({**MDETR, "images": MDETR["images"] * 2}, r"ids of images must differ.* \(7, 9\)"),
+        ({"annotations": [{"caption": "x", "image_id": 7}], "images": 5}, "expected a list of images, got 5"),
+        ('{"7": ["a"], "7": ["b"]}', "keys of an object must differ"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"7": ' * 100_000, "nested too deeply"),
+        ("5", "expected a list, or an object a line, got 5"),
+    ],
+)
+def test_references_that_cannot_be_told_apart_are_refused(tmp_path, content, message):
+    file = tmp_path / "r.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=message) as caught:
+        read_references(file)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json"])
+def test_a_byte_order_mark_is_ignored(tmp_path, name):
+    file = write(tmp_path / name, ROWS)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert len(read_predictions(file)[0]) == 2

@@ -157,3 +157,149 @@ def test_zero_stage_0_in_16_bits_is_refused(tmp_path, stage, is_refused):
     with expected:
         region_text_arguments.parse_args([str(recipe), *REQUIRED, "--use_cpu", "true", "--bf16", "true"])
     region_text_arguments.parse_args([str(recipe), *REQUIRED])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("turn_weights: null", r"turn_weights: expected a value, got null; leave the key out for its default, \[\]"),
+        ("max_turns: null", "max_turns: expected a value, got null"),
+        ("max_turns: many", "max_turns: expected a whole number of up to 32 bits, got 'many'"),
+        ("max_turns: 2.5", "max_turns: expected a whole number"),
+        ("max_turns: true", "max_turns: expected text or a number, got true"),
+        ("max_turns: [1]", "max_turns: expected one value, got a list"),
+        ("max_turns: {a: 1}", "max_turns: expected one value or a list, got a mapping"),
+        ("max_turns: 99999999999999999999", "max_turns: expected a whole number of up to 32 bits"),
+        ("max_turns: 2001-01-01", "max_turns: expected text or a number, got date"),
+        ("learning_rate: 1e400", "learning_rate: expected a finite number, got '1e400'"),
+        ("learning_rate: .inf", "learning_rate: expected a finite number"),
+        ("learning_rate: .nan", "learning_rate: expected a finite number"),
+        ("learning_rate: high", "learning_rate: expected a finite number, got 'high'"),
+        ("learning_rate: -1.0e-3", "learning_rate: expected 0 or more, got -0.001"),
+        ("max_steps: -5", "max_steps: expected 1 or more, or -1"),
+        ("max_steps: 0", "max_steps: expected 1 or more, or -1"),
+        ("num_train_epochs: -1", "num_train_epochs: expected 0 or more"),
+        ("per_device_train_batch_size: 0", "per_device_train_batch_size: expected 1 or more"),
+        ("gradient_accumulation_steps: 0", "gradient_accumulation_steps: expected 1 or more"),
+        ("warmup_steps: -1", "warmup_steps"),
+        ("label_smoothing_factor: 2", "label_smoothing_factor: expected a number from 0 to 1"),
+        ("seed: -1", "seed: expected a number from 0 to"),
+        ("dataloader_num_workers: -1", "dataloader_num_workers: expected a number from 0 to 1024"),
+        ("lora_r: 2\nlora_alpha: .nan", "lora_alpha: expected a finite number"),
+        ("lora_r: 2\nlora_alpha: -1", "lora_alpha: expected a number above 0"),
+        ("lora_r: 2\nlora_dropout: 1.5", "lora_dropout: expected a number from 0 to below 1"),
+        ("lr_scheduler_type: steep", "lr_scheduler_type: .*steep"),
+        ("bf16: maybe", "bf16: .*maybe"),
+        ("bf16: [true]", "bf16: expected one value, got a list"),
+        ("wordings: [own]", "wordings: expected one value, got a list"),
+        ("wordings: 5", "wordings: expected text, got the number 5; put it in quotes"),
+        ("wordings: {own: 1}", "wordings: expected one value or a list, got a mapping"),
+        ('wordings: "a\\0b"', "wordings: expected text without NUL characters"),
+        ("turn_kinds: [[left]]", "turn_kinds: expected text or a number, got list"),
+        ("turn_kinds: [null]", "turn_kinds: expected text or a number, got NoneType"),
+        ("turn_weights: [left=1e400]", "turn_weights: expected NAME=NUMBER"),
+        ("turn_weights: [left=1, left=2]", "turn_weights: 'left' is given twice"),
+        ("turn_weights: [=1]", "turn_weights: expected NAME=NUMBER"),
+        ("accelerator_config: {speed: 1}", "accelerator_config: unknown keys speed"),
+        ("parallelism_config: 5", "parallelism_config: it cannot be set in a recipe"),
+        ("deepspeed: {a: 1}", "deepspeed: expected one value or a list, got a mapping"),
+        ("max_turns: 1\nmax_turns: 2", "line 2, column 1, is not YAML: a repeated key: 'max_turns'"),
+        ("1: 2", "is not YAML: expected text as the key: '1'"),
+        ("null: 2", "is not YAML: expected text as the key"),
+        ("? [a]\n: 2", "is not YAML: expected text as the key"),
+        ("a: &a {b: 1}\nc: {<<: *a}", "is not YAML: expected text as the key: '<<'"),
+        ("a: 2001-13-45", "a value cannot be read: month must be"),
+        ("a: !!int x", "is not YAML: a value cannot be read"),
+        ("a: !!bool x", "is not YAML: a value cannot be read"),
+        ("a: !!timestamp x", "is not YAML: a value cannot be read"),
+        ("a: !!python/object:os.system x", "is not YAML: could not determine a constructor"),
+        ("a: " + "9" * 5000, "is not YAML: a value cannot be read: Exceeds the limit"),
+        ("a: " + "[" * 5000, "5,000 opening brackets"),
+        ("a: " + "{b: " * 1000, "is not YAML: nested too deeply"),
+        ("a: x\0y", "is not YAML: .*special characters"),
+        ("a: &a [*a]", "over 10,000 values"),
+        (
+            "x: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+            + "".join(f"y{i}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 10)}]\n" for i in range(9)),
+            "over 10,000 values",
+        ),
+        ("# " + "x" * 70_000, "over 65,536 bytes"),
+        (b"a: \xff", "is not UTF-8 at byte 3"),
+        (b"", "expected 'key: value' lines, got NoneType"),
+    ],
+)
+def test_recipes_of_other_forms_are_named_by_key(tmp_path, content, message):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_args([str(recipe), *REQUIRED])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_what_is_no_recipe_is_named(tmp_path):
+    (tmp_path / "r.yaml").mkdir()
+    for recipe in (tmp_path / "r.yaml", tmp_path / "none.yaml"):
+        with pytest.raises(ValueError, match=f"recipe not found, or not a file: {recipe}"):
+            parse_args([str(recipe), *REQUIRED])
+
+
+def test_a_recipe_takes_what_the_flags_take(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_bytes(
+        b"\xef\xbb\xbfmodel: A\ndata: D\noutput_dir: O\nlearning_rate: 2e-5\nmax_turns: '3'\nturn_weights: left=2\n"
+        b"lora_alpha: null\nlr_scheduler_kwargs: {num_cycles: 1}\nplan: 'yes'\nreport_to: [none]\n"
+    )
+    model, data, training = parse_args([str(recipe)])
+    assert (data.data, training.learning_rate, data.max_turns, model.plan) == (["D"], 2e-5, 3, True)
+    assert data.turn_weights == ["left=2"] and training.lr_scheduler_kwargs == {"num_cycles": 1}
+
+
+@pytest.mark.parametrize("parse", [parse_args, region_text_arguments.parse_args])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learning_rate", "nan"], "--learning_rate[^:]*: expected a finite number, got 'nan'"),
+        (["--learning_rate", "inf"], "--learning_rate[^:]*: expected a finite number"),
+        (["--learning_rate", "-1"], "learning_rate: expected 0 or more"),
+        (["--max_steps", "-5"], "max_steps: expected 1 or more, or -1"),
+        (["--max_steps", "x"], "--max_steps[^:]*: expected a whole number"),
+        (["--lora_r", "2", "--lora_alpha", "nan"], "--lora_alpha[^:]*: expected a finite number"),
+        (["--lora_r", "1e3"], "--lora_r[^:]*: expected a whole number"),
+        (["--lora_r", "9" * 30], "--lora_r[^:]*: expected a whole number of up to 32 bits"),
+        (["--seed"], "--seed[^:]*: expected one argument"),
+        (["--box_jitter", "nan"], "--box_jitter[^:]*: expected a finite number"),
+        (["--max_missing", "nan"], "--max_missing[^:]*: expected a finite number"),
+        (["--device_tflops", "0"], "device_tflops: expected a number above 0"),
+        (["--lr_scheduler_type", "x"], "lr_scheduler_type"),
+    ],
+)
+def test_flags_of_other_forms_are_named(parse, flags, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        parse([*REQUIRED, *flags])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is not whole JSON"),
+        ("[]", "expected a JSON dict"),
+        ('{"zero_optimization": 5}', "zero_optimization: expected an object, got a whole number"),
+        ('{"zero_optimization": {"stage": "2"}}', "zero_optimization.stage: expected a whole number, got text"),
+        ('{"zero_optimization": {"stage": 9}}', "zero_optimization.stage: expected a whole number <= 3"),
+        ('{"optimizer": []}', "optimizer: expected an object or null"),
+        ('{"bf16": true}', "bf16: expected an object or null"),
+        ('{"bf16": {}, "bf16": {}}', "keys of an object must differ"),
+        ('{"gradient_clipping": NaN}', "NaN or infinite"),
+        ("{" + '"a": {' * 200 + "}" * 201, "nested more than 100"),
+        ('{"a": ' * 100_000, "nested too deeply"),
+    ],
+)
+@pytest.mark.parametrize("as_flag", [True, False])
+def test_deepspeed_files_of_other_forms_are_named(tmp_path, content, message, as_flag):
+    file, recipe = tmp_path / "own.json", tmp_path / "r.yaml"
+    file.write_text(content)
+    recipe.write_text("max_turns: 1" if as_flag else f"deepspeed: {file}")
+    with pytest.raises(ValueError, match=message) as caught:
+        parse_args([str(recipe), *REQUIRED, *(["--deepspeed", str(file)] if as_flag else [])])
+    assert str(file) in str(caught.value) or str(recipe) in str(caught.value)

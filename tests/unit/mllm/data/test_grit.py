@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from mllm.data import grit
+from mllm.data import grit, masks
 from mllm.data.grit import read_grit
 from mllm.data.records import CLAMPED, NO_AREA, READ, ReadReport
 from mllm.data.samples import TarMember
@@ -139,13 +139,13 @@ def test_a_box_over_the_edge_is_clamped_and_counted(tmp_path):
 @pytest.mark.parametrize(
     "bad, reason",
     [
-        ("x", grit.BAD_MASK),
-        ({"size": [HEIGHT, WIDTH], "counts": "zzzz"}, grit.BAD_MASK),
-        ({"size": [HEIGHT, WIDTH], "counts": [1, 2]}, grit.BAD_MASK),
-        ({"size": [HEIGHT], "counts": [HEIGHT * WIDTH]}, grit.BAD_MASK),
-        ({"size": [10**9, 10**9], "counts": [0, 10**18]}, grit.BAD_MASK),
-        (rle(np.zeros((HEIGHT, WIDTH))), grit.EMPTY_MASK),
-        (rle(filled(0, 0, 5, 5, WIDTH, HEIGHT)), grit.OTHER_SIZE),
+        ("x", masks.BAD_MASK),
+        ({"size": [HEIGHT, WIDTH], "counts": "zzzz"}, masks.BAD_MASK),
+        ({"size": [HEIGHT, WIDTH], "counts": [1, 2]}, masks.BAD_MASK),
+        ({"size": [HEIGHT], "counts": [HEIGHT * WIDTH]}, masks.BAD_MASK),
+        ({"size": [10**9, 10**9], "counts": [0, 10**18]}, masks.BAD_MASK),
+        (rle(np.zeros((HEIGHT, WIDTH))), masks.EMPTY_MASK),
+        (rle(filled(0, 0, 5, 5, WIDTH, HEIGHT)), masks.OTHER_SIZE),
     ],
 )
 def test_a_bad_mask_takes_its_region_with_it(tmp_path, bad, reason):
@@ -163,9 +163,9 @@ def test_no_mask_for_one_phrase_leaves_its_box(tmp_path):
     assert not left_out and [s.regions[0].kind for s in samples] == ["box", "box", "mask", "whole"]
 
 
-@pytest.mark.parametrize("masks", [[], [rle(DOG)], [rle(DOG), rle(MAT), rle(MAT)], "x", {"0": rle(DOG)}])
-def test_masks_that_could_be_shifted_are_dropped(tmp_path, masks):
-    write(tmp_path, record(seudo_masks=masks))
+@pytest.mark.parametrize("stated", [[], [rle(DOG)], [rle(DOG), rle(MAT), rle(MAT)], "x", {"0": rle(DOG)}])
+def test_masks_that_could_be_shifted_are_dropped(tmp_path, stated):
+    write(tmp_path, record(seudo_masks=stated))
     samples, left_out = read(tmp_path)
     assert left_out == {grit.OTHER_NUMBER: 1} and [s.regions[0].kind for s in samples] == ["box", "box", "whole"]
 

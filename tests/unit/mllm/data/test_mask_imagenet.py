@@ -7,8 +7,8 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from mllm.data import mask_imagenet
-from mllm.data.grit import BAD_MASK, EMPTY_MASK
 from mllm.data.index import RegionIndex
+from mllm.data.masks import BAD_MASK, EMPTY_MASK
 from mllm.data.prepare import index_mask_imagenet
 from mllm.data.records import CLAMPED, NO_AREA, READ, ReadReport
 from tests.tiny import noise_picture

@@ -195,3 +195,30 @@ def test_one_json_at_a_time(tmp_path):
     report = ReadReport()
     first = list(itertools.islice(find_pairs(tmp_path, report), 1))
     assert first[0].key == "0" and isinstance(first[0].image, TarMember) and not report.counts
+
+
+@pytest.mark.parametrize("make", [folder, lambda path, files: tar(path / "a.tar", files)])
+def test_a_json_that_is_too_large_is_left_out(tmp_path, monkeypatch, make):
+    make(tmp_path, FILES)
+    monkeypatch.setattr(picture_pairs, "LARGEST_RECORD", 5)
+    found, left_out, _ = pairs(tmp_path)
+    assert not found and left_out == {picture_pairs.TOO_LARGE: 4}
+
+
+def test_a_pipe_among_the_files_is_not_waited_for(tmp_path):
+    folder(tmp_path, FILES[:3])
+    (tmp_path / "1.png").write_bytes(picture(1))
+    os.mkfifo(tmp_path / "1.json")
+    assert pairs(tmp_path)[:2] == (["0"], {picture_pairs.NO_ACCESS: 1})
+
+
+@pytest.mark.parametrize("format_", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_have_a_largest_size(tmp_path, format_):
+    long = "/".join(["d" * 99] * 12)
+    files = [(f"{long}/0.json", "0"), (f"{long}/0.png", "0"), *FILES[3:6]]
+    tar(tmp_path / "0.tar", files, format=format_)
+    assert pairs(tmp_path)[:2] == (["1"], {picture_pairs.LONG_NAME: 2})
+    huge = "/".join(["d" * 99] * 700)  # its header alone is over the limit: what follows cannot be trusted
+    tar(tmp_path / "0.tar", [*FILES[:3], (f"{huge}/1.json", "1"), *FILES[3:6]], format=format_)
+    found, left_out, _ = pairs(tmp_path)
+    assert found == ["0"] and list(left_out) == [picture_pairs.CUT_SHORT]

@@ -9,7 +9,7 @@ import pytest
 
 from mllm.data import shapes, shapes_grit
 from mllm.data.index import RegionIndex
-from mllm.data.prepare import index_jsonl, make_index
+from mllm.data.prepare import OTHER_SIZES, index_jsonl, make_index
 from tests.tiny import noise_picture
 from vision_tower import Region
 
@@ -88,31 +88,35 @@ def test_splits_sizes_and_places_of_lines(tmp_path):
 @pytest.mark.parametrize(
     "meta, message",
     [
-        ({"split": 1}, "expected split in meta as text, got 1"),
-        ({"split": ""}, "expected split in meta"),
-        ({"type": None}, "expected type in meta"),
-        ({"width": 10}, r"width and height in pixels in meta, got \[10, None\]"),
-        ({"width": "10", "height": 8}, "width and height"),
-        (
-            {"width": 10, "height": 9},
-            r"p/a.png has one size, its lines and masks state \[\(10, 8\), \(10, 9\)\]",
-        ),
+        ({"split": 1}, "split: expected text or null, got a whole number"),
+        ({"split": ""}, "split: expected text of length >= 1"),
+        ({"type": 5}, "type: expected text or null"),
+        ({"width": "10", "height": 8}, "width: expected a whole number or null, got text"),
+        ({"width": 0, "height": 8}, "width: expected a whole number >= 1"),
     ],
 )
-def test_what_cannot_be_taken_of_a_line_is_named(tmp_path, meta, message):
+def test_what_cannot_be_taken_of_a_line_is_counted(tmp_path, meta, message):
     file = write(tmp_path, {"meta": {"width": 10, "height": 8}}, {"id": "bad", "meta": meta})
-    with pytest.raises(ValueError, match=message):
-        index_jsonl(file)
-    assert not (tmp_path / "mine.jsonl.region_index").exists()
+    record = index_jsonl(file)
+    (left_out,) = record["left_out"]["lines"].values()
+    assert record["regions"] == 1 and left_out["count"] == 1 and message in left_out["first"][0]
+
+
+@pytest.mark.parametrize("size", [{"width": 10}, {"width": 10, "height": 9}])
+def test_an_image_of_several_sizes_is_left_out(tmp_path, size):
+    lines = [{"meta": {"width": 10, "height": 8}}, {"meta": size}, {"image": "p/b.png"}]
+    record = index_jsonl(write(tmp_path, *lines))
+    assert record["pictures"] == 1 and record["left_out"]["lines"][OTHER_SIZES]["count"] == 1
+    assert "p/a.png" in record["left_out"]["lines"][OTHER_SIZES]["first"][0]
 
 
 def test_a_mask_states_the_size_of_its_picture(tmp_path):
-    masks = [{"region": Region.from_mask(np.ones((8, side))).to_json()} for side in (10, 11)]
-    index_jsonl(write(tmp_path, masks[0]))
+    stated = [{"region": Region.from_mask(np.ones((8, side))).to_json()} for side in (10, 11)]
+    index_jsonl(write(tmp_path, stated[0]))
     (facts,) = RegionIndex(tmp_path / "mine.jsonl").read([0])
     assert (facts.sample.meta["width"], facts.sample.meta["height"]) == (10, 8)
-    with pytest.raises(ValueError, match=r"masks state \[\(10, 8\), \(11, 8\)\]"):
-        index_jsonl(write(tmp_path, masks[0], {"id": "other", **masks[1]}))
+    record = index_jsonl(write(tmp_path, stated[0], {"id": "other", **stated[1]}))
+    assert record["left_out"]["lines"][OTHER_SIZES]["count"] == 1
 
 
 def test_layouts_are_told_apart(tmp_path):

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from mllm.data import shapes
+from mllm.data import masks, shapes
 from mllm.data.coco import read_captions
-from mllm.data.records import ReadReport
-from mllm.data.refcocog import read_hub_rows, read_pickle, read_refs
+from mllm.data.records import CLAMPED, ReadReport
+from mllm.data.refcocog import NO_TEXT, read_hub_rows, read_refs
 from mllm.data.visual_genome import read_regions
 from vision_tower import Region
 
@@ -49,7 +49,7 @@ def ref(ref_id, ann_id, sentences, split="val"):
         "file_name": f"COCO_train2014_000000000001_{ann_id}.jpg",
         "sent_ids": [ref_id + i for i in range(len(sentences))],
         "sentences": [
-            {"sent_id": ref_id + i, "sent": s, "raw": s, "tokens": s.split()} for i, s in enumerate(sentences)
+            {"sent_id": ref_id + i, "sent": s, "raw": s, "tokens": str(s).split()} for i, s in enumerate(sentences)
         ],
     }
 
@@ -82,16 +82,152 @@ def test_masks_from_polygons_and_rle(root):
     polygon, rle = first.regions[0].mask(50, 60), last.regions[0].mask(50, 60)
     expected = coco_mask.decode(coco_mask.frPyObjects([SQUARE], 50, 60))[..., 0]
     assert np.array_equal(polygon > 0.5, expected > 0) and rle.sum() == 150
-    with pytest.raises(ValueError, match="annotation 9 has no mask"):
-        list(read_refs(root, split="train", region_input="mask"))
+    assert left_out(root, split="train") == {masks.NO_MASK: ["ref 90"]}
 
 
-def test_a_mask_of_another_size_is_refused(root):
+def left_out(root, **kwargs):
+    """First ids by reason of what was not read, with masks asked for."""
+    report = ReadReport()
+    list(read_refs(root, **{"region_input": "mask", **kwargs}, report=report))
+    return {reason: examples for reason, examples in report.examples.items() if reason not in ("read", CLAMPED)}
+
+
+def change(root, what, row, **changes):
+    """Change a row of instances.json."""
     content = json.loads((root / "instances.json").read_text())
-    content["annotations"][1]["segmentation"]["size"] = [60, 50]
+    content[what][row].update(changes)
     (root / "instances.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="annotation 8.*its picture"):
-        list(read_refs(root, region_input="mask"))
+
+
+POINTS = [[10, 10], [30, 10], [30, 20], [10, 20]]
+
+
+@pytest.mark.parametrize(
+    "shape", [[SQUARE], SQUARE, [[], SQUARE], [SQUARE, [1, 1, 2, 2], []], [POINTS], POINTS, [[], POINTS, SQUARE]]
+)
+def test_polygons_in_every_nesting(root, shape):
+    change(root, "annotations", 0, segmentation=shape)
+    first, *_ = read_refs(root, region_input="mask")
+    assert first.regions[0].mask(50, 60).sum() == 200
+
+
+@pytest.mark.parametrize(
+    "shape, reason",
+    [
+        (None, masks.NO_MASK),
+        ([], masks.NO_MASK),
+        ([[]], masks.EMPTY_MASK),
+        ([[1, 1, 2, 2, 3, 3]], masks.EMPTY_MASK),
+        ([[1, 1]], masks.EMPTY_MASK),
+        ([["1", "1", "9", "1", "9", "9"]], masks.BAD_MASK),
+        ([[1, 1, 9, 1, 9]], masks.BAD_MASK),
+        ([[1, 1, 9, None, 9, 9]], masks.BAD_MASK),
+        ([[1, 1, 9, float("nan"), 9, 9]], masks.BAD_MASK),
+        ([[1, 1, 9, 10**400, 9, 9]], masks.BAD_MASK),
+        ([[1, 1, 9, 10**30, 9, 9]], masks.BAD_MASK),
+        ([[[1, 1], [9], [9, 9]]], masks.BAD_MASK),
+        ([5, [1, 2]], masks.BAD_MASK),
+        (json.loads("[" * 300 + "]" * 300), masks.BAD_MASK),
+        ("x", masks.BAD_MASK),
+        (7, masks.BAD_MASK),
+        ({"size": [60, 50], "counts": [0, 3000]}, masks.OTHER_SIZE),
+        ({"size": [50, 60], "counts": [3000]}, masks.EMPTY_MASK),
+        ({"size": [50, 60], "counts": "!"}, masks.BAD_MASK),
+        ({"size": [50, 60], "counts": [0, "3000"]}, masks.BAD_MASK),
+        ({"size": [50, True], "counts": [0, 50]}, masks.BAD_MASK),
+        ({"size": 5}, masks.BAD_MASK),
+    ],
+)
+def test_masks_that_cannot_be_used_are_counted(root, shape, reason):
+    change(root, "annotations", 0, segmentation=shape)
+    assert left_out(root) == {reason: ["ref 70"]}
+
+
+@pytest.mark.parametrize(
+    "what, row, changes, named",
+    [
+        ("annotations", 0, {"bbox": None}, "ref 70, annotation 7: bbox: expected a list, got null"),
+        ("annotations", 0, {"bbox": [1, 2]}, "bbox: expected a list of length 4"),
+        ("annotations", 0, {"bbox": [1, 2, "3", 4]}, "bbox[2]: expected a number, got text"),
+        ("annotations", 0, {"bbox": [1, 2, float("nan"), 4]}, "bbox[2]: expected a number"),
+        ("annotations", 0, {"bbox": [1, 2, True, 4]}, "bbox[2]: expected a number, got true or false"),
+        ("annotations", 0, {"bbox": [99, 99, 4, 4]}, "ref 70"),
+        ("annotations", 0, {"id": "7"}, "annotations[0]: expected an object with an id"),
+        ("annotations", 0, {"image_id": 2}, "ref 70: annotation 7 of image 1"),
+        ("images", 0, {"width": 0}, "image 1: width: expected a whole number >= 1"),
+        ("images", 0, {"height": 5.5}, "image 1: height: expected a whole number, got a number"),
+        ("images", 0, {"file_name": 5}, "file_name: expected text or null"),
+        ("images", 0, {"file_name": "a\0"}, "file_name: text without NUL"),
+        ("images", 0, {"file_name": "\ud800"}, "1"),
+        ("images", 0, {"file_name": None}, "1"),
+    ],
+)
+def test_rows_of_other_types_are_counted(root, what, row, changes, named):
+    change(root, what, row, **changes)
+    examples = [str(example) for found in left_out(root, region_input="box").values() for example in found]
+    assert any(named in example for example in examples), examples
+
+
+@pytest.mark.parametrize("what, key", [("images", 1), ("annotations", 7)])
+def test_two_rows_of_one_id_are_refused(root, what, key):
+    content = json.loads((root / "instances.json").read_text())
+    content[what].append(content[what][0])
+    (root / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"instances.json: ids of {what} must differ.* \({key}\)"):
+        list(read_refs(root))
+    (root / "c.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"c.json: ids of {what} must differ.* \({key}\)"):
+        list(read_captions(root / "c.json", root))
+
+
+def write_refs(root, refs):
+    (root / "refs(umd).p").write_bytes(pickle.dumps(refs, protocol=2))
+
+
+def test_repeated_refs_and_expressions_are_refused(root):
+    write_refs(root, [ref(70, 7, ["a"]), ref(70, 8, [])])
+    with pytest.raises(ValueError, match=r"values of ref_id must differ.* \(70\)"):
+        list(read_refs(root))
+    write_refs(root, [ref(70, 7, ["a", "b"]), ref(71, 8, ["c"])])
+    with pytest.raises(ValueError, match=r"values of sent_id must differ.* \(71\)"):
+        list(read_refs(root))
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_expressions_without_text_are_left_out(root, grouped):
+    write_refs(root, [ref(70, 7, ["a", " ", None, 5, "\ud800"]), ref(80, 8, []), ref(90, 9, [""])])
+    report = ReadReport()
+    (sample,) = read_refs(root, grouped=grouped, report=report)
+    assert sample.references == ("a",)
+    if grouped:
+        assert report.examples[NO_TEXT] == ["ref 80", "ref 90"]
+        assert report.counts[f"expressions {NO_TEXT}"] == 3 and report.unusable == 2
+    else:
+        assert report.examples[NO_TEXT] == ["sentence 71", "sentence 72", "ref 80", "sentence 90"]
+        assert report.unusable == 6
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        5,
+        {},
+        {"split": ["val"]},
+        {"split": "val"},
+        {**ref(99, 7, []), "sentences": None},
+        {**ref(99, 7, []), "sentences": {"a": 1}},
+        {**ref(99, 7, ["x"]), "ref_id": "99"},
+        {**ref(99, 7, ["x"]), "ann_id": None},
+        {**ref(99, 7, ["x"]), "ann_id": 10**30},
+        {**ref(99, 99, ["no such annotation"])},
+        {1: 2, "split": "val"},
+    ],
+)
+def test_a_bad_ref_is_counted_and_the_others_stay(root, bad):
+    write_refs(root, [bad, ref(70, 7, ["a"])])
+    report = ReadReport()
+    (sample,) = read_refs(root, report=report)
+    assert sample.id == "sent-70" and report.unusable == 1
 
 
 def test_unknown_splits_and_files_are_named(root):
@@ -99,53 +235,6 @@ def test_unknown_splits_and_files_are_named(root):
         list(read_refs(root, split="testA"))
     with pytest.raises(ValueError, match=r"refs\(google\).p is missing"):
         list(read_refs(root, split_by="google"))
-    refs = [ref(70, 99, ["no such annotation"])]
-    (root / "refs(umd).p").write_bytes(pickle.dumps(refs, protocol=2))
-    with pytest.raises(ValueError, match="ref 70 is about annotation 99"):
-        list(read_refs(root))
-
-
-class Evil:
-    def __reduce__(self):
-        import os
-
-        return os.mkdir, ("/tmp/this-must-never-be-made",)
-
-
-@pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.parametrize(
-    "content", [Evil(), [Evil()], {"a": np.float64(1)}, ReadReport()], ids=["call", "inside", "numpy", "class"]
-)
-def test_a_pickle_that_builds_anything_else_is_refused(tmp_path, protocol, content):
-    file = tmp_path / "refs(umd).p"
-    file.write_bytes(pickle.dumps(content, protocol=protocol))
-    with pytest.raises(ValueError, match="would be run"):
-        read_pickle(file)
-
-
-@pytest.mark.parametrize("protocol", range(3))
-def test_plain_content_comes_back(tmp_path, protocol):
-    content = [{"text": "caf\u00e9", "number": 10**20, "list": [1.5, None, True, ("a", 2)]}]
-    (tmp_path / "p").write_bytes(pickle.dumps(content, protocol=protocol))
-    assert read_pickle(tmp_path / "p") == content
-
-
-def test_python_2_strings(tmp_path):
-    """What Python 2's cPickle writes for [{'sent': 'caf\\xe9', 'raw': u'caf\\xe9'}], protocol 0 and 2."""
-    for content in (
-        b"(lp0\n(dp1\nS'sent'\np2\nS'caf\\xe9'\np3\nsS'raw'\np4\nVcaf\xe9\np5\nsa.",
-        b"\x80\x02]q\x00}q\x01(U\x04sentU\x04caf\xe9U\x03rawX\x05\x00\x00\x00caf\xc3\xa9ua.",
-    ):
-        (tmp_path / "p").write_bytes(content)
-        assert read_pickle(tmp_path / "p") == [{"sent": "caf\u00e9", "raw": "caf\u00e9"}]
-
-
-def test_a_cut_pickle_is_named(root):
-    file = root / "refs(umd).p"
-    for length in (0, 10, 300, file.stat().st_size - 1):
-        (root / "cut").write_bytes(file.read_bytes()[:length])
-        with pytest.raises(ValueError, match="damaged"):
-            read_pickle(root / "cut")
 
 
 MDETR = {
@@ -194,12 +283,17 @@ def test_grit_has_a_caption_in_each_annotation_and_masks_beside(tmp_path):
     mask = np.zeros((50, 60), np.uint8)
     mask[:2, 5:10] = 1
     rle = coco_mask.encode(np.asfortranarray(mask))
-    masks = tmp_path / "masks.json"
-    masks.write_text(json.dumps({"1": {"size": [50, 60], "counts": rle["counts"].decode()}}))
-    samples = read_captions(file, tmp_path, region_input="mask", masks=masks)
-    assert next(samples).regions[0].mask(50, 60).sum() == 10
-    with pytest.raises(ValueError, match="annotation 2 has no mask"):
-        next(samples)
+    beside = tmp_path / "masks.json"
+    beside.write_text(json.dumps({"1": {"size": [50, 60], "counts": rle["counts"].decode()}}))
+    report = ReadReport()
+    (sample,) = read_captions(file, tmp_path, region_input="mask", masks=beside, report=report)
+    assert sample.regions[0].mask(50, 60).sum() == 10 and report.examples[masks.NO_MASK] == [2]
+
+
+def test_two_annotations_of_one_expression_give_one_sample(tmp_path):
+    content = {**MDETR, "annotations": [*MDETR["annotations"], {**MDETR["annotations"][0], "id": 903}]}
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    assert [s.id for s in read_captions(tmp_path / "c.json", tmp_path)] == ["500", "501", "502"]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +301,7 @@ def test_grit_has_a_caption_in_each_annotation_and_masks_beside(tmp_path):
     [
         ([], "a JSON dict"),
         ({"images": [], "annotations": {}}, "'annotations'"),
-        ({"images": [{"id": "1"}], "annotations": []}, "'id', a whole number"),
+        ({"images": [{"id": "1"}], "annotations": []}, "images.0.: expected an object with an id"),
         ({**MDETR, "annotations": [{**MDETR["annotations"][0], "bbox": [1, 2, float("nan"), 3]}]}, "annotation 900"),
         ({**MDETR, "annotations": [{**MDETR["annotations"][0], "bbox": [1, 2]}]}, "annotation 900"),
     ],
@@ -260,3 +354,26 @@ def test_rows_of_the_hub(tmp_path):
     assert sample.open_image().size == (60, 50)
     with pytest.raises(ValueError, match="no parquet"):
         list(read_hub_rows(tmp_path / "none"))
+
+
+def test_rows_of_the_hub_of_other_types(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="comes with datasets; make setup installs it")
+    from pyarrow import parquet
+
+    good = {"image": {"bytes": b"x"}, "answer": ["a", " "], "bbox": [1.0, 1.0, 5.0, 5.0], "file_name": None}
+    changes = [{}, {"image": None}, {"image": {"bytes": None}}, {"answer": None}, {"answer": []}, {"answer": [None]}]
+    changes += [
+        {"bbox": None},
+        {"bbox": [1.0]},
+        {"bbox": [1.0, 1.0, 0.0, 5.0]},
+        {"bbox": [1.0, float("nan"), 1.0, 1.0]},
+    ]
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([good | change for change in changes]), file)
+    report = ReadReport()
+    (sample,) = read_hub_rows(tmp_path, report=report)
+    assert sample.references == ("a",) and report.unusable == 9
+    for content in (b"", b"PAR1", file.read_bytes()[:-20], file.read_bytes().replace(b"bbox", b"bcox")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="cannot read .*a.parquet"):
+            list(read_hub_rows(tmp_path))

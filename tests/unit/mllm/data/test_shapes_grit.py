@@ -94,7 +94,7 @@ def test_all_is_of_the_split_that_the_folder_names(tmp_path):
     index = RegionIndex(tmp_path / "x")
     assert index.rows("train").size == 0 and index.rows("test").size == len(index)
     (tmp_path / "x" / "dataset.json").write_text("{}")
-    with pytest.raises(ValueError, match="'split', text"):
+    with pytest.raises(ValueError, match="missing required field 'split'"):
         index_grit(tmp_path / "x")
 
 

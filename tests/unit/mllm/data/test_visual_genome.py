@@ -6,6 +6,7 @@ import logging
 import numpy as np
 import pytest
 
+from mllm.data import masks
 from mllm.data.visual_genome import (
     ReadReport,
     read_free_questions,
@@ -286,28 +287,35 @@ def test_pictures_are_opened_late_and_checked(small):
 def test_masks(small):
     rle = Region.from_box(1, 1, 6, 6).mask(80, 100) > 0
     write(small, region_masks={"1": Region.from_mask(rle).to_json()["rle"]})
-    samples = read_regions(small, region_input="mask")
-    assert next(samples).regions == (Region.from_mask(rle),)
-    with pytest.raises(ValueError, match="no mask for region 6"):
-        next(samples)
-    write(small, qa_to_region_mapping={"1": 1}, question_answers=[{"id": 1, "qas": [qa(1)]}])
-    (asked,) = read_region_questions(small, region_input="mask")
-    assert asked.regions == (Region.from_mask(rle),)
+    report = ReadReport()
+    (sample,) = read_regions(small, region_input="mask", report=report)
+    assert sample.regions == (Region.from_mask(rle),)
+    assert report.counts[masks.NO_MASK] == 1 and report.examples[masks.NO_MASK] == [6]
+    write(small, qa_to_region_mapping={"1": 1, "2": 6}, question_answers=[{"id": 1, "qas": [qa(1), qa(2, image_id=2)]}])
+    report = ReadReport()
+    (asked,) = read_region_questions(small, region_input="mask", report=report)
+    assert asked.regions == (Region.from_mask(rle),) and report.examples[masks.NO_MASK] == [2]
 
 
 @pytest.mark.parametrize(
-    ("rle", "message"),
+    ("rle", "reason"),
     [
-        ({"size": [100, 80], "counts": [5, 7995]}, r"region 1 of size \[80, 100\]"),
-        ({"size": [80, 100], "counts": [5, 5]}, "mask of region 1: the RLE is inconsistent"),
-        ({"size": [80, 100], "counts": [8000]}, "mask of region 1: the region is empty"),
-        ("zz", "mask of region 1: expected an RLE"),
+        ({"size": [100, 80], "counts": [5, 7995]}, masks.OTHER_SIZE),
+        ({"size": [80, 100], "counts": [5, 5]}, masks.BAD_MASK),
+        ({"size": [80, 100], "counts": [8000]}, masks.EMPTY_MASK),
+        ({"size": None, "counts": [8000]}, masks.BAD_MASK),
+        ({"size": [80, 100], "counts": [8000, 10**400]}, masks.BAD_MASK),
+        ("zz", masks.BAD_MASK),
+        ({}, masks.NO_MASK),
+        (None, masks.NO_MASK),
+        (5, masks.BAD_MASK),
     ],
 )
-def test_unusable_masks_are_named(small, rle, message):
+def test_unusable_masks_are_counted(small, rle, reason):
     write(small, region_masks={"1": rle})
-    with pytest.raises(ValueError, match=f"region_masks.json: .*{message}"):
-        next(read_regions(small, region_input="mask"))
+    report = ReadReport()
+    assert list(read_regions(small, region_input="mask", report=report)) == []
+    assert 1 in report.examples[reason]
 
 
 def test_what_cannot_be_asked_for(small):
@@ -329,34 +337,23 @@ MAPPING = "qa_to_region_mapping"
     ("name", "content", "message"),
     [
         (IMAGES, None, "is missing"),
-        (IMAGES, "[1]", "expected an object with 'image_id', got 1"),
-        (IMAGES, '[{"url": null}]', "expected 'image_id' or 'id', a whole number"),
-        (IMAGES, '[{"id": [1]}]', "expected 'image_id' or 'id', a whole number"),
-        (IMAGES, '[{"id": 1, "height": 2}]', "expected 'width', a whole number"),
-        (IMAGES, '[{"id": 1, "url": 5, "width": 2, "height": 2}]', "expected text in 'url'"),
+        (IMAGES, '[{"id": 1, "width": 5, "height": 5}, {"image_id": 1, "width": 5, "height": 5}]', r"images.*once .1."),
         (REGIONS, None, "is missing"),
         (REGIONS, '[{"id": 1, "regi', "cut short"),
         (REGIONS, b"[\xff\xfe]", "not whole JSON"),
         (REGIONS, "", "cut short"),
+        (REGIONS, "[", "cut short"),
+        (REGIONS, "[]]", "not whole JSON"),
+        (REGIONS, "[1 2]", "not whole JSON"),
+        (REGIONS, "[1,]", "not whole JSON"),
         (REGIONS, "{}", "expected a JSON list"),
-        (REGIONS, "[1]", "expected a list 'regions'"),
-        (REGIONS, '[{"id": 1}]', "expected a list 'regions'"),
-        (REGIONS, in_list("text"), "expected objects in 'regions', got 'text'"),
-        (REGIONS, '[{"regions": [{"region_id": 1}]}]', "expected a whole number 'image_id'"),
-        (REGIONS, in_list({"phrase": "x"}), "expected 'region_id' or 'id', a whole number"),
-        (REGIONS, in_list({"region_id": 1, "x": 1}), "region 1 has no 'y'"),
-        (REGIONS, in_list(region(1, x="0")), "in pixels as the box of 1, got .'0', 0, 5, 5."),
-        (REGIONS, in_list(region(1, width=None)), "in pixels as the box of 1, got .0, 0, None, 5."),
-        (REGIONS, in_list(region(1, y=float("nan"))), "not whole JSON"),
-        (REGIONS, in_list(region(1, phrase=["x"])), "expected text in 'phrase'"),
+        (REGIONS, "[" * 100_000, "nested too deeply"),
         (QAS, None, "is missing"),
-        (QAS, '[{"id": 1, "regions": []}]', "expected a list 'qas'"),
-        (QAS, in_list({"question": "x"}, key="qas"), "expected 'qa_id' or 'id'"),
-        (QAS, in_list(qa(1, answer=2), key="qas"), "expected text in 'answer'"),
         (MAPPING, None, "is missing"),
         (MAPPING, "[[1, 1]]", "expected a JSON dict"),
-        (MAPPING, '{"one": 1}', "expected whole numbers"),
-        (MAPPING, '{"1": "1"}', "expected whole numbers"),
+        (MAPPING, '{"1": 1, "1": 2}', "must differ"),
+        (MAPPING, '{"1": 1, "01": 2}', "must differ"),
+        (MAPPING, '{"1": ' * 100_000, "nested too deeply"),
     ],
 )
 def test_damaged_files_are_named(small, name, content, message):
@@ -371,6 +368,73 @@ def test_damaged_files_are_named(small, name, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         list(read_all(small))
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+NAN, HUGE = float("nan"), 10**30
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        (IMAGES, "[1]", "entry 0: expected an object, got a whole number"),
+        (IMAGES, '[{"url": null, "width": 5, "height": 5}]', "entry 0: expected image_id"),
+        (IMAGES, '[{"id": [1], "width": 5, "height": 5}]', "id: expected a whole number or null, got a list"),
+        (IMAGES, '[{"id": 1, "height": 2}]', "missing required field 'width'"),
+        (IMAGES, '[{"id": 1, "url": 5, "width": 2, "height": 2}]', "url: expected text or null, got a whole number"),
+        (IMAGES, '[{"id": 1, "width": 2, "height": 0}]', "height: expected a whole number >= 1"),
+        (REGIONS, "[1]", "entry 0 of region_descriptions.json: expected an object with a list 'regions'"),
+        (REGIONS, '[{"id": 1}]', "a list 'regions'"),
+        (REGIONS, in_list("text"), "a record in entry 0 of region_descriptions.json: expected an object"),
+        (REGIONS, '[{"regions": [{"region_id": 1}]}]', "a record in entry 0"),
+        (REGIONS, in_list({"phrase": "x"}), "expected region_id, a whole number"),
+        (REGIONS, in_list(region(HUGE)), "expected region_id, a whole number of 64 bits"),
+        (REGIONS, in_list(region(True)), "expected region_id, a whole number"),
+        (REGIONS, in_list({"region_id": 1, "x": 1}), "region 1: object missing required field 'y'"),
+        (REGIONS, in_list(region(1, x="0")), "region 1: x: expected a number, got text"),
+        (REGIONS, in_list(region(1, width=None)), "region 1: width: expected a number, got null"),
+        (REGIONS, in_list(region(1, width=True)), "region 1: width: expected a number, got true or false"),
+        (REGIONS, in_list(region(1, width=HUGE)), "region 1: width: expected a number <="),
+        (REGIONS, in_list(region(1, y=NAN)), "region 1: y: expected a number >="),
+        (REGIONS, in_list(region(1, y=-1)).replace("-1", "1e400"), "region 1: y: expected a number <="),
+        (REGIONS, in_list(region(1, phrase=["x"])), "region 1: phrase: expected text or null, got a list"),
+        (REGIONS, in_list(region(1, phrase="a \ud800")), "1"),
+        (QAS, '[{"id": 1, "regions": []}]', "a list 'qas'"),
+        (QAS, in_list({"question": "x"}, key="qas"), "expected qa_id"),
+        (QAS, in_list(qa(1, answer=2), key="qas"), "question 1: answer: expected text or null, got a whole number"),
+        (QAS, in_list(qa(1, type=[]), key="qas"), "question 1: type: expected text or null, got a list"),
+        (MAPPING, '{"one": 1}', "'one'"),
+        (MAPPING, '{"1": "1"}', "'1'"),
+    ],
+)
+def test_records_of_other_types_are_counted_and_named(small, name, content, named):
+    write(small, question_answers=[{"id": 1, "qas": [qa(1)]}], qa_to_region_mapping={"1": 1})
+    (small / f"{name}.json").write_text(content)
+    report = ReadReport()
+    read_all = read_region_questions if name in (QAS, MAPPING) else read_regions
+    assert list(read_all(small, report=report)) == []
+    assert any(named in str(example) for examples in report.examples.values() for example in examples)
+
+
+def test_one_bad_record_is_one_error(small):
+    bad = [region(i, **{"phrase": 5} if i % 2 else {}) for i in range(1, 31)]
+    write(small, region_descriptions=[{"id": 1, "regions": bad}, "text"])
+    report = ReadReport()
+    with pytest.raises(
+        ValueError, match="16 of 31 records cannot be used .at most 50% .*15 of another form, left out .ids reg"
+    ):
+        list(read_regions(small, report=report))
+    write(small, region_descriptions=[{"id": 1, "regions": bad}])
+    assert len(list(read_regions(small))) == 15  # half is not more than half
+    write(small, region_descriptions=[{"id": 1, "regions": bad[:19]}])  # too few to judge
+    assert len(list(read_regions(small))) == 9
+
+
+def test_a_byte_order_mark_is_ignored(small):
+    write(small, question_answers=[{"id": 1, "qas": [qa(1)]}], qa_to_region_mapping={"1": 1})
+    expected = list(read_region_questions(small))
+    for file in small.glob("*.json"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert list(read_region_questions(small)) == expected and expected
 
 
 def test_a_folder_in_place_of_a_file_is_named(small):
