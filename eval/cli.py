@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mllm.chat import add_model_arguments
-from mllm.command_line import exit_code
+from mllm.command_line import ArgumentParser, exit_code, say
 
 if TYPE_CHECKING:  # torch and Transformers wait until the arguments are read
     from eval.tasks import Task
@@ -29,9 +29,7 @@ INPUTS = ("box", "mask", "whole", "wrong", "blind", "crop", "blur", "red-box")  
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags of the command."""
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="run|score|compare|export|tasks")
     _add_run(commands.add_parser("run", help="put a task to a model, score the answers, write a report"))
     _add_score(commands.add_parser("score", help="score a file of predictions, of any system"))
@@ -100,10 +98,14 @@ def _add_scoring(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, or 2 for bad input."""
+    return exit_code(PROGRAM, lambda: _command(argv))
+
+
+def _command(argv: Sequence[str] | None) -> int:
     args = build_parser().parse_args(argv)
     args.command_line = shlex.join([PROGRAM, *(sys.argv[1:] if argv is None else argv)])
     commands = {"run": _run, "score": _score, "compare": _compare, "export": _export, "tasks": _tasks}
-    return exit_code(PROGRAM, lambda: commands[args.command](args))
+    return commands[args.command](args)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -215,21 +217,24 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from eval.compare import compare
+    from eval.compare import check_html, compare
 
+    if args.html:
+        check_html(args.html, reads=args.runs)
     comparison = compare([Path(run) for run in args.runs], seed=args.seed)
-    print(comparison.to_text())
+    say(comparison.to_text())
     if args.html:
         comparison.write_html(Path(args.html), args.data)
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
-    from eval.coco_format import write_coco
+    from eval.coco_format import check_coco, write_coco
     from eval.predictions import read_predictions
 
+    check_coco(args.out, reads=[args.predictions])
     write_coco(args.out, read_predictions(args.predictions)[0])
-    print(f"wrote {args.out / 'results.json'} and {args.out / 'annotations.json'}")
+    say(f"wrote {args.out / 'results.json'} and {args.out / 'annotations.json'}")
     return 0
 
 
@@ -257,21 +262,21 @@ def _tasks(args: argparse.Namespace) -> int:
 
 def print_metrics(metrics: dict, out: Path) -> None:
     """The numbers as people know them, times 100, with their intervals; then the inputs side by side."""
-    print(f"{metrics['task'] or 'predictions'}: {metrics['items']:,} items")
+    say(f"{metrics['task'] or 'predictions'}: {metrics['items']:,} items")
     for name, entry in metrics["metrics"].items():
         interval = "" if entry["low"] is None else f"  [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]"
-        print(f"  {name:<12}{100 * entry['value']:7.1f}{interval}")
+        say(f"  {name:<12}{100 * entry['value']:7.1f}{interval}")
     if len(metrics["inputs"]) > 1:
         first = next(iter(metrics["metrics"]))
-        print(f"does it look where it is told? {first} under each input:")
+        say(f"does it look where it is told? {first} under each input:")
         for name, entry in metrics["inputs"].items():
             shown = f"; of the region shown {100 * entry['shown'][first]['value']:.1f}" if "shown" in entry else ""
-            print(f"  {name:<12}{100 * entry['metrics'][first]['value']:7.1f}  ({entry['items']:,} items{shown})")
+            say(f"  {name:<12}{100 * entry['metrics'][first]['value']:7.1f}  ({entry['items']:,} items{shown})")
     for row in metrics["published"]:
-        print(f"  beside it: {row['system']}: METEOR {row['METEOR']}, CIDEr {row['CIDEr']} ({row['source']})")
+        say(f"  beside it: {row['system']}: METEOR {row['METEOR']}, CIDEr {row['CIDEr']} ({row['source']})")
     for note in metrics["notes"]:
-        print(f"note: {note}")
-    print(f"report: {out / 'report.html'}")
+        say(f"note: {note}")
+    say(f"report: {out / 'report.html'}")
 
 
 if __name__ == "__main__":

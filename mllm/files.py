@@ -123,12 +123,17 @@ def check_replaceable(path: StrPath, *, reads: Iterable[StrPath] = (), kind: str
         ValueError: If it is one of `reads`, was written by something else, or as `check_file`.
     """
     target = check_file(path)
-    for source in reads:
-        if target.exists() and os.path.exists(source) and os.path.samefile(target, source):
-            raise ValueError(f"{path} is read by this command and would be overwritten; choose another name")
+    check_unread(target, reads)
     if target.exists() and target.stat().st_size and not is_marked(target, kind):
         raise ValueError(f"{path} exists and was not written by this command; choose another name, or delete it")
     return target
+
+
+def check_unread(path: StrPath, reads: Iterable[StrPath]) -> None:
+    """Raise ValueError if a file is one of those that the command `reads`."""
+    for source in reads:
+        if os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+            raise ValueError(f"{path} is read by this command and would be overwritten; choose another name")
 
 
 def is_marked(path: StrPath, kind: str | None = None) -> bool:

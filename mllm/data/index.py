@@ -91,7 +91,7 @@ class RegionIndex:
         self.record = read_json(folder / "index.json", dict)
         if self.record.get("format") != FORMAT:
             raise ValueError(f"{folder} has format {self.record.get('format')}, this is for {FORMAT}; make it anew")
-        self.root = Path(root) if root is not None else (folder / self.record["root"]).resolve()
+        self.root = Path(root) if root is not None else Path(os.path.realpath(folder / self.record["root"]))
         try:
             self.pictures, self.regions = (
                 _datasets().Dataset.from_file(str(folder / f"{name}.arrow")) for name in ("pictures", "regions")
@@ -269,7 +269,7 @@ def _write(
     record = {
         "format": FORMAT,
         "made_of": made_of,
-        "root": os.path.relpath(root.resolve(), out.resolve()),
+        "root": os.path.relpath(os.path.realpath(root), os.path.realpath(out)),
         "turns_of_unknown_regions": sum(len(row.turns) for row in known.values() if not row.forms),
         **writer.close(),
         "left_out": {

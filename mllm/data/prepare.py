@@ -173,7 +173,7 @@ def index_jsonl(
         ValueError: If a line or its meta is damaged, or lines and masks state different sizes of a picture.
     """
     path = Path(path)
-    folder = path.resolve().parent
+    folder = Path(os.path.realpath(path)).parent  # `resolve` raises RuntimeError on a circular link
     reports = {} if reports is None else reports
     report = reports["lines"] = ReadReport()
     of_picture: dict[str, list[RegionSample]] = {}
