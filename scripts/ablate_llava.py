@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ablate_alpha_clip import OURS, RELEASED, Ablation
 from build_embedded_model import write_start
-from build_shapes_clip import RECIPES, ROOT
+from build_shapes_clip import RECIPES, ROOT, claim_work
 
 import mllm
 from eval.controls import references_of_shown_region, with_whole_image, with_wrong_region

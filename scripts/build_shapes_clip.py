@@ -74,11 +74,8 @@ def claim_work(work: Path) -> None:
     Raises:
         ValueError: If it holds anything else.
     """
-    claim_folder(
-        work,
-        "build",
-        known=lambda folder: any(any(folder.glob(f"{kind}_*/dataset.json")) for kind in ("grit", "shapes")),
-    )
+    scenes = ("grit_*/dataset.json", "shapes_*/dataset.json")
+    claim_folder(work, "build", known=lambda folder: any(any(folder.glob(pattern)) for pattern in scenes))
 
 
 def build_clip(work: Path, seed: int, scenes: int | None = None, flags: Sequence[str] = ()) -> int:
