@@ -219,11 +219,11 @@ def _score(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from eval.compare import check_html, compare
 
-    if args.html:
+    if args.html is not None:
         check_html(args.html, reads=args.runs)
     comparison = compare([Path(run) for run in args.runs], seed=args.seed)
     say(comparison.to_text())
-    if args.html:
+    if args.html is not None:
         comparison.write_html(Path(args.html), args.data)
     return 0
 

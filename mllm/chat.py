@@ -120,7 +120,7 @@ def _run(args: argparse.Namespace) -> int:
     region = region_from_arguments(args)
     if region is not None:
         region.mask(image.height, image.width)  # before the model is loaded: does it fit the picture?
-    if args.save_overlay:
+    if args.save_overlay is not None:
         check_overlay(args.save_overlay, reads=reads)
     chat = load_chat(args)
     if args.model is None and region is not None:
@@ -138,7 +138,7 @@ def _run(args: argparse.Namespace) -> int:
             "model": args.model or "embedded",
         }
         print(json_line(record))
-    if args.save_overlay:
+    if args.save_overlay is not None:
         conversation.save_overlay(args.save_overlay)
     return 0
 
@@ -160,7 +160,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
             or args.strength is not None
             or args.ask is not None
             or args.json
-            or args.save_overlay
+            or args.save_overlay is not None
         ):
             raise ValueError("--batch takes pictures, regions and questions from its file; leave the other flags out")
     elif args.output or args.batch_size is not None:

@@ -86,7 +86,7 @@ class Conversation:
                 return 2 if failed and not lines.isatty() else 0
             try:
                 self._line(line.strip())
-                if overlay and self.history:
+                if overlay is not None and self.history:
                     self.save_overlay(overlay)
             except (ValueError, OSError) as error:
                 failed = True

@@ -202,11 +202,12 @@ def work_folder(output: StrPath, kind: str) -> Iterator[Path]:
 
 
 def check_new(path: StrPath) -> None:
-    """Raise ValueError if anything is at `path`, be it a broken link."""
+    """Raise ValueError if anything is at `path`, be it a broken link, or nothing can be made there."""
     if not os.fspath(path):
         raise ValueError("cannot write an output without a name; give one")
     if os.path.lexists(path):
         raise ValueError(f"{path} exists; choose a new name or delete it")
+    _check_parent(path)
 
 
 def check_folder(
@@ -334,11 +335,23 @@ def _folder(path: StrPath, reads: Iterable[StrPath]) -> Path:
         raise ValueError(f"cannot write {path}: it is not a folder")
     if exists and not target.stat().st_mode & 0o222:
         raise ValueError(f"cannot write {path}: it is read-only")
+    _check_parent(target)
     for source in reads if exists else ():
         above = [Path(source).resolve(), *Path(source).resolve().parents] if os.path.exists(source) else []
         if any(os.path.samefile(folder, target) for folder in above):  # also where letters' case does not count
             raise ValueError(f"{path} is or contains {source}, which this command reads; choose another folder")
     return target
+
+
+def _check_parent(path: StrPath) -> None:
+    """Raise ValueError unless the folder that `path` will be made in, the next one above that is there, takes it."""
+    for above in Path(os.path.abspath(path)).parents:
+        if os.path.lexists(above):
+            if not above.is_dir():
+                raise ValueError(f"cannot write {path}: {above} is not a folder")
+            if not os.access(above, os.W_OK):
+                raise ValueError(f"cannot write {path}: {above} is read-only")
+            return
 
 
 def _entries(folder: Path) -> list[str]:

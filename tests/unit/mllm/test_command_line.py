@@ -48,7 +48,7 @@ def test_programming_errors_keep_their_traceback():
 
 
 @pytest.mark.parametrize(("error", "code"), [(BrokenPipeError(), 141), (OSError(errno.ENOSPC, "full"), 2)])
-@pytest.mark.parametrize("run", [lambda: print("x") or 0, lambda: chat.main(["--help"])])
+@pytest.mark.parametrize("run", [lambda: command_line.say("x") or 0, lambda: chat.main(["--help"])])
 def test_output_that_cannot_be_flushed(monkeypatch, error, code, run):
     class Closed(io.StringIO):
         def flush(self):
@@ -73,7 +73,7 @@ def test_a_closed_pipe_is_quiet_up_to_the_end(capfd):
         os.dup2(write, 1)
         stdout = os.fdopen(1, "w", closefd=False)
         command_line.sys.stdout = stdout
-        code = exit_code("p", lambda: print("x" * 100_000) or 0)
+        code = exit_code("p", lambda: say("x" * 100_000) or 0)
         try:
             stdout.flush()
         finally:
