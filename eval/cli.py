@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mllm.chat import add_model_arguments
-from mllm.command_line import add_max_errors, exit_code, say, too_many_errors
+from mllm.command_line import ArgumentParser, add_max_errors, exit_code, say, too_many_errors
 
 if TYPE_CHECKING:  # torch and Transformers wait until the arguments are read
     from eval.tasks import Task
@@ -29,9 +29,7 @@ INPUTS = ("box", "mask", "whole", "wrong", "blind", "crop", "blur", "red-box")  
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags of the command."""
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="run|score|compare|export|tasks")
     _add_run(commands.add_parser("run", help="put a task to a model, score the answers, write a report"))
     _add_score(commands.add_parser("score", help="score a file of predictions, of any system"))
@@ -248,21 +246,24 @@ def _write_scores(
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from eval.compare import compare
+    from eval.compare import check_html, compare
 
+    if args.html is not None:
+        check_html(args.html, reads=args.runs)
     comparison = compare([Path(run) for run in args.runs], seed=args.seed)
     say(comparison.to_text())
-    if args.html:
+    if args.html is not None:
         comparison.write_html(Path(args.html), args.data)
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
-    from eval.coco_format import write_coco
+    from eval.coco_format import check_coco, write_coco
     from eval.predictions import read_predictions
 
+    check_coco(args.out, reads=[args.predictions])
     write_coco(args.out, read_predictions(args.predictions)[0])
-    print(f"wrote {args.out / 'results.json'} and {args.out / 'annotations.json'}")
+    say(f"wrote {args.out / 'results.json'} and {args.out / 'annotations.json'}")
     return 0
 
 

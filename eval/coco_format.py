@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from mllm.files import check_file, check_replaceable, check_unread, locked, made_by, write_json
+
+RESULTS, ANNOTATIONS = "results.json", "annotations.json"
+_KIND = "COCO export"
 
 
 def write_coco(out: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -15,20 +20,38 @@ def write_coco(out: Path, records: Sequence[Mapping[str, Any]]) -> None:
     image names its sample's own id.
 
     Raises:
-        ValueError: If one of the files is there already.
+        ValueError: If one of the files is there already and this did not write it.
+        OSError: If they cannot be written.
     """
-    files = {name: out / name for name in ("results.json", "annotations.json")}
-    for file in files.values():
-        if file.exists():
-            raise ValueError(f"{file} is there already; choose another --out, or delete it")
+    check_coco(out)
     images, annotations, results = [], [], []
     for number, record in enumerate(records, 1):
         images.append({"id": number, "file_name": record.get("image", ""), "sample_id": record["id"]})
         results.append({"image_id": number, "caption": record["prediction"]})
         for text in record["references"]:
             annotations.append({"id": len(annotations) + 1, "image_id": number, "caption": text})
+    info = {"made_by": made_by(_KIND)}
+    # COCO's reader wants `licenses` and `type` beside the others
+    content = {"info": info, "licenses": [], "type": "captions", "images": images, "annotations": annotations}
     out.mkdir(parents=True, exist_ok=True)
-    # COCO's reader wants these two beside the others
-    content = {"info": {}, "licenses": [], "type": "captions", "images": images, "annotations": annotations}
-    files["annotations.json"].write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    files["results.json"].write_text(json.dumps(results, ensure_ascii=False), encoding="utf-8")
+    with locked(out):
+        check_coco(out)
+        # first the file that says whose both are: whenever this is killed, the same command can be rerun
+        write_json(out / ANNOTATIONS, content, indent=None)
+        write_json(out / RESULTS, results, indent=None)
+
+
+def check_coco(out: Path, *, reads: Iterable[str | os.PathLike] = ()) -> None:
+    """Raise ValueError unless the two files may be written into a folder: they are not there, or this wrote them, and
+    the command does not read them.
+
+    COCO's results are a list, which has no room for a marker: they are replaced only beside annotations that have it.
+    """
+    if not out.is_dir():
+        if os.path.lexists(out):
+            raise ValueError(f"cannot write {out}: it is not a folder")
+        return
+    check_replaceable(out / ANNOTATIONS, reads=reads, kind=_KIND)
+    check_unread(check_file(out / RESULTS), reads)
+    if (out / RESULTS).exists() and not (out / ANNOTATIONS).exists():
+        raise ValueError(f"{out / RESULTS} exists and was not written by this command; choose another folder")

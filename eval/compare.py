@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from eval.page import ordering_metric, p_value, picture_of, write_page
 from eval.predictions import read_predictions
 from eval.score import measure, picture_of_each
 from eval.tasks import CAPTION_METRICS, QUESTION_METRICS
+from mllm.files import check_replaceable
 
+_PAGE = "compare.html"
 _NAMED = 5  # ids named in a message
 _CHANGED = 24  # samples that are shown
 # Parts of a protocol that must agree. The number of items shows in the ids; the region's form is a difference between
@@ -90,17 +92,24 @@ class Comparison:
             image_root: Folder that the records' images are relative to; None takes the one that a run states.
 
         Raises:
-            ValueError: If the file cannot be written.
+            ValueError: If no file can be there, or one that this did not write is there.
+            OSError: If it cannot be written.
         """
+        check_html(path)
         root = self.image_root if image_root is None else image_root
         write_page(
             path,
-            "compare.html",
+            _PAGE,
             title=f"Comparison of {len(self.names)} runs",
             comparison=self,
             letters=[_letter(index) for index in range(len(self.names))],
             samples=[(sample, picture_of(sample.records[0], root)) for sample in self.changed],
         )
+
+
+def check_html(path: str | os.PathLike, *, reads: Iterable[str | os.PathLike] = ()) -> None:
+    """Raise ValueError unless a comparison may be written to a file: it is new or a comparison, and none of `reads`."""
+    check_replaceable(path, reads=reads, kind=_PAGE)
 
 
 def compare(

@@ -14,6 +14,7 @@ import jinja2
 from PIL import Image
 
 from mllm.data.samples import ImageSource, TarMember, load_image
+from mllm.files import made_by, write_file
 from mllm.overlay import draw_overlay
 from vision_tower import Region
 
@@ -36,22 +37,15 @@ class Picture(NamedTuple):
 
 
 def write_page(path: str | os.PathLike, template: str, **content: Any) -> None:
-    """Write `pages/TEMPLATE` filled with `content`; the file is there only when it is whole.
+    """Write `pages/TEMPLATE` filled with `content`, whole or not at all; its generator is `made_by(TEMPLATE)`.
 
     Raises:
-        ValueError: If the file cannot be written.
+        ValueError: If no file can be at `path`.
+        OSError: If the file cannot be written.
     """
-    path = Path(path)
-    text = _environment().get_template(template).render(**content)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # half a surrogate pair in a model's answer is no UTF-8: it is written as a reference, and shown as U+FFFD
-        temporary.write_bytes(text.encode("utf-8", "xmlcharrefreplace"))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = _environment().get_template(template).render(generator=made_by(template), **content)
+    # half a surrogate pair in a model's answer is no UTF-8: it is written as a reference, and shown as U+FFFD
+    write_file(path, text.encode("utf-8", "xmlcharrefreplace"))
 
 
 def picture_of(record: Mapping[str, Any], image_root: str | os.PathLike | None) -> Picture:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllm.command_line import add_max_errors, exit_code, say, too_many_errors
+from mllm.command_line import ArgumentParser, add_max_errors, exit_code, json_line, say, too_many_errors
 
 if TYPE_CHECKING:  # torch and Transformers wait until the arguments are read
     from vision_tower import Region
@@ -46,9 +45,7 @@ _REGION_HELP = {
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags of the command."""
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.add_argument("--image", metavar="FILE", help="the picture")
     region = parser.add_argument_group("region (one of these)").add_mutually_exclusive_group()
@@ -119,19 +116,19 @@ def _run(args: argparse.Namespace) -> int:
         return _batch(args)
     from mllm.conversation import Conversation
     from mllm.data.samples import load_image
-    from mllm.overlay import check_folder, keep_picture
+    from mllm.overlay import check_overlay
 
+    reads = files_read(args)
     image = load_image(args.image)
     region = region_from_arguments(args)
     if region is not None:
         region.mask(image.height, image.width)  # before the model is loaded: does it fit the picture?
-    if args.save_overlay:
-        check_folder(args.save_overlay)
-        keep_picture(args.image, args.save_overlay)
+    if args.save_overlay is not None:
+        check_overlay(args.save_overlay, reads=reads)
     chat = load_chat(args)
     if args.model is None and region is not None:
         warn_of_unknown_form(region)
-    conversation = Conversation(chat, args.image, image, region, args.max_new_tokens)
+    conversation = Conversation(chat, args.image, image, region, args.max_new_tokens, reads)
     if args.ask is None and not args.json:
         return conversation.run(sys.stdin, overlay=args.save_overlay)
     answer = conversation.ask(args.ask, stream=not args.json)
@@ -143,8 +140,8 @@ def _run(args: argparse.Namespace) -> int:
             "answer": answer,
             "model": args.model or "embedded",
         }
-        print(json.dumps(record, ensure_ascii=False))
-    if args.save_overlay:
+        print(json_line(record))
+    if args.save_overlay is not None:
         conversation.save_overlay(args.save_overlay)
     return 0
 
@@ -167,7 +164,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
             or args.strength is not None
             or args.ask is not None
             or args.json
-            or args.save_overlay
+            or args.save_overlay is not None
         ):
             raise ValueError("--batch takes pictures, regions and questions from its file; leave the other flags out")
     elif args.output or args.batch_size is not None or args.retry_failed:
@@ -199,6 +196,12 @@ def region_from_arguments(args: argparse.Namespace) -> Region | None:
                 raise ValueError(f"two strengths: {region.strength} in --{option} and --strength {args.strength}")
             return dataclasses.replace(region, strength=args.strength)
     return Region.whole() if args.whole else None
+
+
+def files_read(args: argparse.Namespace) -> list[str]:
+    """The files and folders that the flags name, which no output may replace."""
+    named = (args.image, args.batch, args.mask, args.rle, args.model, args.adapter, args.alpha_weights)
+    return [name for name in named if name]
 
 
 def warn_of_unknown_form(region: Region) -> None:
@@ -241,9 +244,9 @@ def load_chat(args: argparse.Namespace):
     attention = model.config.text_config._attn_implementation
     dtype = model.get_input_embeddings().weight.dtype  # BLIP-2 keeps its Q-Former in float32
     added = [f" | {what}: {value}" for what, value in _added(args).items() if value]
-    print(
+    say(
         f"model: {name} | device: {model.device} | dtype: {dtype} | attention: {attention}{''.join(added)}",
-        file=sys.stderr,
+        sys.stderr,
     )
     return RegionChat(model, processor)
 

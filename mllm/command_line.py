@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any, NoReturn, TextIO
+
+from mllm.files import one_line
 
 FAILED, BAD_INPUT, INTERRUPTED, CLOSED_PIPE = 1, 2, 128 + 2, 128 + 13  # the last two as a shell reports the signals
 _LONGEST = 1500  # characters of an error
 MAX_ERRORS = 0.5  # share of items that may fail before a command refuses to proceed
 _FEW_ERRORS = 20  # fewer never stop a command
+_NUMBER = re.compile(r"[-+.\d,]+")
 # C0 without tab and newline, DEL, C1 (an 8-bit escape sequence begins with one), and marks that turn the direction of
 # text around
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong and end with exit code 2; of values that look like options or lists, how they are
+        written.
+        """
+        if "expected one argument" in message:
+            option = message.removeprefix("argument ").split(":")[0].split("/")[-1]
+            message += f" (a value that begins with a minus is written with an equals sign: {option}=-5,3,60,39)"
+        elif message.startswith("unrecognized arguments:") and "--box" in self._option_string_actions:
+            if _NUMBER.fullmatch(message.split()[-1]):
+                message += " (numbers are written with commas and without spaces: --box=24,3,60,39)"
+        say_error(self.prog, f"{message}; see --help")
+        sys.exit(BAD_INPUT)
 
 
 def exit_code(program: str, run: Callable[[], int]) -> int:
@@ -27,21 +48,31 @@ def exit_code(program: str, run: Callable[[], int]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # file names may hold bytes that are not text
             stream.reconfigure(errors="backslashreplace")
+    log_to_terminal(logging.WARNING)
     try:
         try:
-            return run()
-        finally:
-            sys.stdout.flush()  # here, where a closed pipe is no news, not when the interpreter ends
+            return _exit_code(program, run)
+        finally:  # also after argparse's --help, which leaves by SystemExit
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        _forget_output()
+        return CLOSED_PIPE
+    except OSError as error:  # of the flush: what was printed went to a full disk, say
+        _forget_output()
+        say_error(program, f"cannot print the output: {one_line(error)}")
+        return BAD_INPUT
+
+
+def _exit_code(program: str, run: Callable[[], int]) -> int:
+    try:
+        return run()
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        _forget_closed_pipes()
-        return CLOSED_PIPE
+        raise
     except (ValueError, OSError) as error:
-        try:
-            say_error(program, str(error))
-        except BrokenPipeError:
-            _forget_closed_pipes()
+        say_error(program, one_line(error))
         return BAD_INPUT
 
 
@@ -72,12 +103,21 @@ def say_error(program: str, message: str) -> None:
     """Print an error as one line to stderr."""
     message = " ".join(message.split())
     shortened = message[:_LONGEST] + (" ..." if len(message) > _LONGEST else "")
-    print(f"{program}: error: {printable(shortened)}", file=sys.stderr)
+    try:
+        print(f"{program}: error: {printable(shortened)}", file=sys.stderr)
+    except BrokenPipeError:  # nobody reads it; the exit code says what happened
+        _forget_output()
 
 
 def say(text: object = "", file: TextIO | None = None) -> None:
     """Print text that may hold names and words of somebody else's files."""
     print(printable(str(text)), file=file)
+
+
+def json_line(record: Any) -> str:
+    """JSON in one line that a terminal can show: control characters are escaped, which means the same to a reader."""
+    text = json.dumps(record, ensure_ascii=False)
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def printable(text: str) -> str:
@@ -100,15 +140,16 @@ def log_to_terminal(level: int) -> None:
     logging.basicConfig(level=level, handlers=[handler])
 
 
-def _forget_closed_pipes() -> None:
-    """Let the interpreter's last flush of a stream that nobody reads go nowhere instead of failing."""
+def _forget_output() -> None:
+    """Let the interpreter's last flush go nowhere instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        except (OSError, ValueError, AttributeError):  # it is closed, or no file
-            continue
+        except (OSError, ValueError, AttributeError):
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            except (OSError, ValueError, AttributeError):  # closed, or no file
+                pass
 
 
 def stopping_signals() -> tuple[signal.Signals, ...]:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import TextIO
 
 from PIL import Image
@@ -15,9 +12,11 @@ from transformers import TextStreamer
 
 from mllm.answering import RegionChat, Turn
 from mllm.chat import REGION_OPTIONS
+from mllm.command_line import printable, say
 from mllm.data.samples import load_image
 from mllm.data.templates import DESCRIBE_REGION
-from mllm.overlay import check_folder, keep_picture, save_overlay
+from mllm.files import check_replaceable, made_by, one_line, write_json
+from mllm.overlay import check_overlay, save_overlay
 from vision_tower import Region
 
 HELP = """\
@@ -31,18 +30,44 @@ a line of text asks about the region; an empty line asks for its description
 /reset            forget the turns so far
 /help  /quit"""
 
+_KIND = "conversation"
+
+
+class _PrintableStreamer(TextStreamer):
+    """Prints an answer as it comes, without what a terminal would obey."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(printable(text), stream_end)
+
 
 class Conversation:
     """A picture, a region of it, and the turns about them. Another picture or region starts anew."""
 
     def __init__(
-        self, chat: RegionChat, image_name: str, image: Image.Image, region: Region | None, max_new_tokens: int
+        self,
+        chat: RegionChat,
+        image_name: str,
+        image: Image.Image,
+        region: Region | None,
+        max_new_tokens: int,
+        reads: Iterable[str] = (),
     ) -> None:
+        """Begin.
+
+        Args:
+            chat: The model.
+            image_name: Path of the image.
+            image: RGB.
+            region: In pixels of the image; None where there is none yet.
+            max_new_tokens: Longest answer.
+            reads: Files and folders that no output may replace, such as the image.
+        """
         self.chat = chat
         self.image_name = image_name
         self.image = image
         self.region = region
         self.max_new_tokens = max_new_tokens
+        self.reads = list(reads)
         self.history: list[Turn] = []
 
     def run(self, lines: TextIO, *, overlay: str | None = None) -> int:
@@ -52,7 +77,7 @@ class Conversation:
         """
         failed = False
         if lines.isatty():
-            print(f"{self.image_name}, {self._region_name()}; /help lists the commands", file=sys.stderr)
+            say(f"{self.image_name}, {self._region_name()}; /help lists the commands", sys.stderr)
         while True:
             if lines.isatty():
                 print("> ", end="", file=sys.stderr, flush=True)
@@ -61,12 +86,12 @@ class Conversation:
                 return 2 if failed and not lines.isatty() else 0
             try:
                 self._line(line.strip())
-                if overlay and self.history:
+                if overlay is not None and self.history:
                     self.save_overlay(overlay)
             except (ValueError, OSError) as error:
                 failed = True
                 still = f" (still about {self._region_name()})" if line.startswith("/") and self.region else ""
-                print(f"error: {' '.join(str(error).split())}{still}", file=sys.stderr)
+                say(f"error: {one_line(error)}{still}", sys.stderr)
 
     def ask(self, question: str | None, *, stream: bool = True) -> str:
         """Answer a question and remember the turn.
@@ -77,7 +102,9 @@ class Conversation:
         if self.region is None:
             raise ValueError("no region yet; give one with /box, /mask, ... or /whole")
         streamer = (
-            TextStreamer(self.chat.processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+            _PrintableStreamer(self.chat.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            if stream
+            else None
         )
         answer = self.chat.answer(
             self.image,
@@ -92,7 +119,7 @@ class Conversation:
 
     def save_overlay(self, path: str) -> None:
         """Write the picture with the region and, under it, the last turn."""
-        keep_picture(self.image_name, path)
+        check_overlay(path, reads=self.reads)
         caption = "{} {}".format(*self.history[-1]) if self.history else None
         save_overlay(path, self.image, self.region or Region.whole(), caption)
 
@@ -108,13 +135,14 @@ class Conversation:
             "save": self._save,
         }
         if command in REGION_OPTIONS:
+            self.reads += [value.strip()] if command in ("mask", "rle") else []
             self._set_region(Region.parse(f"{REGION_OPTIONS[command][0]}:{value.strip()}"))
         elif command == "whole":
             self._set_region(Region.whole())
         elif command == "reset":
             self._forget("the turns so far are forgotten")
         elif command == "help":
-            print(HELP, file=sys.stderr)
+            say(HELP, sys.stderr)
         elif command not in commands:
             raise ValueError(f"unknown command /{command}; /help lists them")
         elif not value.strip():
@@ -134,29 +162,28 @@ class Conversation:
 
     def _set_image(self, path: str) -> None:
         self.image = load_image(path)
+        self.reads.append(path)
         self.image_name, self.region = path, None
         self._forget(f"now {path} ({self.image.width} x {self.image.height} pixels); give a region")
 
     def _overlay(self, path: str) -> None:
         self.save_overlay(path)
-        print(f"wrote {path}", file=sys.stderr)
+        say(f"wrote {path}", sys.stderr)
 
     def _forget(self, message: str) -> None:
         self.history = []
-        print(message, file=sys.stderr)
+        say(message, sys.stderr)
 
     def _save(self, path: str) -> None:
-        check_folder(path)
-        keep_picture(self.image_name, path)
+        check_replaceable(path, reads=self.reads, kind=_KIND)
         record = {
+            "made_by": made_by(_KIND),
             "image": self.image_name,
             "region": None if self.region is None else self.region.to_json(),
             "turns": [{"question": question, "answer": answer} for question, answer in self.history],
         }
-        temporary = Path(f"{path}.tmp")
-        temporary.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-        print(f"wrote {path}: {len(self.history)} turns", file=sys.stderr)
+        write_json(path, record)
+        say(f"wrote {path}: {len(self.history)} turns", sys.stderr)
 
     def _region_name(self) -> str:
         return "no region yet" if self.region is None else f"region {self.region}"

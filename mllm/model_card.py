@@ -267,7 +267,7 @@ def _read_scores(file: Path) -> dict[str, dict[str, dict]]:
     Raises:
         ValueError: If the file holds something else.
     """
-    scores = read_json(file)
+    scores = {name: entry for name, entry in read_json(file).items() if name != "made_by"}
     try:
         runs = {"right": scores} if scores and any("score" in entry for entry in scores.values()) else scores
         for entry in (entry for run in runs.values() for entry in run.values()):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
+from mllm.files import check_file as check_folder  # noqa: F401, for mllm.batch
+from mllm.files import check_replaceable, made_by, replacing_file
 from vision_tower import Region
 
 _DIMMED = 0.35  # brightness outside the region
 _OUTLINE = (255, 60, 200)
+_KIND = "overlay"
 _MIN_SIDE = 384  # pixels; smaller pictures are enlarged
 
 
@@ -38,36 +42,34 @@ def draw_overlay(image: Image.Image, region: Region, caption: str | None = None)
     return picture if caption is None else _with_caption(picture, caption)
 
 
+def check_overlay(path: str | os.PathLike, *, reads: Iterable[str | os.PathLike] = ()) -> None:
+    """Raise ValueError unless an overlay may be written: a new file, or an overlay written before; not one of the
+    files that the command `reads`.
+    """
+    check_replaceable(path, reads=reads, kind=_KIND)
+
+
 def save_overlay(path: str | os.PathLike, image: Image.Image, region: Region, caption: str | None = None) -> None:
-    """Write the overlay as PNG; the file is replaced only when the new one is whole.
+    """Write the overlay as PNG, whole or not at all. Whether it may replace what is there, `check_overlay` says.
 
     Raises:
-        ValueError: If the folder does not exist, or the region does not fit the picture.
+        ValueError: If no file can be at `path`, or the region does not fit the image.
+        OSError: If it cannot be written.
     """
-    check_folder(path)
-    picture = draw_overlay(image, region, caption)
-    # not mkstemp, whose files nobody else may read
-    temporary = Path(path).resolve().parent / f".{Path(path).name}.{os.getpid()}.tmp"
-    try:
-        picture.save(temporary, "PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_png(path, draw_overlay(image, region, caption), _KIND)
 
 
-def check_folder(path: str | os.PathLike) -> None:
-    """Raise ValueError if no file can be at `path`: its folder is missing, or it is a folder itself."""
-    folder = Path(path).resolve().parent
-    if not folder.is_dir():
-        raise ValueError(f"cannot write {path}: there is no folder {folder}")
-    if Path(path).is_dir():
-        raise ValueError(f"cannot write {path}: it is a folder, expected the name of a file")
+def save_png(path: str | os.PathLike, image: Image.Image, kind: str) -> None:
+    """Write an image as PNG with the marker of its kind.
 
-
-def keep_picture(picture: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Raise ValueError if writing `path` would overwrite the picture that is talked about."""
-    if os.path.exists(path) and os.path.exists(picture) and os.path.samefile(picture, path):
-        raise ValueError(f"{path} is the picture itself, which would be lost; choose another name")
+    Raises:
+        ValueError: If no file can be at `path`.
+        OSError: If it cannot be written.
+    """
+    marker = PngInfo()
+    marker.add_text("Software", made_by(kind))
+    with replacing_file(path) as partial:
+        image.save(partial, "PNG", pnginfo=marker)
 
 
 def _edge(inside: np.ndarray, width: int) -> np.ndarray:

@@ -190,10 +190,11 @@ class AlphaLlavaProcessor(LlavaProcessor):
 
 
 def check_messages(conversation: Sequence[Message]) -> list[dict]:
-    """A copy of the messages with their content as lists.
+    """A copy of the messages with their content as lists. A key whose value is None is left out: `datasets` gives every
+    item of a column the keys of all.
 
     Raises:
-        ValueError: If a message is malformed, or an item has a key that would be dropped silently.
+        ValueError: If a message is malformed, a text is missing, or an item has a key that would be dropped silently.
     """
     messages = []
     for message in conversation:
@@ -201,10 +202,13 @@ def check_messages(conversation: Sequence[Message]) -> list[dict]:
         items = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if message.get("role") not in _ROLES or not isinstance(items, list | tuple):
             raise ValueError(f"expected messages with a role out of {_ROLES} and content, got {dict(message)!r}")
+        items = [{key: value for key, value in item.items() if value is not None} for item in items]
         for item in items:
+            if item.get("type") == "text" and not isinstance(item.get("text"), str):
+                raise ValueError(f"expected a string as the text of a text item, got {item.get('text')!r}")
             if unknown := item.keys() - (_IMAGE_KEYS if item.get("type") == "image" else {"type", "text"}):
                 raise ValueError(f"unknown {sorted(unknown)} in a {item.get('type')} item: it would be ignored")
-        messages.append({"role": message["role"], "content": list(items)})
+        messages.append({"role": message["role"], "content": items})
     return messages
 
 

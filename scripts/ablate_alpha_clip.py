@@ -22,11 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from build_shapes_clip import ALPHA_SEED, ROOT, build_clip, scenes_folder
+from build_shapes_clip import ALPHA_SEED, ROOT, build_clip, claim_work, scenes_folder
 from tqdm import tqdm
 
 from eval.region_text import VIEWS, DescribedPicture, described_pictures, score_region_text
+from mllm.command_line import ArgumentParser, exit_code
 from mllm.data.grit import read_grit
+from mllm.files import write_json
 from train.run import open_index
 from vision_tower import AlphaCLIPModel, AlphaCLIPProcessor
 
@@ -65,17 +67,24 @@ COLUMNS = {
     "whole_top1": "whole-image top-1",
 }
 
+PROGRAM = "ablate_alpha_clip.py"
 
-def main() -> int:
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "embedded_model", help="with the CLIP")
     parser.add_argument("--pairs", type=int, default=8000, help="region-text pairs that every variant sees")
     parser.add_argument("--scenes", type=int, default=8000, help="training scenes")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--only", nargs="*", choices=VARIANTS, default=list(VARIANTS), help="these variants")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    claim_work(args.work)
     if failed := build_clip(args.work, seed=2):
         return failed
     ablation = Ablation(args.work, args.pairs, args.scenes, args.jobs)
@@ -175,7 +184,8 @@ class Ablation:
         kept = self.out / "scores" / f"{model.name}_{split}_{view}.json"
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(score_region_text(*load(model, self.clip), self.pictures[split], view=view)))
+            scores = score_region_text(*load(model, self.clip), self.pictures[split], view=view)
+            write_json(kept, scores, indent=None)
         return json.loads(kept.read_text())
 
 

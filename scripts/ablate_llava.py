@@ -11,34 +11,44 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from ablate_alpha_clip import OURS, RELEASED, Ablation
 from build_embedded_model import write_start
-from build_shapes_clip import RECIPES, ROOT
+from build_shapes_clip import RECIPES, ROOT, claim_work
 
 import mllm
 from eval.controls import references_of_shown_region, with_whole_image, with_wrong_region
 from eval.generate import generate
 from eval.metrics.exact_match import exactly_right
 from mllm.answering import RegionChat
+from mllm.command_line import ArgumentParser, exit_code
 from mllm.data import shapes
 from mllm.data.visual_genome import read_regions
+from mllm.files import write_json
 from train import finetune
 
 TOWERS = (RELEASED, OURS, "patch tokens supervised (0.5)")
 
+PROGRAM = "ablate_llava.py"
 
-def main() -> int:
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "embedded_model", help="with CLIP and towers")
     parser.add_argument("--pairs", type=int, default=8000, help="of the towers")
     parser.add_argument("--scenes", type=int, default=8000, help="of the towers' training")
     parser.add_argument("--steps", type=int, default=300, help="of LLaVA's training, 64 conversations each")
     parser.add_argument("--seeds", type=int, default=1, help="towers and runs of each variant")
     parser.add_argument("--towers", nargs="*", default=list(TOWERS), help="variants of ablate_alpha_clip.py")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    claim_work(args.work)
     ablation = Ablation(args.work, args.pairs, args.scenes, jobs=1)
     data = {split: args.work / f"llava_{split}" for split in ("train", "test")}
     for split, count in (("train", 8000), ("test", 200)):
@@ -74,7 +84,7 @@ def tune_and_score(tower: Path, out: Path, data: dict[str, Path], steps: int, se
             [str(RECIPES / "shapes_embedded.yaml"), *words, "--warmup_steps", "50", "--disable_tqdm", "true"]
         ):
             raise RuntimeError(f"training on {tower} failed")
-        kept.write_text(json.dumps(score(RegionChat(*mllm.load(out, device="cpu")), data["test"])))
+        write_json(kept, score(RegionChat(*mllm.load(out, device="cpu")), data["test"]), indent=None)
     return json.loads(kept.read_text())
 
 

@@ -23,10 +23,11 @@ from transformers.utils import logging as transformers_logging
 
 from eval.region_text import embed_texts
 from mllm.chat import REGION_OPTIONS
-from mllm.command_line import exit_code
+from mllm.command_line import ArgumentParser, exit_code, say
 from mllm.data.samples import load_image
+from mllm.files import check_replaceable
 from mllm.loading import hub_answers, pick_device
-from mllm.overlay import check_folder, draw_overlay, keep_picture
+from mllm.overlay import draw_overlay, save_png
 from vision_tower import (
     AlphaCLIPImageProcessor,
     AlphaCLIPModel,
@@ -74,9 +75,11 @@ class Look(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; 2 after an error of one line, with nothing written."""
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return exit_code(PROGRAM, lambda: _run(_parser().parse_args(argv)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory or hub id of an Alpha-CLIP, or of a CLIP")
     parser.add_argument("--image", metavar="FILE", required=True)
     for option, (form, written) in REGION_OPTIONS.items():
@@ -88,8 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", metavar="PNG", required=True)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    args = parser.parse_args(argv)
-    return exit_code(PROGRAM, lambda: _run(args))
+    return parser
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -99,8 +101,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError("a --text is empty")
     if Path(args.out).suffix.lower() != ".png":
         raise ValueError(f"expected --out FILE.png, got {args.out}")
-    check_folder(args.out)
-    keep_picture(args.image, args.out)
+    named = [text.partition(":")[2] for text in args.regions if text.startswith(("mask:", "rle:"))]
+    check_replaceable(args.out, reads=[args.image, args.model, *named], kind=PROGRAM)
     image = load_image(args.image)
     regions = [Region.whole(), *map(Region.parse, args.regions)]
     for region in regions:
@@ -108,13 +110,14 @@ def _run(args: argparse.Namespace) -> int:
     model, processor = load(args.model, with_text=bool(args.text), device=args.device, revision=args.revision)
     config = model.config.vision_config if args.text else model.config
     heads = read_heads(args.heads, config.num_attention_heads)
-    print(f"model: {args.model} | device: {model.device} | dtype: {model.dtype} | attention: eager", file=sys.stderr)
+    say(f"model: {args.model} | device: {model.device} | dtype: {model.dtype} | attention: eager", sys.stderr)
     looks = look(model, processor, image, regions, args.text, heads)
     chosen = "mean of all heads" if args.heads is None else f"heads {', '.join(str(head + 1) for head in heads)}"
     names = ["whole image", *(f"{number}: {text}" for number, text in enumerate(args.regions, 1))]
     title = f"{Path(args.model).name} on {Path(args.image).name}"
-    draw(image, looks, names, args.text, title, f"attention of CLS, last block, {chosen}").save(args.out)
-    print(f"wrote {args.out}")
+    page = draw(image, looks, names, args.text, title, f"attention of CLS, last block, {chosen}")
+    save_png(args.out, page, PROGRAM)
+    say(f"wrote {args.out}")
     return 0
 
 

@@ -19,7 +19,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +33,7 @@ from torch.nn.functional import interpolate, normalize
 from transformers import CLIPTextConfig, CLIPTokenizer, TrainingArguments
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from mllm.command_line import ArgumentParser, exit_code
 from train.alpha_clip import PARTS, prepare_model
 from train.losses import released_loss
 from train.region_text_arguments import PairArguments, TowerArguments
@@ -50,10 +51,16 @@ NOUNS = "man woman dog cat table chair window tree car street clock shirt plate 
 WORDS = "white black red small large wooden old young standing green parked blue open round".split()
 JOINTS = ("on", "with", "in front of", "next to", "and", "behind")
 
+PROGRAM = "bench_alpha_clip.py"
 
-def main() -> int:
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sizes(parser, width=768, layers=12, image_size=224, patch_size=16, text_width=512)
     add_cpu_time(parser)
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds; one more to warm up")
@@ -61,7 +68,7 @@ def main() -> int:
     parser.add_argument("--per-picture", type=int, default=4, help="regions of a picture in a step of ours")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa", help="of ours")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     with tempfile.TemporaryDirectory() as folder:
         bench(args, Path(folder))

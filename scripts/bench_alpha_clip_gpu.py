@@ -10,21 +10,30 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from bench_alpha_clip import add_sizes, build, seconds, trainer_of
 from bench_gradient_cache import random_batch
 
+from mllm.command_line import ArgumentParser, exit_code
 
-def main() -> int:
+PROGRAM = "bench_alpha_clip_gpu.py"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sizes(parser, width=1024, layers=24, image_size=336, patch_size=14, text_width=768)
     parser.add_argument("--batch", type=int, default=256, help="pairs of a step")
     parser.add_argument("--chunk", type=int, default=128, help="pairs embedded at a time in the largest batch")
     parser.add_argument("--largest", type=int, default=32_768, help="stop doubling the cached batch here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     print(f"torch {torch.__version__}\n")
     with tempfile.TemporaryDirectory() as folder:
         bench(args, Path(folder))

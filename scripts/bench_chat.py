@@ -4,27 +4,33 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mllm
 from mllm.answering import RegionChat
+from mllm.command_line import ArgumentParser, exit_code
 from mllm.data import shapes
 from mllm.data.visual_genome import read_regions
 
+PROGRAM = "bench_chat.py"
 
-def main() -> int:
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__)
     parser.add_argument("--model", help="default: the embedded model")
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=5)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     chat = RegionChat(*mllm.load(args.model))
     with tempfile.TemporaryDirectory() as folder:
         shapes.write(Path(folder) / "x", args.requests // 3, 3, "test", progress=False)

@@ -16,7 +16,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 import mllm
+from mllm.command_line import ArgumentParser, exit_code
 from mllm.data.index import RegionIndex
 from mllm.data.prepare import index_visual_genome
 from mllm.llava import build_llava_processor
@@ -54,14 +55,21 @@ class Clock:
         return result
 
 
-def main() -> int:
+PROGRAM = "bench_finetune.py"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12, help="pairs of steps (default 12; one more to warm up)")
     parser.add_argument("--regions", type=int, default=8, help="regions of a picture in a step (default 8)")
     parser.add_argument("--pictures", type=int, default=2, help="pictures in a step of ours (default 2)")
     parser.add_argument("--image-size", type=int, default=224, help="of the small model's tower, patches of 14 pixels")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     model, processor = small_model(args.image_size)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     with tempfile.TemporaryDirectory() as folder:

@@ -11,25 +11,32 @@ import argparse
 import itertools
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_alpha_clip import VOCABULARY, add_cpu_time, add_sizes, build, seconds, timer_of, trainer_of
 
+from mllm.command_line import ArgumentParser, exit_code
 from vision_tower import AlphaCLIPModel
 
+PROGRAM = "bench_gradient_cache.py"
 
-def main() -> int:
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sizes(parser, width=192, layers=6, image_size=96, patch_size=12, text_width=128)
     add_cpu_time(parser)
     parser.add_argument("--batch", type=int, default=1024, help="pairs of the large batch")
     parser.add_argument("--chunk", type=int, default=64, help="pairs embedded at a time, and of the small batch")
     parser.add_argument("--pairs", type=int, default=3, help="timed pairs of cached and plain steps; 0 for none")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     with tempfile.TemporaryDirectory() as folder:
         bench(args, Path(folder))

@@ -17,25 +17,35 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from mllm.command_line import ArgumentParser, exit_code
+from mllm.files import claim_folder, write_json
 
 IMAGES, REGIONS_AN_IMAGE, QUESTIONS_AN_IMAGE = 108_077, 50, 16
 WORDS = "the a clock man tree white wooden standing on of with his window black small table sky green is in".split()
 
+PROGRAM = "bench_index.py"
 
-def main() -> int:
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="keep the files here (2.5 GB); by default a temporary folder")
     parser.add_argument("--share", type=float, default=1.0, help="share of Visual Genome's images (default 1)")
     parser.add_argument("--step", choices=("index", "read"), help=argparse.SUPPRESS)  # a process of its own
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.step:
         return {"index": index, "read": read}[args.step](args.work)
     with tempfile.TemporaryDirectory() as folder:
         work = args.work or Path(folder)
-        work.mkdir(parents=True, exist_ok=True)
         if not (work / "image_data.json").exists():
+            claim_folder(work, "benchmark")
             make_files(work, int(IMAGES * args.share))
         size = sum(file.stat().st_size for file in work.glob("*.json")) / 1e9
         print(f"{size:.2f} GB of JSON")
@@ -116,7 +126,7 @@ def make_files(work: Path, images: int) -> None:
     for file in files.values():
         file.write("]")
         file.close()
-    (work / "qa_to_region_mapping.json").write_text(json.dumps(mapping), encoding="utf-8")
+    write_json(work / "qa_to_region_mapping.json", mapping, indent=None)
 
 
 def _region(rng: random.Random, image: int, region_id: int) -> dict:

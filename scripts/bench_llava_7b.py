@@ -9,12 +9,11 @@ model, and asks. Each phase's seconds and the peak memory of the whole process a
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +23,8 @@ from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConf
 
 import mllm
 from mllm.answering import RegionChat
+from mllm.command_line import ArgumentParser, exit_code
+from mllm.files import claim_folder, write_json
 from mllm.loading import EMBEDDED_MODEL
 from vision_tower import Region
 
@@ -41,17 +42,24 @@ VOCABULARY = 32064
 NEW_TOKENS = 16
 SHARD = 2_000_000_000  # bytes
 
+PROGRAM = "bench_llava_7b.py"
 
-def main() -> int:
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--load-in", choices=["4bit", "8bit"])
     parser.add_argument("--keep", type=Path, help="folder for the checkpoint; one that is there is used again")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     folder = args.keep or Path(tempfile.mkdtemp())
     try:
         if not (folder / "config.json").exists():
+            claim_folder(folder, "benchmark")
             timed("write the checkpoint", lambda: write_checkpoint(folder))
         model, processor = timed(
             "load", lambda: mllm.load(folder, device="cpu", dtype=args.dtype, load_in=args.load_in)
@@ -82,7 +90,6 @@ def timed(name: str, run):
 
 def write_checkpoint(folder: Path) -> None:
     """Random bfloat16 weights of LLaVA-1.5-7B, with the embedded model's tokenizer and CLIP's image settings."""
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     text = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -103,11 +110,11 @@ def write_checkpoint(folder: Path) -> None:
         save_file(tensors, folder / file, {"format": "pt"})
         index |= dict.fromkeys(names, file)
     record = {"metadata": {}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(record), encoding="utf-8")
+    write_json(folder / "model.safetensors.index.json", record)
     tokenizer.save_pretrained(folder)
     images = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 336}}
     images["crop_size"] = {"height": 336, "width": 336}
-    (folder / "preprocessor_config.json").write_text(json.dumps(images), encoding="utf-8")
+    write_json(folder / "preprocessor_config.json", images)
     config.architectures = ["LlavaForConditionalGeneration"]
     config.save_pretrained(folder)
 

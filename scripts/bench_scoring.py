@@ -21,6 +21,7 @@ import numpy as np
 
 from eval.metrics import captions, java
 from eval.metrics.intervals import interval_of_captions
+from mllm.command_line import ArgumentParser, exit_code
 
 VG_TEST_REGIONS = 232_935  # GRiT's test.json
 LENGTHS = (2, 9)  # words of a caption, the longer end not reached: 5.0 on average
@@ -34,14 +35,20 @@ ENGLISH = """
     to elephant bench girl long food looking bird chair legs tall beach pole part zebra tennis door bear player cup
 """.split()
 
+PROGRAM = "bench_scoring.py"
 
-def main() -> int:
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--captions", type=int, default=VG_TEST_REGIONS, help=f"default {VG_TEST_REGIONS:,}")
     parser.add_argument("--references", type=int, default=1, help="of each caption (default 1)")
     parser.add_argument("--intervals", action="store_true", help="time the bootstrap of each metric too")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     predictions, references = made_up(args.captions, args.references)
     print(f"| {args.captions:,} captions | seconds |\n|---|---|")
     start = time.perf_counter()

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
+from mllm.command_line import ArgumentParser, exit_code
 from vision_tower import (
     AlphaCLIPImageProcessor,
     AlphaCLIPVisionConfig,
@@ -45,16 +46,22 @@ VIT_L_336 = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
+PROGRAM = "bench_tower.py"
 
-def main() -> int:
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=7, help="timed pairs for each row (default 7)")
     parser.add_argument("--photos", type=Path, help="folder of photographs (default: random pixels, 640 x 480)")
     parser.add_argument("--original", type=Path, help="checkout of SunzeY/AlphaCLIP: compare with its code, only")
     parser.add_argument("--only", choices=["tower", "compiled", "images", "memory"])
     parser.add_argument("--peak", help=argparse.SUPPRESS)  # a child process: print the peak memory of one side
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.peak:
         print(peak_of(*args.peak.split(",")))
         return 0

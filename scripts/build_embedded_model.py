@@ -14,6 +14,8 @@ import argparse
 import io
 import itertools
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,6 +30,7 @@ from build_shapes_clip import (
     TOWER,
     build_alpha_clip,
     build_clip,
+    claim_work,
     clip_scenes,
     is_built,
     train_stage,
@@ -36,9 +39,11 @@ from PIL import Image
 from plot_training import draw
 from transformers import LlamaConfig, LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration, set_seed
 
+from mllm.command_line import ArgumentParser, exit_code, say
 from mllm.data import shapes
 from mllm.data.shapes_world import COLOURS, PATTERNS, SHAPES, SIZES
 from mllm.data.templates import DESCRIBE_REGION_WORDINGS
+from mllm.files import claim_folder, write_file, write_json
 from mllm.llava import build_llava_processor
 from mllm.loading import EMBEDDED_MODEL
 from mllm.processing import VICUNA_V1_SYSTEM
@@ -48,35 +53,44 @@ from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCL
 TRAIN_SCENES, TRAIN_SEED = ALPHA_SCENES, ALPHA_SEED
 SAMPLE_SCENES, SAMPLE_SEED = 3, 11
 STAGES = ("clip", "alpha_clip", "llava_pretrained", "llava")  # folders
+_SCENE = re.compile(r"scene_\d+\.(png|json)")
 VOCABULARY = 640  # 256 bytes, so that any text can be read, and the words of the Shapes world
 
+PROGRAM = "build_embedded_model.py"
 
-def main() -> int:
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "embedded_model", help="scenes and checkpoints")
     parser.add_argument("--out", type=Path, default=EMBEDDED_MODEL, help="where the finished model goes")
     parser.add_argument("--seed", type=int, default=2, help="of initial weights and training order (default 2)")
     parser.add_argument("--scenes", type=int, help="training scenes of each stage; only to try the script")
-    args, recipe_flags = parser.parse_known_args()
+    args, recipe_flags = parser.parse_known_args(argv)
 
-    try:
-        failed = (
-            build_clip(args.work, args.seed, args.scenes)
-            or build_alpha_clip(args.work, args.seed, args.scenes)
-            or build_llava(args.work, args.seed, args.scenes, recipe_flags)
-        )
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    claim_work(args.work)
+    # now, and not after hours; the folder also holds a card and scores, which stay
+    claim_folder(args.out, "embedded model", known=lambda folder: (folder / shapes.TRAINING_SCENES).is_file())
+    scenes = args.out.parent / "scenes"
+    claim_folder(scenes, "sample scenes", known=lambda folder: all(map(_SCENE.fullmatch, os.listdir(folder))))
+    failed = (
+        build_clip(args.work, args.seed, args.scenes)
+        or build_alpha_clip(args.work, args.seed, args.scenes)
+        or build_llava(args.work, args.seed, args.scenes, recipe_flags)
+    )
     if failed:
         return failed
     export(args.work / "llava", args.out)
     # the Alpha-CLIP's scenes are the LLaVA's
     seen = [*clip_scenes(args.work, args.scenes), llava_scenes(args.work, args.scenes)]
-    (args.out / shapes.TRAINING_SCENES).write_bytes(b"".join(hashes_of_pictures(*seen)))
-    write_sample_scenes(args.out.parent / "scenes")
+    write_file(args.out / shapes.TRAINING_SCENES, b"".join(hashes_of_pictures(*seen)))
+    write_sample_scenes(scenes)
     draw([args.work / stage for stage in STAGES], args.work / "training.png")
-    print(f"wrote {args.out}; score it with: python scripts/score_embedded_model.py --model {args.out}")
+    say(f"wrote {args.out}; score it with: python scripts/score_embedded_model.py --model {args.out}")
     return 0
 
 
@@ -151,7 +165,7 @@ def train_tokenizer(folder: Path) -> LlamaTokenizer:
         minloglevel=2,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    write_file(folder / "tokenizer.model", model.getvalue())
     tokenizer = LlamaTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "<pad>"})
     return tokenizer
@@ -177,14 +191,13 @@ def world_sentences() -> list[str]:
 
 def write_sample_scenes(folder: Path) -> None:
     """Scenes that the model never saw, with the box and the description of each of their objects."""
-    folder.mkdir(exist_ok=True)
     for number, (_, scene) in enumerate(shapes.scenes(SAMPLE_SCENES, SAMPLE_SEED, "test"), 1):
         Image.fromarray(scene.pixels).save(folder / f"scene_{number}.png")
         regions = [
             {**Region.from_box(*Region.from_mask(mask).bounding_box(*mask.shape)).to_json(), "phrase": obj.phrase}
             for obj, mask in zip(scene.objects, scene.masks, strict=True)
         ]
-        (folder / f"scene_{number}.json").write_text(json.dumps(regions, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / f"scene_{number}.json", regions)
 
 
 def hashes_of_pictures(*folders: Path) -> Iterator[bytes]:
@@ -208,7 +221,7 @@ def export(trained: Path, out: Path) -> None:
             shutil.copy(file, out / file.name)
     processor = json.loads((out / "processor_config.json").read_text(encoding="utf-8"))
     processor["image_processor"].pop("auto_map", None)  # no copy of our own code beside our own code
-    (out / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "processor_config.json", processor, indent=2)
 
 
 if __name__ == "__main__":

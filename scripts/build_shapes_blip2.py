@@ -9,9 +9,10 @@ model and its scores stay in the work folder: it is a proof, and is not shipped.
 from __future__ import annotations
 
 import argparse
-import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from build_shapes_clip import claim_work
 from torch import nn
 from transformers import Blip2QFormerConfig, OPTConfig, set_seed
 
@@ -27,8 +28,10 @@ from mllm.blip2 import (
     AlphaCLIPBlip2VisionConfig,
     load_alpha_weights,
 )
+from mllm.command_line import ArgumentParser, exit_code
 from mllm.data import shapes
 from mllm.data.visual_genome import read_regions
+from mllm.files import write_json
 from mllm.loading import EMBEDDED_MODEL
 from train import finetune
 from vision_tower import AlphaCLIPImageProcessor
@@ -38,16 +41,23 @@ RECIPE = ROOT / "train" / "recipes" / "shapes_blip2.yaml"
 TRAIN_SCENES, TRAIN_SEED, TEST_SEED = 20_000, 1, 2
 WIDTH, QUERIES = 192, 16
 
+PROGRAM = "build_shapes_blip2.py"
 
-def main() -> int:
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "shapes_blip2", help="scenes, model and scores")
     parser.add_argument("--seed", type=int, default=1, help="seed of initial weights and training order")
     parser.add_argument("--scenes", type=int, default=TRAIN_SCENES, help="training scenes")
     parser.add_argument("--test-scenes", type=int, default=200, help="scenes it is scored on")
-    args, recipe_flags = parser.parse_known_args()
+    args, recipe_flags = parser.parse_known_args(argv)
 
+    claim_work(args.work)
     data, start, out = args.work / f"shapes_train_{TRAIN_SEED}_{args.scenes}", args.work / "start", args.work / "model"
     if not (data / "image_data.json").exists():
         shapes.write(data, args.scenes, TRAIN_SEED, "train")
@@ -57,7 +67,7 @@ def main() -> int:
     if failed:
         return failed
     scores = score(out, args.work / f"shapes_test_{TEST_SEED}_{args.test_scenes}", args.test_scenes)
-    (args.work / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    write_json(args.work / "scores.json", scores)
     for name, value in scores.items():
         print(f"{name:32} {value:.1%}")
     return 0

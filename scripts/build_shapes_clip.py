@@ -16,8 +16,10 @@ from pathlib import Path
 
 from transformers import CLIPTextConfig, CLIPTokenizer, set_seed
 
+from mllm.command_line import ArgumentParser, exit_code
 from mllm.data import shapes_grit
 from mllm.data.shapes_world import COLOURS, MAX_OBJECTS, MIN_OBJECTS, PATTERNS, SHAPES, SIZES
+from mllm.files import claim_folder
 from train import alpha_clip
 from train.trainer import TRAINING_RECORD
 from vision_tower import (
@@ -39,10 +41,16 @@ TOWER = {  # the embedded model's
 }  # fmt: skip
 CONTEXT = 64  # tokens; the longest caption, six objects, has 37
 
+PROGRAM = "build_shapes_clip.py"
 
-def main() -> int:
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--work",
         type=Path,
@@ -54,12 +62,20 @@ def main() -> int:
         "--scenes", type=int, help="training scenes of each stage, to try the script; 128 or more make a batch"
     )
     parser.add_argument("--only-clip", action="store_true", help="stop after CLIP")
-    args, recipe_flags = parser.parse_known_args()
-    try:
-        failed = build_clip(args.work, args.seed, args.scenes, recipe_flags)
-        return failed or (0 if args.only_clip else build_alpha_clip(args.work, args.seed, args.scenes))
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    args, recipe_flags = parser.parse_known_args(argv)
+    claim_work(args.work)
+    failed = build_clip(args.work, args.seed, args.scenes, recipe_flags)
+    return failed or (0 if args.only_clip else build_alpha_clip(args.work, args.seed, args.scenes))
+
+
+def claim_work(work: Path) -> None:
+    """Make the folder of scenes and models this project's.
+
+    Raises:
+        ValueError: If it holds anything else.
+    """
+    scenes = ("grit_*/dataset.json", "shapes_*/dataset.json")
+    claim_folder(work, "build", known=lambda folder: any(any(folder.glob(pattern)) for pattern in scenes))
 
 
 def build_clip(work: Path, seed: int, scenes: int | None = None, flags: Sequence[str] = ()) -> int:

@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +25,8 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPVisionConfig
 
 import mllm
+from mllm.command_line import ArgumentParser, exit_code, say
+from mllm.files import check_new, locked, replacing_file, replacing_folder, work_folder
 from mllm.llava import fused_llava
 from mllm.loading import hub_answers
 from vision_tower import (
@@ -40,6 +40,7 @@ from vision_tower import (
 )
 from vision_tower.conversion import RELEASED_CHECKPOINTS, StateDict, from_original, fuse, read_checkpoint, to_original
 
+PROGRAM = "convert_alpha_clip.py"
 # names in memory -> llava-hf's
 _HUB_PREFIXES = {
     "model.vision_tower.": "vision_tower.vision_model.",
@@ -51,8 +52,12 @@ _HUB_PREFIXES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; 2 after an error of one line, with nothing written."""
-    parser = argparse.ArgumentParser(
-        prog="convert_alpha_clip.py",
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(
+        prog=PROGRAM,
         description=__doc__ + RELEASED_CHECKPOINTS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -63,16 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     kind.add_argument("--fused", action="store_true", help="a stock CLIP tower (or LLaVA) of four channels")
     kind.add_argument("--original", action="store_true", help="write the original layout (.pth or .safetensors)")
     args = parser.parse_args(argv)
-    try:
-        if args.out.exists():
-            raise ValueError(f"{args.out} exists; choose a new name or delete it")
-        if args.out.suffix in (".pth", ".pt", ".safetensors") and not args.original:
-            raise ValueError(f"OUT is a directory, got {args.out}; add --original to write an original checkpoint file")
-        convert(args)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(f"wrote {args.out}")
+    check_new(args.out)
+    if args.out.suffix in (".pth", ".pt", ".safetensors") and not args.original:
+        raise ValueError(f"OUT is a directory, got {args.out}; add --original to write an original checkpoint file")
+    convert(args)
+    say(f"wrote {args.out}")
     return 0
 
 
@@ -80,11 +80,11 @@ def convert(args: argparse.Namespace) -> None:
     """Read, convert and write what the arguments ask for."""
     if args.fused and _model_type(args.source) == "llava":
         model, processor = mllm.load(args.source, device="cpu")
-        with _whole(args.out) as out:
+        with _whole(args) as out:
             save_fused_llava(model, processor, out)
         return
     config, weights = read_source(args.source)
-    with _whole(args.out) as out:
+    with _whole(args) as out:
         if args.original:
             save_original(to_original(weights), out)
         elif args.fused:
@@ -111,12 +111,17 @@ def read_source(source: Path) -> tuple[AlphaCLIPVisionConfig, StateDict]:
 
 
 @contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """A place beside `out` that becomes `out` at the end, so that a half-written one never has its name."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        yield Path(folder) / out.name
-        os.replace(Path(folder) / out.name, out)
+def _whole(args: argparse.Namespace) -> Iterator[Path]:
+    """A place beside OUT that becomes OUT at the end, so that a half-written one never has its name."""
+    if not args.original:
+        with replacing_folder(args.out, "model", reads=[args.source], new=True) as folder:
+            yield folder
+        return
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(args.out), work_folder(args.out, "checkpoint") as folder, replacing_file(args.out) as partial:
+        yield folder / args.out.name
+        check_new(args.out)
+        os.replace(folder / args.out.name, partial)
 
 
 def save_tower(config: AlphaCLIPVisionConfig, weights: StateDict, out: Path) -> None:

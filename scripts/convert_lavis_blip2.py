@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +30,8 @@ from transformers import (
 
 from mllm.blip2 import AlphaBlip2Config, AlphaBlip2ForConditionalGeneration, AlphaBlip2Processor
 from mllm.blip2_conversion import PROJECTIONS, VIT_L_BLOCKS, from_lavis, projection_of, read_lavis
+from mllm.command_line import ArgumentParser, exit_code, say
+from mllm.files import check_new, replacing_folder
 from mllm.loading import hub_answers
 from vision_tower import AlphaCLIPImageProcessor
 from vision_tower.conversion import StateDict, read_tower
@@ -39,14 +39,17 @@ from vision_tower.conversion import StateDict, read_tower
 logger = logging.getLogger(__name__)
 
 _LAVIS_IMAGE_SIZE = 224  # pixels. Source: lavis/configs/models/blip2/blip2_pretrain_*vitL.yaml at 506965b
+PROGRAM = "convert_lavis_blip2.py"
 _MODELS = {"t5": AutoModelForSeq2SeqLM, "opt": AutoModelForCausalLM}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; 2 after an error of one line, with nothing written."""
-    parser = argparse.ArgumentParser(
-        prog="convert_lavis_blip2.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="LAVIS' .pth")
     parser.add_argument("out", metavar="OUT", type=Path, help="new directory")
     parser.add_argument("--language-model", metavar="DIR|HUB_ID", required=True, help="T5 or OPT, with its tokenizer")
@@ -64,18 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--new-projection", action="store_true", help="for a stage-1 CKPT: begin the projection at random, to train it"
     )
     args = parser.parse_args(argv)
-    try:
-        if args.out.exists():
-            raise ValueError(f"{args.out} exists; choose a new name or delete it")
-        model, processor = convert(args)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f".{args.out.name}.") as folder:
-            save(model, processor, Path(folder) / args.out.name)
-            os.replace(Path(folder) / args.out.name, args.out)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(f"wrote {args.out}")
+    check_new(args.out)
+    model, processor = convert(args)
+    with replacing_folder(args.out, "model", reads=[args.checkpoint], new=True) as folder:
+        save(model, processor, folder)
+    say(f"wrote {args.out}")
     return 0
 
 

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 
 from PIL import Image
 
+from mllm.command_line import ArgumentParser, exit_code
+from mllm.data.samples import load_image
+from mllm.files import check_replaceable
+from mllm.overlay import save_png
 
-def main() -> int:
+PROGRAM = "join_pictures.py"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__)
     parser.add_argument("pictures", nargs="+")
-    parser.add_argument("--out", required=True)
-    args = parser.parse_args()
-    pictures = [Image.open(path).convert("RGB") for path in args.pictures]
+    parser.add_argument("--out", required=True, help="PNG to write")
+    args = parser.parse_args(argv)
+    check_replaceable(args.out, reads=args.pictures, kind=PROGRAM)
+    pictures = [load_image(path) for path in args.pictures]
     gap = 12
     width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
     joined = Image.new("RGB", (width, max(p.height for p in pictures)), "white")
@@ -21,7 +33,7 @@ def main() -> int:
     for picture in pictures:
         joined.paste(picture, (left, 0))
         left += picture.width + gap
-    joined.save(args.out)
+    save_png(args.out, joined, PROGRAM)
     return 0
 
 

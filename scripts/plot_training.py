@@ -14,21 +14,28 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from mllm.command_line import ArgumentParser, exit_code, say
+from mllm.files import check_replaceable
+from mllm.overlay import save_png
+
+PROGRAM = "plot_training.py"
 WIDTH, HEIGHT, MARGIN = 420, 240, 58
 _LINE, _GRID, _INK = (31, 90, 166), (222, 222, 222), (40, 40, 40)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output folders")
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
-    args = parser.parse_args()
-    try:
-        draw(args.runs, args.out)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
-    print(f"wrote {args.out}")
+    args = parser.parse_args(argv)
+    check_replaceable(args.out, kind=PROGRAM)
+    draw(args.runs, args.out)
+    say(f"wrote {args.out}")
     return 0
 
 
@@ -44,7 +51,7 @@ def draw(runs: Sequence[Path], out: Path) -> None:
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             page.paste(picture, (x * WIDTH, y * HEIGHT))
-    page.save(out)
+    save_png(out, page, PROGRAM)
 
 
 def curves(run: Path) -> dict[str, list[tuple[float, float]]]:

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from mllm.command_line import ArgumentParser, exit_code, log_to_terminal, say
 from mllm.data import mask_imagenet, prepare
 from mllm.data.index import INDEX_FOLDER, TRAIN, RegionIndex, index_folder
 from mllm.data.json_files import stream_json
@@ -49,6 +51,9 @@ PICTURES = {
 _COCO = re.compile(r"(\d{12})\.jpg$")
 
 
+PROGRAM = "prepare_data.py"
+
+
 class Images(NamedTuple):
     """Images by split, under the names by which data sets share them: ("vg", id), ("coco", id), else ("file", path)."""
 
@@ -58,7 +63,12 @@ class Images(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    log_to_terminal(logging.ERROR)  # what was left out is counted in the report
+    return exit_code(PROGRAM, lambda: _run(_parser().parse_args(argv)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=FILES, help="whose layout; vg: Visual Genome's")
     parser.add_argument(
         "--source", type=Path, required=True, help="folder of the data set's own files; jsonl: the file"
@@ -68,24 +78,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--split-by", default="umd", choices=("umd", "google", "unc"), help="refcocog: whose split")
     parser.add_argument("--against", nargs="*", default=[], type=Path, help="folders or LLaVA's JSON to compare with")
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.ERROR, format="%(message)s")
-    try:
-        check_files(args.kind, args.source, args.split_by)
-        reports: prepare.Reports = {}
-        if args.kind == "refcocog":
-            record = prepare.index_refcocog(args.source, args.out, reports, args.split_by)
-        else:
-            record = _INDEX[args.kind](args.source, args.out, reports)
-        print_report(args, record, reports)
-        own = images_of(args.source, args.out)
-        print_overlap(f"the test and validation splits of {args.source} itself", own.train, own.held_out)
-        for other in args.against:
-            there = images_of(other)
-            print_overlap(f"the test and validation splits of {other}", own.train, there.held_out)
-            print_overlap(f"what {other} trains on, of the test and validation splits here", there.train, own.held_out)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    check_files(args.kind, args.source, args.split_by)
+    reports: prepare.Reports = {}
+    if args.kind == "refcocog":
+        record = prepare.index_refcocog(args.source, args.out, reports, args.split_by)
+    else:
+        record = _INDEX[args.kind](args.source, args.out, reports)
+    print_report(args, record, reports)
+    own = images_of(args.source, args.out)
+    print_overlap(f"the test and validation splits of {args.source} itself", own.train, own.held_out)
+    for other in args.against:
+        there = images_of(other)
+        print_overlap(f"the test and validation splits of {other}", own.train, there.held_out)
+        print_overlap(f"what {other} trains on, of the test and validation splits here", there.train, own.held_out)
     return 0
 
 
@@ -105,7 +114,7 @@ def check_files(kind: str, source: Path, split_by: str) -> None:
         if not (source / name).exists():
             missing[name] = published
             if name in OPTIONAL:
-                print(f"{name} is missing: {published}")
+                say(f"{name} is missing: {published}")
     if needed := [f"{name} ({published})" for name, published in missing.items() if name not in OPTIONAL]:
         raise ValueError(f"missing in {source}: {'; '.join(needed)}")
 
@@ -113,29 +122,29 @@ def check_files(kind: str, source: Path, split_by: str) -> None:
 def print_report(args: argparse.Namespace, record: dict, reports: prepare.Reports) -> None:
     """What was read, left out, and which pictures are not there."""
     for name, report in reports.items():
-        print(f"{name}: {report.counts[READ]:,} read")
+        say(f"{name}: {report.counts[READ]:,} read")
         for reason, count in report.counts.items():
             if reason != READ:
-                print(f"  {count:,} {reason} (ids {', '.join(map(str, report.examples[reason][:5]))} ...)")
+                say(f"  {count:,} {reason} (ids {', '.join(map(str, report.examples[reason][:5]))} ...)")
     if record["turns_of_unknown_regions"]:
-        print(f"  {record['turns_of_unknown_regions']:,} questions on a region that is not there, left out")
-    root = args.source.resolve().parent if args.kind == "jsonl" else args.source
+        say(f"  {record['turns_of_unknown_regions']:,} questions on a region that is not there, left out")
+    root = Path(os.path.realpath(args.source)).parent if args.kind == "jsonl" else args.source
     index = RegionIndex(args.out or args.source, root=root)
     missing_of = {split: index.missing_pictures(split) for split in record["splits"]}
     for split, regions in record["splits"].items():
         pictures, missing = int((index.split_of_picture == split).sum()), missing_of[split]
         line = f"split {split}: {regions:,} regions on {pictures:,} pictures"
-        print(line + (f", {sum(missing.values()):,} of them missing (first: {next(iter(missing))})" if missing else ""))
+        say(line + (f", {sum(missing.values()):,} of them missing (first: {next(iter(missing))})" if missing else ""))
     if any(missing_of.values()):
-        print(f"missing pictures are published as {PICTURES[args.kind]}")
-    print(f"index: {index.folder} ({sum(f.stat().st_size for f in index.folder.iterdir()) / 1e6:.0f} MB)")
+        say(f"missing pictures are published as {PICTURES[args.kind]}")
+    say(f"index: {index.folder} ({sum(f.stat().st_size for f in index.folder.iterdir()) / 1e6:.0f} MB)")
 
 
 def print_overlap(where: str, train: set, held_out: set) -> None:
     """How many training images are held out elsewhere, and the first of them."""
     shared = sorted(train & held_out)
     first = f" (first: {', '.join(f'{kind} {number}' for kind, number in shared[:3])})" if shared else ""
-    print(f"training images in {where}: {len(shared):,}{first}")
+    say(f"training images in {where}: {len(shared):,}{first}")
 
 
 def images_of(source: Path, index: Path | None = None) -> Images:
@@ -162,7 +171,7 @@ def images_of(source: Path, index: Path | None = None) -> Images:
         if of_coco:
             name = "coco", int(picture["image_id"])
         else:
-            file = str((found.root / picture["image"]).resolve())
+            file = os.path.realpath(found.root / picture["image"])
             name = _name(picture["image"]) or ("file", "!".join(filter(None, (file, picture["member"]))))
         (images.train if picture["split"] == TRAIN else images.held_out).add(name)
     return images

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from mllm.command_line import ArgumentParser, exit_code, say
+from mllm.files import check_new, one_line, replacing_folder, write_file
 from mllm.loading import hub_answers
 from mllm.model_card import LICENCES, check_base_model, model_card, read_json
 
@@ -32,14 +33,17 @@ _NOT_PUBLISHED = (
     *(".*", "*.tmp", "__pycache__", "checkpoint-*", "global_step*", "runs", "training_args.bin"),
     *("training_record.json", "trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state*.pth"),
 )
+PROGRAM = "push_to_hub.py"
 _CONNECTION_ERROR = HfHubHTTPError.__bases__[0]  # of the HTTP client that the hub's library has; no OSError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; 2 after an error of one line, with nothing written."""
-    parser = argparse.ArgumentParser(
-        prog="push_to_hub.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="DIR", type=Path)
     parser.add_argument("repo_id", metavar="OWNER/NAME")
     licence = parser.add_mutually_exclusive_group()
@@ -55,10 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         publish(args)
-    except (ValueError, OSError, _CONNECTION_ERROR) as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())[:600]}", file=sys.stderr)
-        return 2
-    print(f"wrote {args.to}" if args.to else f"published {args.repo_id}")
+    except _CONNECTION_ERROR as error:
+        raise ValueError(one_line(error)[:600]) from error
+    say(f"wrote {args.to}" if args.to else f"published {args.repo_id}")
     return 0
 
 
@@ -71,15 +74,13 @@ def publish(args: argparse.Namespace) -> None:
     validate_repo_id(args.repo_id)
     if args.repo_id.count("/") != 1:
         raise ValueError(f"expected OWNER/NAME, got {args.repo_id!r}")
-    if args.to and args.to.exists():
-        raise ValueError(f"{args.to} exists; choose a new name or delete it")
+    if args.to:
+        check_new(args.to)
     check_whole(args.folder)
     card = choose_card(args)
     if args.to:
-        args.to.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.to.parent, prefix=f".{args.to.name}.") as folder:
-            gather(args, card, Path(folder) / "published", shutil.copy2)
-            os.replace(Path(folder) / "published", args.to)
+        with replacing_folder(args.to, "published model", reads=[args.folder], new=True) as folder:
+            gather(args, card, folder, shutil.copy2)
         return
     if not hub_answers():
         raise ValueError("the hub does not answer; with --to FOLDER the files are written without it")
@@ -152,7 +153,7 @@ def gather(args: argparse.Namespace, card: ModelCard | None, out: Path, place) -
     shutil.copytree(args.folder.resolve(), out, ignore=left_out, copy_function=place, dirs_exist_ok=True)
     for name, text in written.items():
         (out / name).unlink(missing_ok=True)  # a link would be written through, into the folder itself
-        (out / name).write_text(text, encoding="utf-8")
+        write_file(out / name, text)
 
 
 def upload(args: argparse.Namespace, folder: Path) -> None:

@@ -8,7 +8,6 @@ Prints the table of the README. An answer is right when it equals the reference 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,28 +17,38 @@ from eval.controls import best_blind_score, references_of_shown_region, with_who
 from eval.generate import generate
 from eval.metrics.exact_match import exactly_right
 from mllm.answering import RegionChat
+from mllm.command_line import ArgumentParser, exit_code
 from mllm.data import shapes
 from mllm.data.samples import RegionSample
 from mllm.data.visual_genome import read_region_questions, read_regions
+from mllm.files import check_replaceable, made_by, write_json
 from mllm.loading import EMBEDDED_MODEL
 
+PROGRAM = "score_embedded_model.py"
 
-def main() -> int:
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=EMBEDDED_MODEL)
     parser.add_argument("--scenes", type=int, default=200, help="scenes of each split (default 200)")
     parser.add_argument("--seed", type=int, default=2, help="seed of the scenes (default 2; training used 1)")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--json", type=Path, help="write the scores to this file too")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.json:
+        check_replaceable(args.json, reads=[args.model], kind=PROGRAM)
     refuse_training_scenes(args.model, args.scenes, args.seed)
     chat = RegionChat(*mllm.load(args.model))
     with tempfile.TemporaryDirectory() as folder:
         scores = score(chat, Path(folder), args.scenes, args.seed, args.batch_size)
     print(table(scores))
     if args.json:
-        args.json.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, {"made_by": made_by(PROGRAM), **scores})
     return 0
 
 

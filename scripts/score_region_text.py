@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.region_text import VIEWS, score_region_text
-from mllm.command_line import exit_code
+from mllm.command_line import ArgumentParser, exit_code, say
 from mllm.loading import pick_device
 from train.alpha_clip import held_out, lookup
 from train.run import open_index
@@ -25,9 +25,11 @@ PROGRAM = "score_region_text.py"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return exit_code(PROGRAM, lambda: run(_parser().parse_args(argv)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory or hub id, with text tower and processor")
     parser.add_argument("--data", type=Path, required=True, help="folder or .jsonl")
     parser.add_argument("--split", default="test", help="of the data (default test)")
@@ -35,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--region-input", choices=("mask", "box", "available"), default="mask", help="default: mask")
     parser.add_argument("--view", choices=VIEWS, default="alpha", help="how a region is shown (default alpha)")
     parser.add_argument("--device", default="auto", help="cpu, cuda ... (default: what there is)")
-    args = parser.parse_args(argv)
-    return exit_code(PROGRAM, lambda: run(args))
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         side = model.config.vision_config.image_size
         processor.image_processor = AlphaCLIPImageProcessor.for_size(side, "pad", like=processor.image_processor)
     about = f"{model.device}, {str(model.dtype).removeprefix('torch.')}, {model.config._attn_implementation}"
-    print(f"{args.model}: {about}, {processor.image_processor.geometry}", file=sys.stderr)
+    say(f"{args.model}: {about}, {processor.image_processor.geometry}", sys.stderr)
     scores = score_region_text(model, processor, pictures, view=args.view, truncation=True, progress=True)
     print(f"{len(pictures):,} pictures, {sum(len(picture.regions) for picture in pictures):,} regions, {args.view}")
     for name, value in scores.items():

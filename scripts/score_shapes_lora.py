@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from score_embedded_model import EMBEDDED_MODEL, refuse_training_scenes, score
@@ -20,17 +21,24 @@ from eval.controls import references_of_shown_region, with_whole_image, with_wro
 from eval.generate import generate
 from eval.metrics.exact_match import exactly_right
 from mllm.answering import RegionChat
+from mllm.command_line import ArgumentParser, exit_code
 from mllm.data import shapes
 from mllm.data.visual_genome import read_region_questions
 
+PROGRAM = "score_shapes_lora.py"
 
-def main() -> int:
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", type=Path, help="output folder of region-tune")
     parser.add_argument("--scenes", type=int, default=100, help="scenes of each split (default 100)")
     parser.add_argument("--seed", type=int, default=2, help="seed of the scenes (default 2; tuning used 31)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     refuse_training_scenes(EMBEDDED_MODEL, args.scenes, args.seed)
     before, after = RegionChat(*mllm.load()), RegionChat(*mllm.load(adapter=args.adapter))
     size = (args.adapter / "adapter_model.safetensors").stat().st_size / 1e6

@@ -16,7 +16,6 @@ import dataclasses
 import json
 import os
 import posixpath
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from mllm.data.json_files import read_json
 from mllm.data.records import READ, ReadReport
 from mllm.data.samples import RegionSample, TarMember
 from mllm.data.schemas import IndexRecord, checked
+from mllm.files import MARKER, replacing_folder, write_json
 from vision_tower import Region
 
 FORMAT = 2
@@ -94,7 +94,7 @@ class RegionIndex:
         if self.record.get("format") != FORMAT:
             raise ValueError(f"{folder} has format {self.record.get('format')}, this is for {FORMAT}; make it anew")
         checked(self.record, IndexRecord, folder / "index.json")
-        self.root = Path(root) if root is not None else (folder / self.record["root"]).resolve()
+        self.root = Path(root) if root is not None else Path(os.path.realpath(folder / self.record["root"]))
         try:
             self.pictures, self.regions = (
                 _datasets().Dataset.from_file(str(folder / f"{name}.arrow")) for name in ("pictures", "regions")
@@ -220,7 +220,7 @@ def write_index(
     else is known about the same or other regions, is held in memory whole.
 
     Args:
-        out: New folder; an index in it is replaced at the end, in one go.
+        out: Folder of the index: new, empty, or an index, which is replaced at the end, in one go.
         root: The data set's folder, which the pictures' paths are made relative to.
         regions: (split, sample) in the order of the pictures; each sample of one region, its meta with `image_id` and,
             unless it is about the whole image, `region_id`.
@@ -230,16 +230,38 @@ def write_index(
         reports: What each reading left out, once it is through; kept in the record.
 
     Raises:
-        ValueError: If a sample lacks its ids, or what the readers raise.
+        ValueError: If a sample lacks its ids, `out` holds anything else, is `root` or a parent of it, or is being
+            written by another process; or what the readers raise.
         OSError: If the folder cannot be written.
     """
-    out, root = Path(out), Path(root)
+    with replacing_folder(out, "index", reads=[root], known=_is_index) as partial:
+        return _write(partial, Path(out), Path(root), regions, more, made_of, reports or {})
+
+
+def _is_index(folder: Path) -> bool:
+    """Whether a folder is an index that an earlier version wrote, which had no marker, and nothing else."""
+    if {file.name for file in folder.iterdir()} - {MARKER} != {"index.json", "pictures.arrow", "regions.arrow"}:
+        return False
+    try:
+        record = read_json(folder / "index.json", dict)
+    except ValueError:
+        return False
+    return {"format", "made_of", "root"} <= record.keys()
+
+
+def _write(
+    partial: Path,
+    out: Path,
+    root: Path,
+    regions: Iterable[tuple[str, RegionSample]],
+    more: Iterable[tuple[str, RegionSample]],
+    made_of: str,
+    reports: Mapping[str, ReadReport],
+) -> dict[str, Any]:
+    """Write an index into a folder that will become `out`; the others as in `write_index`."""
     known: dict[tuple, _Row] = {}
     for split, sample in more:
         _merge(known, split, sample)
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     writer = _Writer(partial, root)
     for rows in _by_picture(regions):
         for key, row in rows.items():
@@ -250,18 +272,16 @@ def write_index(
     record = {
         "format": FORMAT,
         "made_of": made_of,
-        "root": os.path.relpath(root.resolve(), out.resolve()),
+        "root": os.path.relpath(os.path.realpath(root), os.path.realpath(out)),
         "turns_of_unknown_regions": sum(len(row.turns) for row in known.values() if not row.forms),
         **writer.close(),
         "left_out": {
             name: {reason: {"count": count, "first": report.examples[reason]} for reason, count in left.items()}
-            for name, report in (reports or {}).items()
+            for name, report in reports.items()
             if (left := {reason: count for reason, count in report.counts.items() if reason != READ})
         },
     }
-    (partial / "index.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    write_json(partial / "index.json", record)
     return record
 
 

@@ -106,11 +106,13 @@ def _head(path: Path) -> bytes:
 def _pairs_in_folder(root: Path, report: ReadReport) -> Iterator[PicturePair]:
     """The pairs of a folder and its sub-folders; a record of the data set and an index in it are passed over."""
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith(INDEX_FOLDER))
+        folders[:] = sorted(name for name in folders if not name.startswith((INDEX_FOLDER, ".")))
         inner = Path(folder).relative_to(root)
         of_stem: dict[str, list[str]] = {}
         for name in sorted(names):
             stem, suffix = os.path.splitext(name)
+            if name.startswith("."):  # the marker of a folder that we wrote; what macOS puts beside files
+                continue
             if suffix.lower() in (".json", *PICTURES):
                 of_stem.setdefault(stem, []).append(name)
         if folder == os.fspath(root) and of_stem.get("dataset") == ["dataset.json"]:

@@ -175,7 +175,7 @@ def index_jsonl(
         ValueError: If the file cannot be read, or too many of its lines cannot be used (`mllm.data.records`).
     """
     path = Path(path)
-    folder = path.resolve().parent
+    folder = Path(os.path.realpath(path)).parent  # `resolve` raises RuntimeError on a circular link
     reports = {} if reports is None else reports
     report = reports["lines"] = ReadReport()
     of_picture: dict[str, list[RegionSample]] = {}

@@ -14,10 +14,8 @@ Splits: `train` and `test` share colour-shape pairs and backgrounds; `novel` dra
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
-import json
 import os
 import pickle
 from collections import Counter
@@ -29,6 +27,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm.auto import tqdm
 
+from mllm.command_line import ArgumentParser, exit_code
 from mllm.data.json_files import read_json
 from mllm.data.samples import RegionSample
 from mllm.data.schemas import GenomeObjects, checked
@@ -45,6 +44,7 @@ from mllm.data.shapes_world import (
     ShapeObject,
     draw_scene,
 )
+from mllm.files import replacing_folder, write_file, write_json
 
 _ALL_PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 _SEEN_PAIRS = tuple(pair for pair in _ALL_PAIRS if pair not in NOVEL_PAIRS)
@@ -160,23 +160,31 @@ def write(
     """Write `count` scenes of a split to the folder `out` in Visual Genome's layout, with `places` also a question of
     type "place" about each object.
 
+    Args:
+        out: New, empty, or a folder that this wrote, which is replaced at the end.
+        count: Number of scenes.
+        seed: The same seed gives the same bytes.
+        split: One of `SPLITS`.
+        places: Whether to ask where each object is.
+        progress: Whether to show a progress bar.
+
     Raises:
-        ValueError: If the split is unknown, `count` is not positive, or `out` already holds a data set.
+        ValueError: If the split is unknown, `count` is not positive, or `out` holds anything else.
+        OSError: If the folder cannot be written.
     """
-    out = Path(out)
     if count < 1:
         raise ValueError(f"expected at least 1 image, got {count}")
-    if (out / "image_data.json").exists():
-        raise ValueError(f"{out} already holds a data set; choose another folder or delete it")
-    (out / "VG_100K").mkdir(parents=True, exist_ok=True)
-    records = _Records(places)
-    for rng, scene in tqdm(scenes(count, seed, split), total=count, desc=f"shapes {split}", disable=not progress):
-        image_id = records.add(rng, scene)
-        Image.fromarray(scene.pixels).save(out / "VG_100K" / f"{image_id}.png")
-    records.save(out)
-    _write_refs(out, records, "train" if split == "train" else "val")
-    about = {"world": "shapes", "split": split, "seed": seed, "images": count}
-    (out / "dataset.json").write_text(json.dumps(about), encoding="utf-8")  # training refuses another split than train
+    drawn = scenes(count, seed, split)
+    with replacing_folder(out, "shapes") as folder:
+        (folder / "VG_100K").mkdir()
+        records = _Records(places)
+        for rng, scene in tqdm(drawn, total=count, desc=f"shapes {split}", disable=not progress):
+            image_id = records.add(rng, scene)
+            Image.fromarray(scene.pixels).save(folder / "VG_100K" / f"{image_id}.png")
+        records.save(folder)
+        _write_refs(folder, records, "train" if split == "train" else "val")
+        about = {"world": "shapes", "split": split, "seed": seed, "images": count}
+        write_json(folder / "dataset.json", about, indent=None)  # training refuses another split than train
 
 
 class _Records:
@@ -242,7 +250,7 @@ class _Records:
     def save(self, out: Path) -> None:
         for name, content in vars(self).items():
             if not name.startswith("_"):
-                (out / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+                write_json(out / f"{name}.json", content, indent=None)
 
 
 def _write_refs(out: Path, records: _Records, split: str) -> None:
@@ -272,8 +280,8 @@ def _write_refs(out: Path, records: _Records, split: str) -> None:
     ]
     categories = [{"id": index, "name": name, "supercategory": "shape"} for index, name in enumerate(SHAPES, 1)]
     instances = {"images": images, "annotations": annotations, "categories": categories}
-    (out / "instances.json").write_text(json.dumps(instances), encoding="utf-8")
-    (out / "refs(umd).p").write_bytes(pickle.dumps(refs, protocol=2))  # as Python 2 wrote the published ones
+    write_json(out / "instances.json", instances, indent=None)
+    write_file(out / "refs(umd).p", pickle.dumps(refs, protocol=2))  # as Python 2 wrote the published ones
 
 
 def with_same_class(samples: Iterable[RegionSample], root: str | os.PathLike) -> Iterator[RegionSample]:
@@ -319,17 +327,18 @@ def _object_record(object_id: int, box: dict, obj: ShapeObject) -> dict:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m mllm.data.shapes`."""
-    parser = argparse.ArgumentParser(prog="python -m mllm.data.shapes", description="Write the Shapes world to disk.")
-    parser.add_argument("--out", required=True, help="new folder for the data set")
+    return exit_code("python -m mllm.data.shapes", lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(prog="python -m mllm.data.shapes", description="Write the Shapes world to disk.")
+    parser.add_argument("--out", required=True, help="folder of the data set: new, empty, or one written before")
     parser.add_argument("--images", type=int, required=True, help="number of scenes")
     parser.add_argument("--seed", type=int, required=True, help="same seed: same scenes")
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("--places", action="store_true", help="also ask where in the picture each object is")
     args = parser.parse_args(argv)
-    try:
-        write(args.out, args.images, args.seed, args.split, places=args.places)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    write(args.out, args.images, args.seed, args.split, places=args.places)
     return 0
 
 

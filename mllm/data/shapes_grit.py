@@ -11,7 +11,6 @@ webdataset tars; `dataset.json` says which split and seed it is. The same seed g
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -25,8 +24,10 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm.auto import tqdm
 
+from mllm.command_line import ArgumentParser, exit_code
 from mllm.data.shapes import SPLITS, scenes
 from mllm.data.shapes_world import MAX_OBJECTS, MIN_OBJECTS, SCENE_SIZE, Scene
+from mllm.files import replacing_folder, write_json
 
 _PICTURES_IN_FOLDER = 10_000  # as many as img2dataset puts in a shard
 
@@ -44,27 +45,35 @@ def write(
 ) -> None:
     """Write `count` scenes of a split to the folder `out`, in so many tars or, with none, in folders.
 
+    Args:
+        out: New, empty, or a folder that this wrote, which is replaced at the end.
+        count: Number of scenes.
+        seed: The same seed gives the same bytes.
+        split: One of `mllm.data.shapes.SPLITS`.
+        tars: Number of tars.
+        min_objects: Fewest objects of a scene.
+        max_objects: Most objects of a scene.
+        progress: Whether to show a progress bar.
+
     Raises:
-        ValueError: If the split is unknown, a number is out of range, or `out` already holds a data set.
+        ValueError: If the split is unknown, a number is out of range, or `out` holds anything else.
+        OSError: If the folder cannot be written.
     """
-    out = Path(out)
     if count < 1 or not 0 <= tars <= count:
         raise ValueError(f"expected at least 1 image and 0 to that many tars, got {count} and {tars}")
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} already holds files; choose another folder or empty it")
     drawn = scenes(count, seed, split, min_objects, max_objects)
-    out.mkdir(parents=True, exist_ok=True)
-    files = _files(tqdm(drawn, total=count, desc=f"shapes {split}", disable=not progress))
-    if tars:
-        _write_tars(out, files, np.linspace(0, count, tars + 1).astype(int).tolist())
-    else:
-        for number, contents in files:
-            folder = out / f"{number // _PICTURES_IN_FOLDER:05d}"
-            folder.mkdir(exist_ok=True)
-            for suffix in ("png", "json"):
-                (folder / f"{number:09d}.{suffix}").write_bytes(contents[suffix])
-    about = {"world": "shapes", "split": split, "seed": seed, "images": count}
-    (out / "dataset.json").write_text(json.dumps(about), encoding="utf-8")  # last: training reads the split from it
+    with replacing_folder(out, "shapes in GRIT's layout") as whole:
+        files = _files(tqdm(drawn, total=count, desc=f"shapes {split}", disable=not progress))
+        if tars:
+            _write_tars(whole, files, np.linspace(0, count, tars + 1).astype(int).tolist())
+        else:
+            for number, contents in files:
+                folder = whole / f"{number // _PICTURES_IN_FOLDER:05d}"
+                folder.mkdir(exist_ok=True)
+                for suffix in ("png", "json"):
+                    (folder / f"{number:09d}.{suffix}").write_bytes(contents[suffix])
+        about = {"world": "shapes", "split": split, "seed": seed, "images": count}
+        write_json(whole / "dataset.json", about, indent=None)  # training reads the split from it
 
 
 def annotation(scene: Scene) -> dict[str, Any]:
@@ -110,10 +119,14 @@ def _write_tars(out: Path, files: Iterator[tuple[int, dict[str, bytes]]], bounds
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m mllm.data.shapes_grit`."""
-    parser = argparse.ArgumentParser(
+    return exit_code("python -m mllm.data.shapes_grit", lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(
         prog="python -m mllm.data.shapes_grit", description="Write the Shapes world to disk in GRIT's layout."
     )
-    parser.add_argument("--out", required=True, help="new folder for the data set")
+    parser.add_argument("--out", required=True, help="folder of the data set: new, empty, or one written before")
     parser.add_argument("--images", type=int, required=True, help="number of scenes")
     parser.add_argument("--seed", type=int, required=True, help="same seed: same scenes")
     parser.add_argument("--split", choices=SPLITS, default="train")
@@ -121,11 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--min-objects", type=int, default=MIN_OBJECTS, help="fewest objects of a scene")
     parser.add_argument("--max-objects", type=int, default=MAX_OBJECTS, help="most objects of a scene")
     args = parser.parse_args(argv)
-    try:
-        objects = {"min_objects": args.min_objects, "max_objects": args.max_objects}
-        write(args.out, args.images, args.seed, args.split, tars=args.tars, **objects)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    objects = {"min_objects": args.min_objects, "max_objects": args.max_objects}
+    write(args.out, args.images, args.seed, args.split, tars=args.tars, **objects)
     return 0
 
 

@@ -18,9 +18,7 @@ def folder(tmp_path):
 
 
 def refused(capsys, *arguments):
-    with pytest.raises(SystemExit) as stopped:
-        prepare_data.main([str(argument) for argument in arguments])
-    assert stopped.value.code == 2
+    assert prepare_data.main([str(argument) for argument in arguments]) == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 

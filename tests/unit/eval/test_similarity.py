@@ -69,5 +69,8 @@ def test_coco_files_are_read_by_coco_and_by_us(tmp_path):
     assert [a["caption"] for a in found.coco.imgToAnns[2]] == ["cat", "a dog"]
     back, _ = read_predictions(tmp_path / "results.json", tmp_path / "annotations.json")
     assert [(r["prediction"], r["references"]) for r in back] == list(zip(PREDICTIONS, REFERENCES, strict=True))
-    with pytest.raises(ValueError, match="there already"):
+    write_coco(tmp_path, records[:2])  # its own files are replaced
+    assert len(COCO(str(tmp_path / "annotations.json")).getImgIds()) == 2
+    (tmp_path / "annotations.json").unlink()
+    with pytest.raises(ValueError, match="results.json exists and was not written by this command"):
         write_coco(tmp_path, records)

@@ -109,7 +109,7 @@ def write_cut(path):
             "not allowed with",
         ),
         (["--image", "picture.png", "--box", "1,1,9,9", "--strength", "3", "--ask", "x"], "strength from 0 to 1"),
-        (["--image", "picture.png", "--whole", "--ask", "x", "--save-overlay", "no/folder.png"], "there is no folder"),
+        (["--image", "picture.png", "--whole", "--ask", "x", "--save-overlay", "no/folder.png"], "folder not found"),
         (["--image", "picture.png", "--whole", "--ask", "x", "--save-overlay", "."], "it is a folder"),
         (["--image", "picture.png", "--whole", "--strength", "7", "--ask", "x"], "--strength from 0 to 1"),
         (["--image", "picture.png", "--whole", "--strength", "nan", "--ask", "x"], "--strength from 0 to 1"),
@@ -270,3 +270,34 @@ def test_interrupts_end_quietly_and_bugs_keep_their_traceback(picture, monkeypat
     stop(TypeError("a bug"))
     with pytest.raises(TypeError, match="a bug"):
         run("unused", "--image", picture, "--whole", "--ask", "x")
+
+
+def test_a_conversation_goes_on_after_a_refused_output(tiny_llava_dir, picture, tmp_path, monkeypatch, capsys):
+    (tmp_path / "thesis.json").write_text("years of work")
+    picture_before = picture.read_bytes()
+    lines = f"""\
+/whole
+/save {tmp_path}/thesis.json
+/overlay {picture}
+/overlay {tmp_path}
+/save {tmp_path}/turns.json
+/save {tmp_path}/turns.json
+/overlay {tmp_path}/turns.json
+/overlay {tmp_path}/\x1b[31mo.png
+"""
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert run(tiny_llava_dir, "--image", picture) == 2
+    said = capsys.readouterr().err
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    parts = ["was not written by", "is read by this command", "is a folder", "was not written by"]
+    assert len(errors) == len(parts) and all(part in line for part, line in zip(parts, errors, strict=True))
+    assert (tmp_path / "thesis.json").read_text() == "years of work" and picture.read_bytes() == picture_before
+    assert said.count("turns.json: 0 turns") == 2 and "[31mo.png" in said and "\x1b" not in said
+
+
+def test_an_answer_is_shown_without_what_a_terminal_obeys(tiny_llava, capsys):
+    from mllm.conversation import _PrintableStreamer
+
+    streamer = _PrintableStreamer(tiny_llava[1].tokenizer)
+    streamer.on_finalized_text("a\x1b[2Jb", stream_end=True)
+    assert capsys.readouterr().out == "a[2Jb\n"

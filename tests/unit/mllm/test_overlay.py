@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mllm.overlay import draw_overlay, save_overlay
+from mllm.overlay import check_overlay, draw_overlay, save_overlay
 from vision_tower import Region
 
 GREY = Image.new("RGB", (100, 60), (200, 200, 200))
@@ -35,11 +35,12 @@ def test_a_long_caption_is_wrapped_under_the_picture():
 
 def test_saving_replaces_the_file_whole(tmp_path):
     path = tmp_path / "o.png"
-    path.write_text("old")
+    save_overlay(path, GREY, Region.whole())
+    check_overlay(path)  # may be replaced
     save_overlay(path, GREY, Region.from_box(1, 1, 9, 9))
     assert Image.open(path).size == (400, 240)
     assert [file.name for file in tmp_path.iterdir()] == ["o.png"]
-    with pytest.raises(ValueError, match="there is no folder"):
+    with pytest.raises(ValueError, match="folder not found"):
         save_overlay(tmp_path / "no" / "o.png", GREY, Region.whole())
 
 

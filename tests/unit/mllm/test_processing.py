@@ -140,3 +140,26 @@ def test_encode_conversation_counts_what_the_model_gets():
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_keys_that_datasets_fills_with_none_are_as_if_they_were_not_there():
+    row = [
+        {"type": "image", "image": IMAGE, "region": BOX, "text": None},
+        {"type": "text", "text": "What?", "image": None, "region": None},
+    ]
+    plain = [{"type": "image", "image": IMAGE, "region": BOX}, {"type": "text", "text": "What?"}]
+    filled, bare = (
+        PROCESSOR.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        for content in (row, plain)
+    )
+    assert filled.keys() == bare.keys() and all(torch.equal(filled[key], bare[key]) for key in bare)
+
+
+@pytest.mark.parametrize("item", [{"text": None}, {}, {"text": 5}, {"text": ["a"]}])
+def test_a_missing_text_is_no_word(item):
+    content = [{"type": "image", "image": IMAGE}, {"type": "text", **item}]
+    for call in (PROCESSOR.apply_chat_template, PROCESSOR.encode_conversation):
+        with pytest.raises(ValueError, match="expected a string as the text of a text item"):
+            call([{"role": "user", "content": content}])
