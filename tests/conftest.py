@@ -1,6 +1,12 @@
 """Fixtures that several test files share."""
 
 import os
+
+# Before torch is imported. Tiny models gain nothing from threads, which wait for each other at full speed; Java
+# compiles and collects as for runs of seconds.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["JAVA_TOOL_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+
 from pathlib import Path
 
 import pytest
@@ -13,6 +19,7 @@ from tests.compatibility import (  # noqa: F401, pytest finds hooks and fixtures
     pytest_runtest_makereport,
     pytest_sessionfinish,
 )
+from tests.processes import ForkServer
 from tests.tiny import build_tiny_llava
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +32,14 @@ def shared_data():
     if not folder.is_dir():
         pytest.skip(f"the real data for checks is not here ({folder}); set ALPHA_SHARED_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Starts processes at little cost: see `tests.processes`."""
+    server = ForkServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,6 @@
 """scripts/convert_alpha_clip.py and --alpha-weights: what comes out loads, answers as before, and sees the region."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +96,7 @@ def test_tower_directory(checkpoint, with_projection, tmp_path):
         assert not torch.allclose(tower(left).last_hidden_state, tower(right).last_hidden_state, atol=1e-3)
 
 
-def test_tower_directory_needs_no_package(checkpoint, with_projection, tmp_path):
+def test_tower_directory_needs_no_package(checkpoint, with_projection, tmp_path, processes):
     assert convert(checkpoint, tmp_path / "tower") == 0
     torch.save({"pixels": torch.randn(1, 4, 32, 32)}, tmp_path / "in.pt")
     code = (
@@ -107,8 +105,7 @@ def test_tower_directory_needs_no_package(checkpoint, with_projection, tmp_path)
         "pixels = torch.load('in.pt')['pixels']\n"
         "torch.save(model(pixels).last_hidden_state.detach(), 'out.pt')\n"
     )
-    run = [sys.executable, "-c", f"import sys; sys.modules['vision_tower'] = None\n{code}"]
-    subprocess.run(run, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    processes.run(f"import sys; sys.modules['vision_tower'] = None\n{code}", cwd=tmp_path, checkout=False)
     with torch.no_grad():
         expected = with_projection(torch.load(tmp_path / "in.pt")["pixels"]).last_hidden_state
     torch.testing.assert_close(torch.load(tmp_path / "out.pt"), expected)
@@ -213,7 +210,7 @@ def test_alpha_weights_of_another_size_are_refused(checkpoint, tiny_llava_dir):
     "fused LLaVA in a fresh process: logits, and equal generated ids",
     "1e-4",
 )
-def test_fused_llava_is_stock_llava(checkpoint, clip_llava, tmp_path, measured):
+def test_fused_llava_is_stock_llava(checkpoint, clip_llava, tmp_path, measured, processes):
     model, processor = mllm.load(clip_llava, device="cpu", alpha_weights=checkpoint)
     model.save_pretrained(tmp_path / "ours")
     processor.save_pretrained(tmp_path / "ours")
@@ -231,7 +228,7 @@ def test_fused_llava_is_stock_llava(checkpoint, clip_llava, tmp_path, measured):
     for region in (LEFT, RIGHT):
         inputs = processor(images=noise_picture(60, 40), regions=region, text="What is this?", return_tensors="pt")
         torch.save(dict(inputs), tmp_path / "in.pt")
-        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+        processes.run(code, cwd=tmp_path, checkout=False)
         logits, generated = torch.load(tmp_path / "out.pt")
         with torch.no_grad():
             measured((logits - model(**inputs).logits).abs().max())

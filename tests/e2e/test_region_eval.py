@@ -4,9 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -79,8 +76,8 @@ def test_an_equal_run_continues_and_another_is_refused(finished, data, capsys):
     assert "samples" in fails(capsys, *run, "--limit", 3)
 
 
-def test_two_processes_give_the_same_bytes(data, tmp_path):
-    """The command under torchrun with two processes: the batches are those of one process, so the file is too."""
+def test_two_processes_give_the_same_bytes(data, tmp_path, processes):
+    """The batches are those of one process, so the file is too."""
     run = ["run", "--task", "shapes-caption", "--data", str(data), "--batch-size", "4", *FAST]
     threads = torch.get_num_threads()
     try:
@@ -88,9 +85,8 @@ def test_two_processes_give_the_same_bytes(data, tmp_path):
         assert main([*run, "--out", str(tmp_path / "one")]) == 0
     finally:
         torch.set_num_threads(threads)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    command = Path(sys.executable).with_name("region-eval")
-    subprocess.run([*torchrun, str(command), *run, "--out", str(tmp_path / "two")], check=True, cwd=data.parent)
+    for rank in processes.start_ranks("eval.cli:main", [*run, "--out", tmp_path / "two"], cwd=data.parent):
+        assert rank.wait() == 0, rank.output()
     one, two = ((tmp_path / name / "predictions.jsonl").read_bytes() for name in ("one", "two"))
     assert one == two
     shares = [len(part.read_text().splitlines()) for part in (tmp_path / "two" / "parts").iterdir()]

@@ -1,9 +1,5 @@
 """The saved tower loads with `trust_remote_code` in a process that never saw this package, also without pycocotools."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -35,7 +31,7 @@ assert "vision_tower" not in sys.modules
     "tower and image processor in a process without this package",
     "equal",
 )
-def test_tower_and_image_processor_load_elsewhere(tmp_path):
+def test_tower_and_image_processor_load_elsewhere(tmp_path, processes):
     torch.manual_seed(0)
     model = AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**tiny_vision_config())).eval()
     torch.nn.init.normal_(model.embeddings.patch_embedding.alpha.weight, std=0.3)
@@ -45,14 +41,7 @@ def test_tower_and_image_processor_load_elsewhere(tmp_path):
     processor.save_pretrained(folder)
     picture = noise_picture(70, 50)
     picture.save(tmp_path / "p.png")
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTHONPATH", None)
-    subprocess.run(
-        [sys.executable, "-c", CODE, str(folder), str(tmp_path / "p.png"), str(tmp_path / "out.pt")],
-        check=True,
-        cwd=tmp_path,
-        env=environment,
-    )
+    processes.run(CODE, [folder, tmp_path / "p.png", tmp_path / "out.pt"], cwd=tmp_path, checkout=False)
     got = torch.load(tmp_path / "out.pt")
     expected = processor(picture, [Region.from_box(4, 4, 40, 30), Region.from_box(44, 4, 60, 50)], return_tensors="pt")
     assert torch.equal(got["pixels"], expected["pixel_values"])

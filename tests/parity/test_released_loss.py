@@ -39,9 +39,9 @@ def run_rank():
     return run(2, dist.get_rank())
 
 
-def run_setting(setting, folder):
+def run_setting(setting, processes, folder):
     if setting == "group_of_two":
-        return on_two_ranks(run_rank, folder)
+        return on_two_ranks(processes, run_rank, folder)
     if setting == "alone":
         return [run()]
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=0, world_size=1)
@@ -57,9 +57,9 @@ def run_setting(setting, folder):
     "1e-12",
 )
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_loss_and_gradients_equal_the_original(setting, tmp_path, measured):
+def test_loss_and_gradients_equal_the_original(setting, processes, tmp_path, measured):
     content = load_file(FIXTURE)
-    found = run_setting(setting, tmp_path)
+    found = run_setting(setting, processes, tmp_path)
     errors = {
         (rank, name): (output[name] - content[f"{setting}.{rank}.{name}"]).abs().max().item()
         for rank, output in enumerate(found)

@@ -207,10 +207,10 @@ def ddp_in_chunks():
     return {name: parameter.grad for name, parameter in model.module.named_parameters()}
 
 
-def test_ddp_synchronises_once_and_learns_what_one_process_learns(tmp_path):
+def test_ddp_synchronises_once_and_learns_what_one_process_learns(tmp_path, processes):
     expected, found = embedder_of(dropout=0), embedder_of(dropout=0)
     plain(expected, chunks_of((8,)))
-    for gradients in on_two_ranks(ddp_in_chunks, tmp_path):
+    for gradients in on_two_ranks(processes, ddp_in_chunks, tmp_path):
         for name, parameter in found.named_parameters():
             parameter.grad = gradients[name]
         assert worst_error(found, expected) < TOLERANCE

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 from torch.nn import functional
 from transformers import CLIPModel
 
@@ -66,20 +66,24 @@ def loss_and_gradients(rows, options):
     return found
 
 
-def on_two_ranks(worker, folder):
+RANK = """
+import importlib, sys, torch
+import torch.distributed as dist
+worker, folder = sys.argv[1:]
+module, _, function = worker.partition(":")
+dist.init_process_group("gloo")
+torch.save(getattr(importlib.import_module(module), function)(), f"{folder}/{dist.get_rank()}.pt")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def on_two_ranks(processes, worker, folder):
     """What `worker()` gives in each of two processes of a gloo group."""
-    # the server imports once what takes seconds, and processes of later tests start in no time
-    multiprocessing.set_forkserver_preload(["train.losses", "tests.tiny"])
-    multiprocessing.start_processes(_run_rank, (worker, str(folder)), nprocs=2, start_method="forkserver")
+    ranks = processes.start_ranks(RANK, [f"{worker.__module__}:{worker.__name__}", folder])
+    for rank in ranks:
+        assert rank.wait() == 0, rank.output()
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
-
-
-def _run_rank(rank, worker, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    torch.save(worker(), Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def rows_of_rank(name):
@@ -104,8 +108,8 @@ def every_case():
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    return on_two_ranks(every_case, tmp_path_factory.mktemp("ranks"))
+def ranks(processes, tmp_path_factory):
+    return on_two_ranks(processes, every_case, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -1,0 +1,296 @@
+"""Runs disturbed (killed, out of disk, signalled, twice at once), then rerun: the same bytes as of an undisturbed run.
+
+`make test-faults` kills each of the four commands 20 times, two of them also on two ranks; CI kills twice.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mllm.data import shapes, shapes_grit
+from mllm.data.prepare import make_index
+from tests.tiny import build_tiny_clip, build_tiny_llava
+
+pytestmark = pytest.mark.slow
+REQUESTS = 24
+TRAINING = """
+data: [{data}]
+learning_rate: 1.0e-2
+max_steps: 6
+per_device_train_batch_size: {batch}
+logging_steps: 1
+save_strategy: steps
+save_steps: 2
+save_total_limit: 2
+use_cpu: true
+disable_tqdm: true
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with tiny models whose alpha weight is not zero, their data, recipes and requests."""
+    folder = tmp_path_factory.mktemp("world")
+    llava = build_tiny_llava()
+    torch.nn.init.normal_(llava[0].model.vision_tower.embeddings.patch_embedding.alpha.weight, std=0.3)
+    for name, (model, processor) in (("llava", llava), ("clip", build_tiny_clip(alpha_std=0.3))):
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+    shapes.write(folder / "shapes", 6, 1, "train", progress=False)
+    shapes.write(folder / "test", 6, 1, "test", progress=False)
+    shapes_grit.write(folder / "grit", 8, 1, "train", min_objects=1, progress=False)
+    for name in ("shapes", "grit"):
+        make_index(folder / name)
+    for ranks in (1, 2):
+        batch = 4 // ranks
+        recipe = TRAINING.format(data=folder / "shapes", batch=batch)
+        lora = "lora_r: 4\ntrain_parts: [multi_modal_projector, alpha]\n"
+        (folder / f"tune{ranks}.yaml").write_text(f"model: {folder / 'llava'}\n{lora}{recipe}")
+        recipe = TRAINING.format(data=folder / "grit", batch=batch)
+        (folder / f"contrast{ranks}.yaml").write_text(
+            f"model: {folder / 'clip'}\nregions_per_image: 6\ndataloader_drop_last: true\n{recipe}"
+        )
+    requests = [
+        {"id": n, "image": f"test/VG_100K/{n % 6 + 1}.png", "region": {"box": [n, 8, 40 + n, 60]}}
+        for n in range(REQUESTS)
+    ]
+    (folder / "requests.jsonl").write_text("".join(json.dumps(request) + "\n" for request in requests))
+    return folder
+
+
+def tune(world, out, ranks=1):
+    return "train.finetune:main", [world / f"tune{ranks}.yaml", "--output_dir", out]
+
+
+def contrast(world, out, ranks=1):
+    return "train.alpha_clip:main", [world / f"contrast{ranks}.yaml", "--output_dir", out]
+
+
+def evaluate(world, out, ranks=1):
+    task = ["--task", "shapes-caption", "--metrics", "exactly right", "--no-intervals"]
+    model = ["--model", world / "llava", "--batch-size", 2, "--max-new-tokens", 16]
+    return "eval.cli:main", ["run", *task, "--data", world / "test", "--out", out, *model]
+
+
+def batch(world, out, ranks=1):
+    out.mkdir(exist_ok=True)
+    files = ["--batch", world / "requests.jsonl", "--output", out / "answers.jsonl"]
+    return "mllm.chat:main", [*files, "--model", world / "llava", "--batch-size", 2, "--max-new-tokens", 24]
+
+
+# In the process: each step, each batch takes its time, so that the run is there to be met.
+SLOW = """
+import time
+from mllm.answering import RegionChat
+from transformers import TrainerCallback
+from train import trainer
+def answers(self, *args, original=RegionChat.answers, **kwargs):
+    time.sleep(0.2)
+    return original(self, *args, **kwargs)
+RegionChat.answers = answers
+trainer.StopOnSignal.on_step_begin = lambda self, *args, **kwargs: time.sleep(0.3)
+"""
+# command -> the files that must be equal
+COMMANDS = {
+    tune: ("adapter_model.safetensors", "training_record.json"),
+    contrast: ("model.safetensors", "training_record.json"),
+    evaluate: ("predictions.jsonl", "metrics.json"),
+    batch: ("answers.jsonl",),
+}
+
+
+def start(processes, command, world, out, ranks=1, before=""):
+    target, arguments = command(world, out, ranks)
+    if ranks == 1:
+        return [processes.start(target, arguments, before=before)]
+    return processes.start_ranks(target, arguments, count=ranks, before=before)
+
+
+def finish(started):
+    """Wait for all ranks; their exit codes."""
+    return [process.wait(120) for process in started]
+
+
+def result(command, out):
+    """The content of the files that must be equal."""
+    contents = {name: (out / name).read_bytes() for name in COMMANDS[command]}
+    if "training_record.json" in contents:
+        record = json.loads(contents["training_record.json"])
+        contents["training_record.json"] = {key: value for key, value in record.items() if key != "times"}
+    return contents
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world, processes):
+    """The result of a command and how many seconds it took; the folder is gone afterwards, its name is used again."""
+    known = {}
+
+    def run(command, ranks=1):
+        if (command, ranks) not in known:
+            out = world / f"{command.__name__}{ranks}"
+            begin = time.monotonic()
+            started = start(processes, command, world, out, ranks)
+            assert finish(started) == [0] * ranks, started[0].output()[-3000:]
+            known[command, ranks] = result(command, out), time.monotonic() - begin
+            shutil.rmtree(out)
+        return known[command, ranks]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("command", "ranks"), [*((command, 1) for command in COMMANDS), (tune, 2), (evaluate, 2)], ids=str
+)
+def test_a_killed_run_gives_the_same_bytes(world, processes, undisturbed, command, ranks, request):
+    expected, seconds = undisturbed(command, ranks)
+    out = world / f"{command.__name__}{ranks}"
+    rng = random.Random(f"{command.__name__} {ranks}")
+    killed = 0
+    for _ in range(request.config.getoption("kills")):
+        started = start(processes, command, world, out, ranks)
+        time.sleep(rng.uniform(0.1, 1.0) * seconds)
+        victims = started if rng.random() < 0.5 else [rng.choice(started)]
+        for process in victims:
+            process.kill_group()
+        codes = finish(started)
+        killed += -signal.SIGKILL in codes
+        if rng.random() < 0.3:
+            continue  # killed again, in what the kill left
+        again = start(processes, command, world, out, ranks)
+        assert finish(again) == [0] * ranks, again[0].output()[-3000:]
+        assert result(command, out) == expected
+        shutil.rmtree(out)
+    again = start(processes, command, world, out, ranks)
+    assert finish(again) == [0] * ranks, again[0].output()[-3000:]
+    assert result(command, out) == expected
+    shutil.rmtree(out)
+    assert killed, "no run was killed before its end"
+
+
+def one_error(process):
+    """The last line of a process that failed on bad input or a bad system: one line, no traceback."""
+    output = process.output()
+    assert "Traceback" not in output, output[-3000:]
+    line = output.strip().splitlines()[-1]
+    assert ": error: " in line, output[-3000:]
+    return line
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_a_full_disk_is_an_error_and_the_rerun_gives_the_same_bytes(world, processes, undisturbed, command, request):
+    expected, _ = undisturbed(command)
+    out = world / f"{command.__name__}1"
+    rng = random.Random(command.__name__)
+    for _ in range(request.config.getoption("kills")):
+        largest = rng.choice([0, 100, 1000, 4000, 16_000, 60_000])
+        limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({largest}, resource.RLIM_INFINITY))"
+        (limited,) = start(processes, command, world, out, before=limit)
+        if limited.wait() != 0:  # the limit may be above every file
+            assert limited.returncode == 2, limited.output()[-3000:]
+            one_error(limited)
+        assert limited.group_is_empty()
+        (again,) = start(processes, command, world, out)
+        assert again.wait() == 0, again.output()[-3000:]
+        assert result(command, out) == expected
+        shutil.rmtree(out)
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid") or os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_a_folder_that_cannot_be_written_is_an_error(world, processes, command):
+    out = world / f"readonly-{command.__name__}"
+    command(world, out)  # the batch makes its folder
+    out.mkdir(exist_ok=True)
+    out.chmod(0o755)
+    for folder in (world, *world.parents):
+        if folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    (refused,) = start(processes, command, world, out, before="import os; os.setgid(65534); os.setuid(65534)")
+    assert refused.wait() == 2, refused.output()[-3000:]
+    assert str(out) in one_error(refused)
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_a_second_process_is_refused_while_the_first_lives(world, processes, undisturbed, command):
+    expected, _ = undisturbed(command)
+    out = world / f"{command.__name__}1"
+    first = start(processes, command, world, out, before=SLOW)
+    lock = out / ".lock.json" if command is not batch else out / ".answers.jsonl.lock.json"
+    while not lock.exists():
+        assert first[0].poll() is None, first[0].output()[-3000:]
+        time.sleep(0.01)
+    (second,) = start(processes, command, world, out)
+    assert second.wait() == 2, second.output()[-3000:]
+    line = one_error(second)
+    assert f"process {first[0].pid} on {socket.gethostname()}" in line, line
+    assert finish(first) == [0]
+    assert result(command, out) == expected
+    shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_each_signal_ends_a_run_which_the_same_command_resumes(world, processes, undisturbed, command, number):
+    expected, seconds = undisturbed(command)
+    out = world / f"{command.__name__}1"
+    rng = random.Random(number.name)
+    (process,) = start(processes, command, world, out)
+    time.sleep(rng.uniform(0.3, 0.9) * seconds)
+    process.kill_group(number)
+    assert process.wait(30) in (0, 128 + number, -number), process.output()[-3000:]
+    assert "Traceback" not in process.output(), process.output()[-3000:]
+    assert process.group_is_empty()
+    (again,) = start(processes, command, world, out)
+    assert again.wait() == 0, again.output()[-3000:]
+    assert result(command, out) == expected
+    shutil.rmtree(out)
+
+
+# In the process: an image disappears once the run has read its data.
+DELETE = """
+import os
+from mllm.data.samples import RegionSample
+from mllm import batch
+def open_image(self, original=RegionSample.open_image):
+    if os.path.exists({image!r}):
+        os.rename({image!r}, {image!r} + ".gone")
+    return original(self)
+RegionSample.open_image = open_image
+def load_image(source, original=batch.load_image):
+    if os.path.exists({image!r}):
+        os.rename({image!r}, {image!r} + ".gone")
+    return original(source)
+batch.load_image = load_image
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_an_image_deleted_in_the_middle_is_one_error(world, processes, command):
+    image = {contrast: world / "grit" / "00000" / "000000003.png"}.get(command)
+    if image is None:
+        image = world / ("shapes" if command is tune else "test") / "VG_100K" / "3.png"
+    assert image.exists(), sorted(image.parent.parent.rglob("*"))
+    out = world / f"deleted-{command.__name__}"
+    target, arguments = command(world, out)
+    allowed = ["--max_missing", "0.5"] if command in (tune, contrast) else []
+    try:
+        process = processes.start(target, [*arguments, *allowed], before=DELETE.format(image=str(image)))
+        code = process.wait()
+    finally:
+        gone = image.with_name(f"{image.name}.gone")
+        if gone.exists():
+            gone.rename(image)
+    output = process.output()
+    assert "Traceback" not in output, output[-3000:]
+    assert image.name in output + "".join(path.read_text() for path in out.rglob("*.jsonl")), output[-3000:]
+    # training goes on without it; a batch says that some failed; an evaluation scores nothing that is incomplete
+    assert code == {batch: 1, evaluate: 2}.get(command, 0), output[-3000:]
