@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,6 +41,7 @@ class _Lora(msgspec.Struct, forbid_unknown_fields=True):
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
+    init_lora_weights: bool | Literal["gaussian"] = True  # others change the model's own weights too
 
 
 def read_adapter_config(folder: str | os.PathLike) -> LoraConfig:
@@ -64,7 +66,10 @@ def read_adapter_config(folder: str | os.PathLike) -> LoraConfig:
     except (msgspec.ValidationError, OverflowError) as error:
         raise ValueError(f"{path}: {error}") from error
     patterns = {name: fields[name] or {} for name in ("rank_pattern", "alpha_pattern")}
-    return LoraConfig(**{**fields, **patterns}, inference_mode=True)
+    try:
+        return LoraConfig(**{**fields, **patterns}, inference_mode=True)
+    except ValueError as error:  # settings that exclude each other
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_adapter_weights(folder: str | os.PathLike, config: LoraConfig) -> StateDict:
@@ -81,24 +86,21 @@ def read_adapter_weights(folder: str | os.PathLike, config: LoraConfig) -> State
             raise ValueError(f"{path}: expected {shown(name)} as floats of 16 or 32 bits, got {tensor.dtype}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {shown(name)} holds NaN or infinity: the adapter is damaged")
-    stored = {len(tensor) for name, tensor in tensors.items() if ".lora_A." in name and tensor.ndim}
+    stored = {
+        len(tensor) for name, tensor in tensors.items() if re.search(r"\.lora_(embedding_)?A\b", name) and tensor.ndim
+    }
     stated = {config.r, *config.rank_pattern.values()}
-    if not stored <= stated or max(stored, default=0) < config.r:
+    if not stored <= stated or max(stored, default=0) < max(stated):  # PEFT would make them as large as stated
         raise ValueError(f"{path} holds matrices of rank {sorted(stored)}, {CONFIG} states {sorted(stated)}")
     return tensors
-
-
-def _defaults() -> dict[str, Any]:
-    return LoraConfig().to_dict()
 
 
 _ABOUT = {
     "auto_mapping",
     "base_model_name_or_path",
     "inference_mode",
-    "init_lora_weights",  # what the matrices begin as, before the stored ones are loaded
     "peft_version",
     "revision",
     "task_type",
 }
-_DEFAULTS = _defaults()
+_DEFAULTS: dict[str, Any] = LoraConfig().to_dict()

@@ -58,7 +58,7 @@ def test_fuzz(name, folder, request):
     def check(content):
         try:
             read(name, folder, content)
-        except Exception as error:  # kept whatever it is: the last one is the smallest
+        except (Exception, SystemExit) as error:  # the last one that is kept is the smallest
             (FAILED / name).mkdir(parents=True, exist_ok=True)
             (FAILED / name / type(error).__name__).write_bytes(content)
             raise

@@ -34,6 +34,16 @@ def test_every_size_is_read_off_the_tensors(original):
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
 
 
+def test_what_is_not_read_off_the_tensors_is_clips_own(original):
+    """No dropout above all: the tower that was trained has none, and Transformers would apply it in training."""
+    config = conversion.from_original(original)[0]
+    assert (config.attention_dropout, config.hidden_act, config.layer_norm_eps) == (0.0, "quick_gelu", 1e-5)
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
+    sizes += ("image_size", "projection_dim")
+    rest = {key: value for key, value in config.to_dict().items() if key not in sizes}
+    assert rest == {key: value for key, value in AlphaCLIPVisionConfig().to_dict().items() if key not in sizes}
+
+
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
 @pytest.mark.parametrize("prefix", ["", "module.", "visual.", "module.visual."])
 def test_files_and_prefixes(original, tmp_path, ending, prefix):
