@@ -9,7 +9,7 @@ BOX_1 := 22,8,48,42
 BOX_2 := 62,59,92,86
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo eval-demo test test-slow test-faults test-gpu check style bench compatibility embedded-model embedded-scores clean
+.PHONY: help setup demo eval-demo test test-slow test-faults test-fuzz test-gpu check style bench compatibility embedded-model embedded-scores clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -44,6 +44,9 @@ test-slow: setup ## the tests that take minutes
 
 test-faults: setup ## kill each command 20 times, fill its disk, signal it, start it twice (half an hour)
 	$(BIN)/python -m pytest tests/faults -m "slow or not slow" --kills 20
+
+test-fuzz: setup ## 1,000 hostile inputs for each format that is read (ten minutes)
+	$(BIN)/python -m pytest tests/faults/test_fuzz.py --fuzz-cases 1000
 
 test-gpu: setup ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu

@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import re
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +18,8 @@ from transformers import Blip2QFormerConfig
 
 from mllm.blip2 import AlphaCLIPBlip2VisionConfig
 from vision_tower import AlphaCLIPVisionConfig
-from vision_tower.conversion import StateDict, from_original
+from vision_tower.checkpoint_files import StateDict, read_tensors
+from vision_tower.conversion import check_tensors, count_blocks, from_original
 
 logger = logging.getLogger(__name__)
 
@@ -66,27 +64,9 @@ def read_lavis(path: str | os.PathLike) -> StateDict:
     """The tensors of one of LAVIS' checkpoints, `{"model": {...}}`, opened without running code.
 
     Raises:
-        ValueError: If the file is missing, damaged, wants to run code, or holds something else.
+        ValueError: As `vision_tower.checkpoint_files.read_tensors`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"expected one of LAVIS' checkpoint files (.pth), got {path}, which is no file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is not a plain file of weights: opening it would run code, or it is damaged; save its 'model' "
-            "alone with torch.save({'model': ...})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(f"{path} is damaged or no file of weights: {first}; was it copied whole?") from error
-    tensors = content.get("model") if isinstance(content, Mapping) else None
-    if not isinstance(tensors, Mapping) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise ValueError(
-            f"expected LAVIS' {{'model': names to tensors}} in {path}; is it a BLIP-2 checkpoint of LAVIS?"
-        )
-    return dict(tensors)
+    return read_tensors(path, "model")
 
 
 def projection_of(lavis: StateDict) -> str | None:
@@ -127,7 +107,7 @@ def from_lavis(
             "(blip2_pretrained_flant5xl_vitL.pth); a ViT-g BLIP-2 is loaded from Salesforce/blip2-* as it is"
         )
     kept = {key: t for key, t in lavis.items() if not key.startswith(_TOWER) and not _TEXT_SIDE.fullmatch(key)}
-    _check_tensors(kept, _lavis_shapes(lavis, qformer_config))
+    check_tensors(kept, _lavis_shapes(lavis, qformer_config), "a BLIP-2 of LAVIS")
     weights |= {_name_from_lavis(key): tensor for key, tensor in kept.items()}
     fields = {
         "vision_config": vision_config,
@@ -153,7 +133,7 @@ def _check_own_tower(lavis: StateDict) -> int:
             "the checkpoint holds an EVA ViT-g tower, which Alpha-CLIP's ViT-L cannot replace; take one of LAVIS' vitL "
             "checkpoints, or load the ViT-g BLIP-2 from Salesforce/blip2-*"
         )
-    return len({found[1] for key in lavis if (found := re.match(rf"{_TOWER}transformer\.resblocks\.(\d+)\.", key))})
+    return count_blocks(lavis, f"{_TOWER}transformer.resblocks.")
 
 
 def _own_tower(lavis: StateDict) -> tuple[AlphaCLIPVisionConfig, StateDict]:
@@ -168,7 +148,7 @@ def _own_tower(lavis: StateDict) -> tuple[AlphaCLIPVisionConfig, StateDict]:
         "the tower is the checkpoint's own CLIP and its alpha weight is zero: every region gets the same answer until "
         "it is trained; give --vision-tower for Alpha-CLIP's"
     )
-    if (convolution := own.get("conv1.weight")) is not None:
+    if (convolution := own.get("conv1.weight")) is not None and convolution.ndim == 4:  # else an error below
         width = len(convolution)
         # an Alpha-CLIP has these besides; LAVIS' tower ends at its last block, and what follows that is not used
         own["conv1_alpha.weight"] = torch.zeros_like(convolution[:, :1])
@@ -218,17 +198,17 @@ def qformer_config_from_lavis(lavis: StateDict) -> Blip2QFormerConfig:
         )
     queries, crossing, inner = (lavis[key] for key in keys)
     width = queries.shape[-1]
-    if width % _HEAD_WIDTH:
+    if width % _HEAD_WIDTH or 0 in (*queries.shape, *crossing.shape, *inner.shape):
         raise ValueError(f"expected query_tokens (1, queries, {_HEAD_WIDTH} a head), got {tuple(queries.shape)}")
-    layers = {int(found[1]) for key in lavis if (found := re.match(rf"{re.escape(_LAYER)}\.(\d+)\.", key))}
-    crossed = [index for index in sorted(layers) if f"{_LAYER}.{index}.crossattention.self.key.weight" in lavis]
+    layers = count_blocks(lavis, f"{_LAYER}.")
+    crossed = [index for index in range(layers) if f"{_LAYER}.{index}.crossattention.self.key.weight" in lavis]
     return Blip2QFormerConfig(
         hidden_size=width,
-        num_hidden_layers=max(layers) + 1,
+        num_hidden_layers=layers,
         num_attention_heads=width // _HEAD_WIDTH,
         intermediate_size=len(inner),
         encoder_hidden_size=crossing.shape[1],
-        cross_attention_frequency=crossed[1] if len(crossed) > 1 else max(layers) + 1,
+        cross_attention_frequency=crossed[1] if len(crossed) > 1 else layers,
     )
 
 
@@ -256,17 +236,3 @@ def _lavis_shapes(lavis: StateDict, config: Blip2QFormerConfig) -> dict[str, tup
     for name, shape in (matrices | {name: (size,) for name, size in norms.items()}).items():
         shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
     return shapes
-
-
-def _check_tensors(tensors: StateDict, expected: dict[str, tuple[int, ...]]) -> None:
-    for problem, keys in (
-        ("lacks", sorted(expected.keys() - tensors.keys())),
-        ("holds more than a BLIP-2 of LAVIS:", sorted(tensors.keys() - expected.keys())),
-    ):
-        if keys:
-            raise ValueError(f"the checkpoint {problem} {keys[0]} ({len(keys)} such tensors)")
-    for key, shape in expected.items():
-        if tuple(tensors[key].shape) != shape:
-            raise ValueError(f"expected {key} of shape {shape}, got {tuple(tensors[key].shape)}")
-        if not torch.isfinite(tensors[key]).all():
-            raise ValueError(f"{key} holds NaN or infinity: the checkpoint is damaged")

@@ -7,10 +7,14 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import pickle
+import re
 import socket
+import sysconfig
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -18,9 +22,9 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
+    AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
     Blip2Config,
@@ -28,11 +32,15 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 
+import vision_tower
 from mllm import blip2, llava
+from mllm.files import one_line
 from mllm.processing import AlphaLlavaProcessor
 from mllm.processing_blip2 import AlphaBlip2Processor
 from vision_tower import AlphaCLIPImageProcessor
+from vision_tower.conversion import MAX_BLOCKS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -85,16 +93,20 @@ def load(
     config = _read_config(name, hub)
     if load_in is not None and device_map is None:
         device_map = {"": pick_device(device)}  # quantised on the device, never moved afterwards
+    if os.path.isdir(name):
+        _check_sizes(name, config)
     family = FAMILIES[config.model_type]
-    loaded = family.load_model(
-        name,
-        config,
-        dtype=dtype,
-        device_map=device_map,
-        quantization_config=quantization(load_in, family.NEVER_QUANTISED),
-        attn_implementation=attn_implementation,
-        **{key: value for key, value in hub.items() if key != "trust_remote_code"},
-    )
+    quantised = quantization(load_in, family.NEVER_QUANTISED)
+    with reading(name, "cannot load the model"):
+        loaded = family.load_model(
+            name,
+            config,
+            dtype=dtype,
+            device_map=device_map,
+            quantization_config=quantised,
+            attn_implementation=attn_implementation,
+            **{key: value for key, value in hub.items() if key != "trust_remote_code"},
+        )
     if alpha_weights is not None:
         family.load_alpha_weights(loaded, alpha_weights)
     if adapter is not None:
@@ -162,26 +174,74 @@ def load_adapter(model: PreTrainedModel, adapter: str | os.PathLike) -> PeftMode
     """Put a LoRA adapter into `model`, in place; what is returned is PEFT's handle on it, for merging.
 
     Raises:
-        ValueError: If there is no adapter there, or its tensors are not exactly those that it puts into this model.
+        ValueError: If there is no adapter there, it is damaged, or its tensors are not exactly those that it puts into
+            this model.
     """
-    from peft import PeftModel, get_peft_model_state_dict  # here: it takes a second that most runs do not need
+    # here: PEFT takes a second to import, and most runs do not need it
+    from peft import PeftModel, get_peft_model_state_dict
 
-    file = Path(adapter) / "adapter_model.safetensors"
-    if not file.is_file() or not (Path(adapter) / "adapter_config.json").is_file():
-        raise ValueError(f"expected a LoRA adapter (adapter_config.json, adapter_model.safetensors) in {adapter}")
-    another = f"the adapter in {adapter} was trained for another model"
-    try:
-        handle = PeftModel.from_pretrained(model, adapter)
-        stored = set(load_file(file))
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:  # sizes, target modules, settings
-        raise ValueError(f"{another}: {str(error).strip().splitlines()[-1].strip()}") from error
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}); was it copied whole?") from error
+    from mllm.adapter_files import CONFIG, WEIGHTS, read_adapter_config, read_adapter_weights
+
+    if not all((Path(adapter) / name).is_file() for name in (CONFIG, WEIGHTS)):
+        raise ValueError(f"expected a LoRA adapter ({CONFIG}, {WEIGHTS}) in {adapter}")
+    config = read_adapter_config(adapter)
+    stored = set(read_adapter_weights(adapter, config))
+    with reading(adapter, "the adapter is damaged, or was trained for another model:"):
+        handle = PeftModel.from_pretrained(model, adapter, config=config)
     placed = set(get_peft_model_state_dict(handle, save_embedding_layers=False))  # "auto" may ask the hub
     if stored != placed:
         first = sorted(stored ^ placed)[0]
-        raise ValueError(f"{another}: {len(stored ^ placed)} tensors do not match (first: {first})")
+        raise ValueError(
+            f"the adapter in {adapter} was trained for another model: {len(stored ^ placed)} tensors do not match "
+            f"(first: {first})"
+        )
     return handle
+
+
+# What Transformers, tokenizers and PEFT raise on damaged or foreign files (tests/faults/test_damaged_models.py).
+_DAMAGE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    RuntimeError,
+    re.error,
+    pickle.UnpicklingError,
+    SafetensorError,
+    StrictDataclassError,
+)
+_STANDARD = sysconfig.get_path("stdlib") + os.sep
+_OURS = tuple(str(Path(package).parent) + os.sep for package in (__file__, vision_tower.__file__))
+
+
+class reading:  # noqa: N801, used like a function
+    """Around calls of libraries that read a model's files: what they raise becomes a ValueError of one line.
+
+    What our own code raises stays as it is: an error of one line, or a bug.
+    """
+
+    def __init__(self, name: str | os.PathLike, what: str, reason: str | None = None) -> None:
+        """Take what is read, how the message begins, and what takes the place of the error in it."""
+        self.name = str(name)
+        self.what = what
+        self.reason = reason
+
+    def __enter__(self) -> None:
+        """Nothing to begin."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, place: Any) -> None:
+        """Raise ValueError if a library failed on what it read, or if our own does not name it."""
+        if kind is None or not (issubclass(kind, _DAMAGE) or kind is Exception):  # tokenizers has no class of its own
+            return
+        files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(place)]
+        outside = [file for file in files if not file.startswith(("<frozen", _STANDARD)) or "site-packages" in file]
+        ours = bool(outside) and outside[-1].startswith(_OURS)
+        if ours and (kind is not ValueError or self.name in str(error)):
+            return
+        raise ValueError(f"{self.what} {self.name}: {self.reason or one_line(error)[:300]}") from error
 
 
 def pick_device(device: str = "auto") -> str:
@@ -220,13 +280,9 @@ def _read_config(name: str | os.PathLike, hub: dict) -> LlavaConfig | Blip2Confi
         raise ValueError(f"expected a model directory, got {name} without a config.json")
     if not os.path.isdir(name) and (os.path.exists(name) or os.path.isabs(name) or str(name).startswith((".", "~"))):
         raise ValueError(f"expected a model directory or a hub id, got {name}, which is not a directory")
-    try:
+    missing = "there is no such directory, and without network only models in the hub's cache can be loaded"
+    with reading(name, "cannot load the model", missing if hub.get("local_files_only") else None):
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **hub)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if hub.get("local_files_only"):
-            reason = "there is no such directory, and without network only models in the hub's cache can be loaded"
-        raise ValueError(f"cannot load the model {name}: {reason}") from error
     if config.model_type not in FAMILIES:
         raise ValueError(f"expected a LLaVA-1.5 or BLIP-2 model, got model_type {config.model_type!r} in {name}")
     return config
@@ -234,9 +290,28 @@ def _read_config(name: str | os.PathLike, hub: dict) -> LlavaConfig | Blip2Confi
 
 def _load_processor(name: str | os.PathLike, config: LlavaConfig | Blip2Config, hub: dict) -> AlphaProcessor:
     """The model's own processor if it is ours, else one built from its tokenizer and image settings."""
-    processor = AutoProcessor.from_pretrained(name, backend="pil", **hub)
-    # a tokenizer copied from one of ours names our processor; its image settings may still be a stock one's
-    if isinstance(processor, AlphaProcessor) and isinstance(processor.image_processor, AlphaCLIPImageProcessor):
-        return processor
-    logger.info("%s has no alpha processor: pictures and questions are prepared as its authors did", name)
-    return FAMILIES[config.model_type].load_processor(name, config, **hub)
+    with reading(name, "cannot load the processor in"):
+        processor = AutoProcessor.from_pretrained(name, backend="pil", **hub)
+        # a tokenizer copied from one of ours names our processor; its image settings may still be a stock one's
+        if isinstance(processor, AlphaProcessor) and isinstance(processor.image_processor, AlphaCLIPImageProcessor):
+            return processor
+        logger.info("%s has no alpha processor: pictures and questions are prepared as its authors did", name)
+        return FAMILIES[config.model_type].load_processor(name, config, **hub)
+
+
+def _check_sizes(name: str | os.PathLike, config: LlavaConfig | Blip2Config) -> None:
+    """Refuse a configuration for more weights than its directory can hold: they would be made up, in memory."""
+    parts = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+    for part in (config, *parts):
+        for field, value in part.to_dict().items():
+            if "layers" in field and isinstance(value, int | float) and not value <= MAX_BLOCKS:
+                raise ValueError(f"{name}: expected at most {MAX_BLOCKS} in {field} of config.json, got {value}")
+    with reading(name, "cannot load the model"), torch.device("meta"), no_init_weights():
+        model = AutoModelForImageTextToText.from_config(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    stored = sum(file.stat().st_size for file in Path(name).iterdir() if file.suffix in (".safetensors", ".bin"))
+    if parameters > 2 * stored:  # half a byte a parameter, in 4 bits
+        raise ValueError(
+            f"{name}: config.json describes a model of {parameters:,} parameters, its weights have {stored:,} bytes; "
+            "they do not belong together, or one is damaged"
+        )

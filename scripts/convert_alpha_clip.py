@@ -38,7 +38,7 @@ from vision_tower import (
     AlphaCLIPVisionModel,
     AlphaCLIPVisionModelWithProjection,
 )
-from vision_tower.conversion import RELEASED_CHECKPOINTS, StateDict, from_original, fuse, read_checkpoint, to_original
+from vision_tower.conversion import RELEASED_CHECKPOINTS, StateDict, fuse, read_original, to_original
 
 PROGRAM = "convert_alpha_clip.py"
 # names in memory -> llava-hf's
@@ -103,7 +103,7 @@ def _model_type(source: Path) -> str | None:
 def read_source(source: Path) -> tuple[AlphaCLIPVisionConfig, StateDict]:
     """Configuration and weights of `AlphaCLIPVisionModelWithProjection`, from a file or a directory of ours."""
     if not source.is_dir():
-        return from_original(read_checkpoint(source))
+        return read_original(source)
     model, report = AlphaCLIPVisionModelWithProjection.from_pretrained(source, output_loading_info=True)
     if report["missing_keys"]:
         raise ValueError(f"{source} holds a plain CLIP without an alpha weight: there is nothing to convert")

@@ -82,7 +82,11 @@ def convert(args: argparse.Namespace) -> tuple[AlphaBlip2ForConditionalGeneratio
     text_config, tokenizer = read_language_config(args.language_model, hub)
     if args.new_projection:
         lavis |= new_projection(lavis, text_config)
-    fields, weights = from_lavis(lavis, args.vision_tower and read_tower(args.vision_tower), args.blocks)
+    tower = read_tower(args.vision_tower) if args.vision_tower else None
+    try:
+        fields, weights = from_lavis(lavis, tower, args.blocks)
+    except ValueError as error:
+        raise ValueError(f"{args.checkpoint}: {error}") from error
     check_language_model(lavis, text_config, args.language_model)
     side = fields["vision_config"].image_size
     if side != _LAVIS_IMAGE_SIZE:

@@ -29,6 +29,7 @@ torch {torch}, transformers {transformers}.
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=2, help="how often the tests of faults disturb each command")
+    parser.addoption("--fuzz-cases", type=int, default=20, help="how many inputs each format is fuzzed with")
     parser.addoption("--write-compatibility", action="store_true", help="write docs/compatibility.md from what passed")
 
 

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from .checkpoint_files import StateDict, first_line, read_tensors, shown
 from .configuration_alpha_clip import AlphaCLIPVisionConfig
 from .modeling_alpha_clip import ALPHA_WEIGHT, AlphaCLIPVisionModel
-
-StateDict = dict[str, torch.Tensor]
 
 # original name -> ours. `proj` and the fused attention input are the two that change shape (below).
 _TOWER_KEYS = {
@@ -42,6 +38,8 @@ _BLOCK_KEYS = {
 }
 _ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")  # the order in which attn.in_proj stacks them
 _HEAD_WIDTH = 64  # Source: `vision_heads = vision_width // 64` in alpha_clip/model.py
+MAX_BLOCKS = 300  # of a tower or a Q-Former; the deepest published have 48
+_WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PREFIXES = ("module.", "visual.")  # from the released training script, from a whole CLIP
 
 # Source: model-zoo.md of SunzeY/AlphaCLIP at e5676c9; ImageNet-S is the mean per-class accuracy, Acc1.
@@ -64,35 +62,22 @@ def read_checkpoint(path: str | os.PathLike) -> StateDict:
     """The tensors of a `.pth` (opened without running code) or `.safetensors` file, prefixes removed.
 
     Raises:
-        ValueError: If the file is missing, damaged, wants to run code, holds anything but named tensors, or mixes
-            prefixed and bare names.
+        ValueError: As `read_tensors`, or if prefixed and bare names are mixed.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"expected a checkpoint file (.pth or .safetensors), got {path}, which is no file")
+    return _strip_prefixes(read_tensors(path), path)
+
+
+def read_original(path: str | os.PathLike) -> tuple[AlphaCLIPVisionConfig, StateDict]:
+    """An original checkpoint file -> what `from_original` makes of it.
+
+    Raises:
+        ValueError: As `read_checkpoint` and `from_original`; the file is named.
+    """
+    original = read_checkpoint(path)
     try:
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is not a plain file of weights: opening it would run code, or it is damaged; save the visual "
-            "tower's state_dict() with torch.save, or as safetensors"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path} is damaged or no file of weights: {_first_line(error)}; was it copied whole?"
-        ) from error
-    if not isinstance(tensors, Mapping) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise ValueError(
-            f"expected a state dict (names to tensors) in {path}; save the visual tower's state_dict() alone"
-        )
-    return _strip_prefixes(dict(tensors), path)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        return from_original(original)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _strip_prefixes(tensors: StateDict, source: object) -> StateDict:
@@ -101,7 +86,8 @@ def _strip_prefixes(tensors: StateDict, source: object) -> StateDict:
         if with_it and len(with_it) < len(tensors):
             other = next(key for key in tensors if not key.startswith(prefix))
             raise ValueError(
-                f"{source} mixes names with and without {prefix!r} ({with_it[0]}, {other}); save the visual tower alone"
+                f"{source} mixes names with and without {prefix!r} ({shown(with_it[0])}, {shown(other)}); save the "
+                "visual tower alone"
             )
         if with_it:
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
@@ -123,13 +109,15 @@ def config_from_original(original: StateDict) -> AlphaCLIPVisionConfig:
             raise ValueError(
                 "this is a text tower; expected the visual tower's state dict (conv1.weight, class_embedding ...)"
             )
-        raise ValueError(f"expected an original Alpha-CLIP visual tower, got tensors such as {sorted(original)[:3]}")
+        raise ValueError(
+            f"expected an original Alpha-CLIP visual tower, got tensors such as {shown(sorted(original)[:3])}"
+        )
     if "conv1_alpha.weight" not in original:
         raise ValueError(
             "the checkpoint has no alpha weight (conv1_alpha.weight): it is a plain CLIP, and every region would be "
             "ignored; load plain CLIP with AlphaCLIPVisionModel.from_pretrained instead"
         )
-    blocks = [int(found[1]) for key in original if (found := re.match(r"transformer\.resblocks\.(\d+)\.", key))]
+    blocks = count_blocks(original, "transformer.resblocks.")
     needed = ("proj", "positional_embedding", "transformer.resblocks.0.mlp.c_fc.weight")
     for key in needed:
         if key not in original or original[key].ndim != 2:
@@ -137,27 +125,63 @@ def config_from_original(original: StateDict) -> AlphaCLIPVisionConfig:
     if original["conv1.weight"].ndim != 4:
         raise ValueError(f"expected conv1.weight (D, 3, P, P), got {_shape_of(original['conv1.weight'])}")
     width, patch = original["conv1.weight"].shape[0], original["conv1.weight"].shape[-1]
+    inner, projected = original["transformer.resblocks.0.mlp.c_fc.weight"].shape[0], original["proj"].shape[1]
     grid = math.isqrt(max(len(original["positional_embedding"]) - 1, 0))
-    if width % _HEAD_WIDTH or grid == 0:
+    if width % _HEAD_WIDTH or 0 in (width, patch, grid, inner, projected):
         raise ValueError(
-            f"expected a width of {_HEAD_WIDTH} a head and a square grid of patches, got width {width} and "
-            f"positional_embedding {_shape_of(original['positional_embedding'])}"
+            f"expected a width of {_HEAD_WIDTH} a head and a square grid of patches, none of them empty, got width "
+            f"{width}, patch {patch}, {inner} in mlp.c_fc, {projected} in proj and positional_embedding "
+            f"{_shape_of(original['positional_embedding'])}"
         )
     return AlphaCLIPVisionConfig(
         hidden_size=width,
-        intermediate_size=original["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-        num_hidden_layers=max(blocks) + 1,
+        intermediate_size=inner,
+        num_hidden_layers=blocks,
         num_attention_heads=width // _HEAD_WIDTH,
         patch_size=patch,
         image_size=patch * grid,
-        projection_dim=original["proj"].shape[1],
+        projection_dim=projected,
         hidden_act="quick_gelu",
         layer_norm_eps=1e-5,
     )
 
 
 def _shape_of(tensor: torch.Tensor | None) -> object:
-    return "nothing" if tensor is None else tuple(tensor.shape)
+    return "nothing" if tensor is None else shown(tuple(tensor.shape))
+
+
+def count_blocks(keys: Iterable[str], prefix: str) -> int:
+    """How many blocks there are under `prefix`: different numbers, so that a gap shows as a missing tensor.
+
+    Raises:
+        ValueError: If there are more than `MAX_BLOCKS`.
+    """
+    blocks = len({key.removeprefix(prefix).split(".", 1)[0] for key in keys if key.startswith(prefix)})
+    if blocks > MAX_BLOCKS:
+        raise ValueError(f"the checkpoint has {blocks:,} blocks {prefix}*; expected at most {MAX_BLOCKS:,}")
+    return blocks
+
+
+def check_tensors(tensors: StateDict, expected: dict[str, tuple[int, ...]], whole: str) -> None:
+    """Check that these tensors are those of `whole`, by name, shape and type, and finite.
+
+    Raises:
+        ValueError: If one is missing, left over, of another shape or type, or holds NaN or infinity: the first is
+            named.
+    """
+    for problem, keys in (
+        ("lacks", sorted(expected.keys() - tensors.keys())),
+        (f"holds more than {whole}:", sorted(tensors.keys() - expected.keys())),
+    ):
+        if keys:
+            raise ValueError(f"the checkpoint {problem} {shown(keys[0])} ({len(keys)} such tensors)")
+    for key, shape in expected.items():
+        if tuple(tensors[key].shape) != shape:
+            raise ValueError(f"expected {key} of shape {shape}, got {_shape_of(tensors[key])}")
+        if tensors[key].dtype not in _WEIGHTS:
+            raise ValueError(f"expected {key} as floats of 16, 32 or 64 bits, got {tensors[key].dtype}")
+        if not torch.isfinite(tensors[key]).all():
+            raise ValueError(f"{key} holds NaN or infinity: the checkpoint is damaged")
 
 
 def from_original(original: StateDict) -> tuple[AlphaCLIPVisionConfig, StateDict]:
@@ -173,20 +197,12 @@ def from_original(original: StateDict) -> tuple[AlphaCLIPVisionConfig, StateDict
     Raises:
         ValueError: If a tensor is missing, left over, of another shape, or holds NaN or infinity: the first is named.
     """
-    original = {re.sub(r"attn\.in_proj_(weight|bias)$", r"attn.in_proj.\1", key): t for key, t in original.items()}
+    renamed = {re.sub(r"attn\.in_proj_(weight|bias)$", r"attn.in_proj.\1", key): key for key in original}
+    if len(renamed) < len(original):
+        raise ValueError("the checkpoint holds attn.in_proj.weight and attn.in_proj_weight, two names for one tensor")
+    original = {ours: original[key] for ours, key in renamed.items()}
     config = config_from_original(original)
-    expected = _original_shapes(config)
-    for problem, keys in (
-        ("lacks", sorted(expected.keys() - original.keys())),
-        ("holds more than an Alpha-CLIP visual tower:", sorted(original.keys() - expected.keys())),
-    ):
-        if keys:
-            raise ValueError(f"the checkpoint {problem} {keys[0]} ({len(keys)} such tensors)")
-    for key, shape in expected.items():
-        if tuple(original[key].shape) != shape:
-            raise ValueError(f"expected {key} of shape {shape}, got {tuple(original[key].shape)}")
-        if not torch.isfinite(original[key]).all():
-            raise ValueError(f"{key} holds NaN or infinity: the checkpoint is damaged")
+    check_tensors(original, _original_shapes(config), "an Alpha-CLIP visual tower")
     if len({tensor.dtype for tensor in original.values()}) > 1:
         original = {key: tensor.float() for key, tensor in original.items()}
     converted = {}
@@ -286,15 +302,15 @@ def read_tower(path: str | os.PathLike) -> tuple[AlphaCLIPVisionConfig, StateDic
         ValueError: If the file or directory does not hold a whole tower with its alpha weight, or is damaged.
     """
     if not os.path.isdir(path):
-        config, weights = from_original(read_checkpoint(path))
+        config, weights = read_original(path)
         prefix = "vision_model."
         return config, {key.removeprefix(prefix): tensor for key, tensor in weights.items() if key.startswith(prefix)}
     try:
         model, report = AlphaCLIPVisionModel.from_pretrained(path, output_loading_info=True)
     except OSError as error:
-        raise ValueError(f"expected a directory with an Alpha-CLIP tower in {path}: {_first_line(error)}") from error
+        raise ValueError(f"expected a directory with an Alpha-CLIP tower in {path}: {first_line(error)}") from error
     except SafetensorError as error:
-        raise ValueError(f"the weights in {path} are damaged ({_first_line(error)}); was it copied whole?") from error
+        raise ValueError(f"the weights in {path} are damaged ({first_line(error)}); was it copied whole?") from error
     if report["missing_keys"]:
         raise ValueError(f"{path} holds a plain CLIP without an alpha weight: every region would be ignored")
     return model.config, model.state_dict()

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import pickle
 import re
 from pathlib import Path
 
@@ -194,10 +193,10 @@ def test_towers_that_do_not_fit_are_refused(lavis, tower):
 def test_files(lavis, tmp_path):
     torch.save({"model": lavis, "epoch": 9}, tmp_path / "lavis.pth")
     assert same(conversion.read_lavis(tmp_path / "lavis.pth"), lavis)
-    with pytest.raises(ValueError, match="no file"):
+    with pytest.raises(ValueError, match="checkpoint not found"):
         conversion.read_lavis(tmp_path / "absent.pth")
     torch.save(lavis, tmp_path / "bare.pth")
-    with pytest.raises(ValueError, match="expected LAVIS' {'model'"):
+    with pytest.raises(ValueError, match="expected named tensors under 'model'"):
         conversion.read_lavis(tmp_path / "bare.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "lavis.pth").read_bytes()[:5000])
     with pytest.raises(ValueError, match="damaged"):
@@ -210,7 +209,7 @@ class RunsCode:
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path, capsys):
-    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"model": RunsCode()}, protocol=2))
+    torch.save({"model": RunsCode()}, tmp_path / "evil.pth")
     with pytest.raises(ValueError, match="would run code"):
         conversion.read_lavis(tmp_path / "evil.pth")
     assert not capsys.readouterr().out

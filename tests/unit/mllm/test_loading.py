@@ -84,7 +84,7 @@ def test_adapter_for_another_model_is_refused(tiny_llava_dir, adapter, tmp_path)
     with pytest.raises(ValueError, match="another model: 1 tensors"):
         mllm.load(tiny_llava_dir, device="cpu", adapter=tmp_path)
     save_file(
-        {**weights, "base_model.model.extra.lora_A.weight": torch.ones(2)}, tmp_path / "adapter_model.safetensors"
+        {**weights, "base_model.model.extra.lora_A.weight": torch.ones(4)}, tmp_path / "adapter_model.safetensors"
     )
     with pytest.raises(ValueError, match="another model: 1 tensors"):
         mllm.load(tiny_llava_dir, device="cpu", adapter=tmp_path)

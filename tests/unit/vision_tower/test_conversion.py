@@ -34,6 +34,16 @@ def test_every_size_is_read_off_the_tensors(original):
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
 
 
+def test_what_is_not_read_off_the_tensors_is_clips_own(original):
+    """No dropout above all: the tower that was trained has none, and Transformers would apply it in training."""
+    config = conversion.from_original(original)[0]
+    assert (config.attention_dropout, config.hidden_act, config.layer_norm_eps) == (0.0, "quick_gelu", 1e-5)
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")
+    sizes += ("image_size", "projection_dim")
+    rest = {key: value for key, value in config.to_dict().items() if key not in sizes}
+    assert rest == {key: value for key, value in AlphaCLIPVisionConfig().to_dict().items() if key not in sizes}
+
+
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
 @pytest.mark.parametrize("prefix", ["", "module.", "visual.", "module.visual."])
 def test_files_and_prefixes(original, tmp_path, ending, prefix):
@@ -119,8 +129,8 @@ class Malicious:
 def test_a_pickle_that_wants_to_run_code_is_refused(original, tmp_path):
     torch.save({**original, "conv1.weight": Malicious(tmp_path / "ran")}, tmp_path / "bad.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
-    for name in ("bad.pth", "plain.pth"):
-        with pytest.raises(ValueError, match="would run code"):
+    for name, reason in (("bad.pth", "would run code"), ("plain.pth", "expected the archive that torch.save writes")):
+        with pytest.raises(ValueError, match=reason):
             conversion.read_checkpoint(tmp_path / name)
     assert not (tmp_path / "ran").exists()
 
@@ -137,9 +147,9 @@ def test_truncated_files_are_one_clear_error(original, tmp_path, ending):
 
 def test_what_is_no_state_dict_is_refused(tmp_path):
     torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "trainer.pth")
-    with pytest.raises(ValueError, match="state dict"):
+    with pytest.raises(ValueError, match="state_dict"):
         conversion.read_checkpoint(tmp_path / "trainer.pth")
-    with pytest.raises(ValueError, match="no file"):
+    with pytest.raises(ValueError, match="checkpoint not found"):
         conversion.read_checkpoint(tmp_path / "absent.pth")
 
 
