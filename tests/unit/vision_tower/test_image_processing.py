@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, BlipImageProcessor, CLIPImageProcessor, LlavaImageProcessor
 
 from tests.tiny import noise_picture
-from vision_tower import AlphaCLIPImageProcessor, Region
+from vision_tower import AlphaCLIPImageProcessor, Region, image_processing_alpha_clip
 from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD, WHOLE_IMAGE
 
 SIDE = 64
@@ -85,15 +85,15 @@ def test_one_pixel_leaves_a_trace(geometry, size):
     assert alpha.bfloat16().max() > 0.9
 
 
-def test_regions_of_one_image_equal_separate_calls_and_resize_once(monkeypatch):
+def test_regions_of_one_image_equal_separate_calls_and_decode_once(monkeypatch):
     image = noise_picture(100, 60)
     regions = [Region.from_box(5, 5, 30, 30), Region.from_points([[50, 30]], radius=9), None]
     processor = build("pad")
     separate = torch.cat([processor(image, region, return_tensors="pt")["pixel_values"] for region in regions])
     calls = []
-    resize = type(processor).resize
+    decode = image_processing_alpha_clip.decode_image
     monkeypatch.setattr(
-        type(processor), "resize", lambda self, *args, **kw: calls.append(1) or resize(self, *args, **kw)
+        image_processing_alpha_clip, "decode_image", lambda *args, **kw: calls.append(1) or decode(*args, **kw)
     )
     together = processor(image, regions, return_tensors="pt")["pixel_values"]
     assert torch.equal(together, separate)

@@ -8,7 +8,8 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -22,9 +23,9 @@ strengths = st.floats(0, 1, allow_nan=False)
 @st.composite
 def boxes(draw):
     x0, y0 = draw(coordinates), draw(coordinates)
-    return Region.from_box(
-        x0, y0, x0 + draw(st.floats(0.01, 80)), y0 + draw(st.floats(0.01, 80)), strength=draw(strengths)
-    )
+    x1, y1 = x0 + draw(st.floats(0.01, 80)), y0 + draw(st.floats(0.01, 80))
+    assume(min(x0, y0) < 0 or max(x1, y1) > 1)  # within the first pixel they are taken for fractions
+    return Region.from_box(x0, y0, x1, y1, strength=draw(strengths))
 
 
 @st.composite
@@ -40,8 +41,8 @@ def masks(draw):
 
 @st.composite
 def normalized_boxes(draw):
-    x0, y0 = draw(st.floats(-0.5, 0.9)), draw(st.floats(-0.5, 0.9))
-    x1, y1 = draw(st.floats(max(x0, 0) + 0.01, 2)), draw(st.floats(max(y0, 0) + 0.01, 2))
+    x0, y0 = draw(st.floats(0, 0.9)), draw(st.floats(0, 0.9))
+    x1, y1 = draw(st.floats(x0 + 0.01, 1)), draw(st.floats(y0 + 0.01, 1))
     return Region.from_box(x0, y0, x1, y1, normalized=True, strength=draw(strengths))
 
 
@@ -53,6 +54,10 @@ def polygons(draw):
         x, y = draw(coordinates), draw(coordinates)
         right, down, left, up = (draw(st.floats(0.05, 40)) for _ in range(4))
         parts.append([[x + right, y], [x, y + down], [x - left, y], [x, y - up]])
+    assume(
+        min(v for part in parts for point in part for v in point) < 0
+        or max(v for part in parts for point in part for v in point) > 1
+    )
     return Region.from_polygon(parts, strength=draw(strengths))
 
 
@@ -211,8 +216,13 @@ def test_every_kind_of_mask_array_means_the_same():
         Image.fromarray(np.dstack([mask.astype(np.uint8) * 255] * 3)),
     ):
         assert Region.from_mask(same) == expected
-    soft = Region.from_mask(np.array([[0, 51], [102, 255]], np.uint8))
+    edges = np.array([[0, 51], [102, 255]], np.uint8)
+    soft = Region.from_mask(edges, soft=True)
     np.testing.assert_allclose(soft.mask(2, 2), [[0, 0.2], [0.4, 1]], atol=1e-6)
+    for same in (edges / 255, (edges / 255).astype(np.float32), torch.tensor(edges / 255).half().float()):
+        assert Region.from_mask(same) == soft
+    assert Region.from_mask(edges.astype(np.uint16) * np.uint16(257), soft=True) == soft
+    assert Region.from_mask(Image.fromarray(edges), soft=True) == soft
 
 
 def test_mask_files(tmp_path):
@@ -259,7 +269,7 @@ def test_parse(text, region):
         (lambda: Region.parse("circle:1,2,3"), "expected a region box:"),
         (lambda: Region.parse("box:1,2,3"), "expected 4 numbers, got 3.*polygon:x,y"),
         (lambda: Region.parse("box:1,2,3,4*strong"), "could not convert.*polygon:x,y"),
-        (lambda: Region.from_json({"box": "1234"}), "expected numbers"),
+        (lambda: Region.from_json({"box": "1234"}), "expected four numbers"),
         (lambda: Region.from_box(0, 0, 1e12, 1), "finite numbers up to"),
         (lambda: Region.from_box(10, 20, 200, 180, normalized=True), "fractions from 0 to 1"),
         (lambda: Region.parse("points:1,2"), "expected @ and a size"),
@@ -341,9 +351,14 @@ def test_a_map_of_labels_is_no_faint_mask():
     assert Region.from_mask(labels == 2).mask(2, 2).tolist() == [[0, 0], [1, 0]]
 
 
-def test_fractions_given_as_pixels_are_noticed(caplog):
+def test_fractions_given_as_pixels_are_refused():
     Region.from_box(0, 0, 1, 1)  # the first pixel
     Region.from_box(0.1, 0.1, 0.5, 0.5, normalized=True)
-    assert not caplog.records
-    Region.from_box(0.1, 0.1, 0.5, 0.5)
-    assert "fractions of the picture are nbox" in caplog.text
+    for make in (
+        lambda: Region.from_box(0.1, 0.1, 0.5, 0.5),
+        lambda: Region.from_polygon([[0.1, 0.1], [0.9, 0.1], [0.9, 0.9]]),
+        lambda: Region.parse("polygon:0,0,1,0,1,0.5"),
+        lambda: Region.from_json({"box": [0, 0, 1, 0.5]}),
+    ):
+        with pytest.raises(ValueError, match="in pixels, got .*fractions"):
+            make()
