@@ -130,7 +130,8 @@ def reading(name: str) -> Iterator[None]:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise ValueError(f"there is no image file {name}") from None
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} has too many pixels to be opened safely ({error})") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} has too many pixels to be opened safely ({reason})") from None
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not an image that PIL can read") from None
     except DAMAGE_ERRORS as error:
