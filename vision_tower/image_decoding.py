@@ -108,7 +108,8 @@ def image_size(source: Any, *, name: str | None = None) -> tuple[int, int]:
 def describe(source: Any) -> str:
     """A name for messages."""
     if isinstance(source, str | os.PathLike):
-        return " ".join(os.fspath(source).split()) if isinstance(source, str) else os.fspath(source)
+        path = " ".join(os.fsdecode(source).split())
+        return path if len(path) <= 500 else path[:500] + "..."
     if isinstance(source, bytes | bytearray | memoryview):
         return f"image of {len(source)} bytes"
     if isinstance(source, np.ndarray | torch.Tensor):

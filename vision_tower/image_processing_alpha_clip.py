@@ -209,12 +209,12 @@ def _flat_list(images: Any) -> list:
     Raises:
         ValueError: If there is none.
     """
+    if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
+        images = list(images)
     if images is None or isinstance(images, list | tuple) and not images:
         raise ValueError("got no image: pass one image or a list of them as images=")
     if isinstance(images, list | tuple):
         return [single for image in images for single in _flat_list(image)]
-    if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
-        return list(images)
     return [images]
 
 

@@ -334,7 +334,8 @@ class Region:
         except (ValueError, OSError, RecursionError) as error:
             of_a_file = kind in ("mask", "softmask", "rle")  # there it is the file that is wrong
             forms = "" if of_a_file else f". Expected {FORMS}"
-            raise ValueError(f"cannot read the region {shortened(text)!r}: {error}{forms}") from error
+            reason = error.strerror if isinstance(error, OSError) else error  # else it repeats the path
+            raise ValueError(f"cannot read the region {shortened(text)!r}: {reason}{forms}") from error
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` turns back into an equal region."""
