@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import enum
 import logging
 import math
 import os
@@ -10,19 +13,19 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import BatchFeature, PilBackend
-from transformers.image_transforms import to_pil_image
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
     ImageInput,
     PILImageResampling,
-    make_flat_list_of_images,
+    load_image,
 )
 from transformers.processing_utils import ImagesKwargs
 
 from .alpha_embedding import ALPHA_MEAN, ALPHA_STD
+from .image_decoding import MAX_PIXELS, decode_image
 from .regions import Region
 
 GEOMETRIES = ("crop", "pad", "stretch")
@@ -33,9 +36,14 @@ class AlphaCLIPImageProcessorKwargs(ImagesKwargs, total=False):
 
     geometry: How a picture becomes a square, see `AlphaCLIPImageProcessor`.
     regions: One region, or a list with an entry for each image.
+    max_pixels: The largest width * height of an image.
+    max_side: The longest side in pixels of an image, and of the square that "pad" makes of it or the image that "crop"
+        cuts from.
     """
 
     geometry: Literal["crop", "pad", "stretch"]
+    max_pixels: int
+    max_side: int
     regions: Any
 
 
@@ -44,6 +52,7 @@ logger = logging.getLogger(__name__)
 # they would move the picture but not the alpha map, or (rescaling) take its numbers for others than they are
 _NOT_IN_A_CALL = {"size", "crop_size", "do_resize", "do_center_crop", "do_pad", "pad_size"}
 _NOT_IN_A_CALL |= {"do_rescale", "rescale_factor"}
+_STRIP = 4_000_000  # pixels of a padded image that are held at a time
 _MISSPELT = {"region", "mask", "masks", "alpha", "alphas", "alpha_values"}
 
 
@@ -74,6 +83,9 @@ class AlphaCLIPImageProcessor(PilBackend):
     The whole image is alpha 1 everywhere, padding included. A region smaller than one output pixel is scaled so that
     its peak stays what it was: after plain resizing a small region in a large photograph would be lost below bfloat16's
     resolution.
+
+    Limits: an image may have `max_pixels` (100 million) pixels, and no side may be longer than `max_side` (20,000): of
+    the image, of the square that "pad" makes, of the resized image that "crop" cuts from.
     """
 
     valid_kwargs = AlphaCLIPImageProcessorKwargs
@@ -89,6 +101,8 @@ class AlphaCLIPImageProcessor(PilBackend):
     do_normalize = True
     do_convert_rgb = True
     geometry = "crop"
+    max_pixels = MAX_PIXELS
+    max_side = 20_000
 
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs)
@@ -138,42 +152,49 @@ class AlphaCLIPImageProcessor(PilBackend):
         """Prepare images, each with its region.
 
         Args:
-            images: One image or a list: PIL, numpy or torch, (H, W, 3) or (3, H, W). EXIF orientation is applied to PIL
-                images, transparency is laid onto white.
+            images: One image, a list, a list of lists, or an array of images (N, H, W, 3) or (N, 3, H, W). An image
+                is a path, a URL, base64 text, the bytes of a file, a PIL image, a numpy array or a torch tensor; see
+                `image_decoding` for values, transparency and EXIF.
             regions: For one image: a `Region`, or a list of N regions, which gives N outputs for one decoding and
                 resizing. For a list of images: a list of the same length, each entry a `Region`, None, or a list of
                 regions of that image. None means the whole image. In place of a `Region` its text may stand
                 ("box:40,60,220,200", `Region.parse`).
             geometry: "crop", "pad" or "stretch"; the processor's own when not given.
             return_tensors: "pt" or "np"; lists of arrays when not given.
-            **kwargs: Colour settings of CLIP's image processor (`do_normalize`, `image_mean`, ...).
+            **kwargs: Colour settings of CLIP's image processor (`do_normalize`, `image_mean`, ...), `max_side`,
+                `max_pixels`.
 
         Returns:
             `pixel_values` (N, 4, S, S): normalised RGB, then (alpha - 0.5) / 0.26.
 
         Raises:
-            ValueError: If images and regions do not match, a region does not fit its image, or `kwargs` ask for a
-                geometry that would move the picture but not the alpha map.
+            ValueError: If an image cannot be read or is too large, images and regions do not match, a region does not
+                fit its image, or `kwargs` ask for a geometry that would move the picture but not the alpha map.
         """
         if moved := sorted(_NOT_IN_A_CALL & kwargs.keys()):
             raise ValueError(f"{', '.join(moved)}: set them when the image processor is made, not in a call")
         geometry = self.geometry if geometry is None else geometry
         if geometry not in GEOMETRIES:
             raise ValueError(f"expected geometry out of {', '.join(GEOMETRIES)}, got {geometry!r}")
-        pictures = [_to_pil(image) for image in make_flat_list_of_images(self.fetch_images(_open(images)))]
-        regions_by_picture = _match_regions(regions, len(pictures), images)
+        sources = _flat_list(images)
+        regions_by_picture = _match_regions(regions, len(sources), images)
         side = self.crop_size.height
-        rgb = super().preprocess(
-            [_pad_to_square(picture, self.image_mean) if geometry == "pad" else picture for picture in pictures],
-            size={"shortest_edge": side} if geometry == "crop" else {"height": side, "width": side},
-            **kwargs,
-        )["pixel_values"]  # a list of arrays: each is copied once, into the output
+        limits = {name: kwargs.pop(name, None) or getattr(self, name) for name in ("max_pixels", "max_side")}
+        layout, resample = kwargs.pop("input_data_format", None), _resampling(kwargs.pop("resample", self.resample))
+        mean = self.image_mean
+        sizes, small = [], []
+        for source in sources:  # one at a time, so that only one is held in full
+            picture = decode_image(_fetch(source), max_pixels=limits["max_pixels"], input_data_format=layout)
+            sizes.append(picture.size)
+            _check_side(picture.size, side, geometry, limits["max_side"])
+            small.append(_resize(picture, side, geometry, tuple(int(channel * 255) for channel in mean), resample))
+        rgb = super().preprocess(small, do_resize=False, do_center_crop=False, **kwargs)["pixel_values"]
         output = np.empty((sum(map(len, regions_by_picture)), 4, side, side), np.float32)
         row = 0
-        for picture, pixels, picture_regions in zip(pictures, rgb, regions_by_picture, strict=True):
+        for (width, height), pixels, picture_regions in zip(sizes, rgb, regions_by_picture, strict=True):
             for region in picture_regions:
                 output[row, :3] = pixels
-                alpha = place_alpha(region, picture.height, picture.width, side, geometry)
+                alpha = place_alpha(region, height, width, side, geometry)
                 # in float64: alpha 1 must become the very float32 that AlphaPatchEmbedding fills in for the whole image
                 output[row, 3] = (alpha.astype(np.float64) - ALPHA_MEAN) / ALPHA_STD
                 row += 1
@@ -182,11 +203,39 @@ class AlphaCLIPImageProcessor(PilBackend):
         return BatchFeature({"pixel_values": data}, tensor_type=None if return_tensors == "pt" else return_tensors)
 
 
-def _open(image: Any) -> Any:
-    """A picture file with its transparency, which Transformers' `load_image` drops; it is laid onto white later."""
-    if isinstance(image, list | tuple):
-        return [_open(entry) for entry in image]
-    return Image.open(image) if isinstance(image, str) and os.path.isfile(image) else image
+def _flat_list(images: Any) -> list:
+    """The single images in a list of lists or an array of images, in order.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
+        images = list(images)
+    if images is None or isinstance(images, list | tuple) and not images:
+        raise ValueError("got no image: pass one image or a list of them as images=")
+    if isinstance(images, list | tuple):
+        return [single for image in images for single in _flat_list(image)]
+    return [images]
+
+
+def _fetch(image: Any) -> Any:
+    """A URL's image through Transformers, base64 text as its bytes; anything else is what the decoder takes."""
+    if not isinstance(image, str) or os.path.isfile(image):
+        return image
+    if image.startswith(("http://", "https://")):
+        return load_image(image)
+    head, comma, body = image.partition(",")
+    try:
+        content = base64.b64decode(body if comma and head.startswith("data:image/") else image, validate=True)
+    except (binascii.Error, ValueError):
+        content = b""
+    # a short file name is valid base64 too
+    return content if len(content) > 32 else image
+
+
+def _resampling(resample: Any) -> Image.Resampling:
+    """A filter as PIL's, from its number or the enumeration of PIL, Transformers or torchvision."""
+    return Image.Resampling[resample.name] if isinstance(resample, enum.Enum) else Image.Resampling(resample)
 
 
 def place_alpha(region: Region, height: int, width: int, side: int, geometry: str) -> np.ndarray:
@@ -199,18 +248,8 @@ def place_alpha(region: Region, height: int, width: int, side: int, geometry: st
         return np.ones((side, side), np.float32)
     mask = region.mask(height, width)
     peak = float(mask.max())
-    if geometry == "pad" and height != width:
-        square = max(height, width)
-        top, left = (square - height) // 2, (square - width) // 2
-        padded = np.zeros((square, square), np.float32)
-        padded[top : top + height, left : left + width] = mask
-        mask = padded
     if geometry == "crop":
-        # the sizes and offsets of CLIPImageProcessor (transformers: get_resize_output_image_size, center_crop)
-        short, long = min(height, width), max(height, width)
-        scaled = int(side * long / short)
-        new_height, new_width = (side, scaled) if height <= width else (scaled, side)
-        top, left = (new_height - side) // 2, (new_width - side) // 2
+        new_height, new_width, top, left = _crop_sizes(height, width, side)
         # in the picture's own pixels, before resizing spreads the region over the border of the crop
         kept = mask[
             top * height // new_height : math.ceil((top + side) * height / new_height),
@@ -224,57 +263,96 @@ def place_alpha(region: Region, height: int, width: int, side: int, geometry: st
             )
         if (cut := 1 - float(kept.sum() / mask.sum())) > 0.001:
             logger.warning("the centre crop cuts %.0f %% off the region %s; geometry='pad' keeps it", 100 * cut, region)
-        mask = _resize(mask, new_height, new_width)[top : top + side, left : left + side]
-    else:
-        mask = _resize(mask, side, side)
+    # bilinear with antialiasing, so that no small region falls between the samples
+    mask = np.asarray(_resize(mask, side, geometry, 0, Image.Resampling.BILINEAR))
     reached = float(mask.max())
     if 0 < reached < peak:
         mask = mask * np.float32(peak / reached)
     return 1 - np.float32(region.strength) * (1 - mask)
 
 
-def _resize(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear with antialiasing, so that no small region falls between the samples."""
-    if mask.shape == (height, width):
-        return mask
-    return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.BILINEAR))
+def _crop_sizes(height: int, width: int, side: int) -> tuple[int, int, int, int]:
+    """Height and width of the resized image, top and left of the crop in it.
 
-
-def _to_pil(image: Any) -> Image.Image:
-    """The picture as displayed: coordinates of regions are those after EXIF orientation."""
-    return ImageOps.exif_transpose(image if isinstance(image, Image.Image) else to_pil_image(image))
-
-
-def _pad_to_square(picture: Image.Image, mean: tuple[float, ...]) -> Image.Image:
-    """Source: `expand2square` in haotian-liu/LLaVA, llava/mm_utils.py at c121f04: the picture centred on the mean
-    colour.
+    Source: CLIPImageProcessor (transformers: get_resize_output_image_size, center_crop).
     """
-    if picture.width == picture.height:
-        return picture
-    side = max(picture.size)
-    square = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in mean))
-    square.paste(_on_white(picture), ((side - picture.width) // 2, (side - picture.height) // 2))
-    return square
+    scaled = int(side * max(height, width) / min(height, width))
+    new_height, new_width = (side, scaled) if height <= width else (scaled, side)
+    return new_height, new_width, (new_height - side) // 2, (new_width - side) // 2
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
-    """RGB, with transparency laid onto white as Transformers' `convert_to_rgb` does."""
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
+def _check_side(size: tuple[int, int], side: int, geometry: str, max_side: int) -> None:
+    width, height = size
+    longest = max(_crop_sizes(height, width, side)[:2]) if geometry == "crop" else 0
+    if max(width, height, longest) > max_side:
+        becomes = f" and would be resized to {longest:,} before cropping" if longest > max_side else ""
+        raise ValueError(
+            f"the image of {width} x {height} pixels is too long{becomes}: expected sides up to {max_side:,} pixels; "
+            "make it smaller, or raise max_side of the image processor"
+        )
+
+
+def _resize(
+    pixels: Image.Image | np.ndarray, side: int, geometry: str, fill: Any, resample: Image.Resampling
+) -> Image.Image:
+    """An RGB image, or a mask as float32 (H, W), as a square of side x side pixels."""
+    height, width = pixels.shape if isinstance(pixels, np.ndarray) else pixels.size[::-1]
+    if geometry == "pad" and height != width:
+        return _resize_padded(pixels, side, fill, resample)
+    image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
+    if geometry == "crop":
+        new_height, new_width, top, left = _crop_sizes(height, width, side)
+        return image.resize((new_width, new_height), resample).crop((left, top, left + side, top + side))
+    return image.resize((side, side), resample)
+
+
+def _resize_padded(pixels: Image.Image | np.ndarray, side: int, fill: Any, resample: Image.Resampling) -> Image.Image:
+    """Centered on a square of `fill`, then resized: bit-equal to building that square, which of a long image could take
+    all memory.
+
+    PIL resizes in two passes with an image of the same depth between them, rows first. So rows can be padded and
+    resized a few at a time, and of the padding one row is enough.
+
+    Source: the padding is `expand2square` in haotian-liu/LLaVA, llava/mm_utils.py at c121f04.
+    """
+    height, width = pixels.shape if isinstance(pixels, np.ndarray) else pixels.size[::-1]
+    square = max(height, width)
+    top, left = (square - height) // 2, (square - width) // 2
+    mode = "F" if isinstance(pixels, np.ndarray) else "RGB"
+    border = Image.new(mode, (square, 1), fill).resize((side, 1), resample)
+    resized = border.resize((side, square), Image.Resampling.NEAREST)
+    rows = max(1, _STRIP // square)
+    first, last = 0, height
+    if isinstance(pixels, np.ndarray):  # rows without a region are like those of the padding
+        inside = np.flatnonzero(pixels.any(axis=1))
+        first, last = int(inside[0]), int(inside[-1]) + 1
+    for start in range(first, last, rows):
+        end = min(start + rows, last)
+        if isinstance(pixels, np.ndarray):
+            strip = Image.fromarray(pixels[start:end])
+        else:
+            strip = pixels if height <= rows else pixels.crop((0, start, width, end))
+        if left or width < square:
+            padded = Image.new(mode, (square, end - start), fill)
+            padded.paste(strip, (left, 0))
+            strip = padded
+        resized.paste(strip.resize((side, end - start), resample), (0, top + start))
+    return resized.resize((side, side), resample)
 
 
 def _match_regions(regions: Region | str | list | None, count: int, images: ImageInput) -> list[list[Region]]:
     """For each image the list of its regions; None becomes the whole image."""
-    if not isinstance(images, list | tuple):  # one image: its region or regions
+    batch = isinstance(images, list | tuple) or isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4
+    if not batch:  # one image: its region or regions
         entries = [regions]
     elif regions is None:
         entries = [None] * count
     elif isinstance(regions, Region | str):
         entries = [regions]
-    else:
+    elif isinstance(regions, list | tuple):
         entries = list(regions)
+    else:
+        entries = [_region(regions)]
     if len(entries) != count:
         raise ValueError(f"expected one entry of regions for each of {count} images, got {len(entries)}")
     lists = [list(entry) if isinstance(entry, list | tuple) else [entry] for entry in entries]

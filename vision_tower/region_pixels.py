@@ -3,86 +3,114 @@
 from __future__ import annotations
 
 import base64
-import io
+import binascii
 import math
 import os
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+
+from .image_decoding import as_array, has_transparency, open_image, reading
+from .region_points import shortened
 
 PNG_URI = "data:image/png;base64,"
 _SUBROWS = 8  # scan lines a pixel row, for polygons; across a line, coverage is exact
+_ROWS = 256  # of a mask converted at a time: as float64, one of 100 million pixels would take 0.8 GB
 
 
-def mask_pixels(mask: Any) -> np.ndarray:
-    """uint8 (H, W), 0 outside to 255 inside."""
-    ours = isinstance(mask, str) and mask.startswith(PNG_URI)  # written by `Region.to_json`, also of a faint mask
-    if isinstance(mask, str | os.PathLike):
-        mask = _open_mask(mask)
-    if isinstance(mask, Image.Image):
-        mask = _grey(mask)
-    array = np.asarray(mask)
+def mask_pixels(mask: Any, soft: bool = False) -> np.ndarray:
+    """uint8 (H, W), 0 outside to 255 inside. `soft`: the integers of the mask are coverage, 0 to its type's largest.
+
+    Raises:
+        ValueError: If the mask cannot be read, or its values could mean several things.
+    """
+    if isinstance(mask, str | os.PathLike | bytes | Image.Image) or hasattr(mask, "read"):
+        mask = _gray(_open_mask(mask))
+    try:
+        array = np.asarray(as_array(mask))
+    except (TypeError, RuntimeError) as error:  # of numpy, about objects in it
+        raise ValueError(f"expected a mask (H, W), got {shortened(mask)}") from error
     if array.dtype.kind not in "biuf":
         raise ValueError(f"expected a mask of bools, of 0 and 1, uint8 0..255 or floats 0..1, got {array.dtype}")
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"expected a mask (H, W), got shape {array.shape}")
     if array.dtype == bool:
         return array.astype(np.uint8) * np.uint8(255)
-    if array.dtype.kind in "iu":
-        low, high = int(array.min()), int(array.max())
-        if 0 <= low and high <= 1:
-            return array.astype(np.uint8) * np.uint8(255)
-        if array.dtype == np.uint8 and high < 128 and not ours:
-            raise ValueError(
-                f"the mask's values end at {high} of 255, as in a map of labels; give one object (mask == label), and "
-                "a faint region as its strength"
-            )
-        if array.dtype == np.uint8 or (0 <= low and high <= 255 and np.isin(array, (0, 255)).all()):
-            return array.astype(np.uint8)
-    elif array.dtype.kind == "f" and np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1:
-        # rounded up, so that a faint value does not vanish
-        return np.ceil(array.astype(np.float64) * 255 - 1e-6).astype(np.uint8)
+    low, high = array.min(), array.max()  # NaN if any is
+    if array.dtype.kind == "f" and low >= 0 and high <= 1:
+        return _soft_pixels(array, 1)
+    if array.dtype.kind in "iu" and low >= 0:
+        if soft and array.dtype in (np.uint8, np.uint16):
+            return array if array.dtype == np.uint8 else _soft_pixels(array, 65535)
+        # for each pair of values that can only be outside and inside
+        for inside in (1, 255, 65535):
+            if high <= inside and ((array == 0) | (array == inside)).all():
+                return (array != 0).astype(np.uint8) * np.uint8(255)
     raise ValueError(
-        f"expected a mask of bools, of 0 and 1, uint8 0..255 or floats 0..1, got {array.dtype} from "
-        f"{array.min()} to {array.max()}"
+        "expected a mask of two values (bools, 0 and 1, or 0 and 255) or of floats 0..1, got "
+        f"{array.dtype} from {low:g} to {high:g}; of a map of labels give one object (mask == label); "
+        "a mask with soft edges needs soft=True ('softmask:FILE.png')"
     )
 
 
-def _open_mask(source: str | os.PathLike) -> Image.Image:
-    text = os.fspath(source)
-    try:
-        file = io.BytesIO(base64.b64decode(text[len(PNG_URI) :])) if text.startswith(PNG_URI) else text
-        image = Image.open(file)
-        image = ImageOps.exif_transpose(image)  # as the picture itself is turned; this loads it too
-    except FileNotFoundError:
-        raise ValueError(f"there is no mask file {text}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the mask {shortened(text)} as an image: {error}") from error
-    return image
+def _soft_pixels(array: np.ndarray, largest: int) -> np.ndarray:
+    """Values 0..largest as 0..255, rounded up, so that a faint value does not vanish."""
+    pixels = np.empty(array.shape, np.uint8)
+    for top in range(0, len(array), _ROWS):
+        values = array[top : top + _ROWS].astype(np.float64) * (255 / largest)
+        # float32 holds v / 255 to 2e-5 of such a step
+        pixels[top : top + _ROWS] = np.maximum(np.ceil(values - 1e-4), values > 0)
+    return pixels
 
 
-def _grey(image: Image.Image) -> np.ndarray:
-    """A mask image as an array; modes that could mean several things are refused."""
-    if image.mode in ("1", "L", "F"):
-        return np.asarray(image)
-    if image.mode == "P":
-        indices = np.asarray(image)
+def _open_mask(source: Any) -> Image.Image:
+    if isinstance(source, str) and source.startswith(PNG_URI):
+        try:
+            source = base64.b64decode(source[len(PNG_URI) :], validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise ValueError(f"cannot read the mask {shortened(source)} as base64: {error}") from None
+        return open_image(source, name="mask in base64")
+    if isinstance(source, str | os.PathLike) and not os.path.isfile(source):
+        raise ValueError(f"there is no mask file {shortened(os.fspath(source))}")
+    return open_image(source)
+
+
+def _gray(image: Image.Image) -> np.ndarray:
+    """A mask image as an array; modes that could mean several things are refused.
+
+    Raises:
+        ValueError: If pixels are transparent (which of color and transparency is the mask?), colored, or of more than
+            two colors in a palette.
+    """
+    with reading("mask"):
+        opaque = not has_transparency(image)
+        if not opaque:
+            flat = image.convert("LA") if image.mode == "La" else image
+            opaque = flat.convert("RGBA").getextrema()[-1] == (255, 255)
+        pixels = np.asarray(image)
+        colors = np.asarray(image.convert("RGB")) if image.mode in ("P", "PA") else None
+    if not opaque:
+        raise ValueError(
+            f"the mask of mode {image.mode} has transparent pixels; expected an opaque gray image ('L'), 0 outside and "
+            "255 inside"
+        )
+    if image.mode in ("1", "L", "F", "I") or image.mode.startswith("I;"):
+        return pixels
+    if colors is not None:
+        indices = pixels if image.mode == "P" else pixels[..., 0]
         if len(np.unique(indices)) > 2:
-            raise ValueError("the palette mask holds several objects; keep one of them: a picture with 0 outside")
-        colours = np.asarray(image.convert("RGB"))  # not by index: which one is black is the writer's choice
-        inside = colours.any(axis=-1)
-        if inside.all() and (colours != 255).any():
+            raise ValueError("the palette mask holds several objects; keep one of them: an image with 0 outside")
+        inside = colors.any(axis=-1)  # not by index: which one is black is the writer's choice
+        if inside.all() and (colors != 255).any():
             raise ValueError("the palette mask has no black; expected black outside the region")
         return inside
-    pixels = np.asarray(image)
-    if image.mode in ("RGB", "RGBA", "LA"):
-        colours = pixels[..., :3] if image.mode.startswith("RGB") else pixels[..., :1]
-        opaque = image.mode == "RGB" or (pixels[..., -1] == 255).all()
-        if opaque and (colours == colours[..., :1]).all():
-            return colours[..., 0]
+    if image.mode in ("RGB", "RGBX", "RGBA", "RGBa", "LA", "La"):
+        channels = pixels[..., :3] if image.mode.startswith("RGB") else pixels[..., :1]
+        if (channels == channels[..., :1]).all():
+            return channels[..., 0]
     raise ValueError(
-        f"expected a grey mask, got a picture of mode {image.mode}; convert it to 'L', 0 outside and 255 inside"
+        f"expected a gray mask, got an image of mode {image.mode}; convert it to 'L', 0 outside and 255 inside"
     )
 
 
@@ -92,7 +120,8 @@ def box_coverage(box: tuple[float, float, float, float], height: int, width: int
     columns, rows = np.arange(width), np.arange(height)
     across = (np.minimum(columns + 1, x1) - np.maximum(columns, x0)).clip(0, 1)
     down = (np.minimum(rows + 1, y1) - np.maximum(rows, y0)).clip(0, 1)
-    return np.outer(down, across).astype(np.float32)
+    coverage = np.empty((height, width), np.float32)
+    return np.multiply(down[:, None], across, out=coverage, casting="same_kind")
 
 
 def polygon_coverage(points: tuple, height: int, width: int) -> np.ndarray:
@@ -102,25 +131,27 @@ def polygon_coverage(points: tuple, height: int, width: int) -> np.ndarray:
     x0, y0 = np.array(points).T
     x1, y1 = np.roll(x0, -1), np.roll(y0, -1)
     top, bottom = max(math.floor(y0.min()), 0), min(math.ceil(y0.max()), height)
-    change = np.zeros((height, width + 2), np.float64)  # of coverage from a pixel to the next on its right
+    coverage = np.zeros((height, width), np.float32)
     for row in range(top, bottom):
         lines = row + (np.arange(_SUBROWS) + 0.5) / _SUBROWS
+        change = np.zeros(width + 2)  # of coverage from a pixel to the next on its right
         crossing = (y0 <= lines[:, None]) != (y1 <= lines[:, None])
         for line, edges in zip(lines, crossing, strict=True):
             xs = np.sort(x0[edges] + (line - y0[edges]) * (x1[edges] - x0[edges]) / (y1[edges] - y0[edges]))
             xs = xs.clip(0, width)
             signs = np.where(np.arange(len(xs)) % 2 == 0, 1.0, -1.0) / _SUBROWS
             cells = np.floor(xs).astype(int)
-            np.add.at(change[row], cells, signs * (1 - (xs - cells)))
-            np.add.at(change[row], cells + 1, signs * (xs - cells))
-    coverage = change[:, :width].cumsum(1).clip(0, 1)
-    coverage[coverage < 1e-9] = 0  # rounding of the sum
+            np.add.at(change, cells, signs * (1 - (xs - cells)))
+            np.add.at(change, cells + 1, signs * (xs - cells))
+        covered = change[:width].cumsum().clip(0, 1)
+        covered[covered < 1e-9] = 0  # rounding of the sum
+        coverage[row] = covered
     # Thinner than the distance of the scan lines: still a trace. Only then: the box around a polygon that merely passes
     # a corner of the picture reaches into it.
     thin = min(np.ptp(x0), np.ptp(y0)) < 1 / _SUBROWS
     if thin and not coverage.any():
         return box_coverage((x0.min(), y0.min(), x0.max(), y0.max()), height, width)
-    return coverage.astype(np.float32)
+    return coverage
 
 
 def line_coverage(points: tuple, radius: float, kind: str, height: int, width: int) -> np.ndarray:
@@ -159,7 +190,7 @@ def decode_counts(counts: str | bytes) -> list[int]:
         value, shift, more = 0, 0, True
         while more:
             code = codes[position] - 48
-            if not 0 <= code < 64:
+            if not 0 <= code < 64 or shift > 60 or position + 1 == len(codes) and code & 32:
                 raise ValueError("not a compressed RLE")
             value |= (code & 31) << shift
             more = bool(code & 32)
@@ -176,9 +207,3 @@ def run_lengths(mask: np.ndarray) -> list[int]:
     changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     runs = np.diff(np.concatenate([[0], changes, [flat.size]])).tolist()
     return [0, *runs] if flat[0] else runs
-
-
-def shortened(value: Any) -> str:
-    """A value in at most 80 characters, for messages."""
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

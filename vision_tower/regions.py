@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import io
 import json
 import logging
 import math
-import operator
 import os
 import re
 import zlib
@@ -30,19 +30,28 @@ from .region_pixels import (
     mask_pixels,
     polygon_coverage,
     run_lengths,
+)
+from .region_points import (
+    are_fractions,
+    are_whole,
+    finite,
+    plain_lists,
+    positive,
     shortened,
+    split_polygons,
+    vertices,
 )
 
 logger = logging.getLogger(__name__)
 
 FORMS = (
-    "box:x0,y0,x1,y1 | nbox:x0,y0,x1,y1 | polygon:x,y,x,y,x,y[;...] | mask:FILE.png | rle:FILE.json | "
-    "points:x,y[;x,y]@radius | stroke:x,y;x,y@width | whole, each with an optional strength: box:1,2,3,4*0.5"
+    "box:x0,y0,x1,y1 | nbox:x0,y0,x1,y1 | polygon:x,y,x,y,x,y[;...] | mask:FILE.png | softmask:FILE.png | "
+    "rle:FILE.json | points:x,y[;x,y]@radius | stroke:x,y;x,y@width | whole, each with an optional strength: "
+    "box:1,2,3,4*0.5"
 )
 _STRENGTH = re.compile(r"(.*)\*([\d.eE+-]+)", re.DOTALL)
-_LARGEST_PICTURE = 400_000_000  # pixels of a run-length mask; a few bytes of runs could ask for all memory
-_LARGEST = 1e9  # of a coordinate: what lies further out only overflows
-_ROUNDING = 1e-3  # pixels that a region may reach over the picture without a warning
+_MAX_PIXELS = 200_000_000  # of a mask, which takes 4 bytes a pixel; a few bytes of runs could ask for all memory
+_ROUNDING = 1e-3  # pixels that a region may reach over the picture without a warning; of a fraction, an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +75,9 @@ class Region:
         Raises:
             ValueError: If it is not a number from 0 to 1.
         """
-        if not (isinstance(self.strength, int | float) and 0 <= self.strength <= 1):
-            raise ValueError(f"expected a strength from 0 to 1, got {self.strength!r}")
+        number = isinstance(self.strength, int | float) and not isinstance(self.strength, bool)
+        if not (number and 0 <= self.strength <= 1):
+            raise ValueError(f"expected a strength from 0 to 1, got {shortened(self.strength)}")
 
     @classmethod
     def from_box(
@@ -76,28 +86,35 @@ class Region:
         """A box, half-open: x0 <= x < x1. In pixels, or with `normalized` as fractions (0 to 1) of width and height.
 
         Raises:
-            ValueError: If a coordinate is not finite, the box has no area, or a normalized box lies outside 0 to 1.
+            ValueError: If a coordinate is not finite, the box has no area, a normalized box reaches outside 0 to 1, or
+                a box in pixels is plainly one of fractions.
         """
-        box = tuple(_finite((x0, y0, x1, y1), "box"))
+        box = tuple(finite((x0, y0, x1, y1), "box"))
         if box[2] <= box[0] or box[3] <= box[1]:
             raise ValueError(f"expected a box x0,y0,x1,y1 with x0 < x1 and y0 < y1, got {_numbers(box)}")
-        if normalized and (min(box[2:]) <= 0 or max(box[:2]) >= 1):
+        if normalized and (min(box) < -_ROUNDING or max(box) > 1 + _ROUNDING):
             raise ValueError(
-                f"expected fractions from 0 to 1 of the picture, got {_numbers(box)}; pixels are a plain box"
+                f"expected fractions from 0 to 1 of the image, got {_numbers(box)}; pixels are a plain box, and "
+                "coordinates from 0 to 1000 are to be divided by 1000"
             )
-        if not normalized and max(box) <= 1 and any(value % 1 for value in box):
-            logger.warning("the box %s is a part of one pixel; fractions of the picture are nbox", _numbers(box))
+        if not normalized and are_fractions(box):
+            raise ValueError(f"expected a box in pixels, got {_numbers(box)}; fractions of the image are nbox")
         return cls("nbox" if normalized else "box", box, strength)
 
     @classmethod
     def from_polygon(cls, polygon: Sequence, *, strength: float = 1.0) -> Region:
-        """A polygon [[x, y], ...] or COCO's flat [x, y, x, y, ...], or a list of polygons, whose union it is. Even-odd
-        filling.
+        """A polygon [[x, y], ...], COCO's flat [x, y, x, y, ...] or OpenCV's contour (N, 1, 2), or a list of polygons,
+        whose union it is. Even-odd filling.
 
         Raises:
-            ValueError: If a polygon has no area, or a coordinate is not finite.
+            ValueError: If a polygon has no area, a coordinate is not finite, or all are plainly fractions.
         """
-        polygons = [_vertices(part) for part in _split_polygons(polygon)]
+        polygons = [vertices(part) for part in split_polygons(polygon)]
+        if are_fractions([value for part in polygons for point in part for value in point]):
+            raise ValueError(
+                f"expected a polygon in pixels, got {shortened(polygons)}; multiply fractions by the image's width and "
+                "height"
+            )
         for part in polygons:
             # not the signed area, which is 0 for a figure of eight too
             if np.linalg.matrix_rank(np.array(part) - part[0]) < 2:
@@ -107,16 +124,24 @@ class Region:
         return cls("polygon", tuple(polygons), strength)
 
     @classmethod
-    def from_mask(cls, mask: np.ndarray | Image.Image | str | os.PathLike, *, strength: float = 1.0) -> Region:
-        """A mask of the picture's own size: an array (H, W), a PIL image, or an image file.
+    def from_mask(
+        cls, mask: np.ndarray | Image.Image | str | os.PathLike, *, soft: bool = False, strength: float = 1.0
+    ) -> Region:
+        """A mask of the image's own size: an array or tensor (H, W), a PIL image, or an image file.
 
-        Taken are bool, integers of 0 and 1, uint8 0..255 and floats 0..1, where values between make soft edges (kept in
-        255 steps).
+        Taken are bool, integers of two values (0 and 1, 255 or 65535) and floats 0..1, where values between make soft
+        edges (kept in 255 steps).
+
+        Args:
+            mask: The mask. Of image files and PIL images EXIF orientation is applied, as to the image itself.
+            soft: The mask has 8 or 16 bits, and values between 0 and the largest are soft edges. It has to be said:
+                a map of labels looks the same.
+            strength: How much the region alone counts, 0 to 1.
 
         Raises:
             ValueError: If the file cannot be read, the mask is empty, or its values could mean several things.
         """
-        pixels = mask_pixels(mask)
+        pixels = mask_pixels(mask, soft)
         if not pixels.any():
             raise ValueError("the region is empty: no pixel of the mask is set")
         binary = bool(((pixels == 0) | (pixels == 255)).all())  # np.isin takes 40 times as long
@@ -136,17 +161,19 @@ class Region:
         """
         if not isinstance(rle, dict) or not {"size", "counts"} <= rle.keys():
             raise ValueError(f"expected an RLE {{'size': [h, w], 'counts': ...}}, got {shortened(rle)}")
-        try:
-            height, width = map(operator.index, rle["size"])
-            counts = rle["counts"]
-            runs = decode_counts(counts) if isinstance(counts, str | bytes) else [*map(operator.index, counts)]
-        except (TypeError, ValueError, IndexError) as error:
-            raise ValueError(f"expected an RLE {{'size': [h, w], 'counts': ...}}, got {shortened(rle)}") from error
+        size, counts = plain_lists(rle["size"]), plain_lists(rle["counts"])
+        compressed = isinstance(counts, str | bytes)
+        if not are_whole(size) or len(size) != 2 or not (compressed or are_whole(counts)):
+            raise ValueError(f"expected an RLE {{'size': [h, w], 'counts': ...}}, got {shortened(rle)}")
+        height, width = map(int, size)
+        runs = decode_counts(counts) if compressed else [*map(int, counts)]
         # Summed as Python integers: an int64 sum can wrap around to the right one, and np.repeat then crashes.
         if min(runs, default=-1) < 0 or height < 1 or width < 1 or sum(runs) != height * width:
-            raise ValueError(f"the RLE is inconsistent: its runs add up to {sum(runs)}, not to {height} * {width}")
-        if height * width > _LARGEST_PICTURE:
-            raise ValueError(f"the RLE is of {height} x {width} pixels; expected at most {_LARGEST_PICTURE:,} of them")
+            raise ValueError(
+                f"the RLE is inconsistent: its runs add up to {shortened(sum(runs))}, not to {shortened(height)} * "
+                f"{shortened(width)}"
+            )
+        _check_pixels(height, width)
         flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
         return cls.from_mask(flat.reshape(width, height).T, strength=strength)
 
@@ -158,7 +185,7 @@ class Region:
         Raises:
             ValueError: If there is no point, a number is not finite, or the radius is not positive.
         """
-        return cls("points", (_vertices(points), _positive(radius, "radius")), strength)
+        return cls("points", (vertices(points), positive(radius, "radius")), strength)
 
     @classmethod
     def from_stroke(cls, points: Sequence, *, width: float, strength: float = 1.0) -> Region:
@@ -167,7 +194,7 @@ class Region:
         Raises:
             ValueError: If there is no point, a number is not finite, or the width is not positive.
         """
-        return cls("stroke", (_vertices(points), _positive(width, "width")), strength)
+        return cls("stroke", (vertices(points), positive(width, "width")), strength)
 
     @classmethod
     def whole(cls) -> Region:
@@ -185,8 +212,10 @@ class Region:
         What lies outside the picture is cut off, with a warning.
 
         Raises:
-            ValueError: If the region lies wholly outside, or is a mask of another size.
+            ValueError: If the region lies wholly outside, is a mask of another size, or the picture has more than 200
+                million pixels.
         """
+        _check_pixels(height, width)
         if self.kind == "whole":
             return np.ones((height, width), np.float32)
         if self.kind == "mask":
@@ -292,6 +321,8 @@ class Region:
         Raises:
             ValueError: If the text is of no such form.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"expected a region as text, got {shortened(text)}")
         kind, _, body = text.strip().partition(":")
         if kind not in _PARSERS:
             raise ValueError(f"expected a region {FORMS}; got {shortened(text)!r}")
@@ -301,8 +332,10 @@ class Region:
         try:
             return dataclasses.replace(_PARSERS[kind](cls, body), strength=float(strength))
         except (ValueError, OSError, RecursionError) as error:
-            forms = "" if kind in ("mask", "rle") else f". Expected {FORMS}"  # there it is the file that is wrong
-            raise ValueError(f"cannot read the region {shortened(text)!r}: {error}{forms}") from error
+            of_a_file = kind in ("mask", "softmask", "rle")  # there it is the file that is wrong
+            forms = "" if of_a_file else f". Expected {FORMS}"
+            reason = error.strerror if isinstance(error, OSError) else error  # else it repeats the path
+            raise ValueError(f"cannot read the region {shortened(text)!r}: {reason}{forms}") from error
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` turns back into an equal region."""
@@ -326,12 +359,13 @@ class Region:
             return {"rle": {"size": [height, width], "counts": run_lengths(mask > 0)}}
         file = io.BytesIO()
         Image.fromarray(np.rint(mask * 255).astype(np.uint8)).save(file, "PNG")
-        return {"mask": PNG_URI + base64.b64encode(file.getvalue()).decode("ascii")}
+        return {"mask": PNG_URI + base64.b64encode(file.getvalue()).decode("ascii"), "soft": True}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Region:
-        """Read {"box": [...]}, {"nbox": [...]}, {"polygon": ...}, {"mask": path}, {"rle": {...}}, {"points": ...,
-        "radius": r}, {"stroke": ..., "width": w} or {"whole": true}, each with an optional "strength".
+        """Read {"box": [...]}, {"nbox": [...]}, {"polygon": ...}, {"mask": path}, {"mask": path, "soft": true}, {"rle":
+        {...}}, {"points": ..., "radius": r}, {"stroke": ..., "width": w} or {"whole": true}, each with an optional
+        "strength".
 
         Raises:
             ValueError: If the record has not exactly one region, or a key that belongs to none.
@@ -340,36 +374,46 @@ class Region:
             raise ValueError(f"expected a region as a JSON object, got {shortened(record)}")
         kinds = record.keys() & _FROM_JSON.keys()
         if len(kinds) != 1:
-            raise ValueError(f"expected exactly one of {', '.join(_FROM_JSON)} in a region, got {sorted(record)}")
+            raise ValueError(f"expected exactly one of {', '.join(_FROM_JSON)} in a region, got {shortened([*record])}")
         (kind,) = kinds
-        read, extra = _FROM_JSON[kind]
-        if unknown := record.keys() - {kind, "strength", *extra}:
-            raise ValueError(f"unknown keys {sorted(unknown)} beside {kind!r} in a region")
-        if missing := set(extra) - record.keys():
+        read, required, optional = _FROM_JSON[kind]
+        if unknown := record.keys() - {kind, "strength", *required, *optional}:
+            raise ValueError(f"unknown keys {shortened([*unknown])} beside {kind!r} in a region")
+        if missing := set(required) - record.keys():
             raise ValueError(f"expected {', '.join(missing)} beside {kind!r} in a region")
-        try:
-            region = read(cls, record[kind], *(record[name] for name in extra))
-        except TypeError as error:
-            raise ValueError(f"cannot read {kind!r} of a region: {shortened(record[kind])}") from error
-        return dataclasses.replace(region, strength=record.get("strength", 1.0))
+        options = {name: record[name] for name in (*required, *optional, "strength") if name in record}
+        return read(cls, record[kind], **options)
 
 
-def _whole_from_json(cls: type[Region], value: Any) -> Region:
+def _box_from_json(cls: type[Region], value: Any, **options: Any) -> Region:
+    value = plain_lists(value)
+    if not isinstance(value, list) or len(value) != 4:
+        raise ValueError(f"cannot read 'box' of a region: expected four numbers, got {shortened(value)}")
+    return cls.from_box(*value, **options)
+
+
+def _mask_from_json(cls: type[Region], value: Any, soft: Any = False, **options: Any) -> Region:
+    if not isinstance(soft, bool):
+        raise ValueError(f"expected 'soft': true or false beside 'mask' in a region, got {shortened(soft)}")
+    return cls.from_mask(value, soft=soft, **options)
+
+
+def _whole_from_json(cls: type[Region], value: Any, strength: Any = 1.0) -> Region:
     if value is not True:
-        raise ValueError(f"expected 'whole': true, got {value!r}")
-    return cls.whole()
+        raise ValueError(f"expected 'whole': true, got {shortened(value)}")
+    return cls("whole", strength=strength)
 
 
-# kind -> (reader, further keys)
-_FROM_JSON: dict[str, tuple[Callable, tuple[str, ...]]] = {
-    "box": (lambda cls, v: cls.from_box(*v), ()),
-    "nbox": (lambda cls, v: cls.from_box(*v, normalized=True), ()),
-    "polygon": (lambda cls, v: cls.from_polygon(v), ()),
-    "mask": (lambda cls, v: cls.from_mask(v), ()),
-    "rle": (lambda cls, v: cls.from_rle(v), ()),
-    "points": (lambda cls, v, radius: cls.from_points(v, radius=radius), ("radius",)),
-    "stroke": (lambda cls, v, width: cls.from_stroke(v, width=width), ("width",)),
-    "whole": (_whole_from_json, ()),
+# kind -> (reader, further keys, keys that may be left out)
+_FROM_JSON: dict[str, tuple[Callable, tuple[str, ...], tuple[str, ...]]] = {
+    "box": (_box_from_json, (), ()),
+    "nbox": (functools.partial(_box_from_json, normalized=True), (), ()),
+    "polygon": (lambda cls, v, **options: cls.from_polygon(v, **options), (), ()),
+    "mask": (_mask_from_json, (), ("soft",)),
+    "rle": (lambda cls, v, **options: cls.from_rle(v, **options), (), ()),
+    "points": (lambda cls, v, **options: cls.from_points(v, **options), ("radius",), ()),
+    "stroke": (lambda cls, v, **options: cls.from_stroke(v, **options), ("width",), ()),
+    "whole": (_whole_from_json, (), ()),
 }
 
 
@@ -389,7 +433,7 @@ def _parse_points(text: str) -> tuple[list[list[float]], float]:
 
 def _parse_rle(cls: type[Region], text: str) -> Region:
     if not text.lstrip().startswith("{"):
-        with open(text, encoding="utf-8") as file:
+        with open(text, encoding="utf-8-sig") as file:  # Windows programs write a byte order mark
             text = file.read()
     return cls.from_rle(json.loads(text))
 
@@ -405,6 +449,7 @@ _PARSERS: dict[str, Callable] = {
     "nbox": lambda cls, text: cls.from_box(*_floats(text, 4), normalized=True),
     "polygon": lambda cls, text: cls.from_polygon([_floats(part) for part in text.split(";")]),
     "mask": lambda cls, text: cls.from_mask(text),
+    "softmask": lambda cls, text: cls.from_mask(text, soft=True),
     "rle": _parse_rle,
     "points": lambda cls, text: (lambda points, size: cls.from_points(points, radius=size))(*_parse_points(text)),
     "stroke": lambda cls, text: (lambda points, size: cls.from_stroke(points, width=size))(*_parse_points(text)),
@@ -412,47 +457,12 @@ _PARSERS: dict[str, Callable] = {
 }
 
 
-def _finite(values: Sequence, what: str) -> list[float]:
-    if any(isinstance(value, str | bytes) for value in values):
-        raise ValueError(f"expected numbers for the {what}, got {shortened(values)}")
-    try:
-        numbers = [float(value) for value in values]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"expected numbers for the {what}, got {shortened(values)}") from error
-    if not all(abs(number) <= _LARGEST for number in numbers):  # not a number fails this too
-        raise ValueError(f"expected finite numbers up to {_LARGEST:g} for the {what}, got {shortened(values)}")
-    return numbers
-
-
-def _positive(value: float, what: str) -> float:
-    (number,) = _finite((value,), what)
-    if number <= 0:
-        raise ValueError(f"expected a {what} above 0 pixels, got {number}")
-    return number
-
-
-def _vertices(points: Sequence) -> tuple[tuple[float, float], ...]:
-    """Points as tuples, from [[x, y], ...] or flat [x, y, x, y, ...]."""
-    points = points.tolist() if isinstance(points, np.ndarray) else list(points)
-    if points and not isinstance(points[0], list | tuple | np.ndarray):
-        if len(points) % 2:
-            raise ValueError(f"expected x and y for each point, got {len(points)} numbers")
-        points = list(zip(points[::2], points[1::2], strict=True))
-    if not points or any(len(point) != 2 for point in points):
-        raise ValueError(f"expected points [[x, y], ...], got {shortened(points)}")
-    return tuple((x, y) for x, y in (_finite(point, "points") for point in points))
-
-
-def _split_polygons(polygon: Sequence) -> list:
-    """The polygons in any of the accepted nestings."""
-    polygon = polygon.tolist() if isinstance(polygon, np.ndarray) else list(polygon)
-    if not polygon:
-        raise ValueError("expected a polygon, got an empty list")
-    first = polygon[0]
-    if not isinstance(first, list | tuple | np.ndarray):
-        return [polygon]  # flat
-    pair_of_numbers = len(first) == 2 and not isinstance(first[0], list | tuple | np.ndarray)
-    return [polygon] if pair_of_numbers else polygon
+def _check_pixels(height: int, width: int) -> None:
+    if height < 1 or width < 1 or height * width > _MAX_PIXELS:
+        raise ValueError(
+            f"expected an image of at most {_MAX_PIXELS:,} pixels for a region, got {shortened(width)} x "
+            f"{shortened(height)}"
+        )
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import io
+import lzma
 import os
-import struct
 import tarfile
-import warnings
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from vision_tower import Region
+from vision_tower.image_decoding import decode_image, image_size
 
-# What PIL's decoders, its EXIF writer and tarfile raise on damaged files. Met when files of ten
-# formats were damaged at random: EOFError (a tar.gz cut short), struct.error (a broken EXIF field).
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    LookupError,
-    TypeError,
-    OverflowError,
-    NotImplementedError,
-    struct.error,
-    zlib.error,
-    tarfile.TarError,
-)
+# What tarfile and its decompressors raise on damaged archives; what PIL raises is the decoder's matter.
+_ARCHIVE_DAMAGE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, tarfile.TarError)
 
 
 class TarMember(NamedTuple):
@@ -96,20 +80,11 @@ def displayed_size(source: ImageSource | os.PathLike) -> tuple[int, int]:
         ValueError: If there is no such file, or it is no picture; of a damaged picture the head may be whole.
     """
     name = describe_source(source)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(_file(source)) as file:
-                turned = file.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-                return file.size[::-1] if turned else file.size
-    except (*_DAMAGE, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the size of the image {name}: {' '.join(str(error).split())}") from error
+    return image_size(_content(source, name), name=name)
 
 
 def load_image(source: ImageSource | os.PathLike) -> Image.Image:
-    """Open a picture: RGB, EXIF orientation applied, transparency laid onto white.
-
-    Transparency is treated as `transformers.image_transforms.convert_to_rgb` does.
+    """Open a picture: RGB, EXIF orientation applied, transparency laid onto white; see `vision_tower.image_decoding`.
 
     Args:
         source: A path, a member of a tar archive, or the bytes of a file.
@@ -119,28 +94,7 @@ def load_image(source: ImageSource | os.PathLike) -> Image.Image:
             large that it must be an attack. The message is one line that names the file.
     """
     name = describe_source(source)
-    try:
-        with warnings.catch_warnings():
-            # PIL warns at half of the size it refuses
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(_file(source)) as file:
-                file.load()
-                image = ImageOps.exif_transpose(file)
-    except FileNotFoundError:
-        raise ValueError(f"there is no image file {name}") from None
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} has too many pixels to be opened safely ({error})") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{name} is not an image that PIL can read") from None
-    except _DAMAGE as error:
-        reason = " ".join(str(error).split())  # tarfile's messages have a line per method it tried
-        raise ValueError(f"cannot read the image {name}: {reason}") from error
-    if image.mode.startswith("I"):  # 16 bits of grey: PIL's own conversion would cut at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return decode_image(_content(source, name), name=name)
 
 
 def describe_source(source: ImageSource | os.PathLike) -> str:
@@ -150,26 +104,29 @@ def describe_source(source: ImageSource | os.PathLike) -> str:
     return f"image of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
 
 
-def _file(source: ImageSource | os.PathLike) -> str | io.BytesIO:
-    if isinstance(source, TarMember) and source.offset is not None:
-        return io.BytesIO(_content(source))
-    if isinstance(source, TarMember):
+def _content(source: ImageSource | os.PathLike, name: str) -> str | os.PathLike | bytes:
+    """The bytes of a tar member; a path or bytes as they are."""
+    if not isinstance(source, TarMember):
+        return source
+    try:
+        if source.offset is not None:
+            return _at_its_place(source)
         with tarfile.open(source.tar) as archive:
             try:
-                member = archive.extractfile(source.name)
+                file = archive.extractfile(source.name)
             except KeyError:
-                raise FileNotFoundError(source.name) from None
-            if member is None:
+                file = None
+            if file is None:
                 raise FileNotFoundError(source.name)
-            return io.BytesIO(member.read())
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
-    if Path(source).is_dir():
-        raise FileNotFoundError(source)
-    return os.fspath(source)
+            return file.read()
+    except FileNotFoundError:
+        raise ValueError(f"there is no image file {name}") from None
+    except _ARCHIVE_DAMAGE as error:
+        reason = " ".join(str(error).split())  # tarfile's messages have a line per method it tried
+        raise ValueError(f"cannot read the image {name}: {reason}") from error
 
 
-def _content(member: TarMember) -> bytes:
+def _at_its_place(member: TarMember) -> bytes:
     """The bytes at a member's place; its header, right before them, tells whether the archive is still the same."""
     with open(member.tar, "rb") as file:
         file.seek(max(member.offset - tarfile.BLOCKSIZE, 0))

@@ -2,6 +2,10 @@
 alpha.
 """
 
+import base64
+import io
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +15,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, BlipImageProcessor, CLIPImageProcessor, LlavaImageProcessor
 
 from tests.tiny import noise_picture
-from vision_tower import AlphaCLIPImageProcessor, Region
+from vision_tower import AlphaCLIPImageProcessor, Region, image_processing_alpha_clip
 from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD, WHOLE_IMAGE
 
 SIDE = 64
@@ -85,15 +89,15 @@ def test_one_pixel_leaves_a_trace(geometry, size):
     assert alpha.bfloat16().max() > 0.9
 
 
-def test_regions_of_one_image_equal_separate_calls_and_resize_once(monkeypatch):
+def test_regions_of_one_image_equal_separate_calls_and_decode_once(monkeypatch):
     image = noise_picture(100, 60)
     regions = [Region.from_box(5, 5, 30, 30), Region.from_points([[50, 30]], radius=9), None]
     processor = build("pad")
     separate = torch.cat([processor(image, region, return_tensors="pt")["pixel_values"] for region in regions])
     calls = []
-    resize = type(processor).resize
+    decode = image_processing_alpha_clip.decode_image
     monkeypatch.setattr(
-        type(processor), "resize", lambda self, *args, **kw: calls.append(1) or resize(self, *args, **kw)
+        image_processing_alpha_clip, "decode_image", lambda *args, **kw: calls.append(1) or decode(*args, **kw)
     )
     together = processor(image, regions, return_tensors="pt")["pixel_values"]
     assert torch.equal(together, separate)
@@ -212,3 +216,175 @@ def test_a_file_with_transparency_lies_on_white_as_the_picture_does(tmp_path):
     )
     assert torch.equal(of_file, of_picture)
     assert of_picture[0, :3, 16, 28].min() > 1.5  # white, normalised
+
+
+def padded_in_full(image, side, resample):
+    """The definition: a square of the mean color, then resized."""
+    square = Image.new("RGB", (max(image.size),) * 2, (122, 116, 104))
+    square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
+    return square.resize((side, side), resample)
+
+
+SHAPES = [
+    (1, 1),
+    (1, 2),
+    (3, 1),
+    (1, 300),
+    (400, 1),
+    (64, 65),
+    (97, 61),
+    (33, 40),
+    (700, 20),
+    (21, 705),
+    (31, 64),
+    (5, 9),
+]
+
+
+@pytest.mark.parametrize("resample", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("strip", [1, 5000, 4_000_000])
+def test_padding_without_the_square_is_bit_equal(monkeypatch, resample, strip):
+    monkeypatch.setattr(image_processing_alpha_clip, "_STRIP", strip)
+    for shape in SHAPES:
+        image = noise_picture(*shape)
+        for side in (1, 7, 64):
+            ours = image_processing_alpha_clip._resize(image, side, "pad", (122, 116, 104), Image.Resampling(resample))
+            assert ours.tobytes() == padded_in_full(image, side, resample).tobytes(), (shape, side)
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([1, 16, 63, 224]), st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=60)
+def test_any_size_padded_without_the_square_is_bit_equal(width, height, side, seed):
+    image = noise_picture(width, height, seed)
+    ours = image_processing_alpha_clip._resize(image, side, "pad", (122, 116, 104), Image.Resampling.BICUBIC)
+    assert ours.tobytes() == padded_in_full(image, side, Image.Resampling.BICUBIC).tobytes()
+    mask = np.random.default_rng(seed).random((height, width), np.float32) * (
+        noise_picture(width, height) > np.full(3, 9)
+    ).all(-1)
+    mask[height // 2, width // 2] = 1
+    square = np.zeros((max(width, height),) * 2, np.float32)
+    top, left = (len(square) - height) // 2, (len(square) - width) // 2
+    square[top : top + height, left : left + width] = mask
+    expected = np.asarray(Image.fromarray(square).resize((side, side), Image.Resampling.BILINEAR))
+    ours = image_processing_alpha_clip._resize(mask, side, "pad", 0, Image.Resampling.BILINEAR)
+    assert np.array_equal(np.asarray(ours), expected)
+
+
+@pytest.mark.parametrize("size", [(20000, 1), (1, 20000), (20000, 5000), (5000, 20000)])
+@pytest.mark.slow
+def test_the_largest_images_are_processed_in_seconds(size):
+    image, region = Image.new("RGB", size, (9, 99, 199)), Region.from_box(0, 0, *size)
+    start = time.process_time()
+    values = AlphaCLIPImageProcessor.for_size(336, "pad")(image, region)["pixel_values"]
+    assert time.process_time() - start < 10  # measured: 3 s
+    assert values.shape == (1, 4, 336, 336)
+
+
+@pytest.mark.parametrize("geometry", ["pad", "crop", "stretch"])
+@pytest.mark.parametrize("size", [(65500, 1), (1, 65500), (20001, 4)])
+def test_images_over_the_limits_are_refused(tmp_path, geometry, size):
+    Image.new("1", size).save(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="too long|too many pixels") as caught:
+        AlphaCLIPImageProcessor.for_size(32, geometry)(str(tmp_path / "x.png"))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_limits_are_settings_that_are_saved(tmp_path):
+    image = noise_picture(60, 40)
+    AlphaCLIPImageProcessor(max_side=59, max_pixels=2399).save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    assert (processor.max_side, processor.max_pixels) == (59, 2399)
+    with pytest.raises(ValueError, match="60 x 40 = 2,400, expected at most 2,399"):
+        processor(image, geometry="pad")
+    with pytest.raises(ValueError, match="sides up to 59 pixels"):
+        processor(image, geometry="pad", max_pixels=2400)
+    assert processor(image, geometry="pad", max_pixels=2400, max_side=60)["pixel_values"].shape == (1, 4, 224, 224)
+    with pytest.raises(ValueError, match="would be resized to 336 before cropping"):
+        processor(image, geometry="crop", max_pixels=2400, max_side=335)
+
+
+IMAGE = np.asarray(noise_picture(60, 40))
+BATCH = np.stack([IMAGE, IMAGE[::-1]])
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        BATCH,
+        np.moveaxis(BATCH, -1, 1),
+        torch.tensor(BATCH),
+        torch.tensor(np.moveaxis(BATCH, -1, 1)),
+        [IMAGE, IMAGE[::-1]],
+        (IMAGE, IMAGE[::-1]),
+        [[IMAGE], [IMAGE[::-1]]],
+        [BATCH],
+        [[Image.fromarray(IMAGE), torch.tensor(IMAGE[::-1].copy())]],
+    ],
+    ids=lambda images: f"{type(images).__name__} {getattr(images, 'shape', '')}",
+)
+def test_batches_are_what_they_are_for_the_stock_processor(images):
+    regions = [Region.from_box(5, 5, 30, 30), None]
+    processor = build("pad")
+    expected = np.concatenate(
+        [processor(image, region)["pixel_values"] for image, region in zip(BATCH, regions, strict=True)]
+    )
+    assert np.array_equal(processor(images, regions)["pixel_values"], expected)
+    stock = LlavaImageProcessor(do_pad=True, size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    if isinstance(images, np.ndarray):
+        assert np.array_equal(stock(images, return_tensors="np")["pixel_values"], expected[:, :3])
+
+
+@pytest.mark.parametrize(
+    ("images", "regions"),
+    [
+        (None, None),
+        ([], None),
+        ([[]], None),
+        ([None], None),
+        (5, None),
+        ("none.png", None),
+        ("not a path", None),
+        ("", None),
+        ("data:image/png;base64,????", None),
+        (["none.png"], None),
+        (b"", None),
+        (np.zeros((0, 3)), None),
+        (np.zeros((0, 4, 5, 3)), None),
+        (np.zeros((2, 2, 4, 5, 3)), None),
+        ([[1, 2], [3, 4]], None),
+        ({"image": 1}, None),
+        (BATCH, Region.from_box(5, 5, 30, 30)),
+        (IMAGE, 5),
+        ([IMAGE], 5),
+        (IMAGE, {"box": 1}),
+        (IMAGE, [5]),
+        (IMAGE, np.zeros((40, 60))),
+        (IMAGE, "box:1e30,0,2e30,9"),
+        (IMAGE, "box:1000000,0,1000010,9"),
+        (IMAGE, True),
+    ],
+    ids=lambda value: str(value)[:25],
+)
+def test_what_is_no_image_or_no_region_is_an_error_of_one_line(images, regions):
+    with pytest.raises(ValueError) as caught:
+        build("pad")(images, regions)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_base64_text_is_an_image():
+    file = io.BytesIO()
+    noise_picture(60, 40).save(file, "PNG")
+    text = base64.b64encode(file.getvalue()).decode()
+    expected = build("pad")(noise_picture(60, 40))["pixel_values"]
+    for images in (text, "data:image/png;base64," + text):
+        assert np.array_equal(build("pad")(images)["pixel_values"], expected)
+
+
+@pytest.mark.parametrize("geometry", ["pad", "crop", "stretch"])
+@pytest.mark.parametrize("strength", [0.25, 0.5, 0.75])
+def test_a_strength_between_0_and_1_reaches_alpha(geometry, strength):
+    values = build(geometry)(noise_picture(100, 60), Region.from_box(30, 10, 70, 50, strength=strength))["pixel_values"]
+    alpha = alpha_of(values)[0]
+    alone = alpha_of(build(geometry)(noise_picture(100, 60), Region.from_box(30, 10, 70, 50))["pixel_values"])[0]
+    np.testing.assert_allclose(alpha, 1 - strength * (1 - alone), atol=1e-5)
+    assert alpha.min() == pytest.approx(1 - strength, abs=1e-5) and alpha.max() == pytest.approx(1)

@@ -2,17 +2,20 @@
 areas.
 """
 
+import base64
 import json
 import logging
 import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from vision_tower import regions as regions_module
 from vision_tower.regions import Region
 
 coordinates = st.floats(-50, 150, allow_nan=False).map(lambda v: round(v, 3))
@@ -22,9 +25,9 @@ strengths = st.floats(0, 1, allow_nan=False)
 @st.composite
 def boxes(draw):
     x0, y0 = draw(coordinates), draw(coordinates)
-    return Region.from_box(
-        x0, y0, x0 + draw(st.floats(0.01, 80)), y0 + draw(st.floats(0.01, 80)), strength=draw(strengths)
-    )
+    x1, y1 = x0 + draw(st.floats(0.01, 80)), y0 + draw(st.floats(0.01, 80))
+    assume(min(x0, y0) < 0 or max(x1, y1) > 1)  # within the first pixel they are taken for fractions
+    return Region.from_box(x0, y0, x1, y1, strength=draw(strengths))
 
 
 @st.composite
@@ -40,8 +43,8 @@ def masks(draw):
 
 @st.composite
 def normalized_boxes(draw):
-    x0, y0 = draw(st.floats(-0.5, 0.9)), draw(st.floats(-0.5, 0.9))
-    x1, y1 = draw(st.floats(max(x0, 0) + 0.01, 2)), draw(st.floats(max(y0, 0) + 0.01, 2))
+    x0, y0 = draw(st.floats(0, 0.9)), draw(st.floats(0, 0.9))
+    x1, y1 = draw(st.floats(x0 + 0.01, 1)), draw(st.floats(y0 + 0.01, 1))
     return Region.from_box(x0, y0, x1, y1, normalized=True, strength=draw(strengths))
 
 
@@ -53,6 +56,8 @@ def polygons(draw):
         x, y = draw(coordinates), draw(coordinates)
         right, down, left, up = (draw(st.floats(0.05, 40)) for _ in range(4))
         parts.append([[x + right, y], [x, y + down], [x - left, y], [x, y - up]])
+    values = np.array(parts)
+    assume(values.min() < 0 or values.max() > 1)  # within the first pixel they are taken for fractions
     return Region.from_polygon(parts, strength=draw(strengths))
 
 
@@ -211,8 +216,13 @@ def test_every_kind_of_mask_array_means_the_same():
         Image.fromarray(np.dstack([mask.astype(np.uint8) * 255] * 3)),
     ):
         assert Region.from_mask(same) == expected
-    soft = Region.from_mask(np.array([[0, 51], [102, 255]], np.uint8))
+    edges = np.array([[0, 51], [102, 255]], np.uint8)
+    soft = Region.from_mask(edges, soft=True)
     np.testing.assert_allclose(soft.mask(2, 2), [[0, 0.2], [0.4, 1]], atol=1e-6)
+    for same in (edges / 255, (edges / 255).astype(np.float32), torch.tensor(edges / 255).half().float()):
+        assert Region.from_mask(same) == soft
+    assert Region.from_mask(edges.astype(np.uint16) * np.uint16(257), soft=True) == soft
+    assert Region.from_mask(Image.fromarray(edges), soft=True) == soft
 
 
 def test_mask_files(tmp_path):
@@ -259,7 +269,7 @@ def test_parse(text, region):
         (lambda: Region.parse("circle:1,2,3"), "expected a region box:"),
         (lambda: Region.parse("box:1,2,3"), "expected 4 numbers, got 3.*polygon:x,y"),
         (lambda: Region.parse("box:1,2,3,4*strong"), "could not convert.*polygon:x,y"),
-        (lambda: Region.from_json({"box": "1234"}), "expected numbers"),
+        (lambda: Region.from_json({"box": "1234"}), "expected four numbers"),
         (lambda: Region.from_box(0, 0, 1e12, 1), "finite numbers up to"),
         (lambda: Region.from_box(10, 20, 200, 180, normalized=True), "fractions from 0 to 1"),
         (lambda: Region.parse("points:1,2"), "expected @ and a size"),
@@ -341,9 +351,250 @@ def test_a_map_of_labels_is_no_faint_mask():
     assert Region.from_mask(labels == 2).mask(2, 2).tolist() == [[0, 0], [1, 0]]
 
 
-def test_fractions_given_as_pixels_are_noticed(caplog):
+def test_fractions_given_as_pixels_are_refused():
     Region.from_box(0, 0, 1, 1)  # the first pixel
     Region.from_box(0.1, 0.1, 0.5, 0.5, normalized=True)
-    assert not caplog.records
-    Region.from_box(0.1, 0.1, 0.5, 0.5)
-    assert "fractions of the picture are nbox" in caplog.text
+    for make in (
+        lambda: Region.from_box(0.1, 0.1, 0.5, 0.5),
+        lambda: Region.from_polygon([[0.1, 0.1], [0.9, 0.1], [0.9, 0.9]]),
+        lambda: Region.parse("polygon:0,0,1,0,1,0.5"),
+        lambda: Region.from_json({"box": [0, 0, 1, 0.5]}),
+    ):
+        with pytest.raises(ValueError, match="in pixels, got .*fractions"):
+            make()
+
+
+LABELS = [
+    np.array([[0, 92], [0, 181]], np.uint8),
+    np.array([[0, 1], [2, 255]], np.uint8),  # with a void border, as in Pascal VOC
+    np.array([[0, 200], [0, 200]], np.uint8),
+    np.array([[128, 255], [255, 255]], np.uint8),
+    np.array([[0, 300], [0, 65535]], np.uint16),
+    np.array([[0, 3], [0, 0]], np.int32),
+    np.array([[-1, 0], [1, 0]]),
+]
+
+
+@pytest.mark.parametrize("labels", LABELS, ids=lambda labels: f"{labels.dtype} {labels.tolist()}")
+def test_a_map_of_labels_is_refused_in_every_form(tmp_path, labels):
+    forms = [labels, torch.tensor(labels.astype(np.int32)), labels.tolist()]
+    if labels.dtype != np.int64:
+        Image.fromarray(labels).save(tmp_path / "m.png" if labels.dtype != np.int32 else tmp_path / "m.tif")
+        (path,) = tmp_path.iterdir()
+        forms += [path, Image.open(path), path.read_bytes()]
+        uri = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+        for make in (
+            lambda: Region.parse(f"mask:{path}"),
+            lambda: Region.from_json({"mask": str(path)}),
+            lambda: Region.from_json({"mask": uri}),
+        ):
+            with pytest.raises(ValueError, match="map of labels"):
+                make()
+    for mask in forms:
+        with pytest.raises(ValueError, match="map of labels"):
+            Region.from_mask(mask)
+
+
+def test_soft_masks_are_stated(tmp_path):
+    edges = np.array([[0, 1], [128, 255]], np.uint8)
+    Image.fromarray(edges).save(tmp_path / "m.png")
+    soft = Region.from_mask(edges, soft=True)
+    np.testing.assert_allclose(soft.mask(2, 2), edges / 255, atol=1e-6)
+    path = str(tmp_path / "m.png")
+    for same in (
+        Region.from_mask(path, soft=True),
+        Region.parse(f"softmask:{path}"),
+        Region.from_json({"mask": path, "soft": True}),
+        Region.from_json(json.loads(json.dumps(soft.to_json()))),
+        Region.from_mask(soft.mask(2, 2)),
+    ):
+        assert same == soft
+    faint = Region.from_mask(np.array([[0, 1e-9], [0, 1 / 255]]))  # its PNG has 0 and 1 alone
+    assert Region.from_json(faint.to_json()) == faint and faint.mask(2, 2).max() == np.float32(1 / 255)
+    for value in (1, "yes", None):
+        with pytest.raises(ValueError, match="'soft': true or false"):
+            Region.from_json({"mask": path, "soft": value})
+
+
+def mask_images():
+    """A mask in every mode that can hold one."""
+    inside = np.zeros((6, 8), bool)
+    inside[1:3, 2:5] = True
+    gray = Image.fromarray(inside.astype(np.uint8) * 255)
+    deep = inside.astype(np.uint16) * np.uint16(65535)
+    for mode in ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "I"):
+        via = {"La": "LA", "RGBa": "RGBA"}.get(mode, "L")
+        yield inside, gray.convert(via).convert(mode)
+    yield inside, Image.fromarray(deep)
+    yield inside, Image.fromarray(deep.astype(np.int32))
+    yield inside, Image.fromarray(inside.astype(np.float32))
+
+
+@pytest.mark.parametrize(("inside", "image"), list(mask_images()), ids=lambda value: getattr(value, "mode", ""))
+def test_masks_of_every_mode(inside, image):
+    assert Region.from_mask(image) == Region.from_mask(inside)
+
+
+@pytest.mark.parametrize(
+    "mode", ["LA", "PA", "RGBA", "L with transparency", "P with transparency", "RGB with transparency"]
+)
+@pytest.mark.parametrize("color", [0, 255])
+def test_a_mask_of_transparency_in_one_color_is_refused(tmp_path, mode, color):
+    """All colors are equal, so only the transparency tells: taken by its color, it would be everything or nothing."""
+    image = Image.new("L", (8, 6), color).convert(mode.split()[0])
+    if "with" in mode:
+        image.info["transparency"] = image.getpixel((0, 0))
+        image.save(tmp_path / "m.png", transparency=image.getpixel((0, 0)))
+    else:
+        alpha = Image.new("L", (8, 6))
+        alpha.paste(255, (1, 1, 4, 4))
+        image.putalpha(alpha)
+        image.save(tmp_path / "m.png" if mode != "PA" else tmp_path / "m.tif") if mode != "PA" else None
+    for mask in [image, *tmp_path.iterdir()]:
+        with pytest.raises(ValueError, match="has transparent pixels"):
+            Region.from_mask(mask)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.eye(4).bfloat16(),
+        torch.eye(4, requires_grad=True),
+        torch.eye(4).bool(),
+        torch.eye(4).half(),
+        np.eye(4) > 0,
+    ],
+)
+def test_masks_from_torch(mask):
+    assert Region.from_mask(mask) == Region.from_mask(np.eye(4))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [None, 5, [], [[]], [[1, 2], [3]], ["a"], b"", {}, object(), torch.zeros(2, 2, 2), np.zeros((0, 4)), "folder"],
+)
+def test_what_is_no_mask(tmp_path, monkeypatch, mask):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError) as caught:
+        Region.from_mask(mask)
+    assert "\n" not in str(caught.value)
+
+
+SQUARE = [[10, 10], [14, 10], [14, 14], [10, 14]]
+
+
+@pytest.mark.parametrize(
+    "polygon",
+    [
+        np.array(SQUARE),
+        np.array(SQUARE)[:, None],  # OpenCV
+        [np.array(SQUARE, np.int32)[:, None]],
+        (np.array(SQUARE, np.int32)[:, None],),
+        [[point] for point in SQUARE],
+        torch.tensor(SQUARE),
+        torch.tensor(SQUARE, requires_grad=False).bfloat16(),
+        [torch.tensor(point) for point in SQUARE],
+        [[torch.tensor(x), np.float32(y)] for x, y in SQUARE],
+        np.array(SQUARE).ravel(),
+        [np.array(SQUARE).ravel()],
+        [SQUARE],
+        np.array([SQUARE]),
+        tuple(map(tuple, SQUARE)),
+    ],
+)
+def test_every_form_of_a_polygon(polygon):
+    assert Region.from_polygon(polygon) == Region.from_polygon(SQUARE)
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+DEEP = nested(100_000)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Region.parse("nbox:0,0,500,500"),
+        lambda: Region.parse("nbox:0.1,0.1,1.5,0.9"),
+        lambda: Region.parse("nbox:-0.1,0.1,0.5,0.9"),
+        lambda: Region.from_json({"nbox": [0, 0, 1.002, 1]}),
+        lambda: Region.from_box(0, -0.01, 1, 1, normalized=True),
+        lambda: Region.from_box(0, 0, "5", 5),
+        lambda: Region.from_box(0, 0, None, 5),
+        lambda: Region.from_box(0, 0, True, 5),
+        lambda: Region.from_box(0, 0, 10**400, 5),
+        lambda: Region.from_box(0, 0, DEEP, 5),
+        lambda: Region.from_box(0, 0, torch.ones(2), 5),
+        lambda: Region.from_polygon(DEEP),
+        lambda: Region.from_polygon(5),
+        lambda: Region.from_polygon("1,2,3"),
+        lambda: Region.from_polygon([[1, 2], 3, [4, 5]]),
+        lambda: Region.from_polygon([[[1, 2], [3, 4]], 5]),
+        lambda: Region.from_polygon([[], SQUARE]),
+        lambda: Region.from_polygon(np.zeros((0, 1, 2))),
+        lambda: Region.from_points(None, radius=3),
+        lambda: Region.from_points([[1, 2]], radius=DEEP),
+        lambda: Region.from_stroke({"x": 1}, width=3),
+        lambda: Region.from_rle(DEEP),
+        lambda: Region.from_rle({"size": DEEP, "counts": DEEP}),
+        lambda: Region.from_rle({"size": [4, 4], "counts": None}),
+        lambda: Region.from_rle({"size": "44", "counts": [16]}),
+        lambda: Region.from_rle({"size": [4, True], "counts": [16]}),
+        lambda: Region.from_rle({"size": [4, 4, 1], "counts": [16]}),
+        lambda: Region.from_rle({"size": [4, 4], "counts": ["16"]}),
+        lambda: Region.from_rle({"size": [4, 4], "counts": "o" * 100_000}),
+        lambda: Region.from_rle({"size": [4, 4], "counts": "é"}),
+        lambda: Region.from_rle({"size": [10**5, 10**5], "counts": [0, 10**10]}),
+        lambda: Region.parse("rle:" + "[" * 100_000),
+        lambda: Region.parse('rle:{"size":' + "[" * 100_000),
+        lambda: Region.parse(None),
+        lambda: Region.parse("box:1,2,3,4*1e400"),
+        lambda: Region.from_json(DEEP),
+        lambda: Region.from_json({"box": DEEP}),
+        lambda: Region.from_json({"polygon": DEEP}),
+        lambda: Region.from_json({"points": DEEP, "radius": DEEP}),
+        lambda: Region.from_json({"box": [1, 2, 3, 4], "strength": DEEP}),
+        lambda: Region.from_json({"box": [1, 2, 3, 4], "strength": "1"}),
+        lambda: Region.from_json({"box": [1, 2, 3, 4], "strength": True}),
+        lambda: Region.from_json({"mask": DEEP}),
+        lambda: Region.from_json({"mask": None}),
+        lambda: Region.from_json({"whole": DEEP}),
+        lambda: Region.from_json({"box": [1, 2, 3, 4], 5: 1, "b": 2}),
+        lambda: Region.from_box(0, 0, 9, 9).mask(65500, 65500),
+        lambda: Region.whole().mask(65500, 65500),
+    ],
+)
+def test_wrong_units_types_and_depths(make):
+    with pytest.raises(ValueError) as caught:
+        make()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_an_rle_file_with_a_byte_order_mark(tmp_path):
+    rle = Region.from_mask(np.eye(4)).to_json()["rle"]
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "r.json").write_text(json.dumps(rle), encoding=encoding)
+        assert Region.parse(f"rle:{tmp_path / 'r.json'}") == Region.from_mask(np.eye(4))
+
+
+def test_a_bug_of_ours_is_not_taken_for_a_wrong_record(monkeypatch):
+    def broken(*args, **kwargs):
+        raise TypeError("a bug")
+
+    for name in ("finite", "vertices", "mask_pixels", "decode_counts"):
+        monkeypatch.setattr(regions_module, name, broken)
+    for record in (
+        {"box": [1, 2, 3, 4]},
+        {"polygon": SQUARE},
+        {"mask": "x.png"},
+        {"rle": {"size": [1, 1], "counts": "01"}},
+        {"points": SQUARE, "radius": 3},
+    ):
+        with pytest.raises(TypeError, match="a bug"):
+            Region.from_json(record)

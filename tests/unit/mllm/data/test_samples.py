@@ -115,6 +115,11 @@ def write_bomb(path):
     Image.new("1", (20000, 20000)).save(path, "PNG")
 
 
+def test_a_broken_field_of_exif_does_not_matter(tmp_path):
+    write_broken_exif(tmp_path / "x.jpg")
+    assert load_image(str(tmp_path / "x.jpg")).size == (20, 30) == displayed_size(str(tmp_path / "x.jpg"))
+
+
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
@@ -124,7 +129,6 @@ def write_bomb(path):
         ("empty.png", lambda path: path.write_bytes(b""), "not an image"),
         ("cut.jpg", write_truncated, "cannot read the image"),
         ("cut.png", write_cut_png, "cannot read the image"),
-        ("exif.jpg", write_broken_exif, "cannot read the image"),
         ("bomb.png", write_bomb, "too many pixels"),
     ],
 )
@@ -205,7 +209,7 @@ def test_the_size_as_displayed_without_the_pixels(tmp_path, orientation, size):
     assert displayed_size(str(tmp_path / "p.jpg")) == size == load_image(str(tmp_path / "p.jpg")).size
     (tmp_path / "bad.jpg").write_bytes(b"x")
     for name in ("bad.jpg", "no.jpg"):
-        with pytest.raises(ValueError, match=f"cannot read the size of the image .*{name}"):
+        with pytest.raises(ValueError, match=name):
             displayed_size(str(tmp_path / name))
 
 
