@@ -32,7 +32,7 @@ IMAGES = {split: [noise_picture(32, 32, 10 * row + n) for n in range(4)] for row
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Four pictures of each split in one file."""
+    """Four images of each split in one file."""
     folder, lines = tmp_path_factory.mktemp("data"), []
     for split, pictures in IMAGES.items():
         for number, picture in enumerate(pictures):

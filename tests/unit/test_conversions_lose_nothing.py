@@ -1,4 +1,4 @@
-"""Conversions: no setting slips into a configuration, no plain CLIP passes for an Alpha-CLIP, no alpha weight is lost."""
+"""Conversions: no setting is added, no plain CLIP passes for an Alpha-CLIP, no alpha weight is lost."""
 
 import pytest
 import torch

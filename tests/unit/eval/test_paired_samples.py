@@ -59,7 +59,7 @@ def test_each_sample_is_compared_with_itself(tmp_path):
 
 
 def test_a_control_without_some_samples_is_compared_on_those_it_has(tmp_path):
-    """A region alone in its picture has no other region: the sample is missing under "other region"."""
+    """A region alone in its image has no other region: the sample is missing under "other region"."""
     main = records(range(6))
     control = [{**row, "prediction": row["references"][0]} for row in main[2:5]]
     plan = evaluate.Plan(TASKS["jsonl"], tmp_path, tmp_path, Settings(), metrics=("exact match", "token F1"))

@@ -49,8 +49,10 @@ LEARNED = [
 ]
 
 
-@pytest.mark.parametrize("program", PARSERS)
-@pytest.mark.parametrize(("name", "value"), LEARNED, ids=[name for name, _ in LEARNED])
+@pytest.mark.parametrize(
+    ("program", "name", "value"),
+    [*(("region-tune", *setting) for setting in LEARNED), ("train.alpha_clip", *LEARNED[0])],
+)
 def test_what_is_learned_depends_on_it(checkpoint, program, name, value):
     (checkpoint / WHOLE).write_text(json.dumps({"step": 2, "run": run_of(program)}))
     assert checkpoint_to_resume(checkpoint.parent, run_of(program)) == checkpoint
