@@ -45,22 +45,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     OUT.mkdir(parents=True, exist_ok=True)
     shard, shards = map(int, args.shard.split("/"))
-    coverage = read_coverage(args.tests)
-    server = Server(OUT / f"shard-{shard}-of-{shards}", coverage.modules)
+    folder = OUT / f"shard-{shard}-of-{shards}"
     if args.known:
-        return check_known(server, read_known()[shard - 1 :: shards])
-    return draw(args, coverage, server, shard, shards)
+        collected = read_coverage(OUT / "collected.json", ["--collect-only"])  # needs no lines, but what tests import
+        return check_known(Server(folder, collected.modules), read_known()[shard - 1 :: shards])
+    coverage = read_coverage(OUT / "coverage.json", args.tests)
+    return draw(args, coverage, Server(folder, coverage.modules), shard, shards)
 
 
-def read_coverage(tests: Sequence[str]) -> Coverage:
+def read_coverage(path: Path, flags: Sequence[str]) -> Coverage:
     """The map of the present sources, measured now where there is none: it takes about twice as long as the tests."""
-    path = OUT / "coverage.json"
     with FileLock(f"{path}.lock"):
         if not path.exists() or json.loads(path.read_text("utf-8"))["digest"] != sources_digest():
             print("measuring which tests execute which lines")
             environment = {**os.environ, MAP: str(path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
             command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.mutations.coverage", "-p", "no:cacheprovider"]
-            subprocess.run([*command, *tests], cwd=ROOT, env=environment, check=False)
+            subprocess.run([*command, *flags], cwd=ROOT, env=environment, check=False)
         coverage = Coverage(path)
     if coverage.failed:
         print(f"{len(coverage.failed)} tests fail without a mutation and are left out: {', '.join(coverage.failed)}")

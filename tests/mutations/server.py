@@ -140,6 +140,11 @@ class _Recorder:
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        self.failed: set[str] = set()
+
+    def pytest_runtest_protocol(self, item) -> bool | None:
+        """Pass over the other parameters of a test that has failed."""
+        return True if item.nodeid.partition("[")[0] in self.failed else None
 
     def pytest_runtest_logreport(self, report) -> None:
         self._note(report)
@@ -149,5 +154,6 @@ class _Recorder:
 
     def _note(self, report) -> None:
         if report.failed:
+            self.failed.add(report.nodeid.partition("[")[0])
             with open(self.file, "a", encoding="utf-8") as lines:
                 lines.write(f"{report.nodeid}\n")

@@ -1,4 +1,4 @@
-"""The tool of `make mutations`: what it changes and what it leaves alone; and that every known mutation still applies."""
+"""The tool of `make mutations`: what it changes and what it leaves alone. Every known mutation still applies."""
 
 import pytest
 
