@@ -59,7 +59,7 @@ def read_coverage(path: Path, flags: Sequence[str]) -> Coverage:
         if not path.exists() or json.loads(path.read_text("utf-8"))["digest"] != sources_digest():
             print("measuring which tests execute which lines")
             environment = {**os.environ, MAP: str(path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.mutations.coverage", "-p", "no:cacheprovider"]
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.mutations.coverage"]
             subprocess.run([*command, *flags], cwd=ROOT, env=environment, check=False)
         coverage = Coverage(path)
     if coverage.failed:
