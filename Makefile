@@ -9,7 +9,7 @@ BOX_1 := 22,8,48,42
 BOX_2 := 62,59,92,86
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo eval-demo test test-slow test-faults test-fuzz test-gpu check style bench compatibility embedded-model embedded-scores clean
+.PHONY: help setup demo eval-demo test test-slow test-faults test-fuzz test-gpu mutations mutations-known check style bench compatibility embedded-model embedded-scores clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -50,6 +50,12 @@ test-fuzz: setup ## 1,000 hostile inputs for each format that is read (ten minut
 
 test-gpu: setup ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
+
+mutations: setup ## which of COUNT (200) drawn changes of the sources the tests miss: SEED=1, SHARD=1/2 and 2/2 share the work
+	$(BIN)/python -m tests.mutations --seed $(or $(SEED),1) --count $(or $(COUNT),200) --shard $(or $(SHARD),1/1)
+
+mutations-known: setup ## the changes that the tests must notice (tests/mutations/known.json)
+	$(BIN)/python -m tests.mutations --known
 
 check: setup ## style, read only
 	$(BIN)/ruff check .

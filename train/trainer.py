@@ -60,6 +60,9 @@ class RegionTrainer(Trainer):
         self.optimizer_name = optimizer_name
         self.run = dict(run)
         self.scorer = scorer
+        if self.label_smoother is not None and not self.model.config.get_text_config().is_encoder_decoder:
+            # Trainer shifts the labels of the causal models that it knows by name: neither LLaVA nor BLIP-2
+            self.label_smoother = partial(self.label_smoother, shift_labels=True)
         self.stopping = StopOnSignal()
         self.add_callback(self.stopping)
 

@@ -5,6 +5,7 @@ import torch
 
 from tests.tiny import noise_picture, tiny_vision_config
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel, Region
+from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 
 CODE = """
 import sys
@@ -19,7 +20,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
 processor = AutoImageProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
-values = processor(Image.open(sys.argv[2]), ["box:4,4,40,30", "box:44,4,60,50"], return_tensors="pt")
+values = processor(Image.open(sys.argv[2]), ["box:4,4,40,30*0.3", "box:44,4,60,50"], return_tensors="pt")
 pooled = model(**values).pooler_output.detach()
 torch.save({"pixels": values["pixel_values"], "pooled": pooled}, sys.argv[3])
 assert "vision_tower" not in sys.modules
@@ -43,7 +44,10 @@ def test_tower_and_image_processor_load_elsewhere(tmp_path, processes):
     picture.save(tmp_path / "p.png")
     processes.run(CODE, [folder, tmp_path / "p.png", tmp_path / "out.pt"], cwd=tmp_path, checkout=False)
     got = torch.load(tmp_path / "out.pt")
-    expected = processor(picture, [Region.from_box(4, 4, 40, 30), Region.from_box(44, 4, 60, 50)], return_tensors="pt")
+    regions = [Region.from_box(4, 4, 40, 30, strength=0.3), Region.from_box(44, 4, 60, 50)]
+    expected = processor(picture, regions, return_tensors="pt")
     assert torch.equal(got["pixels"], expected["pixel_values"])
     assert torch.equal(got["pooled"], model(**expected).pooler_output)
     assert not torch.equal(got["pooled"][0], got["pooled"][1])
+    least = (got["pixels"][:, 3] * ALPHA_STD + ALPHA_MEAN).amin((1, 2))
+    torch.testing.assert_close(least, torch.tensor([1 - 0.3, 0.0]))

@@ -1,0 +1,68 @@
+"""Which settings make a run: a checkpoint is resumed under the same ones, and refused under any other."""
+
+import json
+
+import pytest
+
+from train import arguments, region_text_arguments
+from train.run import what_makes_the_run
+from train.trainer import WHOLE, checkpoint_to_resume
+
+PARSERS = {"region-tune": arguments.parse_args, "train.alpha_clip": region_text_arguments.parse_args}
+
+
+def run_of(program, *flags):
+    argv = ["--model", "m", "--data", "d", "--output_dir", "out", "--use_cpu", "true", "--per_device_train_batch_size"]
+    *others, training = PARSERS[program]([*argv, "4", "--eval_strategy", "no", *flags])
+    return what_makes_the_run(training, *others)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    return folder
+
+
+LEARNED = [
+    ("per_device_train_batch_size", "8"),
+    ("gradient_accumulation_steps", "2"),
+    ("learning_rate", "1e-3"),
+    ("max_steps", "7"),
+    ("num_train_epochs", "2"),
+    ("seed", "5"),
+    ("weight_decay", "0.1"),
+    ("warmup_steps", "3"),
+    ("lr_scheduler_type", "cosine"),
+    ("optim", "sgd"),
+    ("max_grad_norm", "0.5"),
+    ("label_smoothing_factor", "0.1"),
+    ("bf16", "true"),
+    ("model", "other"),
+    ("data", "other"),
+    ("min_strength", "0.5"),
+    ("region_input", "available"),
+    ("regions_per_image", "2"),
+    ("train_parts", "alpha"),
+    ("optimizer", "muon"),
+    ("dataloader_drop_last", "true"),
+]
+
+
+@pytest.mark.parametrize(
+    ("program", "name", "value"),
+    [*(("region-tune", *setting) for setting in LEARNED), ("train.alpha_clip", *LEARNED[0])],
+)
+def test_what_is_learned_depends_on_it(checkpoint, program, name, value):
+    (checkpoint / WHOLE).write_text(json.dumps({"step": 2, "run": run_of(program)}))
+    assert checkpoint_to_resume(checkpoint.parent, run_of(program)) == checkpoint
+    with pytest.raises(ValueError, match=f"is of another run: {name} was"):
+        checkpoint_to_resume(checkpoint.parent, run_of(program, f"--{name}", value))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("logging_steps", "3"), ("save_steps", "9"), ("dataloader_num_workers", "2")]
+)
+def test_what_is_learned_does_not_depend_on_it(checkpoint, name, value):
+    (checkpoint / WHOLE).write_text(json.dumps({"step": 2, "run": run_of("region-tune")}))
+    assert checkpoint_to_resume(checkpoint.parent, run_of("region-tune", f"--{name}", value)) == checkpoint
