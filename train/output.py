@@ -96,10 +96,14 @@ def _resumption(out: Path, run: Mapping[str, Any]) -> Resumption:
 def last_whole_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     """The newest whole checkpoint of a run's folder. Half-written ones are no checkpoints."""
     markers = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{WHOLE}")
-    steps = {marker.parent: marker.parent.name.rpartition("-")[2] for marker in markers}
-    return max(
-        (folder for folder, step in steps.items() if step.isdecimal()), key=lambda f: int(steps[f]), default=None
-    )
+    folders = (marker.parent for marker in markers if step_of(marker.parent) is not None)
+    return max(folders, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step of a checkpoint, by its name; None of another folder."""
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else None
 
 
 def refuse_other_run(shown: Path, file: Path, run: Mapping[str, Any]) -> None:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from mllm.data import shapes
 from tests.tiny import build_tiny_llava
 from train import finetune
-from train.trainer import WHOLE, StopOnSignal, last_whole_checkpoint
+from train.output import WHOLE, last_whole_checkpoint
+from train.trainer import StopOnSignal
 
 BIN = Path(sys.executable).parent
 REGION_TUNE = str(BIN / "region-tune")

@@ -18,7 +18,7 @@ from mllm.data.visual_genome import read_regions
 from tests.tiny import build_tiny_clip, noise_picture
 from train import alpha_clip, region_text_trainer
 from train.losses import released_learning_rate_factor
-from train.trainer import last_whole_checkpoint
+from train.output import last_whole_checkpoint
 from vision_tower import AlphaCLIPModel, AlphaCLIPProcessor, Region
 
 ALPHA = "vision_model.embeddings.patch_embedding.alpha.weight"
