@@ -97,7 +97,7 @@ def explanation(error: BaseException) -> str | None:
         )
     if "DataLoader worker" in text:
         return (
-            f"{one_line(error)} If the system ran out of memory, lower dataloader_num_workers; rerun the same command "
+            f"{one_line(error).rstrip('.')}. If the system ran out of memory, lower dataloader_num_workers; rerun the same command "
             "to resume"
         )
     if isinstance(error, torch.distributed.DistError) or any(sign in text for sign in _LOST_PEER):

@@ -58,7 +58,7 @@ NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 G
 FAULTS = {
     "data": (PictureDataset, "__getitem__", 3, raising(ValueError("the data is\nbad")), 2, "the data is bad"),
     "unreadable file": (PictureDataset, "__getitem__", 3, raising(PermissionError(13, "no", "f")), 2, "f"),
-    "killed worker": (PictureDataset, "__getitem__", 3, kill_itself, 2, "is killed by signal: Killed."),
+    "killed worker": (PictureDataset, "__getitem__", 3, kill_itself, 2, "DataLoader worker (pid"),
     "worker without memory": (PictureDataset, "__getitem__", 3, raising(MemoryError()), 2, "out of memory"),
     "mistake in a worker": (PictureDataset, "__getitem__", 3, raising(TypeError("our mistake")), 1, None),
     "memory": (RegionTrainer, "training_step", 2, raising(NO_MEMORY), 2, "lower per_device_train_batch_size"),
