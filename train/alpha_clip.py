@@ -8,6 +8,7 @@ Parse, seed, model, freeze and LoRA, data, trainer, train, save.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import os
@@ -109,7 +110,8 @@ def build_trainer(
         train_dataset=dataset,
         pictures=pictures,
         data_collator=RegionTextCollator(processor, clip_in(model).config.text_config.max_position_embeddings),
-        processing_class=processor,
+        # as loaded: to pad or to cut texts changes what a tokenizer would be saved as
+        processing_class=copy.deepcopy(processor),
         parts=PARTS,
         rates=tower_args.rate_of_part(),
         optimizer_name=tower_args.optimizer,

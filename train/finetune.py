@@ -7,6 +7,7 @@ Parse, seed, model, freeze and LoRA, data, trainer, train, save.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -86,7 +87,8 @@ def build_trainer(
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=collate,
-        processing_class=processor,
+        # as loaded: to pad or to cut texts changes what a tokenizer would be saved as
+        processing_class=copy.deepcopy(processor),
         parts=parts,
         rates=model_args.rate_of_part(),
         optimizer_name=model_args.optimizer,

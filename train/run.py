@@ -97,8 +97,8 @@ def explanation(error: BaseException) -> str | None:
         )
     if "DataLoader worker" in text:
         return (
-            f"{one_line(error).rstrip('.')}. If the system ran out of memory, lower dataloader_num_workers; rerun the same command "
-            "to resume"
+            f"{one_line(error).rstrip('.')}. If the system ran out of memory, lower dataloader_num_workers; rerun the "
+            "same command to resume"
         )
     if isinstance(error, torch.distributed.DistError) or any(sign in text for sign in _LOST_PEER):
         return f"another process of the run failed; see its error ({one_line(error)[:200]})"
