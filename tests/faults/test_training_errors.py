@@ -90,7 +90,7 @@ def handlers():
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", [pytest.param("region-tune", marks=pytest.mark.slow), "train.alpha_clip"])
 @pytest.mark.parametrize("name", FAULTS)
 def test_an_error_ends_the_run_and_its_workers(recipes, tmp_path, monkeypatch, capsys, name, program, workers):
     check_in_this_process(recipes, tmp_path, monkeypatch, capsys, name, program, workers)

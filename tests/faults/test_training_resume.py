@@ -16,6 +16,7 @@ from train.output import TRAINING_RECORD, last_whole_checkpoint
 from train.skipped import SKIPPED, read_skipped
 from train.trainer import RegionTrainer, StopOnSignal
 
+BOTH = ["region-tune", pytest.param("train.alpha_clip", marks=pytest.mark.slow)]
 WEIGHTS = {"region-tune": "adapter_model.safetensors", "train.alpha_clip": "model.safetensors"}
 
 
@@ -54,7 +55,7 @@ def untrainable(monkeypatch):
     monkeypatch.setattr(RegionTrainer, "training_step", fail)
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", BOTH)
 @pytest.mark.parametrize("flags", [(), ("--save_strategy", "no"), ("--max_steps", -1, "--num_train_epochs", 1.5)])
 def test_a_finished_run_stays_what_it_is(recipes, tmp_path, monkeypatch, capsys, program, flags):
     assert train(recipes, program, tmp_path, *flags) == 0
@@ -85,7 +86,7 @@ def lose_weights_after_the_end(out, weights):
     (out / weights).unlink()
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", BOTH)
 @pytest.mark.parametrize("damage", [damage_nothing, cut_weights])
 def test_a_run_killed_in_its_last_save_saves_again(recipes, undisturbed, tmp_path, monkeypatch, program, damage):
     with monkeypatch.context() as patch:
@@ -110,7 +111,7 @@ def test_a_finished_model_that_is_damaged_is_saved_again(recipes, undisturbed, t
     assert content(out, program) == content(undisturbed[program], program)
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", BOTH)
 def test_a_run_without_checkpoints_killed_in_its_last_save_trains_again(
     recipes, undisturbed, tmp_path, monkeypatch, program
 ):
@@ -125,7 +126,7 @@ def test_a_run_without_checkpoints_killed_in_its_last_save_trains_again(
     assert weights == expected and record["log"] == expected_record["log"]
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", BOTH)
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_a_run_stopped_between_two_logs_logs_the_same(recipes, undisturbed, tmp_path, monkeypatch, program, number):
     original = StopOnSignal.on_step_end
@@ -167,7 +168,7 @@ def test_evaluations_of_a_resumed_run_are_those_of_an_uninterrupted_one(recipes,
 # one output, one run
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", BOTH)
 def test_a_second_run_is_refused_and_changes_nothing(recipes, undisturbed, tmp_path, capsys, program):
     out = tmp_path / "out"
     shutil.copytree(undisturbed[program], out)
@@ -181,7 +182,7 @@ def test_a_second_run_is_refused_and_changes_nothing(recipes, undisturbed, tmp_p
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*") if not file.name.startswith(".")} == before
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", BOTH)
 @pytest.mark.parametrize("place", ["foreign", "data", "parent of the data"])
 def test_what_is_not_a_runs_folder_is_refused(recipes, tmp_path, capsys, program, place):
     world = recipes[program].parent
