@@ -82,16 +82,17 @@ def _explaining(name: str, train: Callable[[Sequence[str]], int], argv: Sequence
 def explanation(error: BaseException) -> str | None:
     """What a user is told of an error of torch or a library in one line; None of a mistake in the code."""
     text = str(error)
-    if text.startswith("Caught "):  # by a loader worker; its traceback, then the error
+    no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if text.startswith("Caught ") and not no_memory:  # by a loader worker; its traceback, then the error
         kind = text.split(maxsplit=2)[1]
         caught = getattr(builtins, kind, None)
         is_input = isinstance(caught, type) and issubclass(caught, ValueError | OSError)
         return text.rpartition(f"{kind}: ")[2] if is_input or isinstance(error, ValueError | OSError) else None
     if isinstance(error, ValueError | OSError):
         return one_line(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in text or "allocate memory" in text:
+    if no_memory or "out of memory" in text or "allocate memory" in text:
         return (
-            f"out of memory ({one_line(error)[:200]}); lower per_device_train_batch_size (and raise "
+            f"out of memory ({text.strip().splitlines()[-1][:200] if text.strip() else 'MemoryError'}); lower per_device_train_batch_size (and raise "
             "gradient_accumulation_steps), set gradient_checkpointing: true, or use more GPUs with --deepspeed; then "
             "rerun the same command to resume"
         )
