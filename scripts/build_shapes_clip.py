@@ -21,7 +21,7 @@ from mllm.data import shapes_grit
 from mllm.data.shapes_world import COLOURS, MAX_OBJECTS, MIN_OBJECTS, PATTERNS, SHAPES, SIZES
 from mllm.files import claim_folder
 from train import alpha_clip
-from train.trainer import TRAINING_RECORD
+from train.output import TRAINING_RECORD
 from vision_tower import (
     AlphaCLIPConfig,
     AlphaCLIPImageProcessor,

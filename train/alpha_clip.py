@@ -8,11 +8,13 @@ Parse, seed, model, freeze and LoRA, data, trainer, train, save.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +27,11 @@ from transformers.integrations.deepspeed import (
 )
 
 from eval.region_text import DescribedPicture, described_pictures
-from mllm.data.index import HELD_OUT, TRAIN, RegionIndex
+from mllm.data.index import HELD_OUT, TRAIN
 from mllm.loading import hub_answers
 from train.arguments import refuse_unknown_parts
 from train.lora import ALPHA, linear_layers, part_of, pattern, trained_table
+from train.output import held_output
 from train.region_text_arguments import PairArguments, TowerArguments, parse_args
 from train.region_text_data import RegionTextCollator, RegionTextDataset, held_out_samples
 from train.region_text_plan import plan_contrast
@@ -42,7 +45,7 @@ from train.run import (
     train_and_save,
     what_makes_the_run,
 )
-from train.trainer import checkpoint_to_resume
+from train.skipped import SKIPPED
 from vision_tower import AlphaCLIPConfig, AlphaCLIPImageProcessor, AlphaCLIPModel, AlphaCLIPProcessor
 
 logger = logging.getLogger(__name__)
@@ -80,7 +83,18 @@ def train(tower_args: TowerArguments, pair_args: PairArguments, training_args: T
     if tower_args.plan:
         return show_plan(tower_args, pair_args, training_args)
     run = what_makes_the_run(training_args, tower_args, pair_args)
-    checkpoint = checkpoint_to_resume(training_args.output_dir, run)
+    with held_output(training_args, run) as resumption:
+        if resumption.finished:
+            logger.info("%s is already finished; nothing is changed", training_args.output_dir)
+            return 0
+        trainer = build_trainer(tower_args, pair_args, training_args, run)
+        return train_and_save(trainer, resumption.checkpoint)
+
+
+def build_trainer(
+    tower_args: TowerArguments, pair_args: PairArguments, training_args: TrainingArguments, run: Mapping[str, Any]
+) -> RegionTextTrainer:
+    """Load and prepare the model, open the data."""
     with loaded_whole(training_args):
         model, processor = load_model(tower_args)
     set_seed(training_args.seed)  # after loading, which draws more or fewer numbers
@@ -89,14 +103,15 @@ def train(tower_args: TowerArguments, pair_args: PairArguments, training_args: T
         model.logit_scale.data = model.logit_scale.data.reshape(1)
     model = prepare_model(model, tower_args)
     logger.info("%s", trained_table(model, PARTS))
-    dataset, pictures = read_data(pair_args, training_args)
-    trainer = RegionTextTrainer(
+    dataset, pictures = read_data(pair_args, training_args, processor.image_processor)
+    return RegionTextTrainer(
         model=model,
         args=training_args,
         train_dataset=dataset,
         pictures=pictures,
         data_collator=RegionTextCollator(processor, clip_in(model).config.text_config.max_position_embeddings),
-        processing_class=processor,
+        # as loaded: to pad or to cut texts changes what a tokenizer would be saved as
+        processing_class=copy.deepcopy(processor),
         parts=PARTS,
         rates=tower_args.rate_of_part(),
         optimizer_name=tower_args.optimizer,
@@ -104,13 +119,12 @@ def train(tower_args: TowerArguments, pair_args: PairArguments, training_args: T
         pair_args=pair_args,
         decay_all=tower_args.decay_all,
     )
-    return train_and_save(trainer, checkpoint)
 
 
 def show_plan(tower_args: TowerArguments, pair_args: PairArguments, training_args: TrainingArguments) -> int:
     """Print what the run takes; its data must be there, its pictures and the model's weights need not."""
     indexes = open_indexes(pair_args.data, training_args)
-    pictures = RegionTextDataset(indexes, pair_args, TRAIN, training_args.seed, Path("skipped.jsonl"))
+    pictures = RegionTextDataset(indexes, pair_args, TRAIN, training_args.seed, Path(SKIPPED))
     with torch.device("meta"):
         model = prepare_model(AlphaCLIPModel(read_config(tower_args.model)), tower_args)
     print(  # noqa: T201
@@ -221,7 +235,7 @@ def adapted(model: AlphaCLIPModel, args: TowerArguments) -> PreTrainedModel:
 
 
 def read_data(
-    pair_args: PairArguments, training_args: TrainingArguments
+    pair_args: PairArguments, training_args: TrainingArguments, image_processor: AlphaCLIPImageProcessor
 ) -> tuple[RegionTextDataset, list[DescribedPicture]]:
     """The training samples (split train), and held-out pictures (split val) where the run evaluates.
 
@@ -229,31 +243,44 @@ def read_data(
         ValueError: If the data is missing, damaged, has no region of the split, or too many pictures are missing.
     """
     indexes = open_indexes(pair_args.data, training_args)
-    out = Path(training_args.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    dataset = RegionTextDataset(indexes, pair_args, TRAIN, training_args.seed, out / "skipped.jsonl")
-    if not len(dataset):
+
+    def dataset(split: str) -> RegionTextDataset:
+        listed = Path(training_args.output_dir) / SKIPPED
+        return RegionTextDataset(indexes, pair_args, split, training_args.seed, listed, image_processor)
+
+    train = dataset(TRAIN)
+    if not len(train):
         raise ValueError(f"expected described regions of the split {TRAIN!r}, the data has only {splits_of(indexes)}")
-    logger.info("%s: %d training pictures", ", ".join(pair_args.data), len(dataset))
-    if pair_args.whole_image_rate and not dataset.has_captions:
+    logger.info("%s: %d training pictures", ", ".join(pair_args.data), len(train))
+    if pair_args.whole_image_rate and not train.has_captions:
         logger.warning("the data has no captions: whole images are never shown (whole_image_rate has no effect)")
-    refuse_missing_pictures(indexes, pair_args.max_missing, out)
+    refuse_missing_pictures(indexes, pair_args.max_missing, training_args)
     if training_args.eval_strategy == "no":
-        return dataset, []
-    return dataset, held_out(indexes, HELD_OUT, pair_args.eval_pictures, pair_args.region_input)
+        return train, []
+    return train, held_out(dataset(HELD_OUT), pair_args.eval_pictures)
 
 
-def held_out(indexes: Sequence[RegionIndex], split: str, count: int, region_input: str) -> list[DescribedPicture]:
-    """Up to `count` pictures of a split, evenly spaced.
+def held_out(dataset: RegionTextDataset, count: int) -> list[DescribedPicture]:
+    """Up to `count` pictures of a dataset, evenly spaced; what cannot be read is left out.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are none, or more had to be left out than `max_missing` allows.
     """
-    pictures = [(index, picture) for index in indexes for picture in np.flatnonzero(index.split_of_picture == split)]
+    pictures = [
+        (index, picture)
+        for index in dataset.indexes
+        for picture in np.flatnonzero(index.split_of_picture == dataset.skipped.split)
+    ]
     if not pictures:
-        raise ValueError(f"evaluation needs pictures of the split {split!r}, the data has only {splits_of(indexes)}")
+        raise ValueError(
+            f"evaluation needs pictures of the split {dataset.skipped.split!r}, the data has only "
+            f"{splits_of(dataset.indexes)}"
+        )
     spaced = np.linspace(0, len(pictures) - 1, min(len(pictures), count)).astype(int)
-    return described_pictures(s for n in spaced for s in held_out_samples(*pictures[n], region_input))
+    usable = [held_out_samples(dataset, *pictures[n], position) for position, n in enumerate(spaced.tolist())]
+    if not any(usable):
+        raise ValueError(f"no picture for evaluation can be used; the reasons are in {dataset.skipped.path}")
+    return described_pictures(sample for samples in usable for sample in samples)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import torch
 
 from mllm.loading import AlphaProcessor
 from mllm.processing import Message, image_items
-from vision_tower import Region
+from vision_tower import AlphaCLIPImageProcessor, Region
+from vision_tower.image_processing_alpha_clip import place_alpha
 
 IGNORE_INDEX = -100  # the loss skips these labels: torch's and Transformers' default
 
@@ -45,15 +46,25 @@ class ConversationCollator:
             batch["pixel_values"] = self.pixels(items)
         return batch
 
-    def tokens(self, conversations: Sequence[Sequence[Message]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask` and `labels` of a batch."""
-        encoded = [self.encode(self.processor, conversation) for conversation in conversations]
-        longest = max(len(part) for pair in encoded for part in pair)
+    def check(self, conversation: Sequence[Message]) -> None:
+        """Raise ValueError if a conversation is too long, or a region does not fit its image."""
+        self._check_length(self.encode(self.processor, conversation))
+        for item in image_items(conversation):
+            check_region(item.get("region") or Region.whole(), item["image"].size, self.processor.image_processor)
+
+    def _check_length(self, encoded: Sequence[Sequence[int]]) -> None:
+        longest = max(map(len, encoded))
         if self.max_length is not None and longest > self.max_length:
             raise ValueError(
                 f"a conversation has {longest} tokens, the model reads {self.max_length}; lower max_turns, or leave "
                 "long answers out of the data"
             )
+
+    def tokens(self, conversations: Sequence[Sequence[Message]]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and `labels` of a batch."""
+        encoded = [self.encode(self.processor, conversation) for conversation in conversations]
+        for pair in encoded:
+            self._check_length(pair)
         batch = self.processor.tokenizer.pad(
             {"input_ids": [ids for ids, _ in encoded]}, padding_side="right", return_tensors="pt"
         )
@@ -72,6 +83,15 @@ class ConversationCollator:
             [[item.get("region") or Region.whole() for item in group] for group in pictures],
             return_tensors="pt",
         )["pixel_values"]
+
+
+def check_region(region: Region, size: tuple[int, int], image_processor: AlphaCLIPImageProcessor) -> None:
+    """Raise ValueError if a region does not fit its image, of `size` (W, H), or the centre crop cuts it away."""
+    width, height = size
+    if image_processor.geometry == "crop":
+        place_alpha(region, height, width, image_processor.crop_size.height, "crop")
+    else:  # without resizing, which costs as much as the batch itself
+        region.mask(height, width)
 
 
 def encode_prompt_and_answer(processor: AlphaProcessor, conversation: Sequence[Message]) -> tuple[list[int], list[int]]:

@@ -7,9 +7,11 @@ Parse, seed, model, freeze and LoRA, data, trainer, train, save.
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Subset
@@ -26,6 +28,7 @@ from train.arguments import DataArguments, ModelArguments, parse_args
 from train.collators import ConversationCollator
 from train.evaluation import AnswerScorer
 from train.lora import parts_of, prepare_model, trained_table
+from train.output import held_output
 from train.run import (
     log_on_one_process,
     open_index,
@@ -37,7 +40,8 @@ from train.run import (
     what_makes_the_run,
 )
 from train.sampling import ConversationDataset
-from train.trainer import RegionTrainer, checkpoint_to_resume
+from train.skipped import SKIPPED
+from train.trainer import RegionTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -58,34 +62,46 @@ def tune(model_args: ModelArguments, data_args: DataArguments, training_args: Tr
     if model_args.plan:
         return show_plan(model_args, data_args, training_args)
     run = what_makes_the_run(training_args, model_args, data_args)
-    checkpoint = checkpoint_to_resume(training_args.output_dir, run)
+    with held_output(training_args, run) as resumption:
+        if resumption.finished:
+            logger.info("%s is already finished; nothing is changed", training_args.output_dir)
+            return 0
+        trainer = build_trainer(model_args, data_args, training_args, run)
+        return train_and_save(trainer, resumption.checkpoint)
+
+
+def build_trainer(
+    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments, run: Mapping[str, Any]
+) -> RegionTrainer:
+    """Load and prepare the model, open the data."""
     model, processor = load_model(model_args, training_args)
     set_seed(training_args.seed)  # after loading, which draws more or fewer numbers: adapters always begin the same
     parts = parts_of(model)
     model = prepare_model(model, model_args)
     logger.info("%s", trained_table(model, parts))
-    train, held_out = read_data(data_args, training_args, processor)
-    trainer = RegionTrainer(
+    collate = collator(model, processor)
+    train, held_out = read_data(data_args, training_args, processor, collate)
+    return RegionTrainer(
         model=model,
         args=training_args,
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=collator(model, processor),
-        processing_class=processor,
+        data_collator=collate,
+        # as loaded: to pad or to cut texts changes what a tokenizer would be saved as
+        processing_class=copy.deepcopy(processor),
         parts=parts,
         rates=model_args.rate_of_part(),
         optimizer_name=model_args.optimizer,
         run=run,
         scorer=scorer(processor, train, held_out, data_args),
     )
-    return train_and_save(trainer, checkpoint)
 
 
 def show_plan(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> int:
     """Print what the run takes; its data must be there, its pictures and the model's weights need not."""
     processor = load_processor(model_args.model)
     indexes = [open_index(folder) for folder in data_args.data]
-    train = ConversationDataset(indexes, data_args, TRAIN, processor.description_wordings, 0, Path("skipped.jsonl"))
+    train = ConversationDataset(indexes, data_args, TRAIN, processor.description_wordings, 0, Path(SKIPPED))
     model = plan.meta_model(model_args)
     drawn = plan.plan(
         model,
@@ -134,7 +150,10 @@ def end_answers_at(model: PreTrainedModel, token: int) -> None:
 
 
 def read_data(
-    data_args: DataArguments, training_args: TrainingArguments, processor: AlphaProcessor
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    processor: AlphaProcessor,
+    collate: ConversationCollator,
 ) -> tuple[ConversationDataset, Subset | None]:
     """The training samples (split train), and the held-out ones (split val) where the run evaluates.
 
@@ -143,18 +162,19 @@ def read_data(
     """
     indexes = open_indexes(data_args.data, training_args)
     out = Path(training_args.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
     asked = wordings(data_args.wordings) if data_args.wordings else processor.description_wordings
 
     def dataset(split: str) -> ConversationDataset:
-        samples = ConversationDataset(indexes, data_args, split, asked, training_args.seed, out / "skipped.jsonl")
+        samples = ConversationDataset(
+            indexes, data_args, split, asked, training_args.seed, out / SKIPPED, collate.check
+        )
         if not len(samples):
             raise ValueError(f"expected regions of the split {split!r}, the data has only {splits_of(indexes)}")
         return samples
 
     train = dataset(TRAIN)
     logger.info("%s: %d training samples", ", ".join(data_args.data), len(train))
-    refuse_missing_pictures(indexes, data_args.max_missing, out)
+    refuse_missing_pictures(indexes, data_args.max_missing, training_args)
     if training_args.eval_strategy == "no":
         return train, None
     held_out = dataset(HELD_OUT)

@@ -15,10 +15,11 @@ import torch
 from PIL import Image, ImageFilter
 
 from mllm.data.index import RegionFacts, RegionIndex
-from mllm.data.samples import RegionSample
+from mllm.data.samples import RegionSample, describe_source
+from train.collators import check_region
 from train.region_text_arguments import PairArguments
 from train.sampling import PictureDataset, draw_region
-from vision_tower import AlphaCLIPProcessor, Region
+from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPProcessor, Region
 
 _ALL = 2**31 - 1  # regions of a picture that make a sample: of all, some are drawn each time
 
@@ -40,10 +41,17 @@ class RegionTextDataset(PictureDataset):
     """
 
     def __init__(
-        self, indexes: Sequence[RegionIndex], pair_args: PairArguments, split: str, seed: int, skipped: Path
+        self,
+        indexes: Sequence[RegionIndex],
+        pair_args: PairArguments,
+        split: str,
+        seed: int,
+        skipped: Path,
+        image_processor: AlphaCLIPImageProcessor | None = None,
     ) -> None:
         super().__init__(indexes, split, ["description"], _ALL, seed, pair_args.max_missing, skipped)
         self.pair_args = pair_args
+        self.image_processor = image_processor
 
     @property
     def has_captions(self) -> bool:
@@ -61,15 +69,19 @@ class RegionTextDataset(PictureDataset):
             drawn = np.append(drawn[: max(count, 1) - 1], rng.choice(captions))
         return drawn if len(drawn) else captions[:1]  # a picture with a caption and no region
 
-    def made_of(self, facts: Sequence[RegionFacts], image: Image.Image, rng: np.random.Generator) -> RegionTexts:
+    def made_of(self, facts: RegionFacts, image: Image.Image, rng: np.random.Generator) -> tuple[Region, str]:
+        """A region and its text."""
+        region = softened(draw_region(facts, image.size, self.pair_args, rng), image.size, self.pair_args, rng)
+        answers = [answer for kind, _, answer in facts.turns if kind == "description"]
+        text = answers[rng.integers(len(answers))]
+        if self.image_processor is not None:
+            check_region(region, image.size, self.image_processor)
+        return region, text
+
+    def sample_of(self, name: str, image: Image.Image, made: list[tuple[Region, str]]) -> RegionTexts:
         """The pairs of a picture."""
-        regions, texts = [], []
-        for entry in facts:
-            region = draw_region(entry, image.size, self.pair_args, rng)
-            regions.append(softened(region, image.size, self.pair_args, rng))
-            answers = [answer for kind, _, answer in entry.turns if kind == "description"]
-            texts.append(answers[rng.integers(len(answers))])
-        return RegionTexts(facts[0].sample.id, image, tuple(regions), tuple(texts))
+        regions, texts = zip(*made, strict=True)
+        return RegionTexts(name, image, regions, texts)
 
 
 def softened(region: Region, size: tuple[int, int], args: PairArguments, rng: np.random.Generator) -> Region:
@@ -161,14 +173,32 @@ def chunks_of(batch: dict[str, Any], count: int = 1) -> list[dict[str, torch.Ten
     return chunks
 
 
-def held_out_samples(index: RegionIndex, picture: int, region_input: str) -> list[RegionSample]:
+def held_out_samples(dataset: RegionTextDataset, index: RegionIndex, picture: int, position: int) -> list[RegionSample]:
     """The described regions of one picture of an index (and its caption, as the whole image), each in the form that is
-    trained: its box, or its mask where it has one.
+    trained: its box, or its mask where it has one. What cannot be used is left out, and listed in the dataset's list.
+
+    Raises:
+        ValueError: If more had to be left out than `max_missing` allows.
     """
+    described = [facts for facts in index.read(np.flatnonzero(index.picture_of == picture)) if facts.sample.references]
+    if not described:
+        return []
+    source, wanted = describe_source(described[0].sample.image), dataset.pair_args.region_input
+    try:
+        image = described[0].sample.open_image()
+    except ValueError as error:
+        dataset.skipped.add(position, source, None, error)
+        return []
     samples = []
-    for facts in index.read(np.flatnonzero(index.picture_of == picture)):
-        if facts.sample.references:
-            whole = facts.forms[0].is_whole
-            region = facts.forms[0] if whole else facts.form("available" if region_input == "mixed" else region_input)
+    for facts in described:
+        try:
+            region = facts.forms[0]
+            if not region.is_whole:
+                region = facts.form("available" if wanted == "mixed" else wanted)
+            if dataset.image_processor is not None:
+                check_region(region, image.size, dataset.image_processor)
+        except ValueError as error:
+            dataset.skipped.add(position, source, facts.sample.id, error)
+        else:
             samples.append(dataclasses.replace(facts.sample, regions=(region,)))
     return samples

@@ -230,7 +230,7 @@ class RegionTextTrainer(RegionTrainer):
         """How well regions are told apart by their texts; every process does it whole, as ZeRO-3 needs all of them."""
         model = clip_in(self.accelerator.unwrap_model(self.model_wrapped))
         with self.accelerator.autocast():
-            scores = score_region_text(model, self.processing_class, self.eval_dataset, truncation=True)
+            scores = score_region_text(model, self.data_collator.processor, self.eval_dataset, truncation=True)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import gc
 import logging
+import multiprocessing
+import os
 import signal
 import sys
+import threading
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import TrainingArguments
 from transformers.processing_utils import ProcessorMixin
 
+from mllm.command_line import BAD_INPUT, FAILED, INTERRUPTED, exit_code, log_to_terminal, say
 from mllm.data.index import TRAIN, RegionIndex, index_folder
 from mllm.data.prepare import make_index
-from train.sampling import skipped_pictures
-from train.trainer import TRAINING_RECORD, RegionTrainer, write_synced
+from mllm.files import one_line, write_file
+from train.output import TRAINING_RECORD, naming_what_cannot_be_written, step_of, write_record
+from train.skipped import keep_skipped, only_once
+from train.trainer import RegionTrainer
 
 logger = logging.getLogger(__name__)
 
-INTERRUPTED = 128 + signal.SIGINT  # as a shell reports it
+# In the errors of gloo, which are no DistErrors
+_LOST_PEER = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
 
 # What may differ between a run and its continuation: where and how it runs, not what it computes
 _NOT_OF_THE_RUN = {
@@ -35,19 +47,92 @@ _NOT_OF_THE_RUN = {
 
 
 def run_command(name: str, train: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int:
-    """Run a training command; what a user can mend becomes one line and exit code 2."""
+    """Run a training command; what a user can mend becomes one line and exit code 2. However it ends, so do its loader
+    workers; and after an error, its process, which would wait for the other ranks.
+    """
+    others = multiprocessing.active_children()
+    code = FAILED
     try:
-        return train(sys.argv[1:] if argv is None else argv)
-    except (ValueError, OSError) as error:
-        # of a worker's error the last line, below its traceback
-        message = str(error).strip().splitlines()[-1] if str(error).startswith("Caught ") else one_line(error)
-        print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
-        return 2
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)  # noqa: T201
-        return INTERRUPTED
+        code = exit_code(name, lambda: _explaining(name, train, sys.argv[1:] if argv is None else argv))
+        return code
     finally:
-        _leave_process_group()
+        end_workers(others)
+        _leave_process_group(code)
+
+
+def _explaining(name: str, train: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Train; errors of libraries that a user can do something about become ones of one line.
+
+    Raises:
+        ValueError: As `train`, or that a loader worker has raised.
+        OSError: As `train`, or where memory, a worker or another process is the reason.
+    """
+    try:
+        return train(argv)
+    except KeyboardInterrupt:
+        say(f"{name}: interrupted", sys.stderr)
+        raise
+    except (ValueError, OSError, RuntimeError, MemoryError, EOFError, SafetensorError) as error:
+        message = explanation(error)
+        if message is None:
+            raise
+        raise OSError(message) from error
+
+
+def explanation(error: BaseException) -> str | None:
+    """What a user is told of an error of torch or a library in one line; None of a mistake in the code."""
+    text = str(error)
+    no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if text.startswith("Caught ") and not no_memory:  # by a loader worker; its traceback, then the error
+        kind = text.split(maxsplit=2)[1]
+        caught = getattr(builtins, kind, None)
+        is_input = isinstance(caught, type) and issubclass(caught, ValueError | OSError)
+        return text.rpartition(f"{kind}: ")[2] if is_input or isinstance(error, ValueError | OSError) else None
+    if isinstance(error, ValueError | OSError):
+        return one_line(error)
+    if no_memory or "out of memory" in text or "allocate memory" in text:
+        return (
+            f"out of memory ({text.strip().splitlines()[-1][:200] if text.strip() else 'MemoryError'}); lower per_device_train_batch_size (and raise "
+            "gradient_accumulation_steps), set gradient_checkpointing: true, or use more GPUs with --deepspeed; then "
+            "rerun the same command to resume"
+        )
+    if "DataLoader worker" in text:
+        return (
+            f"{one_line(error).rstrip('.')}. If the system ran out of memory, lower dataloader_num_workers; rerun the "
+            "same command to resume"
+        )
+    if isinstance(error, torch.distributed.DistError) or any(sign in text for sign in _LOST_PEER):
+        return f"another process of the run failed; see its error ({one_line(error)[:200]})"
+    return f"cannot read or write weights: {one_line(error)}" if isinstance(error, SafetensorError) else None
+
+
+def end_workers(others: Sequence[BaseProcess]) -> None:
+    """End the processes that loaders have started, all but `others`. They ignore SIGTERM, so that a launcher's does not
+    reach them, and Python would wait for them at its exit without end.
+    """
+    left = [process for process in multiprocessing.active_children() if process not in others]
+    # torch looks out for workers that end, and would raise an error
+    with _ignoring_ended_children():
+        for process in left:
+            process.kill()
+        for process in left:
+            process.join()
+        error = sys.exc_info()[1]
+        while error is not None:  # their frames hold the loaders
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
+        gc.collect()
+
+
+@contextlib.contextmanager
+def _ignoring_ended_children():
+    in_main = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if in_main else None
+    try:
+        yield
+    finally:
+        if in_main:
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 def train_and_save(trainer: RegionTrainer, checkpoint: Path | None) -> int:
@@ -57,18 +142,21 @@ def train_and_save(trainer: RegionTrainer, checkpoint: Path | None) -> int:
         ValueError: If the data is less than a batch.
     """
     refuse_less_than_a_batch(trainer)
-    if checkpoint is not None:
-        logger.info("going on from %s", checkpoint)
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint is None:
+            trainer.train()
+        else:
+            logger.info("resuming from %s", checkpoint)
+            if trainer.args.process_index == 0:
+                keep_skipped(trainer.train_dataset.skipped.path, trainer.was_shown(step_of(checkpoint)))
+            trainer.accelerator.wait_for_everyone()
+            trainer.resume(checkpoint)
     finally:
         trainer.stopping.stop_listening()
     if stopped := trainer.stopping.received:
         name = signal.Signals(stopped).name
-        logger.warning("stopped at step %d by %s; the same command goes on", trainer.state.global_step, name)
+        logger.warning("stopped at step %d by %s; rerun the same command to resume", trainer.state.global_step, name)
         return 128 + stopped
-    if checkpoint is not None and checkpoint.name.endswith(f"-{trainer.state.max_steps}"):
-        logger.info("that was the last step; the model is written once more")
     save(trainer, trainer.processing_class)
     return 0
 
@@ -82,12 +170,6 @@ def refuse_less_than_a_batch(trainer: RegionTrainer) -> None:
             f"the data has {samples} samples, fewer than one batch of {batch}, and dataloader_drop_last leaves out "
             "what does not fill a batch; lower per_device_train_batch_size, or add data"
         )
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, of a file the system's words without its number."""
-    named = isinstance(error, OSError) and error.filename is not None and error.strerror
-    return f"{error.filename}: {error.strerror}" if named else str(error)
 
 
 def what_makes_the_run(training_args: TrainingArguments, *others: Any) -> dict[str, Any]:
@@ -114,8 +196,8 @@ def open_index(folder: str) -> RegionIndex:
     return RegionIndex(folder)
 
 
-def refuse_missing_pictures(indexes: Sequence[RegionIndex], max_missing: float, out: Path) -> None:
-    """List the missing pictures of the training split in `missing_images.txt`.
+def refuse_missing_pictures(indexes: Sequence[RegionIndex], max_missing: float, args: TrainingArguments) -> None:
+    """List the missing images of the training split in `missing_images.txt`.
 
     Raises:
         ValueError: If they are more than the share `max_missing`.
@@ -124,17 +206,19 @@ def refuse_missing_pictures(indexes: Sequence[RegionIndex], max_missing: float, 
     for index in indexes:
         missing.update(index.missing_pictures(TRAIN))
     pictures = sum(int((index.split_of_picture == TRAIN).sum()) for index in indexes)
-    if not missing:
-        return
-    listed = out / "missing_images.txt"
-    listed.write_text("\n".join(missing) + "\n", encoding="utf-8")
+    listed = Path(args.output_dir) / "missing_images.txt"
+    if args.process_index == 0:
+        listed.unlink(missing_ok=True)
+        if missing:
+            write_file(listed, "".join(f"{name}\n" for name in missing).encode("utf-8", "backslashreplace"))
     count = missing.total()
     if count > max_missing * pictures:
         raise ValueError(
-            f"{count} of {pictures} training pictures are missing (first: {next(iter(missing))}; all: {listed}), more "
+            f"{count} of {pictures} training images are missing (first: {next(iter(missing))}; all: {listed}), more "
             f"than max_missing ({max_missing:.1%}) allows"
         )
-    logger.warning("%d of %d training pictures are missing, left out; listed in %s", count, pictures, listed)
+    if missing:
+        logger.warning("%d of %d training images are missing and are skipped; listed in %s", count, pictures, listed)
 
 
 def splits_of(indexes: Sequence[RegionIndex]) -> str:
@@ -143,25 +227,42 @@ def splits_of(indexes: Sequence[RegionIndex]) -> str:
 
 
 def save(trainer: RegionTrainer, processor: ProcessorMixin) -> None:
-    """Write the model or its adapter, the processor, and what was done to the output folder."""
-    out = trainer.args.output_dir
-    trainer.save_model(out)
-    if trainer.is_world_process_zero():
-        processor.save_pretrained(out)
-        skipped = sorted(skipped_pictures(trainer.train_dataset.skipped))
-        record = {"run": trainer.run, "skipped_pictures": skipped, "log": trainer.state.log_history}
-        write_synced(Path(out) / TRAINING_RECORD, record)
+    """Write the model or its adapter, the processor, and last what was done to the output folder. Killed meanwhile, the
+    run is not finished: without the record it saves again.
+    """
+    out = Path(trainer.args.output_dir)
+    with naming_what_cannot_be_written(f"the model to {out}", out):
+        if trainer.is_world_process_zero():
+            (out / TRAINING_RECORD).unlink(missing_ok=True)
+        trainer.accelerator.wait_for_everyone()
+        trainer.save_model(str(out))
+        if trainer.is_world_process_zero():
+            processor.save_pretrained(out)
+            listed = trainer.train_dataset.skipped.path
+            skipped = only_once(listed, trainer.was_shown(trainer.state.global_step))
+            if skipped:
+                logger.warning("%d images and regions were skipped; they are listed in %s", len(skipped), listed)
+            write_record(out, trainer.run, trainer.state.log_history, skipped)
 
 
 def log_on_one_process(args: TrainingArguments) -> None:
     """Log what the first process says; of the others only errors."""
     # DeepSpeed's calls, thousands of times
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
-    logging.basicConfig(level=logging.INFO if args.process_index == 0 else logging.ERROR, format="%(message)s")
+    log_to_terminal(logging.INFO if args.process_index == 0 else logging.ERROR)
 
 
-def _leave_process_group() -> None:
-    """Leave it together, with nothing of the run alive: else a process may end with SIGABRT under ZeRO-3."""
-    if torch.distributed.is_initialized():
-        gc.collect()
-        torch.distributed.destroy_process_group()
+def _leave_process_group(code: int) -> None:
+    """Leave it together, with nothing of the run alive: else a process may end with SIGABRT under ZeRO-3. After an
+    error the others may not come along: end at once, which they notice.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    if code in (FAILED, BAD_INPUT, INTERRUPTED) and torch.distributed.get_world_size() > 1:
+        if sys.exc_info()[1] is not None:
+            traceback.print_exc()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    gc.collect()
+    torch.distributed.destroy_process_group()

@@ -6,10 +6,7 @@ Everything random is drawn from (seed, epoch, sample): a run that is resumed, or
 from __future__ import annotations
 
 import dataclasses
-import json
-import logging
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +17,11 @@ from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from mllm.data.index import RegionFacts, RegionIndex
-from mllm.data.samples import RegionSample, describe_source
+from mllm.data.samples import describe_source
 from mllm.processing import Message
 from train.arguments import DataArguments, RegionArguments
+from train.skipped import SkippedItems
 from vision_tower import Region
-
-logger = logging.getLogger(__name__)
 
 Conversation = list[Message]
 
@@ -35,9 +31,12 @@ class PictureDataset(Dataset):
 
     An index stands for a sample and an epoch: `epoch * len(dataset) + sample`, as `EpochSampler` gives them.
 
+    Images that cannot be read, and regions that cannot be used (without the form that is asked for, outside of their
+    image, too long for the model), are left out and listed.
+
     Attributes:
         lengths: Characters of the longest turn of each sample, (N,): for grouping by length without opening a picture.
-        skipped: File that pictures which cannot be opened are listed in, a JSON line each.
+        skipped: What was left out.
     """
 
     def __init__(
@@ -52,9 +51,6 @@ class PictureDataset(Dataset):
     ) -> None:
         self.indexes = indexes
         self.seed = seed
-        self.max_missing = max_missing
-        self.skipped = skipped
-        self._known_as_skipped: set[str] = set()
         # millions of samples: arrays, no lists
         self._groups = [group_rows(index.rows(split, kinds), index.picture_of, regions_per_sample) for index in indexes]
         self._first = np.cumsum([0, *(len(bounds) - 1 for _, bounds in self._groups)])
@@ -64,6 +60,9 @@ class PictureDataset(Dataset):
             if len(rows)
         ]
         self.lengths = np.concatenate(longest) if longest else np.zeros(0, np.int32)
+        pairs = [(index, rows) for index, (rows, _) in zip(indexes, self._groups, strict=True)]
+        images = sum(len(np.unique(index.picture_of[rows])) for index, rows in pairs)
+        self.skipped = SkippedItems(skipped, split, max_missing, images, sum(len(rows) for _, rows in pairs))
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -76,11 +75,10 @@ class PictureDataset(Dataset):
         return self.indexes[number], rows[bounds[group] : bounds[group + 1]]
 
     def __getitem__(self, position: int) -> Any:
-        """A sample. Of a picture that cannot be opened the next sample is returned, and its name and the reason are
-        added to the file `skipped`.
+        """A sample; where its image cannot be read, or none of its regions can be used, the next one.
 
         Raises:
-            ValueError: If more pictures could not be opened than `max_missing` allows.
+            ValueError: If more were left out than `max_missing` allows.
         """
         epoch, first = divmod(position, len(self))
         for step in range(len(self)):
@@ -88,48 +86,44 @@ class PictureDataset(Dataset):
             index, rows = self.rows_of(sample)
             rng = np.random.default_rng([self.seed, epoch, sample])
             facts = index.read(self.drawn_rows(index, rows, rng))
+            source = describe_source(facts[0].sample.image)
             try:
                 image = facts[0].sample.open_image()
             except ValueError as error:
-                self._skip(facts[0].sample, error)
-            else:
-                return self.made_of(facts, image, rng)
-        raise ValueError(f"no picture of the data can be opened; the reasons are in {self.skipped}")
+                self.skipped.add(position, source, None, error)
+                continue
+            made = []
+            for entry in facts:
+                try:
+                    made.append(self.made_of(entry, image, rng))
+                except ValueError as error:
+                    self.skipped.add(position, source, entry.sample.id, error)
+            if made:
+                return self.sample_of(facts[0].sample.id, image, made)
+        raise ValueError(f"no sample of the data can be used; the reasons are in {self.skipped.path}")
 
     def drawn_rows(self, index: RegionIndex, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Those of a sample's rows that are used this time: all."""
         return rows
 
-    def made_of(self, facts: Sequence[RegionFacts], image: Image.Image, rng: np.random.Generator) -> Any:
-        """What the collator takes, of the regions of an opened picture."""
+    def made_of(self, facts: RegionFacts, image: Image.Image, rng: np.random.Generator) -> Any:
+        """What a region of an opened image gives.
+
+        Raises:
+            ValueError: If the region cannot be used.
+        """
         raise NotImplementedError
 
-    def _skip(self, sample: RegionSample, error: ValueError) -> None:
-        """List a picture that cannot be opened, once, and stop when they are too many."""
-        name = describe_source(sample.image)
-        if name in self._known_as_skipped:
-            return
-        known = self._known_as_skipped = skipped_pictures(self.skipped)
-        if name in known:
-            return
-        known.add(name)
-        line = json.dumps({"image": name, "reason": str(error)}) + "\n"
-        descriptor = os.open(self.skipped, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, line.encode())  # one write: the lines of several workers do not mix
-        finally:
-            os.close(descriptor)
-        logger.warning("left out: %s", error)
-        pictures = sum(len(index.pictures) for index in self.indexes)
-        if len(known) > self.max_missing * pictures:
-            raise ValueError(
-                f"{len(known)} of {pictures} pictures could not be opened, more than max_missing "
-                f"({self.max_missing:.1%}) allows; they are listed in {self.skipped}"
-            )
+    def sample_of(self, name: str, image: Image.Image, made: list) -> Any:
+        """What the collator takes, of what the regions gave."""
+        return made
 
 
 class ConversationDataset(PictureDataset):
-    """Conversations about regions: a sample is one for each of up to `regions_per_image` regions of a picture."""
+    """Conversations about regions: a sample is one for each of up to `regions_per_image` regions of a picture.
+
+    `check` raises ValueError for a conversation that cannot be trained on: `ConversationCollator.check`.
+    """
 
     def __init__(
         self,
@@ -139,16 +133,21 @@ class ConversationDataset(PictureDataset):
         wordings: Sequence[str],
         seed: int,
         skipped: Path,
+        check: Callable[[Conversation], None] | None = None,
     ) -> None:
         kinds, regions = data_args.turn_kinds, data_args.regions_per_image
         super().__init__(indexes, split, kinds, regions, seed, data_args.max_missing, skipped)
         self.data_args = data_args
         self.weight_of_kind = data_args.weight_of_kind()
         self.wordings = wordings
+        self.check = check
 
-    def made_of(self, facts: Sequence[RegionFacts], image: Image.Image, rng: np.random.Generator) -> list[Conversation]:
-        """A conversation for each region."""
-        return [self._conversation(entry, image, rng) for entry in facts]
+    def made_of(self, facts: RegionFacts, image: Image.Image, rng: np.random.Generator) -> Conversation:
+        """A conversation about the region."""
+        conversation = self._conversation(facts, image, rng)
+        if self.check is not None:
+            self.check(conversation)
+        return conversation
 
     def _conversation(self, facts: RegionFacts, image, rng: np.random.Generator) -> Conversation:
         """One conversation of 1 to `max_turns` different turns about a region, in a form and with a wording drawn for
@@ -259,13 +258,6 @@ class EpochSampler(Sampler[int]):
         else:
             order = LengthGroupedSampler(self.batch_size, lengths=self.lengths, generator=generator)
         return (self.epoch * self.count + sample for sample in order)
-
-
-def skipped_pictures(path: Path) -> set[str]:
-    """The pictures that a run has listed as left out."""
-    if not path.exists():
-        return set()
-    return {json.loads(line)["image"] for line in path.read_text(encoding="utf-8").splitlines()}
 
 
 def _is_kind(kind: str, wanted: Sequence[str]) -> bool:

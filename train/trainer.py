@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import math
 import os
+import select
 import shutil
 import signal
 from collections.abc import Callable, Mapping
@@ -14,23 +17,24 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mllm.loading import EMBEDDED_MODEL
+from mllm.command_line import stopping_signals
+from mllm.data.index import TRAIN
+from mllm.files import write_json
 from train.evaluation import AnswerScorer
 from train.lora import part_of
 from train.optimizers import MuonWithAdamW
-from train.sampling import EpochSampler
+from train.output import WHOLE, naming_what_cannot_be_written
+from train.sampling import EpochSampler, PictureDataset
+from train.skipped import SkippedItem
 
 logger = logging.getLogger(__name__)
 
-WHOLE = "whole.json"  # written last into a checkpoint: without it one is half-written
-STOPPING = (signal.SIGTERM, signal.SIGINT)
-TRAINING_RECORD = "training_record.json"  # beside a finished model: what made it, and its curves
+STOPPING = stopping_signals()
 
 
 class RegionTrainer(Trainer):
@@ -65,22 +69,53 @@ class RegionTrainer(Trainer):
             self.label_smoother = partial(self.label_smoother, shift_labels=True)
         self.stopping = StopOnSignal()
         self.add_callback(self.stopping)
+        self._unlogged: dict[str, Any] | None = None  # losses that a checkpoint was written before the log of
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        args = self.args
-        grouped = args.train_sampling_strategy == "group_by_length"
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        sampler = EpochSampler(len(dataset), args.seed, dataset.lengths if grouped else None, batch)
+        sampler = sampler_of(self.train_dataset if train_dataset is None else train_dataset, self.args)
         self.add_callback(TellEpoch(sampler))
         return sampler
 
-    def get_train_dataloader(self) -> DataLoader:
-        """As in Trainer; a signal to the whole process group, as launchers send it, does not end the workers."""
-        loader = super().get_train_dataloader()
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        """As in Trainer; a signal to the whole process group, as launchers send it, does not end the workers. They are
+        ended by `run_command`.
+        """
+        loader = super()._get_dataloader(*args, **kwargs)
         inner = getattr(loader, "base_dataloader", loader)  # accelerate's cover starts the workers of the one inside
         inner.worker_init_fn = partial(_ignoring_signals, inner.worker_init_fn)
         return loader
+
+    def resume(self, checkpoint: Path) -> None:
+        """Train from a checkpoint to the end; what is logged is what an uninterrupted run logs."""
+        self.args.eval_on_start = False
+        whole = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))
+        self._unlogged = whole.get("unlogged")
+        self.train(resume_from_checkpoint=str(checkpoint))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As in Trainer, which would train one step more when it resumes at the last one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        if self._unlogged is not None:  # Trainer would begin with no loss
+            self._tr_loss.fill_(self._unlogged["losses"][self.args.process_index])
+            self._globalstep_last_logged = self._unlogged["since"]
+            self._unlogged = None
+        super()._run_epoch(*args, **kwargs)
+
+    def was_shown(self, step: int) -> Callable[[SkippedItem], bool]:
+        """Whether the run came to an item that was left out before the end of a step, by what it trains on alone:
+        loader workers read ahead, and a killed run had gone on from its last checkpoint.
+        """
+        args, count = self.args, len(self.train_dataset)
+        rounds = count / (args.train_batch_size * args.world_size)  # batches of each process in an epoch
+        rounds = math.floor(rounds) if args.dataloader_drop_last else math.ceil(rounds)
+        accumulated = args.gradient_accumulation_steps
+        epoch, steps = divmod(step, max(math.ceil(rounds / accumulated), 1))
+        sampler = copy.copy(sampler_of(self.train_dataset, args))
+        sampler.set_epoch(epoch)
+        shown = set(list(sampler)[: steps * accumulated * args.train_batch_size * args.world_size])
+        return lambda item: item.split != TRAIN or item.position < epoch * count or item.position in shown
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As in Trainer, with a learning rate of its own for each part that has one.
@@ -142,20 +177,24 @@ class RegionTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in Trainer; a checkpoint is whole once `whole.json` is in it, the last file to be written."""
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        try:
+        with naming_what_cannot_be_written(f"the checkpoint {folder}", self.args.output_dir):
             if self.args.should_save:  # left half-written by a run that was killed here
                 shutil.rmtree(folder, ignore_errors=True)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            # of each process, since the last log
+            unlogged = {"losses": gather_object([self._tr_loss.item()]), "since": self._globalstep_last_logged}
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                write_synced(folder / WHOLE, {"step": self.state.global_step, "run": self.run})
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError on a full disk
-            last = last_whole_checkpoint(self.args.output_dir)
-            raise OSError(
-                f"cannot write the checkpoint {folder} ({' '.join(str(error).split())[:200]}); is the disk full? "
-                f"The last whole one is {last or 'none'}: make room, and the same command goes on from there"
-            ) from error
+                step = self.state.global_step
+                write_json(folder / WHOLE, {"step": step, "unlogged": unlogged, "run": self.run})
+
+
+def sampler_of(dataset: PictureDataset, args: TrainingArguments) -> EpochSampler:
+    """The order of a run's samples."""
+    lengths = dataset.lengths if args.train_sampling_strategy == "group_by_length" else None
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return EpochSampler(len(dataset), args.seed, lengths, batch)
 
 
 def _ignoring_signals(init: Callable[[int], None] | None, worker: int) -> None:
@@ -180,7 +219,7 @@ class TellEpoch(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM, or Ctrl-C: finish the step, save a checkpoint, end. All processes agree on the step.
+    """SIGTERM, SIGHUP or Ctrl-C: finish the step, save a checkpoint, end. All processes agree on the step.
 
     Attributes:
         received: The signal; 0 while there was none, or where it came in the last step.
@@ -213,55 +252,26 @@ class StopOnSignal(TrainerCallback):
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
             self.received = int(flag)
         if self.received and state.global_step < state.max_steps:
+            forget_closed_outputs()
             control.should_save = control.should_training_stop = True
 
     def _receive(self, number: int, frame: Any) -> None:
         self.received = number
+        forget_closed_outputs()
         if number == signal.SIGINT:  # a second Ctrl-C need not wait for the end of the step; launchers repeat SIGTERM
             signal.signal(number, self._before[number])
 
 
-def last_whole_checkpoint(output_dir: str | os.PathLike) -> Path | None:
-    """The newest whole checkpoint of a run's folder."""
-    folders = (marker.parent for marker in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{WHOLE}"))
-    return max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
-
-
-def checkpoint_to_resume(output_dir: str | os.PathLike, run: Mapping[str, Any]) -> Path | None:
-    """The newest whole checkpoint, None where there is none. Half-written ones are no checkpoints.
-
-    Raises:
-        ValueError: If the folder is of another run: other model, data or settings; or if it is what the run reads.
+def forget_closed_outputs() -> None:
+    """Let stdout and stderr go nowhere once their terminal or pipe is closed, as SIGHUP says and Ctrl-C does to
+    `| tee`: a progress bar that cannot be written would end the run before it has saved.
     """
-    for read in (run.get("model") or EMBEDDED_MODEL, run.get("alpha_weights"), *run.get("data", ())):
-        if read is not None and os.path.exists(read) and os.path.realpath(read) == os.path.realpath(output_dir):
-            raise ValueError(f"output_dir: {output_dir} is what the run reads, and would be overwritten; give another")
-    checkpoint, record = last_whole_checkpoint(output_dir), Path(output_dir) / TRAINING_RECORD
-    if checkpoint is not None:
-        refuse_other_run(checkpoint, checkpoint / WHOLE, run)
-    elif record.exists():
-        refuse_other_run(record, record, run)  # a finished one, its checkpoints deleted
-    return checkpoint
-
-
-def refuse_other_run(shown: Path, file: Path, run: Mapping[str, Any]) -> None:
-    """Raise ValueError if what a file stores as its run is not this one; `shown` is named."""
-    stored = json.loads(file.read_text(encoding="utf-8")).get("run", {})
-    now = json.loads(json.dumps(run))  # as it would be stored
-    changed = sorted(key for key in stored.keys() | now.keys() if stored.get(key) != now.get(key))
-    if changed:
-        first, others = changed[0], f"; also {', '.join(changed[1:])}" if changed[1:] else ""
-        raise ValueError(
-            f"{shown} is of another run: {first} was {stored.get(first)!r}, is {now.get(first)!r}{others}. Give "
-            "another --output_dir, or the settings of that run to go on"
-        )
-
-
-def write_synced(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON so that the file is either whole on disk or absent."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    if not hasattr(select, "poll"):
+        return
+    for descriptor in (1, 2):
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if any(state & (select.POLLERR | select.POLLHUP) for _, state in poll.poll(0)):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)

@@ -17,10 +17,10 @@ from mllm.data.index import TRAIN, RegionIndex
 from mllm.data.prepare import make_index
 from tests.tiny import build_tiny_clip
 from train import alpha_clip
+from train.output import last_whole_checkpoint
 from train.region_text_arguments import PairArguments
 from train.region_text_data import RegionTextDataset
 from train.sampling import EpochSampler
-from train.trainer import last_whole_checkpoint
 from vision_tower import AlphaCLIPModel
 
 ROOT = Path(__file__).resolve().parents[2]

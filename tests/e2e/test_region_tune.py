@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from mllm.data import shapes
 from tests.tiny import build_tiny_llava
 from train import finetune
-from train.trainer import WHOLE, StopOnSignal, last_whole_checkpoint
+from train.output import WHOLE, last_whole_checkpoint
+from train.trainer import StopOnSignal
 
 BIN = Path(sys.executable).parent
 REGION_TUNE = str(BIN / "region-tune")
@@ -232,7 +233,7 @@ def test_a_signal_to_all_processes_ends_with_a_checkpoint(world, tmp_path, numbe
     os.killpg(started.pid, number)
     output, _ = started.communicate(timeout=60)
     assert started.returncode == 128 + number, output[-3000:]
-    assert f"by {number.name}; the same command goes on" in output
+    assert f"by {number.name}; rerun the same command to resume" in output
     assert int(last_whole_checkpoint(tmp_path).name.partition("-")[2]) >= 2
 
 

@@ -75,7 +75,7 @@ def test_training_refuses_pictures_of_another_size(tmp_path):
     assert samples[0]
     picture = tmp_path / "s" / "VG_100K" / "1.png"
     Image.open(picture).resize((192, 192)).save(picture)
-    with pytest.raises(ValueError, match="1 of 1 pictures could not be opened"):
+    with pytest.raises(ValueError, match="1 of 1 images cannot be read"):
         samples[0]
     assert "regions would be shifted" in (tmp_path / "skipped.jsonl").read_text()
 
