@@ -135,7 +135,7 @@ def test_the_picture_is_never_overwritten(tmp_path, capsys):
     before = picture.read_bytes()
     flags = ["--image", str(picture), "--box", "1,1,20,20"]
     assert chat.main([*flags, "--ask", "x", "--save-overlay", str(picture)]) == 2
-    assert "would be lost" in capsys.readouterr().err and picture.read_bytes() == before
+    assert "would be overwritten" in capsys.readouterr().err and picture.read_bytes() == before
 
 
 def test_a_broken_config_is_one_line(tmp_path, capsys):
