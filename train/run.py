@@ -90,9 +90,10 @@ def explanation(error: BaseException) -> str | None:
         return text.rpartition(f"{kind}: ")[2] if is_input or isinstance(error, ValueError | OSError) else None
     if isinstance(error, ValueError | OSError):
         return one_line(error)
+    last_line = (text.strip() or type(error).__name__).splitlines()[-1]
     if no_memory or "out of memory" in text or "allocate memory" in text:
         return (
-            f"out of memory ({text.strip().splitlines()[-1][:200] if text.strip() else 'MemoryError'}); lower per_device_train_batch_size (and raise "
+            f"out of memory ({last_line[:200]}); lower per_device_train_batch_size (and raise "
             "gradient_accumulation_steps), set gradient_checkpointing: true, or use more GPUs with --deepspeed; then "
             "rerun the same command to resume"
         )
