@@ -69,7 +69,7 @@ def pytest_sessionfinish(session, exitstatus):
 
 def whole_run(config):
     """Whether all tests were selected, as `make test` does."""
-    asked = config.getoption("file_or_dir") or config.getoption("keyword") or config.getoption("lf")
+    asked = config.getoption("file_or_dir") or config.getoption("keyword") or config.getoption("lf", False)
     return not asked and "not slow" in config.getoption("markexpr") and not config.getoption("collectonly")
 
 
