@@ -21,7 +21,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from mllm.data.json_files import read_json, refuse_repeated, wrong
 from mllm.data.masks import check_region_input, region_of
@@ -34,10 +34,11 @@ from mllm.data.records import (
     ReadReport,
     area_share,
     clamped,
+    usable_record,
     usable_text,
 )
 from mllm.data.samples import RegionSample
-from mllm.data.schemas import CocoAnnotation, CocoImage, checked, is_name
+from mllm.data.schemas import CocoAnnotation, CocoImage, is_name
 from vision_tower import Region
 
 IMAGE_FOLDERS = ("train2014", "VG_100K", "VG_100K_2", "", "images")
@@ -76,7 +77,7 @@ def read_captions(
     reader.images = {
         row["id"]: image
         for row in rows_by_id(path, content, "images", report).values()
-        if (image := usable(row, CocoImage, "image", report)) is not None
+        if (image := usable_record(row, CocoImage, f"image {row['id']}", report)) is not None
     }
     reader.masks = None if masks is None else read_json(Path(masks), dict, unique_keys=True)
     rows = rows_by_id(path, content, "annotations", report).values()
@@ -97,9 +98,6 @@ def read_captions(
         report.add(READ, sample.id)
         yield sample
     report.finish(f"{path}: captions", needed=True)
-
-
-T = TypeVar("T")
 
 
 def rows_by_id(path: Path, content: dict, key: str, report: ReadReport) -> dict[int, dict]:
@@ -123,15 +121,6 @@ def rows_by_id(path: Path, content: dict, key: str, report: ReadReport) -> dict[
     return by_id
 
 
-def usable(row: Any, kind: type[T], name: str, report: ReadReport) -> T | None:
-    """A record as what it must be; None, counted, if it is something else."""
-    try:
-        return checked(row, kind, f"{name} {row['id']}")
-    except ValueError as error:
-        report.leave_out(MALFORMED, str(error))
-        return None
-
-
 @dataclasses.dataclass
 class _Reader:
     """What all annotations of a file share."""
@@ -149,7 +138,7 @@ class _Reader:
     def sample(self, record: dict, grouped: bool) -> RegionSample | None:
         """The sample of an annotation; None, counted, where it cannot be used. Its id is the object's if `grouped`."""
         report = self.report
-        if (row := usable(record, CocoAnnotation, "annotation", report)) is None:
+        if (row := usable_record(record, CocoAnnotation, f"annotation {record['id']}", report)) is None:
             return None
         if (image := self.images.get(row.image_id)) is None:
             report.add(UNKNOWN_IMAGE, row.id)

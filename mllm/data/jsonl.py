@@ -19,6 +19,7 @@ from mllm.data.json_files import json_lines, parse_record
 from mllm.data.records import READ, ReadReport
 from mllm.data.samples import RegionSample
 from mllm.data.schemas import Line, SampleMeta, checked
+from mllm.files import one_line
 from vision_tower import Region
 
 DAMAGED = "lines that cannot be used, left out"
@@ -43,7 +44,7 @@ def read_jsonl(path: str | os.PathLike, *, report: ReadReport | None = None) -> 
         try:
             sample = _sample(folder, number, parse_record(line))
         except (ValueError, OSError, RecursionError) as error:
-            report.leave_out(DAMAGED, f"line {number}: {' '.join(str(error).split())}")
+            report.leave_out(DAMAGED, f"line {number}: {one_line(error)}")
             continue
         if sample.id in seen:
             report.leave_out(REPEATED, f"line {number}: {sample.id}")
@@ -60,10 +61,7 @@ def _sample(folder: Path, number: int, record: Any) -> RegionSample:
     Raises:
         ValueError: If the record is something else.
     """
-    try:
-        line = checked(record, Line, "a line")
-    except ValueError as error:
-        raise ValueError(str(error).removeprefix("a line: ")) from None
+    line = checked(record, Line)
     meta = {} if line.meta is UNSET else line.meta
     checked(meta, SampleMeta, "meta")
     region = region_in(folder, line.region)

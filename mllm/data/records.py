@@ -12,9 +12,10 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mllm.data.json_files import is_utf8
+from mllm.data.schemas import checked
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ NOT_UTF8 = "with text that is not UTF-8, left out"
 _MAX_EXAMPLES = 20
 _NAMED = 3  # ids in a message
 
+T = TypeVar("T")
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels, half-open
 
 
@@ -93,6 +95,15 @@ class ReadReport:
         """How often, why, and the first ids."""
         named = ", ".join(map(str, self.examples[reason][:_NAMED]))
         return f"{self.counts[reason]} {reason} (ids {named}{' ...' if self.counts[reason] > _NAMED else ''})"
+
+
+def usable_record(record: Any, kind: type[T], name: str, report: ReadReport) -> T | None:
+    """A record as a `kind` of `mllm.data.schemas`; None, counted, if it is something else."""
+    try:
+        return checked(record, kind, name)
+    except ValueError as error:
+        report.leave_out(MALFORMED, str(error))
+        return None
 
 
 def clamped(box: Sequence[float], width: int, height: int, report: ReadReport, name: Any) -> Box | None:

@@ -17,13 +17,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mllm.data.coco import IMAGE_FOLDERS, file_of, rows_by_id, usable
+from mllm.data.coco import IMAGE_FOLDERS, file_of, rows_by_id
 from mllm.data.json_files import read_json, refuse_repeated, wrong
 from mllm.data.masks import check_region_input, region_of
 from mllm.data.plain_pickle import read_pickle
-from mllm.data.records import MALFORMED, READ, Folders, ReadReport, area_share, clamped, is_utf8, usable_text
+from mllm.data.records import (
+    MALFORMED,
+    READ,
+    Folders,
+    ReadReport,
+    area_share,
+    clamped,
+    is_utf8,
+    usable_record,
+    usable_text,
+)
 from mllm.data.samples import RegionSample
 from mllm.data.schemas import MOST_SENTENCES, CocoAnnotation, CocoImage, HubRow, Ref, Sentence, checked
+from mllm.files import one_line
 from vision_tower import Region
 
 NO_TEXT = "without text, left out"
@@ -138,10 +149,7 @@ def _samples(
     files: RefFiles, number: int, record: dict, grouped: bool, region_input: str, report: ReadReport
 ) -> Iterator[RegionSample]:
     """The samples of a ref."""
-    try:
-        ref = checked(record, Ref, f"refs[{number}]")
-    except ValueError as error:
-        report.leave_out(MALFORMED, str(error))
+    if (ref := usable_record(record, Ref, f"refs[{number}]", report)) is None:
         return
     sentences = list(_sentences(ref, grouped, report))
     if not sentences:
@@ -167,10 +175,8 @@ def _sentences(ref: Ref, grouped: bool, report: ReadReport) -> Iterator[tuple[in
     # where expressions are no items of their own, the region they are dropped from is still read
     dropped = ReadReport() if grouped else report
     for record in ref.sentences:
-        try:
-            sentence = checked(record, Sentence, f"a sentence of ref {ref.ref_id}")
-        except ValueError as error:
-            dropped.leave_out(MALFORMED, str(error))
+        sentence = usable_record(record, Sentence, f"a sentence of ref {ref.ref_id}", dropped)
+        if sentence is None:
             continue
         words = usable_text(sentence.sent, dropped, f"sentence {sentence.sent_id}", NO_TEXT)
         if words is not None:
@@ -188,8 +194,8 @@ def _region(
     if record is None or of_image is None or record.get("image_id") != ref.image_id:
         report.leave_out(NO_ANNOTATION, f"{name}: annotation {ref.ann_id} of image {ref.image_id}")
         return None
-    row = usable(record, CocoAnnotation, f"{name}, annotation", report)
-    if row is None or (image := usable(of_image, CocoImage, f"{name}, image", report)) is None:
+    row = usable_record(record, CocoAnnotation, f"{name}, annotation {ref.ann_id}", report)
+    if row is None or (image := usable_record(of_image, CocoImage, f"{name}, image {ref.image_id}", report)) is None:
         return None
     if (box := clamped(row.bbox, image.width, image.height, report, name)) is None:
         return None
@@ -258,7 +264,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
             for batch in file.iter_batches(64, columns=columns):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def _hub_sample(number: int, record: dict[str, Any], report: ReadReport) -> RegionSample | None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from mllm.files import one_line
 from vision_tower import Region
 from vision_tower.image_decoding import decode_image, image_size
 
@@ -122,8 +123,8 @@ def _content(source: ImageSource | os.PathLike, name: str) -> str | os.PathLike 
     except FileNotFoundError:
         raise ValueError(f"there is no image file {name}") from None
     except _ARCHIVE_DAMAGE as error:
-        reason = " ".join(str(error).split())  # tarfile's messages have a line per method it tried
-        raise ValueError(f"cannot read the image {name}: {reason}") from error
+        # tarfile's messages have a line per method it tried
+        raise ValueError(f"cannot read the image {name}: {one_line(error)}") from error
 
 
 def _at_its_place(member: TarMember) -> bytes:

@@ -35,23 +35,24 @@ _WORDS = {
 }
 
 
-def checked(value: Any, kind: type[T], name: object) -> T:
+def checked(value: Any, kind: type[T], name: object = None) -> T:
     """A value as read from JSON, as what it must be.
 
     Raises:
-        ValueError: If it is something else. The message begins with `name` and names the field.
+        ValueError: If it is something else. The message begins with `name`, where it is given, and names the field.
     """
     try:
         return msgspec.convert(value, kind)
-    except INVALID as error:
-        raise ValueError(f"{name}: {problem(error)}") from None
+    except _INVALID as error:
+        found = _in_plain_words(error)
+        raise ValueError(found if name is None else f"{name}: {found}") from None
 
 
-INVALID = (msgspec.ValidationError, UnicodeEncodeError)  # the second of half a surrogate pair, where text has a limit
+_INVALID = (msgspec.ValidationError, UnicodeEncodeError)  # the second of half a surrogate pair, where text has a limit
 
 
-def problem(error: Exception) -> str:
-    """What a check found, in plain words, with the field."""
+def _in_plain_words(error: Exception) -> str:
+    """What msgspec found, with the field."""
     if isinstance(error, UnicodeEncodeError):
         return "text that is not UTF-8: half of a surrogate pair"
     words, _, field = str(error).partition(" - at ")

@@ -18,9 +18,7 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-
-import msgspec
+from typing import Any, NamedTuple
 
 from mllm.data.json_files import read_json, refuse_repeated, stream_json
 from mllm.data.masks import check_region_input, region_of
@@ -35,10 +33,11 @@ from mllm.data.records import (
     area_share,
     clamped,
     is_utf8,
+    usable_record,
     usable_text,
 )
 from mllm.data.samples import RegionSample
-from mllm.data.schemas import INVALID, GenomeImage, GenomeQuestion, GenomeRegion, is_name, problem
+from mllm.data.schemas import GenomeImage, GenomeQuestion, GenomeRegion, is_name
 from vision_tower import Region
 
 _IMAGE_FOLDERS = ("VG_100K", "VG_100K_2", "", "images")
@@ -52,7 +51,6 @@ ON_UNKNOWN_REGION = "questions on an unknown region, left out"
 REPEATED_QUESTION = "questions with a repeated id, left out"
 NO_ANSWER = "questions without text or answer, left out"
 _LARGEST_ID = 2**63 - 1
-T = TypeVar("T")
 _NAME_IN_URL = re.compile(r"(?:(VG_100K(?:_2)?)/)?([^/]+\.\w+)$")
 
 
@@ -236,7 +234,7 @@ class _Reader:
                 self.report.leave_out(REPEATED, region_id)
                 continue
             seen.add(region_id)
-            region = self._checked(record, GenomeRegion, f"region {region_id}")
+            region = usable_record(record, GenomeRegion, f"region {region_id}", self.report)
             box = None
             if region is not None:
                 box = (region.x, region.y, region.width, region.height)
@@ -259,7 +257,7 @@ class _Reader:
             if qa_id in seen:
                 self.report.leave_out(REPEATED_QUESTION, qa_id)
                 continue
-            if (row := self._checked(record, GenomeQuestion, f"question {qa_id}")) is None:
+            if (row := usable_record(record, GenomeQuestion, f"question {qa_id}", self.report)) is None:
                 continue
             question = usable_text(row.question, self.report, qa_id, NO_ANSWER)
             if question is None or (answer := usable_text(row.answer, self.report, qa_id, NO_ANSWER)) is None:
@@ -272,14 +270,6 @@ class _Reader:
         """The region in the form asked for, or the reason why its mask cannot be used."""
         return region_of(self.masks.get(str(region_id)), box, (picture.height, picture.width), self.region_input)
 
-    def _checked(self, record: dict, kind: type[T], name: str) -> T | None:
-        """A record as what it must be; None, counted, if it is something else."""
-        try:
-            return msgspec.convert(record, kind)
-        except INVALID as error:
-            self.report.leave_out(MALFORMED, f"{name}: {problem(error)}")
-            return None
-
     def _pictures(self) -> dict[int, _Picture]:
         """The images by id; what is no image is counted."""
         path = self.root / "image_data.json"
@@ -287,10 +277,7 @@ class _Reader:
         images = ReadReport()
         found: list[_Picture] = []
         for number, entry in enumerate(stream_json(path)):
-            try:
-                image = msgspec.convert(entry, GenomeImage)
-            except INVALID as error:
-                images.leave_out(MALFORMED, f"entry {number}: {problem(error)}")
+            if (image := usable_record(entry, GenomeImage, f"entry {number}", images)) is None:
                 continue
             image_id = image.id if image.image_id is None else image.image_id
             if image_id is None or not is_name(image.url or ""):
