@@ -128,19 +128,19 @@ def check_photo(folder, image, annotations, worst):
     return len(annotations)
 
 
-def check(shared_data, images):
+def check(shared_data, images, most=None):
     folder = shared_data / "coco_photos"
     records = json.loads((folder / "instances.json").read_text())
     worst, count = {}, 0
     for image in records["images"][images]:
-        of_image = [one for one in records["annotations"] if one["image_id"] == image["id"]]
+        of_image = [one for one in records["annotations"] if one["image_id"] == image["id"]][:most]
         count += check_photo(folder, image, of_image, worst)
     assert all(iou >= 0.95 for iou, _ in worst.values()), worst
     return count, worst
 
 
 def test_a_photograph(shared_data):
-    check(shared_data, slice(0, 1))
+    check(shared_data, slice(0, 1), most=1)
 
 
 @pytest.mark.slow
