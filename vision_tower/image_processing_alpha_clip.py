@@ -188,6 +188,7 @@ class AlphaCLIPImageProcessor(PilBackend):
             sizes.append(picture.size)
             _check_side(picture.size, side, geometry, limits["max_side"])
             small.append(_resize(picture, side, geometry, tuple(int(channel * 255) for channel in mean), resample))
+        del picture  # a large one need not be held while alpha maps are made
         rgb = super().preprocess(small, do_resize=False, do_center_crop=False, **kwargs)["pixel_values"]
         output = np.empty((sum(map(len, regions_by_picture)), 4, side, side), np.float32)
         row = 0

@@ -78,7 +78,7 @@ def window(geometry, height, width):
 
 def shown(mask, geometry):
     """The mask as the model should see it, (336, 336): by one call of PIL on a canvas with room around it."""
-    room = max(mask.shape)
+    room = abs(mask.shape[0] - mask.shape[1]) + 1
     canvas = Image.fromarray(np.pad(mask.astype(np.float32), room))
     left, top, right, bottom = (value + room for value in window(geometry, *mask.shape))
     box = (left, top, right, bottom)
@@ -109,8 +109,8 @@ def check_photo(folder, image, annotations, worst):
     for geometry in GEOMETRIES:
         expected = [shown(mask, geometry) for _, _, mask in cases]
         inside = [case for case, mask in zip(cases, expected, strict=True) if mask.max() > 0.02]
-        for _, region, mask in cases:
-            if shown(mask, geometry).max() == 0:
+        for (_, region, _), mask in zip(cases, expected, strict=True):
+            if mask.max() == 0:
                 with pytest.raises(ValueError, match="outside the centre crop"):
                     processor(first, region, geometry=geometry)
         expected = [mask for mask in expected if mask.max() > 0.02]
@@ -128,19 +128,19 @@ def check_photo(folder, image, annotations, worst):
     return len(annotations)
 
 
-def check(shared_data, images):
+def check(shared_data, images, most=None):
     folder = shared_data / "coco_photos"
     records = json.loads((folder / "instances.json").read_text())
     worst, count = {}, 0
     for image in records["images"][images]:
-        of_image = [one for one in records["annotations"] if one["image_id"] == image["id"]]
+        of_image = [one for one in records["annotations"] if one["image_id"] == image["id"]][:most]
         count += check_photo(folder, image, of_image, worst)
     assert all(iou >= 0.95 for iou, _ in worst.values()), worst
     return count, worst
 
 
 def test_a_photograph(shared_data):
-    check(shared_data, slice(0, 1))
+    check(shared_data, slice(0, 1), most=1)
 
 
 @pytest.mark.slow
