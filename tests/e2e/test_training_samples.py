@@ -104,7 +104,7 @@ def noting(method, batches):
 
 @pytest.fixture(scope="module")
 def tuned(data, tmp_path_factory):
-    flags = "--eval_metrics", "exact match", "CIDEr"
+    flags = "--eval_metrics", "exactly right", "CIDEr"
     return Ran(finetune, *build_tiny_llava(), data, tmp_path_factory.mktemp("tuned"), *flags)
 
 

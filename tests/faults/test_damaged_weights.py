@@ -12,11 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPModel
 
 from mllm import blip2_conversion
 from scripts import convert_alpha_clip
-from tests.tiny import tiny_clip_config
 from vision_tower import checkpoint_files, conversion
 
 DATA = Path(__file__).parents[1] / "parity" / "data"
@@ -357,17 +355,3 @@ def test_converters_name_the_file(original, lavis, tmp_path, capsys):
     assert convert_alpha_clip.main([str(tmp_path / "alpha.pth"), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert str(tmp_path / "alpha.pth") in error and "proj" in error and error.count("\n") == 1
-
-
-def test_a_plain_clip_is_not_converted(original, tmp_path, capsys):
-    """As a file, as a directory, and as the weights of a tower: every region would be ignored."""
-    file, directory = tmp_path / "clip.pth", tmp_path / "clip"
-    torch.save({name: tensor for name, tensor in original.items() if "alpha" not in name}, file)
-    CLIPModel(tiny_clip_config()).save_pretrained(directory)
-    capsys.readouterr()
-    for source in (file, directory):
-        assert convert_alpha_clip.main([str(source), str(tmp_path / "out")]) == 2
-        error = capsys.readouterr().err
-        assert str(source) in error and "plain CLIP" in error.splitlines()[-1]
-        assert "plain CLIP" in refusal(conversion.read_tower, source)
-        assert not (tmp_path / "out").exists()

@@ -102,7 +102,8 @@ def test_a_plain_clip_is_not_converted(plain, tmp_path, capsys, source, kind):
     out = tmp_path / ("out.pth" if kind == "--original" else "out")
     flags = [kind, plain / "clip"] if kind == "--text-from" else [kind] if kind else []
     assert convert_alpha_clip.main(list(map(str, [plain / source, out, *flags]))) == 2
-    assert "plain CLIP" in capsys.readouterr().err
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "plain CLIP" in error and str(plain / source) in error
     assert not list(tmp_path.iterdir())
 
 

@@ -378,13 +378,3 @@ def test_base64_text_is_an_image():
     expected = build("pad")(noise_picture(60, 40))["pixel_values"]
     for images in (text, "data:image/png;base64," + text):
         assert np.array_equal(build("pad")(images)["pixel_values"], expected)
-
-
-@pytest.mark.parametrize("geometry", ["pad", "crop", "stretch"])
-@pytest.mark.parametrize("strength", [0.25, 0.5, 0.75])
-def test_a_strength_between_0_and_1_reaches_alpha(geometry, strength):
-    values = build(geometry)(noise_picture(100, 60), Region.from_box(30, 10, 70, 50, strength=strength))["pixel_values"]
-    alpha = alpha_of(values)[0]
-    alone = alpha_of(build(geometry)(noise_picture(100, 60), Region.from_box(30, 10, 70, 50))["pixel_values"])[0]
-    np.testing.assert_allclose(alpha, 1 - strength * (1 - alone), atol=1e-5)
-    assert alpha.min() == pytest.approx(1 - strength, abs=1e-5) and alpha.max() == pytest.approx(1)
