@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mllm.chat import add_model_arguments
-from mllm.command_line import ArgumentParser, add_max_errors, exit_code, say, too_many_errors
+from mllm.command_line import ArgumentParser, add_max_errors, exit_code, say
 
 if TYPE_CHECKING:  # torch and Transformers wait until the arguments are read
     from eval.tasks import Task
@@ -124,7 +124,6 @@ def _run(args: argparse.Namespace) -> int:
     )
     if not 0 <= args.strength <= 1:  # also NaN
         raise ValueError(f"expected a --strength from 0 to 1, got {args.strength}")
-    too_many_errors(0, 0, args.max_errors)  # is it a fraction?
     if args.limit is not None:
         _positive("--limit", args.limit)
     plan = Plan(

@@ -23,7 +23,8 @@ from eval.score import Measured, check_metrics, measure, picture_of_each, score
 from eval.tasks import Task
 from mllm.answering import RegionChat
 from mllm.batch import added_weights, fingerprint
-from mllm.command_line import MAX_ERRORS, too_many_errors
+from mllm.command_line import too_many_errors
+from mllm.data.records import MAX_ERRORS
 from mllm.data.samples import RegionSample, TarMember
 from mllm.files import claim_folder, locked, write_json
 from mllm.resume import claim_run

@@ -17,7 +17,8 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 from transformers.image_utils import OPENAI_CLIP_MEAN
 
-from mllm.command_line import MAX_ERRORS, too_many_errors
+from mllm.command_line import too_many_errors
+from mllm.data.records import MAX_ERRORS
 from mllm.data.samples import RegionSample, describe_source
 from mllm.files import one_line
 from vision_tower import AlphaCLIPModel, AlphaCLIPProcessor, Region

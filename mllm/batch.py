@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 
 from mllm.answering import Asked, RegionChat
 from mllm.batch_output import BatchOutput, Entry
-from mllm.command_line import MAX_ERRORS, too_many_errors
+from mllm.command_line import too_many_errors
 from mllm.data.jsonl import region_in
+from mllm.data.records import MAX_ERRORS
 from mllm.data.samples import load_image
 from mllm.files import one_line
 

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mllm.command_line import ArgumentParser, add_max_errors, exit_code, json_line, say, too_many_errors
+from mllm.command_line import ArgumentParser, add_max_errors, exit_code, json_line, say
 
 if TYPE_CHECKING:  # torch and Transformers wait until the arguments are read
     from vision_tower import Region
@@ -154,7 +154,6 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"expected a --strength from 0 to 1, got {args.strength}")
     if args.max_new_tokens < 1 or (args.batch_size is not None and args.batch_size < 1):
         raise ValueError("expected --max-new-tokens and --batch-size of at least 1")
-    too_many_errors(0, 0, args.max_errors)  # is it a fraction?
     if args.batch:
         if not args.output:
             raise ValueError("--batch needs --output FILE for the answers")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -12,12 +13,11 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
+from mllm.data.records import FEW_ITEMS, MAX_ERRORS
 from mllm.files import one_line
 
 FAILED, BAD_INPUT, INTERRUPTED, CLOSED_PIPE = 1, 2, 128 + 2, 128 + 13  # the last two as a shell reports the signals
 _LONGEST = 1500  # characters of an error
-MAX_ERRORS = 0.5  # share of items that may fail before a command refuses to proceed
-_FEW_ERRORS = 20  # fewer never stop a command
 _NUMBER = re.compile(r"[-+.\d,]+")
 # C0 without tab and newline, DEL, C1 (an 8-bit escape sequence begins with one), and marks that turn the direction of
 # text around
@@ -80,23 +80,26 @@ def add_max_errors(parser: argparse._ActionsContainer, items: str) -> None:
     """Add the option --max-errors."""
     parser.add_argument(
         "--max-errors",
-        type=float,
+        type=_fraction,
         default=MAX_ERRORS,
         metavar="FRACTION",
-        help=f"stop when more than this share of the {items}, and at least {_FEW_ERRORS}, failed "
-        f"(default {MAX_ERRORS})",
+        help=f"stop when more than this share of the {items}, and at least {FEW_ITEMS}, failed (default {MAX_ERRORS})",
     )
 
 
-def too_many_errors(failed: int, total: int, max_errors: float = MAX_ERRORS) -> bool:
-    """Whether so many of `total` items failed that something else than the items must be wrong.
+def _fraction(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:  # also NaN
+        raise argparse.ArgumentTypeError(f"expected a fraction from 0 to 1, got {text!r:.80}")
+    return number
 
-    Raises:
-        ValueError: If `max_errors` is not a fraction.
-    """
-    if not 0 <= max_errors <= 1:  # also NaN
-        raise ValueError(f"expected a --max-errors from 0 to 1, got {max_errors}")
-    return failed >= _FEW_ERRORS and failed > max_errors * total
+
+def too_many_errors(failed: int, total: int, max_errors: float = MAX_ERRORS) -> bool:
+    """Whether so many of `total` items failed that something other than the items must be wrong."""
+    return failed >= FEW_ITEMS and failed > max_errors * total
 
 
 def say_error(program: str, message: str) -> None:

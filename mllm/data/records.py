@@ -1,7 +1,7 @@
 """What the readers of all data sets share: a count of what was left out, boxes inside their image, places of images.
 
 One bad record is one error: it is left out, counted by its reason and named, and the others go through. Only where more
-than `MOST_UNUSABLE` of the records cannot be used does a reader refuse the data.
+than `MAX_ERRORS` of the records cannot be used does a reader refuse the data.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mllm.data.schemas import checked
 
 logger = logging.getLogger(__name__)
 
-MOST_UNUSABLE = 0.5  # share of the records, once FEWEST_SEEN were seen
-FEWEST_SEEN = 20
+MAX_ERRORS = 0.5  # share of records, requests or samples that may fail before a reader or a command refuses to proceed
+FEW_ITEMS = 20  # so few never stop it
 
 READ = "read"
 CLAMPED = "reaching over the picture, clamped"
@@ -75,7 +75,7 @@ class ReadReport:
             needed: Refuse a file of which nothing can be used, however small; else it may be a part of a data set.
 
         Raises:
-            ValueError: If more than `MOST_UNUSABLE` of at least `FEWEST_SEEN` records could not be used.
+            ValueError: If more than `MAX_ERRORS` of at least `FEW_ITEMS` records could not be used.
         """
         read = self.counts[READ]
         logger.log(logging.INFO if read else logging.WARNING, "%s: %d read", what, read)
@@ -83,11 +83,11 @@ class ReadReport:
         for reason, line in lines.items():
             logger.log(logging.INFO if reason == CLAMPED else logging.WARNING, "%s: %s", what, line)
         seen = read + self.unusable
-        too_many = seen >= FEWEST_SEEN and self.unusable > MOST_UNUSABLE * seen
+        too_many = seen >= FEW_ITEMS and self.unusable > MAX_ERRORS * seen
         if too_many or (needed and self.unusable and not read):
             reasons = "; ".join(line for reason, line in lines.items() if reason != CLAMPED)
             raise ValueError(
-                f"{what}: {self.unusable:,} of {seen:,} records cannot be used (at most {MOST_UNUSABLE:.0%} may be "
+                f"{what}: {self.unusable:,} of {seen:,} records cannot be used (at most {MAX_ERRORS:.0%} may be "
                 f"left out): {reasons}. Check that the files are complete and of the expected format"
             )
 

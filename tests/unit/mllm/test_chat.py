@@ -123,7 +123,7 @@ def write_cut(path):
         (["--image", "picture.png", "--whole", "--ask", "x", "--output", "o.jsonl"], "belong to --batch"),
         (["--image", "picture.png", "--whole", "--ask", "x", "--batch-size", "4"], "belong to --batch"),
         (["--image", "picture.png", "--whole", "--ask", "x", "--retry-failed"], "belong to --batch"),
-        (["--batch", "r.jsonl", "--output", "o.jsonl", "--max-errors", "nan"], "--max-errors from 0 to 1"),
+        (["--batch", "r.jsonl", "--output", "o.jsonl", "--max-errors", "nan"], "--max-errors: expected a fraction from 0 to 1"),
         (["--image", "picture.png", "--whole", "--ask", "x" * 100_000], "the model reads 512"),
         (["--batch", "r.jsonl"], "--batch needs --output"),
         (["--batch", "missing.jsonl", "--output", "o.jsonl"], "cannot read the requests"),
