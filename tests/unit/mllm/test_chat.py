@@ -123,7 +123,10 @@ def write_cut(path):
         (["--image", "picture.png", "--whole", "--ask", "x", "--output", "o.jsonl"], "belong to --batch"),
         (["--image", "picture.png", "--whole", "--ask", "x", "--batch-size", "4"], "belong to --batch"),
         (["--image", "picture.png", "--whole", "--ask", "x", "--retry-failed"], "belong to --batch"),
-        (["--batch", "r.jsonl", "--output", "o.jsonl", "--max-errors", "nan"], "--max-errors: expected a fraction from 0 to 1"),
+        (
+            ["--batch", "r.jsonl", "--output", "o.jsonl", "--max-errors", "nan"],
+            "--max-errors: expected a fraction from 0 to 1",
+        ),
         (["--image", "picture.png", "--whole", "--ask", "x" * 100_000], "the model reads 512"),
         (["--batch", "r.jsonl"], "--batch needs --output"),
         (["--batch", "missing.jsonl", "--output", "o.jsonl"], "cannot read the requests"),
@@ -171,7 +174,7 @@ def test_other_models_are_refused(picture, tmp_path, capsys, config, message):
 def test_torn_weights_are_named(tiny_llava_dir, picture, tmp_path, capsys):
     shutil.copytree(tiny_llava_dir, tmp_path / "torn")
     weights = tmp_path / "torn" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:5000])
+    weights.write_bytes(weights.read_bytes()[:-5000])
     assert run(tmp_path / "torn", "--image", picture, "--whole", "--ask", "x") == 2
     assert "are damaged" in capsys.readouterr().err
 
