@@ -26,6 +26,7 @@ from mllm.command_line import too_many_errors
 from mllm.data.jsonl import region_in
 from mllm.data.records import MAX_ERRORS
 from mllm.data.samples import load_image
+from mllm.data.schemas import checked
 from mllm.files import one_line
 
 _HASH_WHOLE_FILES_UP_TO = 200_000_000  # bytes; larger weights are told apart by name, size and time
@@ -172,8 +173,8 @@ def _read_request(number: int, line: bytes) -> Request:
         return Request(name, {}, _digest(name, line), f"not JSON: {one_line(error)}")
     problem = None
     try:
-        checked = msgspec.convert(record, _Line)
-        if checked.question is not None and not checked.question.strip():
+        line = checked(record, _Line)
+        if line.question is not None and not line.question.strip():
             problem = "the question is empty; leave it out to have the region described"
     except (ValueError, RecursionError) as error:
         problem = (

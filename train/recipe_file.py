@@ -14,6 +14,8 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from mllm.files import one_line
+
 LARGEST_RECIPE = 64 * 2**10  # bytes
 MOST_BRACKETS = 1000  # nested, PyYAML takes seconds for more
 MOST_VALUES = 10_000  # of a recipe, counted as often as an anchor is used
@@ -46,7 +48,7 @@ def read_recipe(path: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         where = f", line {place.line + 1}, column {place.column + 1}," if place else ""
-        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        reason = getattr(error, "problem", None) or one_line(error)
         raise ValueError(f"{path}{where} is not YAML: {reason}") from error
     except _DAMAGE as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else f"a value cannot be read: {error}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from mllm.files import write_file
+from mllm.files import one_line, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class SkippedItems:
             ValueError: If more were left out than `max_missing` allows.
         """
         image = _text(image)
-        item = SkippedItem(image, region, _text(" ".join(str(error).split())), self.split, position)
+        item = SkippedItem(image, region, one_line(error), self.split, position)
         self._read_on()
         if (image, region, position) not in self._known:
             if (image, region) not in self._named[region is None]:
