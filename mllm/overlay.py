@@ -9,7 +9,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from mllm.files import check_file as check_folder  # noqa: F401, for mllm.batch
 from mllm.files import check_replaceable, made_by, replacing_file
 from vision_tower import Region
 
