@@ -5,16 +5,29 @@ import json
 import pytest
 
 from train import arguments, region_text_arguments
+from train.output import WHOLE, held_output
 from train.run import what_makes_the_run
-from train.trainer import WHOLE, checkpoint_to_resume
 
 PARSERS = {"region-tune": arguments.parse_args, "train.alpha_clip": region_text_arguments.parse_args}
 
 
-def run_of(program, *flags):
-    argv = ["--model", "m", "--data", "d", "--output_dir", "out", "--use_cpu", "true", "--per_device_train_batch_size"]
-    *others, training = PARSERS[program]([*argv, "4", "--eval_strategy", "no", *flags])
-    return what_makes_the_run(training, *others)
+def parsed(program, out, *flags):
+    """Training arguments, and what makes the run."""
+    argv = ["--model", "m", "--data", "d", "--output_dir", str(out), "--use_cpu", "true"]
+    argv += ["--per_device_train_batch_size", "4", "--eval_strategy", "no", *flags]
+    *others, training = PARSERS[program](argv)
+    return training, what_makes_the_run(training, *others)
+
+
+def store(program, checkpoint):
+    _, run = parsed(program, checkpoint.parent)
+    (checkpoint / WHOLE).write_text(json.dumps({"step": 2, "run": run}))
+
+
+def resumed(program, out, *flags):
+    """The checkpoint that a command would resume from."""
+    with held_output(*parsed(program, out, *flags)) as resumption:
+        return resumption.checkpoint
 
 
 @pytest.fixture
@@ -54,15 +67,15 @@ LEARNED = [
     [*(("region-tune", *setting) for setting in LEARNED), ("train.alpha_clip", *LEARNED[0])],
 )
 def test_what_is_learned_depends_on_it(checkpoint, program, name, value):
-    (checkpoint / WHOLE).write_text(json.dumps({"step": 2, "run": run_of(program)}))
-    assert checkpoint_to_resume(checkpoint.parent, run_of(program)) == checkpoint
+    store(program, checkpoint)
+    assert resumed(program, checkpoint.parent) == checkpoint
     with pytest.raises(ValueError, match=f"is of another run: {name} was"):
-        checkpoint_to_resume(checkpoint.parent, run_of(program, f"--{name}", value))
+        resumed(program, checkpoint.parent, f"--{name}", value)
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("logging_steps", "3"), ("save_steps", "9"), ("dataloader_num_workers", "2")]
 )
 def test_what_is_learned_does_not_depend_on_it(checkpoint, name, value):
-    (checkpoint / WHOLE).write_text(json.dumps({"step": 2, "run": run_of("region-tune")}))
-    assert checkpoint_to_resume(checkpoint.parent, run_of("region-tune", f"--{name}", value)) == checkpoint
+    store("region-tune", checkpoint)
+    assert resumed("region-tune", checkpoint.parent, f"--{name}", value) == checkpoint
