@@ -253,7 +253,7 @@ def _read_parts(
 
 
 def _digest(samples: Sequence[RegionSample], settings: Settings) -> str:
-    """What a batch is of. The whole of a run stands in its run.json; this tells files of parts apart."""
+    """What a batch is of. The settings of the run are in its run.json; this tells files of parts apart."""
     content = [dataclasses.astuple(settings), [[sample.id, settings.question(sample)] for sample in samples]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -37,14 +37,14 @@ class Picture(NamedTuple):
 
 
 def write_page(path: str | os.PathLike, template: str, **content: Any) -> None:
-    """Write `pages/TEMPLATE` filled with `content`, whole or not at all; its generator is `made_by(TEMPLATE)`.
+    """Write `pages/TEMPLATE` filled with `content`, atomically; its generator is `made_by(TEMPLATE)`.
 
     Raises:
         ValueError: If no file can be at `path`.
         OSError: If the file cannot be written.
     """
     text = _environment().get_template(template).render(generator=made_by(template), **content)
-    # half a surrogate pair in a model's answer is no UTF-8: it is written as a reference, and shown as U+FFFD
+    # half a surrogate pair in a model's answer is not UTF-8: it is written as a reference, and shown as U+FFFD
     write_file(path, text.encode("utf-8", "xmlcharrefreplace"))
 
 

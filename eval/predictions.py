@@ -65,7 +65,7 @@ def write_predictions(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 def _line(record: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(record, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # a file's name with bytes that are no text
+    except UnicodeEncodeError:  # a file name with bytes that are not text
         return json.dumps(record).encode() + b"\n"
 
 
@@ -105,8 +105,7 @@ def read_predictions(
         errors = {record["error"] for record in records if record.get("error") is not None}
         why = f": {sorted(errors)[0]}" if errors else ""
         raise ValueError(
-            f"{path}: {what}{why}. Mend them and run again, or score the others with --allow-missing, which is said "
-            "beside every number"
+            f"{path}: {what}{why}. Fix them and rerun, or pass --allow-missing (results are marked incomplete)"
         )
     if too_many_errors(len(missing), len(records), max_errors):
         raise ValueError(f"{path}: {what}, more than --max-errors {max_errors:g} allows; nothing was scored")
@@ -262,7 +261,7 @@ def _content(path: Path, unique_keys: bool = False) -> Any:
         try:
             row = parse_record(first)
         except ValueError:
-            row = None  # goes on over several lines
+            row = None  # an object over several lines
         if row is not None and (second is not None or _first(row, _ID_KEYS) is not None):
             return _lines(path)
     lines.close()

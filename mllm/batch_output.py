@@ -1,4 +1,4 @@
-"""The answers of a batch file: the output, written whole at the end of a run, and the journal beside it.
+"""The answers of a batch file: the output, written whole at the end of a run, and its journal.
 
 The journal (`OUTPUT.journal.jsonl`) holds every answer under the digest of its request, as soon as its batch is
 answered. From it an interrupted run resumes, and an edited batch file keeps the answers of its unchanged requests. Its
@@ -66,7 +66,7 @@ class BatchOutput:
         self._append: Callable[[Mapping[str, Any]], None]
 
     def check(self, reads: Iterable[Path]) -> None:
-        """Raise ValueError if writing would lose a file of somebody else, or one that the command reads."""
+        """Raise ValueError if writing would replace a file that the command reads."""
         written = {_identity(path): path for path in (self.path, self.journal_path)}
         for source in reads:
             if (identity := _identity(source)) is not None and identity in written:

@@ -28,9 +28,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Print what is wrong and end with exit code 2; of values that look like options or lists, how they are
-        written.
-        """
+        """Print what is wrong and end with exit code 2; explain how to write values that look like options or lists."""
         if "expected one argument" in message:
             option = message.removeprefix("argument ").split(":")[0].split("/")[-1]
             message += f" (a value that begins with a minus is written with an equals sign: {option}=-5,3,60,39)"
@@ -108,12 +106,12 @@ def say_error(program: str, message: str) -> None:
     shortened = message[:_LONGEST] + (" ..." if len(message) > _LONGEST else "")
     try:
         print(f"{program}: error: {printable(shortened)}", file=sys.stderr)
-    except BrokenPipeError:  # nobody reads it; the exit code says what happened
+    except BrokenPipeError:  # closed too; the exit code says what happened
         _forget_output()
 
 
 def say(text: object = "", file: TextIO | None = None) -> None:
-    """Print text that may hold names and words of somebody else's files."""
+    """Print text that may hold names and words from other people's files."""
     print(printable(str(text)), file=file)
 
 
@@ -144,7 +142,7 @@ def log_to_terminal(level: int) -> None:
 
 
 def _forget_output() -> None:
-    """Let the interpreter's last flush go nowhere instead of failing."""
+    """Discard what is left to print, so that the interpreter's last flush cannot fail."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

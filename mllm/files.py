@@ -253,7 +253,7 @@ def claim_folder(
         known: Whether a folder without a marker was written by an earlier version.
 
     Raises:
-        ValueError: If the folder is somebody else's, or is read by the command.
+        ValueError: If the folder was not written by this command, or is read by it.
         OSError: If it cannot be made.
     """
     target = _folder(path, reads)
@@ -298,7 +298,7 @@ def locked(output: StrPath, *, inside: bool = False) -> Iterator[None]:
     finally:
         if lock.is_locked:  # not so in a forked child
             holder.unlink(missing_ok=True)
-            if os.name != "nt":  # which does not remove open files; elsewhere whoever gets a removed lock tries anew
+            if os.name != "nt":  # which does not remove open files; elsewhere filelock retries if it got a removed file
                 place.unlink(missing_ok=True)
             lock.release()
 
@@ -307,7 +307,7 @@ def one_line(error: BaseException) -> str:
     """What an error says, in one line; of a file the system's words without its number."""
     named = isinstance(error, OSError) and error.filename is not None and error.strerror
     text = f"{error.filename}: {error.strerror}" if named else str(error)
-    # a file's name may hold bytes that are no text; as surrogates they could not be written anywhere
+    # a file name may hold bytes that are not text; as surrogates they could not be written anywhere
     return " ".join(text.split()).encode("utf-8", "backslashreplace").decode() or type(error).__name__
 
 
@@ -367,7 +367,7 @@ def _entries(folder: Path) -> list[str]:
 
 
 def _write_marker(folder: Path, kind: str, files: list[str] | None) -> None:
-    """Say that a folder is this project's, and what of it may be replaced; None: it grows."""
+    """Mark a folder as this project's, with the files that may be replaced (None: all, as it grows)."""
     write_json(folder / MARKER, {"made_by": MADE_BY, "kind": kind, **({} if files is None else {"files": files})})
 
 

@@ -49,7 +49,7 @@ def check_overlay(path: str | os.PathLike, *, reads: Iterable[str | os.PathLike]
 
 
 def save_overlay(path: str | os.PathLike, image: Image.Image, region: Region, caption: str | None = None) -> None:
-    """Write the overlay as PNG, whole or not at all. Whether it may replace what is there, `check_overlay` says.
+    """Write the overlay as PNG, atomically. `check_overlay` says whether it may replace what is there.
 
     Raises:
         ValueError: If no file can be at `path`, or the region does not fit the image.

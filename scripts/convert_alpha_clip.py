@@ -112,7 +112,7 @@ def read_source(source: Path) -> tuple[AlphaCLIPVisionConfig, StateDict]:
 
 @contextmanager
 def _whole(args: argparse.Namespace) -> Iterator[Path]:
-    """A place beside OUT that becomes OUT at the end, so that a half-written one never has its name."""
+    """A place next to OUT that becomes OUT at the end, so that an incomplete one never has its name."""
     if not args.original:
         with replacing_folder(args.out, "model", reads=[args.source], new=True) as folder:
             yield folder

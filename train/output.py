@@ -19,7 +19,7 @@ from mllm.files import claim_folder, locked, one_line, write_json
 from mllm.loading import EMBEDDED_MODEL
 from train.skipped import SKIPPED, SkippedItem
 
-WHOLE = "whole.json"  # written last into a checkpoint: without it one is half-written
+WHOLE = "whole.json"  # written last into a checkpoint: without it one is incomplete
 TRAINING_RECORD = "training_record.json"  # written last beside a finished model: what made it, and its curves
 _TIMES = re.compile(r"_(runtime|time|per_second)$")
 _SAVED = (".safetensors", ".json", ".jinja", ".model")  # what a model and its processor are loaded from
@@ -39,7 +39,8 @@ def held_output(args: TrainingArguments, run: Mapping[str, Any]) -> Iterator[Res
     """Hold the output folder of a run, which the main process (of all machines) locks, and say where the run resumes.
 
     Raises:
-        ValueError: If the folder is somebody else's, of another run, read by this one, or used by another process.
+        ValueError: If the folder was not written by this command, is of another run, is read by this one, or is used by
+            another process.
         ConnectionError: If the main process was refused; it says why.
         OSError: If the folder cannot be written.
     """
@@ -50,7 +51,7 @@ def held_output(args: TrainingArguments, run: Mapping[str, Any]) -> Iterator[Res
                 out = claim_folder(args.output_dir, "training", reads=what_it_reads(run), known=_is_a_run)
                 held.enter_context(locked(out, inside=True))
                 resumption = _resumption(out, run)
-                if resumption == (None, False):  # from the start: what an earlier attempt left out may be mended
+                if resumption == (None, False):  # from the start: what an earlier attempt left out may be fixed
                     (out / SKIPPED).unlink(missing_ok=True)
         finally:
             resumption = from_main_process(args, resumption)
@@ -94,7 +95,7 @@ def _resumption(out: Path, run: Mapping[str, Any]) -> Resumption:
 
 
 def last_whole_checkpoint(output_dir: str | os.PathLike) -> Path | None:
-    """The newest whole checkpoint of a run's folder. Half-written ones are no checkpoints."""
+    """The newest whole checkpoint of a run's folder. Incomplete ones do not count."""
     markers = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{WHOLE}")
     folders = (marker.parent for marker in markers if step_of(marker.parent) is not None)
     return max(folders, key=step_of, default=None)

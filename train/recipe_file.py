@@ -19,7 +19,7 @@ from mllm.files import one_line
 LARGEST_RECIPE = 64 * 2**10  # bytes
 MOST_BRACKETS = 1000  # nested, PyYAML takes seconds for more
 MOST_VALUES = 10_000  # of a recipe, counted as often as an anchor is used
-# What PyYAML raises, beside its own errors, on damaged values: a date that is none, `!!int x`, `!!bool x`.
+# What PyYAML raises, beside its own errors, on damaged values: an invalid date, `!!int x`, `!!bool x`.
 _DAMAGE = (ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
 
 
@@ -60,7 +60,7 @@ def read_recipe(path: str) -> dict[str, Any]:
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """Refuses what plain YAML lets pass: a repeated key, of which the last would win, and keys that are no text. Merge
+    """Refuses what plain YAML lets pass: a repeated key, of which the last would win, and keys that are not text. Merge
     keys (<<), which can double a mapping line by line, are not needed.
     """
 

@@ -34,7 +34,7 @@ from train.trainer import RegionTrainer
 
 logger = logging.getLogger(__name__)
 
-# In the errors of gloo, which are no DistErrors
+# In the errors of gloo, which are not DistErrors
 _LOST_PEER = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
 
 # What may differ between a run and its continuation: where and how it runs, not what it computes
@@ -47,8 +47,8 @@ _NOT_OF_THE_RUN = {
 
 
 def run_command(name: str, train: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int:
-    """Run a training command; what a user can mend becomes one line and exit code 2. However it ends, so do its loader
-    workers; and after an error, its process, which would wait for the other ranks.
+    """Run a training command; errors that a user can fix become one line and exit code 2. Its loader workers
+    always end with it; so does its process after an error, when it would wait for the other ranks.
     """
     others = multiprocessing.active_children()
     code = FAILED
@@ -80,7 +80,7 @@ def _explaining(name: str, train: Callable[[Sequence[str]], int], argv: Sequence
 
 
 def explanation(error: BaseException) -> str | None:
-    """What a user is told of an error of torch or a library in one line; None of a mistake in the code."""
+    """An error of torch or another library as one line for the user; None for a bug in the code."""
     text = str(error)
     no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
     if text.startswith("Caught ") and not no_memory:  # by a loader worker; its traceback, then the error
@@ -174,7 +174,7 @@ def refuse_less_than_a_batch(trainer: RegionTrainer) -> None:
 
 
 def what_makes_the_run(training_args: TrainingArguments, *others: Any) -> dict[str, Any]:
-    """The settings that decide what is learned: a checkpoint goes on only under the same ones."""
+    """The settings that decide what is learned: a checkpoint is resumed only under the same ones."""
     settings = training_args.to_sanitized_dict()
     for arguments in others:
         settings |= vars(arguments)

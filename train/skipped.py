@@ -107,7 +107,7 @@ class SkippedItems:
 
 
 def read_skipped(path: Path) -> list[SkippedItem]:
-    """The items of a file; none where there is no file. A line that a killed process left torn is no item."""
+    """The items of a file; none without a file. A line that a killed process left incomplete is skipped."""
     return list(_parsed(path.read_bytes())) if path.exists() else []
 
 
@@ -147,7 +147,7 @@ def _append(path: Path, item: SkippedItem) -> None:
 
 
 def _text(name: str) -> str:
-    """A file's name with what is no text in it (surrogates) written out."""
+    """A file name with bytes that are not text (surrogates) escaped."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

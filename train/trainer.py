@@ -105,7 +105,7 @@ class RegionTrainer(Trainer):
 
     def was_shown(self, step: int) -> Callable[[SkippedItem], bool]:
         """Whether the run came to an item that was left out before the end of a step, by what it trains on alone:
-        loader workers read ahead, and a killed run had gone on from its last checkpoint.
+        loader workers read ahead, and a killed run went beyond its last checkpoint.
         """
         args, count = self.args, len(self.train_dataset)
         rounds = count / (args.train_batch_size * args.world_size)  # batches of each process in an epoch
@@ -178,7 +178,7 @@ class RegionTrainer(Trainer):
         """As in Trainer; a checkpoint is whole once `whole.json` is in it, the last file to be written."""
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with naming_what_cannot_be_written(f"the checkpoint {folder}", self.args.output_dir):
-            if self.args.should_save:  # left half-written by a run that was killed here
+            if self.args.should_save:  # left incomplete by a run that was killed here
                 shutil.rmtree(folder, ignore_errors=True)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)

@@ -41,7 +41,7 @@ _IN_A_PICKLE = re.compile(
 )
 _OTHER_CALLS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
 # What the libraries raise on damaged files, found by damaging some 50,000 of them (tests/faults/test_fuzz.py does so
-# with fewer). Nothing but their calls stands in a `try`: a TypeError of our own is a bug.
+# with fewer). Only their calls are inside a `try`: a TypeError of our own is a bug.
 _ZIP_DAMAGE = (zipfile.BadZipFile, struct.error, OSError, EOFError, ValueError, RuntimeError)
 _PICKLE_DAMAGE = (
     pickle.UnpicklingError,

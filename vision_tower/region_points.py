@@ -55,7 +55,7 @@ def finite(values: Sequence, what: str) -> list[float]:
     """Floats that are finite and not absurdly large.
 
     Raises:
-        ValueError: If one is not, or is no number.
+        ValueError: If one is not, or is not a number.
     """
     if any(isinstance(value, str | bytes | bool) for value in values):
         raise ValueError(f"expected numbers for the {what}, got {shortened(values)}")

@@ -129,8 +129,8 @@ class Region:
     ) -> Region:
         """A mask of the image's own size: an array or tensor (H, W), a PIL image, or an image file.
 
-        Taken are bool, integers of two values (0 and 1, 255 or 65535) and floats 0..1, where values between make soft
-        edges (kept in 255 steps).
+        Accepted are bool, integers of two values (0 and 1, 255 or 65535) and floats 0..1, where values between make
+        soft edges (kept in 255 steps).
 
         Args:
             mask: The mask. Of image files and PIL images EXIF orientation is applied, as to the image itself.

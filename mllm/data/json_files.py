@@ -145,8 +145,8 @@ def is_utf8(words: str) -> bool:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number, from 1, and content of each line that is not blank. Of a line too long for `parse_record` the end is
-    missing.
+    """Number, from 1, and content of each line that is not blank. A line too long for `parse_record` is
+    cut off.
 
     Raises:
         ValueError: If the file cannot be read.
@@ -223,7 +223,7 @@ class _Text:
         return found
 
     def entry(self) -> Any:
-        """The next entry. It is whole where a comma or the end of the list follows: a number could go on."""
+        """The next entry. It is whole where a comma or the end of the list follows: a number could continue."""
         self.peek()
         size = _READ_AT_ONCE
         while True:
@@ -248,7 +248,7 @@ class _Text:
             size *= 2
 
     def _read(self, size: int) -> bool:
-        """Read on; what was passed is dropped."""
+        """Read more and drop what was parsed; returns whether there was more."""
         more = self.file.read(size)
         self.before += self.at
         self.text, self.at = self.text[self.at :] + more, 0

@@ -14,7 +14,7 @@ from vision_tower import Region
 NO_MASK = "without a mask, left out"
 BAD_MASK = "whose mask cannot be decoded, left out"
 EMPTY_MASK = "whose mask is empty, left out"
-OTHER_SIZE = "whose mask has another size than those of its picture, left out"
+OTHER_SIZE = "whose mask has another size than its image, left out"
 REGION_INPUTS = ("box", "mask")
 
 
@@ -79,7 +79,7 @@ def _parts(shape: list) -> list[list[float]]:
 
 
 def _has_area(flat: Sequence[float]) -> bool:
-    """Whether a flat polygon encloses anything: COCO has parts of two points or on one line, which are no mask."""
+    """Whether a flat polygon encloses anything: COCO has parts of two points or on one line, which enclose nothing."""
     points = list(zip(flat[::2], flat[1::2], strict=True))
     if len(points) < 3:
         return False

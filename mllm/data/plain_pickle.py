@@ -70,7 +70,7 @@ class _PlainUnpickler(pickle._Unpickler):  # the one in Python
 
     def _set(self, items: list) -> None:
         if len(items) % 2 or not isinstance(target := self.stack[-1], dict):
-            raise pickle.UnpicklingError("it sets items of what is no dict")
+            raise pickle.UnpicklingError("it sets items of something other than a dict")
         for at in range(0, len(items), 2):
             if type(items[at]) not in _KEYS:
                 raise pickle.UnpicklingError(f"a dict has a {type(items[at]).__name__} as its key")

@@ -62,7 +62,7 @@ class ReadReport:
         self.add(reason, example)
 
     def note(self, other: ReadReport, what: str) -> None:
-        """Count what another reading left out, under a name of its own: these are no records of this one."""
+        """Count what another reading left out, under a name of its own: they do not count as records of this one."""
         for reason, examples in other.examples.items():
             self.counts[f"{what} {reason}"] += other.counts[reason]
             self.examples.setdefault(f"{what} {reason}", []).extend(examples[:_MAX_EXAMPLES])
@@ -149,8 +149,8 @@ class Folders:
         self._files = {folder: set(os.listdir(root / folder)) for folder in folders if (root / folder).is_dir()}
 
     def find(self, *names: str, first: str | None = None) -> str:
-        """The path of the first of these names in the first folder that has it. That it is in none is said when it is
-        opened, so that text can be read without pictures.
+        """The path of the first of these names in the first folder that has it. If none has it, opening it is the
+        error, so that text can be read without images.
         """
         for folder in self.folders if first is None else (first, *self.folders):
             for name in names:

@@ -172,7 +172,7 @@ def _samples(
 
 def _sentences(ref: Ref, grouped: bool, report: ReadReport) -> Iterator[tuple[int, str]]:
     """Id and text of the expressions of a ref that can be used; the others are counted."""
-    # where expressions are no items of their own, the region they are dropped from is still read
+    # grouped, expressions are not items: the region that one is dropped from is still read
     dropped = ReadReport() if grouped else report
     for record in ref.sentences:
         sentence = usable_record(record, Sentence, f"a sentence of ref {ref.ref_id}", dropped)
@@ -203,7 +203,7 @@ def _region(
     if not isinstance(region, Region):
         report.leave_out(region, name)
         return None
-    # not the ref's own file name, which carries the annotation's id behind the picture's
+    # not the ref's own file name, which has the annotation's id after the image's
     if (file := file_of(image, files.folders, report)) is None:
         return None
     meta = {

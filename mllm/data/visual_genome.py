@@ -203,10 +203,10 @@ class _Reader:
         self.masks = read_json(root / "region_masks.json", dict, unique_keys=True) if region_input == "mask" else {}
 
     def mapping(self) -> dict[int, int]:
-        """Region id by question id; what is no such pair is counted.
+        """Region id by question id; anything else is counted.
 
         Raises:
-            ValueError: If the file is no JSON object, or has a question twice.
+            ValueError: If the file is not a JSON object, or has a question twice.
         """
         path = self.root / "qa_to_region_mapping.json"
         found = []
@@ -271,7 +271,7 @@ class _Reader:
         return region_of(self.masks.get(str(region_id)), box, (picture.height, picture.width), self.region_input)
 
     def _pictures(self) -> dict[int, _Picture]:
-        """The images by id; what is no image is counted."""
+        """The images by id; anything else is counted."""
         path = self.root / "image_data.json"
         folders = Folders(self.root, _IMAGE_FOLDERS)
         images = ReadReport()

@@ -28,7 +28,7 @@ MAP = "ALPHA_MUTATIONS_MAP"  # the file that the plugin writes
 
 
 def sources_digest() -> str:
-    """Of all sources and tests: a map of others is made anew."""
+    """Of all sources and tests: a map of others is measured again."""
     digest = hashlib.sha256()
     for file in python_files(str(ROOT), (*PACKAGES, "scripts", "tests")):
         digest.update(file.encode() + (ROOT / file).read_bytes())
