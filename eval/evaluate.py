@@ -22,7 +22,7 @@ from eval.report import write_report
 from eval.score import Measured, check_metrics, measure, picture_of_each, score
 from eval.tasks import Task
 from mllm.answering import RegionChat
-from mllm.batch import added_weights, fingerprint
+from mllm.batch import model_record
 from mllm.command_line import too_many_errors
 from mllm.data.records import MAX_ERRORS
 from mllm.data.samples import RegionSample, TarMember
@@ -196,11 +196,7 @@ def run_record(plan: Plan, samples: Sequence[RegionSample], chat: RegionChat, mo
         },
         "data": str(_root(plan.data)),
         "samples": digest.hexdigest(),
-        "model": model_name,
-        "weights": fingerprint(chat.model.config._name_or_path, chat.model.config),
-        "quantised": str(getattr(chat.model, "quantization_method", None)),
-        "alpha and adapter": added_weights(chat.model),
-        "dtype": str(chat.model.get_input_embeddings().weight.dtype),
+        **model_record(chat.model, model_name),
         "region_input": plan.settings.region_input,
         "strength": plan.strength,
         "geometry": chat.processor.image_processor.geometry,

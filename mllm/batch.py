@@ -229,15 +229,22 @@ def _run_record(
     except ValueError:  # on another drive
         pass
     return {
-        "model": model_name,
-        "weights": fingerprint(chat.model.config._name_or_path, chat.model.config),
-        "quantised": str(getattr(chat.model, "quantization_method", None)),
-        "alpha and adapter": added_weights(chat.model),
-        "dtype": str(chat.model.get_input_embeddings().weight.dtype),  # BLIP-2 keeps its Q-Former in float32
+        **model_record(chat.model, model_name),
         "request file": requests.as_posix(),
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
         "version": version("alpha-clip-mllm"),
+    }
+
+
+def model_record(model: PreTrainedModel, name: str) -> dict[str, str]:
+    """What must be the same of a model, called `name`, for two runs to write one output."""
+    return {
+        "model": name,
+        "weights": fingerprint(model.config._name_or_path, model.config),
+        "quantised": str(getattr(model, "quantization_method", None)),
+        "alpha and adapter": added_weights(model),
+        "dtype": str(model.get_input_embeddings().weight.dtype),  # BLIP-2 keeps its Q-Former in float32
     }
 
 

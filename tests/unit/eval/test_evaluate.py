@@ -89,8 +89,8 @@ class Killed(BaseException):
 def test_stopped_at_any_moment_and_rerun_it_gives_the_same_bytes(embedded, plan, monkeypatch, error):
     """At every system call that writes: predictions and metrics are those of an uninterrupted run."""
     monkeypatch.setattr(RegionChat, "answers", say_something)
-    monkeypatch.setattr("eval.evaluate.fingerprint", lambda *arguments: "same")  # a tenth of a second each
-    monkeypatch.setattr("eval.evaluate.added_weights", lambda model: "same")
+    monkeypatch.setattr("mllm.batch.fingerprint", lambda *arguments: "same")  # a tenth of a second each
+    monkeypatch.setattr("mllm.batch.added_weights", lambda model: "same")
     monkeypatch.setattr("eval.report.picture_of", lambda *arguments: Picture(problem="not drawn"))
     real = {name: getattr(os, name) for name in ("write", "fsync", "replace", "ftruncate")}
 
