@@ -19,6 +19,7 @@ DEEPEST = 100  # levels of a record that is kept whole; what the json module its
 _READ_AT_ONCE = 2**20  # characters
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NAMED = 5  # ids in a message
+_COLLECTIONS = (list, type({}.values()))
 
 
 def read_json(path: Path, kind: type, *, unique_keys: bool = False) -> Any:
@@ -119,7 +120,7 @@ def check_kept(value: Any) -> None:
     level = [value]
     for _ in range(DEEPEST):
         containers = [outer.values() if isinstance(outer, dict) else outer for outer in level]
-        level = [inner for outer in containers if isinstance(outer, COLLECTIONS) for inner in outer]
+        level = [inner for outer in containers if isinstance(outer, _COLLECTIONS) for inner in outer]
         if not level:
             break
     else:
@@ -130,9 +131,6 @@ def check_kept(value: Any) -> None:
         raise ValueError("text that is not UTF-8: half of a surrogate pair") from None
     except ValueError:
         raise ValueError("a number that is NaN or infinite") from None
-
-
-COLLECTIONS = (list, type({}.values()))
 
 
 def is_utf8(words: str) -> bool:

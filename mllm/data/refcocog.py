@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm.data.coco import IMAGE_FOLDERS, file_of, rows_by_id
-from mllm.data.json_files import read_json, refuse_repeated, wrong
+from mllm.data.json_files import is_utf8, read_json, refuse_repeated, wrong
 from mllm.data.masks import check_region_input, region_of
 from mllm.data.plain_pickle import read_pickle
 from mllm.data.records import (
@@ -28,7 +28,6 @@ from mllm.data.records import (
     ReadReport,
     area_share,
     clamped,
-    is_utf8,
     usable_record,
     usable_text,
 )

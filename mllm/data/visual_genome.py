@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mllm.data.json_files import read_json, refuse_repeated, stream_json
+from mllm.data.json_files import is_utf8, read_json, refuse_repeated, stream_json
 from mllm.data.masks import check_region_input, region_of
 from mllm.data.records import (
     MALFORMED,
@@ -32,7 +32,6 @@ from mllm.data.records import (
     ReadReport,
     area_share,
     clamped,
-    is_utf8,
     usable_record,
     usable_text,
 )
