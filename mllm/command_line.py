@@ -105,7 +105,7 @@ def say_error(program: str, message: str) -> None:
     shortened = message[:_LONGEST] + (" ..." if len(message) > _LONGEST else "")
     try:
         print(f"{program}: error: {printable(shortened)}", file=sys.stderr)
-    except BrokenPipeError:  # nobody reads it; the exit code says what happened
+    except OSError:  # nobody reads it, or the disk of a log is full; the exit code says what happened
         _forget_output()
 
 

@@ -418,6 +418,13 @@ def _swap(partial: Path, target: Path, kind: str) -> None:
     shutil.rmtree(old, ignore_errors=True)  # what cannot be removed is a leftover for the next time
 
 
+def sync_files(paths: Iterable[StrPath]) -> None:
+    """Have the system write files that a library wrote, and the folders that they are in, to disk."""
+    files = [Path(path) for path in paths]
+    for path in (*files, *sorted({file.parent for file in files})):
+        _sync(path)
+
+
 def _sync_all(folder: Path) -> None:
     for inner, _, names in os.walk(folder):
         for name in names:
