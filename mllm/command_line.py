@@ -134,10 +134,13 @@ class PrintableFormatter(logging.Formatter):
 
 
 def log_to_terminal(level: int) -> None:
-    """Log to stderr, the message alone."""
+    """Log to stderr, the message alone. Called again it changes the level; somebody else's logging stays as it is."""
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(message)s"))
-    logging.basicConfig(level=level, handlers=[handler])
+    logging.basicConfig(handlers=[handler])
+    root = logging.getLogger()
+    if any(isinstance(other.formatter, PrintableFormatter) for other in root.handlers):
+        root.setLevel(level)
 
 
 def _forget_output() -> None:

@@ -297,9 +297,12 @@ def locked(output: StrPath, *, inside: bool = False) -> Iterator[None]:
         yield
     finally:
         if lock.is_locked:  # not so in a forked child
-            holder.unlink(missing_ok=True)
-            if os.name != "nt":  # which does not remove open files; elsewhere whoever gets a removed lock tries anew
-                place.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # read-only by now: the error that ends the command is another
+                holder.unlink(missing_ok=True)
+                if (
+                    os.name != "nt"
+                ):  # which does not remove open files; elsewhere whoever gets a removed lock tries anew
+                    place.unlink(missing_ok=True)
             lock.release()
 
 

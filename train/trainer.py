@@ -239,7 +239,7 @@ class StopOnSignal(TrainerCallback):
     """SIGTERM, SIGHUP or Ctrl-C: finish the step, save a checkpoint, end. All processes agree on the step.
 
     Attributes:
-        received: The signal; 0 while there was none, or where it came in the last step.
+        received: The signal; 0 while there was none.
     """
 
     def __init__(self) -> None:
@@ -251,14 +251,8 @@ class StopOnSignal(TrainerCallback):
         heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._receive) for number in heard}
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Stop listening."""
-        self.stop_listening()
-        if state.global_step >= state.max_steps:
-            self.received = 0
-
     def stop_listening(self) -> None:
-        """Give the signals back, also where training ended in an error."""
+        """Give the signals back: after the last save, which they do not interrupt, or an error."""
         while self._before:
             signal.signal(*self._before.popitem())
 
