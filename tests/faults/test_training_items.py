@@ -226,6 +226,7 @@ def two_ranks(recipe, tmp_path_factory, processes):
     return saved(out)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_ends_both_and_they_resume_to_the_same_bytes(recipe, two_ranks, tmp_path, processes):
     stop = AT_STEP.format(what="os.kill(os.getpid(), signal.SIGTERM)")
     codes, said = in_ranks(processes, recipe, tmp_path, before=("", stop))
@@ -236,6 +237,7 @@ def test_a_signal_to_one_rank_ends_both_and_they_resume_to_the_same_bytes(recipe
     assert saved(tmp_path) == two_ranks
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_other_within_seconds(recipe, two_ranks, tmp_path, processes):
     begin = time.monotonic()
     kill = AT_STEP.format(what="os.kill(os.getpid(), signal.SIGKILL)")
