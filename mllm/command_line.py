@@ -106,7 +106,7 @@ def say_error(program: str, message: str) -> None:
     shortened = message[:_LONGEST] + (" ..." if len(message) > _LONGEST else "")
     try:
         print(f"{program}: error: {printable(shortened)}", file=sys.stderr)
-    except BrokenPipeError:  # closed too; the exit code says what happened
+    except OSError:  # closed too, or the disk of a log is full; the exit code says what happened
         _forget_output()
 
 
@@ -135,10 +135,13 @@ class PrintableFormatter(logging.Formatter):
 
 
 def log_to_terminal(level: int) -> None:
-    """Log to stderr, the message alone."""
+    """Log to stderr, the message alone. Called again it changes the level; somebody else's logging stays as it is."""
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(message)s"))
-    logging.basicConfig(level=level, handlers=[handler])
+    logging.basicConfig(handlers=[handler])
+    root = logging.getLogger()
+    if any(isinstance(other.formatter, PrintableFormatter) for other in root.handlers):
+        root.setLevel(level)
 
 
 def _forget_output() -> None:

@@ -297,9 +297,10 @@ def locked(output: StrPath, *, inside: bool = False) -> Iterator[None]:
         yield
     finally:
         if lock.is_locked:  # not so in a forked child
-            holder.unlink(missing_ok=True)
-            if os.name != "nt":  # which does not remove open files; elsewhere filelock retries if it got a removed file
-                place.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # read-only by now: the error that ends the command is another
+                holder.unlink(missing_ok=True)
+                if os.name != "nt":  # which does not remove open files; elsewhere filelock retries if it got one
+                    place.unlink(missing_ok=True)
             lock.release()
 
 
@@ -416,6 +417,13 @@ def _swap(partial: Path, target: Path, kind: str) -> None:
         if not os.path.lexists(target):
             os.rename(old, target)
     shutil.rmtree(old, ignore_errors=True)  # what cannot be removed is a leftover for the next time
+
+
+def sync_files(paths: Iterable[StrPath]) -> None:
+    """Have the system write files that a library wrote, and the folders that they are in, to disk."""
+    files = [Path(path) for path in paths]
+    for path in (*files, *sorted({file.parent for file in files})):
+        _sync(path)
 
 
 def _sync_all(folder: Path) -> None:

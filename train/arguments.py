@@ -287,8 +287,6 @@ def parse_recipe(prog: str, kinds: Sequence[type], argv: Sequence[str]) -> tuple
     if unknown:
         raise ValueError(f"unknown flags or values without a flag: {' '.join(unknown)}; --help lists the flags")
     check_ranges(training_args)
-    if training_args.save_total_limit == 1:
-        raise ValueError("save_total_limit: expected 2 or more, since the older is deleted before the newer is whole")
     return *arguments, training_args
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mllm.files import claim_folder, locked, one_line, write_json
+from mllm.files import claim_folder, locked, one_line, sync_files, write_json
 from mllm.loading import EMBEDDED_MODEL
 from train.skipped import SKIPPED, SkippedItem
 
@@ -96,9 +97,24 @@ def _resumption(out: Path, run: Mapping[str, Any]) -> Resumption:
 
 def last_whole_checkpoint(output_dir: str | os.PathLike) -> Path | None:
     """The newest whole checkpoint of a run's folder. Incomplete ones do not count."""
+    return max(_whole_checkpoints(output_dir), key=step_of, default=None)
+
+
+def remove_older_checkpoints(output_dir: str | os.PathLike, keep: int | None, best: str | None) -> None:
+    """Remove the oldest whole checkpoints but `keep`; never the newest or the `best` one. None keeps all."""
+    checkpoints = sorted(_whole_checkpoints(output_dir), key=step_of)
+    if not keep or keep < 0:
+        return
+    kept_anyway = {checkpoints[-1].name, Path(best).name if best else checkpoints[-1].name}
+    removable = [folder for folder in checkpoints if folder.name not in kept_anyway]
+    for folder in removable[: max(len(checkpoints) - max(keep, len(kept_anyway)), 0)]:
+        (folder / WHOLE).unlink()  # first: killed in the middle, it is no checkpoint
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _whole_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     markers = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{WHOLE}")
-    folders = (marker.parent for marker in markers if step_of(marker.parent) is not None)
-    return max(folders, key=step_of, default=None)
+    return [marker.parent for marker in markers if step_of(marker.parent) is not None]
 
 
 def step_of(checkpoint: Path) -> int | None:
@@ -155,13 +171,14 @@ def write_record(
         entries.append({name: value for name, value in entry.items() if name not in timing})
         if timing:
             times.append({"step": entry["step"], **timing})
-    items = list(skipped)
+    items, files = list(skipped), _saved_files(out)
+    sync_files(out / name for name in files)  # the record says that they are there, also after a power failure
     record = {
         "run": run,
         "skipped_pictures": sorted({item.image for item in items if item.region is None}),
         "skipped_regions": sorted({item.name for item in items if item.region is not None}),
         "log": entries,
-        "files": _saved_files(out),
+        "files": files,
         "times": times,
     }
     write_json(out / TRAINING_RECORD, record)

@@ -72,6 +72,8 @@ def _explaining(name: str, train: Callable[[Sequence[str]], int], argv: Sequence
     except KeyboardInterrupt:
         say(f"{name}: interrupted", sys.stderr)
         raise
+    except BrokenPipeError:  # whoever read the output has closed it
+        raise
     except (ValueError, OSError, RuntimeError, MemoryError, EOFError, SafetensorError) as error:
         message = explanation(error)
         if message is None:
@@ -88,6 +90,11 @@ def explanation(error: BaseException) -> str | None:
         caught = getattr(builtins, kind, None)
         is_input = isinstance(caught, type) and issubclass(caught, ValueError | OSError)
         return text.rpartition(f"{kind}: ")[2] if is_input or isinstance(error, ValueError | OSError) else None
+    if isinstance(error, ConnectionResetError | EOFError):  # of a pipe to a worker that ended while it was read
+        return (
+            f"lost the connection to a loader worker or another process ({one_line(error)}); rerun the same command to "
+            "resume"
+        )
     if isinstance(error, ValueError | OSError):
         return one_line(error)
     last_line = (text.strip() or type(error).__name__).splitlines()[-1]
@@ -152,13 +159,15 @@ def train_and_save(trainer: RegionTrainer, checkpoint: Path | None) -> int:
                 keep_skipped(trainer.train_dataset.skipped.path, trainer.was_shown(step_of(checkpoint)))
             trainer.accelerator.wait_for_everyone()
             trainer.resume(checkpoint)
+        if trainer.state.global_step < trainer.state.max_steps and (stopped := trainer.stopping.received):
+            name = signal.Signals(stopped).name
+            logger.warning(
+                "stopped at step %d by %s; rerun the same command to resume", trainer.state.global_step, name
+            )
+            return 128 + stopped
+        save(trainer, trainer.processing_class)  # which a signal does not interrupt
     finally:
         trainer.stopping.stop_listening()
-    if stopped := trainer.stopping.received:
-        name = signal.Signals(stopped).name
-        logger.warning("stopped at step %d by %s; rerun the same command to resume", trainer.state.global_step, name)
-        return 128 + stopped
-    save(trainer, trainer.processing_class)
     return 0
 
 

@@ -24,11 +24,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mllm.command_line import stopping_signals
 from mllm.data.index import TRAIN
-from mllm.files import write_json
+from mllm.files import sync_files, write_json
 from train.evaluation import AnswerScorer
 from train.lora import part_of
 from train.optimizers import MuonWithAdamW
-from train.output import WHOLE, naming_what_cannot_be_written
+from train.output import WHOLE, naming_what_cannot_be_written, remove_older_checkpoints
 from train.sampling import EpochSampler, PictureDataset
 from train.skipped import SkippedItem
 
@@ -64,7 +64,10 @@ class RegionTrainer(Trainer):
         self.optimizer_name = optimizer_name
         self.run = dict(run)
         self.scorer = scorer
-        if self.label_smoother is not None and not self.model.config.get_text_config().is_encoder_decoder:
+        # Trainer would remove an older checkpoint before the new one is whole
+        self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self.encoder_decoder = self.model.config.get_text_config().is_encoder_decoder
+        if self.label_smoother is not None and not self.encoder_decoder:
             # Trainer shifts the labels of the causal models that it knows by name: neither LLaVA nor BLIP-2
             self.label_smoother = partial(self.label_smoother, shift_labels=True)
         self.stopping = StopOnSignal()
@@ -102,6 +105,17 @@ class RegionTrainer(Trainer):
             self._globalstep_last_logged = self._unlogged["since"]
             self._unlogged = None
         super()._run_epoch(*args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in Trainer; where it keeps the labels from the model, to smooth them, a T5 must be given what they say of
+        its input.
+        """
+        if self.label_smoother is not None and self.encoder_decoder:
+            model_inside = self.accelerator.unwrap_model(model)
+            model_inside = model_inside.get_base_model() if hasattr(model_inside, "get_base_model") else model_inside
+            shift = model_inside.language_model.prepare_decoder_input_ids_from_labels
+            inputs = {**inputs, "decoder_input_ids": shift(labels=inputs["labels"])}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def was_shown(self, step: int) -> Callable[[SkippedItem], bool]:
         """Whether the run came to an item that was left out before the end of a step, by what it trains on alone:
@@ -186,8 +200,11 @@ class RegionTrainer(Trainer):
             unlogged = {"losses": gather_object([self._tr_loss.item()]), "since": self._globalstep_last_logged}
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                sync_files(file for file in folder.rglob("*") if file.is_file())
                 step = self.state.global_step
                 write_json(folder / WHOLE, {"step": step, "unlogged": unlogged, "run": self.run})
+                best = self.state.best_model_checkpoint
+                remove_older_checkpoints(self.args.output_dir, self.save_total_limit, best)
 
 
 def sampler_of(dataset: PictureDataset, args: TrainingArguments) -> EpochSampler:
@@ -222,7 +239,7 @@ class StopOnSignal(TrainerCallback):
     """SIGTERM, SIGHUP or Ctrl-C: finish the step, save a checkpoint, end. All processes agree on the step.
 
     Attributes:
-        received: The signal; 0 while there was none, or where it came in the last step.
+        received: The signal; 0 while there was none.
     """
 
     def __init__(self) -> None:
@@ -234,14 +251,8 @@ class StopOnSignal(TrainerCallback):
         heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._receive) for number in heard}
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Stop listening."""
-        self.stop_listening()
-        if state.global_step >= state.max_steps:
-            self.received = 0
-
     def stop_listening(self) -> None:
-        """Give the signals back, also where training ended in an error."""
+        """Give the signals back: after the last save, which they do not interrupt, or an error."""
         while self._before:
             signal.signal(*self._before.popitem())
 

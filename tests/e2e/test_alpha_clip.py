@@ -126,11 +126,11 @@ alpha_clip.main(sys.argv[1:])
 """
 
 
-def test_a_run_killed_within_an_epoch_goes_on_to_the_same_end(world, tmp_path):
+def test_a_run_killed_within_an_epoch_goes_on_to_the_same_end(world, tmp_path, processes):
     """Killed at step 5; the checkpoint of step 3 lies in the middle of the second epoch."""
     flags = (*SAVING, "--region_input", "mixed", "--min_strength", 0.5, "--mask_jitter", 1)
-    code, output = launch(world, tmp_path / "killed", [sys.executable, "-c", KILLED_AT_FIVE], *flags)
-    assert code == -signal.SIGKILL, output[-3000:]
+    killed = processes.start(KILLED_AT_FIVE, arguments(world, tmp_path / "killed", *flags))
+    assert killed.wait() == -signal.SIGKILL, killed.output()[-3000:]
     assert last_whole_checkpoint(tmp_path / "killed").name == "checkpoint-3"
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     train(world, tmp_path / "killed", *flags)
@@ -158,11 +158,12 @@ TOLERANCE, OF_LOSSES = 1e-5, 3e-5
 @pytest.mark.parametrize(
     ("stage", "flags"),
     [
-        (None, CHUNKS),  # under DeepSpeed with the slow ones: a machine compiles for a minute first
+        ("processes", CHUNKS),  # launched with the slow ones; under DeepSpeed a machine compiles for a minute first
         *(
             pytest.param(stage, flags, marks=pytest.mark.slow)
             for stage, flags in [
                 (None, ()),
+                (None, CHUNKS),
                 (None, PATCHES),
                 ("zero1", ()),
                 ("zero1", CHUNKS),
@@ -176,13 +177,18 @@ TOLERANCE, OF_LOSSES = 1e-5, 3e-5
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else str(value),
 )
-def test_two_ranks_learn_what_one_does(world, tmp_path, stage, flags):
+def test_two_ranks_learn_what_one_does(world, tmp_path, processes, stage, flags):
     """All parts (under ZeRO-3 without the temperature); one rank without gradient caching."""
     flags = [*PLAIN, "--train_parts", *(p for p in alpha_clip.PARTS if (stage, p) != ("zero3", "logit_scale")), *flags]
     train(world, tmp_path / "one", *flags, "--cache_chunk", 0)
-    two = ["--per_device_train_batch_size", 2, *(("--deepspeed", stage) if stage else ())]
-    code, output = launch(world, tmp_path / "two", [*TORCHRUN, "-m", "train.alpha_clip"], *flags, *two)
-    assert code == 0, output[-3000:]
+    two = ["--per_device_train_batch_size", 2]
+    if stage == "processes":
+        ranks = processes.start_ranks("train.alpha_clip:main", arguments(world, tmp_path / "two", *flags, *two))
+        assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output()[-3000:]
+    else:
+        two += ["--deepspeed", stage] if stage else []
+        code, output = launch(world, tmp_path / "two", [*TORCHRUN, "-m", "train.alpha_clip"], *flags, *two)
+        assert code == 0, output[-3000:]
     assert_same(tmp_path / "one", tmp_path / "two", TOLERANCE, OF_LOSSES)
     before, after = (load_file(folder / "model.safetensors") for folder in (world / "start", tmp_path / "two"))
     assert max((before[name] - after[name]).abs().max().item() for name in before) > 1e-2

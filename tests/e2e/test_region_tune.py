@@ -82,7 +82,7 @@ def undisturbed(world):
     return tune(world, world / "undisturbed")
 
 
-def launch(world, out, command, *flags, check=True):
+def launch(world, out, command, *flags):
     if "--deepspeed" in flags and shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("DeepSpeed compiles what its ranks on CPUs talk through: no C++ compiler here")
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:{os.environ['PATH']}"}
@@ -97,8 +97,6 @@ def launch(world, out, command, *flags, check=True):
         cwd=Path(__file__).resolve().parents[2],
         start_new_session=True,
     )
-    if not check:
-        return started
     try:
         output, _ = started.communicate(timeout=150)
     except subprocess.TimeoutExpired:
@@ -117,7 +115,7 @@ DEEPSPEED = (BIN / "deepspeed", "--num_accelerators", "2", "--master_port", "296
 @pytest.mark.parametrize(
     ("command", "stage", "tolerance"),
     [
-        (TORCHRUN, "zero3", 5e-4),
+        pytest.param(TORCHRUN, "zero3", 5e-4, marks=pytest.mark.slow),
         pytest.param(DEEPSPEED, "zero2", 5e-5, marks=pytest.mark.slow),
         pytest.param(TORCHRUN, None, 5e-5, marks=pytest.mark.slow),
         pytest.param(TORCHRUN, "zero1", 5e-5, marks=pytest.mark.slow),
@@ -211,29 +209,40 @@ def test_evaluation_while_training(world, tmp_path):
 SAVING = ("--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 2)
 
 
-def test_a_killed_run_goes_on_to_the_same_end(world, undisturbed, tmp_path):
-    started = launch(world, tmp_path, [REGION_TUNE], *SAVING, "--max_steps", 6, check=False)
-    while started.poll() is None and last_whole_checkpoint(tmp_path) is None:
+def until_a_checkpoint(started, out):
+    while started.poll() is None and last_whole_checkpoint(out) is None:
         time.sleep(0.01)
-    os.killpg(started.pid, signal.SIGKILL)
-    started.wait()
-    first = last_whole_checkpoint(tmp_path)
-    assert first is not None
+
+
+def test_two_processes_learn_what_one_does(world, undisturbed, tmp_path, processes):
+    flags = arguments(world, tmp_path, "--per_device_train_batch_size", 2)
+    ranks = processes.start_ranks("train.finetune:main", flags)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output()[-3000:]
+    outputs = [rank.output() for rank in ranks]
+    assert [output.count("language_model   ") for output in outputs] == [1, 0]  # the table of what is trained
+    assert_same(undisturbed, tmp_path, 5e-5)
+
+
+def test_a_killed_run_goes_on_to_the_same_end(world, undisturbed, tmp_path, processes):
+    started = processes.start("train.finetune:main", arguments(world, tmp_path, *SAVING))
+    until_a_checkpoint(started, tmp_path)
+    started.kill_group()
+    assert started.wait() == -signal.SIGKILL
+    assert last_whole_checkpoint(tmp_path) is not None
     tune(world, tmp_path, *SAVING)
     assert_same(undisturbed, tmp_path, 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_all_processes_ends_with_a_checkpoint(world, tmp_path, number):
+def test_a_signal_to_all_processes_ends_with_a_checkpoint(world, tmp_path, processes, number):
     """As a launcher or a terminal sends it: the workers that read pictures get it too."""
     flags = *SAVING, "--max_steps", 2000, "--dataloader_num_workers", 2, "--dataloader_persistent_workers", "true"
-    started = launch(world, tmp_path, [REGION_TUNE], *flags, check=False)
-    while started.poll() is None and last_whole_checkpoint(tmp_path) is None:
-        time.sleep(0.01)
-    os.killpg(started.pid, number)
-    output, _ = started.communicate(timeout=60)
-    assert started.returncode == 128 + number, output[-3000:]
-    assert f"by {number.name}; rerun the same command to resume" in output
+    started = processes.start("train.finetune:main", arguments(world, tmp_path, *flags))
+    until_a_checkpoint(started, tmp_path)
+    started.kill_group(number)
+    assert started.wait() == 128 + number, started.output()[-3000:]
+    assert started.group_is_empty()
+    assert f"by {number.name}; rerun the same command to resume" in started.output()
     assert int(last_whole_checkpoint(tmp_path).name.partition("-")[2]) >= 2
 
 

@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +106,10 @@ COMMANDS = {
 }
 
 
+def named(value):
+    return getattr(value, "__name__", str(value))
+
+
 def start(processes, command, world, out, ranks=1, before=""):
     target, arguments = command(world, out, ranks)
     if ranks == 1:
@@ -135,6 +138,7 @@ def undisturbed(world, processes):
 
     def run(command, ranks=1):
         if (command, ranks) not in known:
+            processes.run("pass\n")  # the first one waits for the imports, which are no part of the time
             out = world / f"{command.__name__}{ranks}"
             begin = time.monotonic()
             started = start(processes, command, world, out, ranks)
@@ -147,21 +151,24 @@ def undisturbed(world, processes):
 
 
 @pytest.mark.parametrize(
-    ("command", "ranks"), [*((command, 1) for command in COMMANDS), (tune, 2), (evaluate, 2)], ids=str
+    ("command", "ranks"),
+    [*((command, 1) for command in COMMANDS), (tune, 2), (evaluate, 2)],
+    ids=named,
 )
 def test_a_killed_run_gives_the_same_bytes(world, processes, undisturbed, command, ranks, request):
     expected, seconds = undisturbed(command, ranks)
     out = world / f"{command.__name__}{ranks}"
     rng = random.Random(f"{command.__name__} {ranks}")
-    killed = 0
+    killed, share = 0, 1.0
     for _ in range(request.config.getoption("kills")):
         started = start(processes, command, world, out, ranks)
-        time.sleep(rng.uniform(0.1, 1.0) * seconds)
+        time.sleep(rng.uniform(0.1, 1.0) * share * seconds)
         victims = started if rng.random() < 0.5 else [rng.choice(started)]
         for process in victims:
             process.kill_group()
         codes = finish(started)
         killed += -signal.SIGKILL in codes
+        share *= 1 if -signal.SIGKILL in codes else 0.7  # a busy machine measures too long a time
         if rng.random() < 0.3:
             continue  # killed again, in what the kill left
         again = start(processes, command, world, out, ranks)
@@ -184,7 +191,7 @@ def one_error(process):
     return line
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=str)
+@pytest.mark.parametrize("command", COMMANDS, ids=named)
 def test_a_full_disk_is_an_error_and_the_rerun_gives_the_same_bytes(world, processes, undisturbed, command, request):
     expected, _ = undisturbed(command)
     out = world / f"{command.__name__}1"
@@ -195,7 +202,8 @@ def test_a_full_disk_is_an_error_and_the_rerun_gives_the_same_bytes(world, proce
         (limited,) = start(processes, command, world, out, before=limit)
         if limited.wait() != 0:  # the limit may be above every file
             assert limited.returncode == 2, limited.output()[-3000:]
-            one_error(limited)
+            if os.path.getsize(limited.output_file) < largest:  # or no error could be written either
+                one_error(limited)
         assert limited.group_is_empty()
         (again,) = start(processes, command, world, out)
         assert again.wait() == 0, again.output()[-3000:]
@@ -203,23 +211,38 @@ def test_a_full_disk_is_an_error_and_the_rerun_gives_the_same_bytes(world, proce
         shutil.rmtree(out)
 
 
-@pytest.mark.skipif(not hasattr(os, "setuid") or os.geteuid() != 0, reason="only root can become somebody else")
-@pytest.mark.parametrize("command", COMMANDS, ids=str)
-def test_a_folder_that_cannot_be_written_is_an_error(world, processes, command):
-    out = world / f"readonly-{command.__name__}"
+# In the process: root obeys the permissions of files, without becoming somebody who cannot read Python's own.
+WITHOUT_PRIVILEGE = """
+import ctypes, os
+if os.geteuid() == 0:
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, sets) == 0
+    for part in range(3):
+        sets[part] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    assert libc.capset(header, sets) == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions of another kind")
+@pytest.mark.parametrize("mode", [0o755, 0o555])
+@pytest.mark.parametrize("command", COMMANDS, ids=named)
+def test_a_folder_that_cannot_be_written_is_an_error(world, processes, command, mode):
+    if mode == 0o755 and os.geteuid() != 0:
+        pytest.skip("only root can give a folder away")
+    out = world / f"readonly-{mode:o}-{command.__name__}"
     command(world, out)  # the batch makes its folder
     out.mkdir(exist_ok=True)
-    out.chmod(0o755)
-    for folder in (world, *world.parents):
-        if folder != Path("/"):
-            folder.chmod(folder.stat().st_mode | 0o055)
-    (refused,) = start(processes, command, world, out, before="import os; os.setgid(65534); os.setuid(65534)")
+    out.chmod(mode)
+    if mode == 0o755:
+        os.chown(out, 65534, 65534)
+    (refused,) = start(processes, command, world, out, before=WITHOUT_PRIVILEGE)
     assert refused.wait() == 2, refused.output()[-3000:]
     assert str(out) in one_error(refused)
     assert not list(out.iterdir())
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=str)
+@pytest.mark.parametrize("command", COMMANDS, ids=named)
 def test_a_second_process_is_refused_while_the_first_lives(world, processes, undisturbed, command):
     expected, _ = undisturbed(command)
     out = world / f"{command.__name__}1"
@@ -238,7 +261,7 @@ def test_a_second_process_is_refused_while_the_first_lives(world, processes, und
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
-@pytest.mark.parametrize("command", COMMANDS, ids=str)
+@pytest.mark.parametrize("command", COMMANDS, ids=named)
 def test_each_signal_ends_a_run_which_the_same_command_resumes(world, processes, undisturbed, command, number):
     expected, seconds = undisturbed(command)
     out = world / f"{command.__name__}1"
@@ -273,7 +296,7 @@ batch.load_image = load_image
 """
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=str)
+@pytest.mark.parametrize("command", COMMANDS, ids=named)
 def test_an_image_deleted_in_the_middle_is_one_error(world, processes, command):
     image = {contrast: world / "grit" / "00000" / "000000003.png"}.get(command)
     if image is None:

@@ -126,3 +126,16 @@ def test_other_parsers_get_no_hint_about_boxes(capsys):
     with pytest.raises(SystemExit):
         ArgumentParser(prog="p").parse_args(["3", "4"])
     assert capsys.readouterr().err == "p: error: unrecognized arguments: 3 4; see --help\n"
+
+
+def test_the_level_of_our_own_logging_can_be_changed(monkeypatch, capsys):
+    """A training command begins as every command does, then logs what it does."""
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", root.level)
+    command_line.log_to_terminal(logging.WARNING)
+    logging.getLogger("of.a.test").info("not yet")
+    command_line.log_to_terminal(logging.INFO)
+    logging.getLogger("of.a.test").info("seen")
+    root.setLevel(logging.WARNING)  # forgets which levels were enabled
+    assert capsys.readouterr().err == "seen\n"
