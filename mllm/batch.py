@@ -228,7 +228,7 @@ def _run_record(
         pass
     return {
         "model": model_name,
-        "weights": fingerprint(chat.model.config._name_or_path, chat.model.config),
+        "weights": fingerprint(chat.model.config._name_or_path, chat.model.config, besides=output),
         "quantised": str(getattr(chat.model, "quantization_method", None)),
         "alpha and adapter": added_weights(chat.model),
         "dtype": str(chat.model.get_input_embeddings().weight.dtype),  # BLIP-2 keeps its Q-Former in float32
@@ -250,14 +250,18 @@ def added_weights(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(name: str, config: Any) -> str:
-    """A hash of a model directory's config and weights, or the commit of a hub id."""
+def fingerprint(name: str, config: Any, besides: Path | None = None) -> str:
+    """A hash of a model directory's config and weights, or the commit of a hub id. What a run itself writes there, its
+    output (`besides`) and its lock, is not part of it.
+    """
     folder = Path(name)
     if not folder.is_dir():
         return f"{name}@{config._commit_hash}"
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.suffix not in (".json", ".safetensors", ".bin", ".jinja", ".model", ".txt"):
+        if file.suffix not in (".json", ".safetensors", ".bin", ".jinja", ".model", ".txt") or not file.is_file():
+            continue
+        if file.name.startswith(".") or (besides is not None and file.resolve() == besides):
             continue
         status = file.stat()
         small = status.st_size <= _HASH_WHOLE_FILES_UP_TO
