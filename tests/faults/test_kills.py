@@ -136,11 +136,12 @@ def undisturbed(world, processes):
     def run(command, ranks=1):
         if (command, ranks) not in known:
             out = world / f"{command.__name__}{ranks}"
-            begin = time.monotonic()
-            started = start(processes, command, world, out, ranks)
-            assert finish(started) == [0] * ranks, started[0].output()[-3000:]
-            known[command, ranks] = result(command, out), time.monotonic() - begin
-            shutil.rmtree(out)
+            for _ in range(2):  # the first takes longer: it reads what it imports from disk
+                begin = time.monotonic()
+                started = start(processes, command, world, out, ranks)
+                assert finish(started) == [0] * ranks, started[0].output()[-3000:]
+                known[command, ranks] = result(command, out), time.monotonic() - begin
+                shutil.rmtree(out)
         return known[command, ranks]
 
     return run
@@ -184,6 +185,17 @@ def one_error(process):
     return line
 
 
+# In the process: its files may not grow beyond a size, but what it prints goes to a pipe, as to a terminal.
+LIMIT = """
+import os, resource, subprocess
+terminal = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+for number in (1, 2):
+    os.dup2(terminal.stdin.fileno(), number)
+terminal.stdin.close()
+resource.setrlimit(resource.RLIMIT_FSIZE, ({largest}, resource.RLIM_INFINITY))
+"""
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=str)
 def test_a_full_disk_is_an_error_and_the_rerun_gives_the_same_bytes(world, processes, undisturbed, command, request):
     expected, _ = undisturbed(command)
@@ -191,12 +203,12 @@ def test_a_full_disk_is_an_error_and_the_rerun_gives_the_same_bytes(world, proce
     rng = random.Random(command.__name__)
     for _ in range(request.config.getoption("kills")):
         largest = rng.choice([0, 100, 1000, 4000, 16_000, 60_000])
-        limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({largest}, resource.RLIM_INFINITY))"
-        (limited,) = start(processes, command, world, out, before=limit)
-        if limited.wait() != 0:  # the limit may be above every file
+        (limited,) = start(processes, command, world, out, before=LIMIT.format(largest=largest))
+        limited.wait()
+        assert limited.group_is_empty()  # also `cat`: all is printed
+        if limited.returncode != 0:  # the limit may be above every file
             assert limited.returncode == 2, limited.output()[-3000:]
             one_error(limited)
-        assert limited.group_is_empty()
         (again,) = start(processes, command, world, out)
         assert again.wait() == 0, again.output()[-3000:]
         assert result(command, out) == expected
@@ -213,7 +225,9 @@ def test_a_folder_that_cannot_be_written_is_an_error(world, processes, command):
     for folder in (world, *world.parents):
         if folder != Path("/"):
             folder.chmod(folder.stat().st_mode | 0o055)
-    (refused,) = start(processes, command, world, out, before="import os; os.setgid(65534); os.setuid(65534)")
+    # Python itself may lie where that user cannot read
+    imports = "import encodings.utf_8_sig, os, eval.cli, eval.evaluate, mllm.batch, train.finetune, train.alpha_clip"
+    (refused,) = start(processes, command, world, out, before=f"{imports}; os.setgid(65534); os.setuid(65534)")
     assert refused.wait() == 2, refused.output()[-3000:]
     assert str(out) in one_error(refused)
     assert not list(out.iterdir())
