@@ -120,7 +120,7 @@ def _run(args: argparse.Namespace) -> int:
         _region_input(task, args.region_input),
         args.prompt or task.prompt,
         _positive("--batch-size", args.batch_size),
-        _positive("--max-new-tokens", args.max_new_tokens or task.max_new_tokens),
+        _positive("--max-new-tokens", task.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens),
     )
     if not 0 <= args.strength <= 1:  # also NaN
         raise ValueError(f"expected a --strength from 0 to 1, got {args.strength}")
@@ -189,6 +189,7 @@ def _score(args: argparse.Namespace) -> int:
     from eval.score import check_metrics
     from mllm.files import claim_folder, locked
 
+    too_many_errors(0, 0, args.max_errors)  # is it a fraction?
     records, notes = read_predictions(
         args.predictions, args.references, allow_missing=args.allow_missing, max_errors=args.max_errors
     )

@@ -229,7 +229,7 @@ def _run_record(
     except ValueError:  # on another drive
         pass
     return {
-        **model_record(chat.model, model_name),
+        **model_record(chat.model, model_name, besides=output),
         "request file": requests.as_posix(),
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
@@ -237,11 +237,11 @@ def _run_record(
     }
 
 
-def model_record(model: PreTrainedModel, name: str) -> dict[str, str]:
-    """What must be the same of a model, called `name`, for two runs to write one output."""
+def model_record(model: PreTrainedModel, name: str, besides: Path | None = None) -> dict[str, str]:
+    """What must be the same of a model, called `name`, for two runs to write one output (`besides`)."""
     return {
         "model": name,
-        "weights": fingerprint(model.config._name_or_path, model.config),
+        "weights": fingerprint(model.config._name_or_path, model.config, besides),
         "quantised": str(getattr(model, "quantization_method", None)),
         "alpha and adapter": added_weights(model),
         "dtype": str(model.get_input_embeddings().weight.dtype),  # BLIP-2 keeps its Q-Former in float32
@@ -259,14 +259,18 @@ def added_weights(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(name: str, config: Any) -> str:
-    """A hash of a model directory's config and weights, or the commit of a hub id."""
+def fingerprint(name: str, config: Any, besides: Path | None = None) -> str:
+    """A hash of a model directory's config and weights, or the commit of a hub id. What a run itself writes there, its
+    output (`besides`) and its lock, is not part of it.
+    """
     folder = Path(name)
     if not folder.is_dir():
         return f"{name}@{config._commit_hash}"
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.suffix not in (".json", ".safetensors", ".bin", ".jinja", ".model", ".txt"):
+        if file.suffix not in (".json", ".safetensors", ".bin", ".jinja", ".model", ".txt") or not file.is_file():
+            continue
+        if file.name.startswith(".") or (besides is not None and file.resolve() == besides):
             continue
         status = file.stat()
         small = status.st_size <= _HASH_WHOLE_FILES_UP_TO

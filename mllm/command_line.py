@@ -43,9 +43,12 @@ def exit_code(program: str, run: Callable[[], int]) -> int:
     """What a command returns: its own code, 2 after a one-line message for bad input, 130 after Ctrl-C, 141 (quietly)
     when whoever reads its output has closed the pipe.
     """
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # file names may hold bytes that are not text
             stream.reconfigure(errors="backslashreplace")
+    if hasattr(sys.stdin, "reconfigure"):  # a line that is not text is an error of that line
+        sys.stdin.reconfigure(errors="surrogateescape")
     log_to_terminal(logging.WARNING)
     try:
         try:
@@ -72,6 +75,19 @@ def _exit_code(program: str, run: Callable[[], int]) -> int:
     except (ValueError, OSError) as error:
         say_error(program, one_line(error))
         return BAD_INPUT
+
+
+def _open_closed_streams() -> None:
+    """Let a stream that the caller has closed lead nowhere. Python has None for it; and the file that is opened next
+    would get its number, and with it what libraries in C print.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def add_max_errors(parser: argparse._ActionsContainer, items: str) -> None:

@@ -24,11 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+from safetensors import SafetensorError
 
 MADE_BY = "alpha-clip-mllm"  # in every file that a command writes on its own (PNG text, HTML generator, JSON key)
 MARKER = ".made_by.json"  # in every folder that a command writes
 _MARKED_WITHIN = 4096  # bytes from either end of a file in which its marker must occur
 _OLD = ".old.partial"  # ending of a folder that is being replaced
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # names that `replacing_file` makes
+# in the RuntimeErrors by which torch reports that a file cannot be written
+_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "iostream error")
 _LONGEST_NAME = 180  # bytes of an output's name in the names made from it; a file system takes 255
 
 StrPath = str | os.PathLike
@@ -68,18 +72,40 @@ def replacing_file(path: StrPath) -> Iterator[Path]:
     target = check_file(path)
     partial = target.with_name(f".{_shortened(target.name)}.{secrets.token_hex(4)}.tmp")
     try:
-        yield partial
+        with failed_writes_as_os_errors(path):
+            yield partial
         if target.exists():
             shutil.copymode(target, partial)
         _sync(partial)
         os.replace(partial, target)
         _sync(target.parent)
     except OSError as error:
-        if error.filename in (None, str(partial)):  # the name that people know, and one where a full disk gives none
+        if error.errno is not None and error.filename in (
+            None,
+            str(partial),
+        ):  # the name that people know, and one where a full disk gives none
             error.filename = os.fspath(path)
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def cannot_write(error: BaseException) -> bool:
+    """Whether an error is one by which torch or safetensors report that a file cannot be written: a full disk, say."""
+    if isinstance(error, SafetensorError):
+        return str(error).startswith("Error while serializing")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _TORCH_CANNOT_WRITE)
+
+
+@contextlib.contextmanager
+def failed_writes_as_os_errors(path: StrPath) -> Iterator[None]:
+    """Turn what torch and safetensors raise when a file cannot be written into an OSError that names the output."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        if not cannot_write(error):
+            raise
+        raise OSError(f"cannot write {path} ({one_line(error)[:200]}); is the disk full?") from error
 
 
 def check_file(path: StrPath) -> Path:
@@ -178,7 +204,8 @@ def replacing_folder(
     with locked(target):
         check_folder(path, kind, reads=reads, known=known, new=new)  # another process may have written it meanwhile
         with work_folder(target, kind) as partial:
-            yield partial
+            with failed_writes_as_os_errors(path):
+                yield partial
             _write_marker(partial, kind, _entries(partial))
             _sync_all(partial)
             _swap(partial, target, kind)
@@ -364,7 +391,13 @@ def _entries(folder: Path) -> list[str]:
         if names or not folders:
             below = Path(inner).relative_to(folder)
             found += [(below / name).as_posix() for name in names or [""]]
-    return sorted(set(found) - {".", MARKER, ".lock", ".lock.json"})
+    own = {".", MARKER, ".lock", ".lock.json"}
+    return sorted(name for name in set(found) - own if not _is_temporary(name, (MARKER, ".lock.json")))
+
+
+def _is_temporary(name: str, of: Iterable[str]) -> bool:
+    """Whether a name is one under which a killed process was writing one of these files."""
+    return _TEMPORARY.fullmatch(name) is not None and name[1:].rsplit(".", 2)[0] in of
 
 
 def _write_marker(folder: Path, kind: str, files: list[str] | None) -> None:

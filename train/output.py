@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mllm.files import claim_folder, locked, one_line, sync_files, write_json
+from mllm.files import cannot_write, claim_folder, locked, one_line, sync_files, write_json
 from mllm.loading import EMBEDDED_MODEL
 from train.skipped import SKIPPED, SkippedItem
 
@@ -24,8 +24,6 @@ WHOLE = "whole.json"  # written last into a checkpoint: without it one is incomp
 TRAINING_RECORD = "training_record.json"  # written last beside a finished model: what made it, and its curves
 _TIMES = re.compile(r"_(runtime|time|per_second)$")
 _SAVED = (".safetensors", ".json", ".jinja", ".model")  # what a model and its processor are loaded from
-# in the RuntimeErrors by which torch reports that a disk is full
-_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container")
 
 
 class Resumption(NamedTuple):
@@ -190,7 +188,7 @@ def naming_what_cannot_be_written(what: str, output_dir: str | os.PathLike) -> I
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in _CANNOT_WRITE):
+        if not isinstance(error, OSError) and not cannot_write(error):
             raise
         last = last_whole_checkpoint(output_dir)
         raise OSError(

@@ -146,6 +146,8 @@ def _opened(source: Any, name: str) -> Image.Image:
     elif isinstance(source, str | os.PathLike):
         if os.path.isdir(source):
             raise ValueError(f"there is no image file {name}; that is a folder")
+        if os.path.exists(source) and not os.path.isfile(source):  # a named pipe or /dev/zero would be read without end
+            raise ValueError(f"{name} is not a regular file, expected an image file")
     elif not hasattr(source, "read"):
         raise ValueError(
             f"expected an image: a path, bytes, a file object, a PIL image, an array or a tensor; got {name}"

@@ -140,11 +140,12 @@ def undisturbed(world, processes):
         if (command, ranks) not in known:
             processes.run("pass\n")  # the first one waits for the imports, which are no part of the time
             out = world / f"{command.__name__}{ranks}"
-            begin = time.monotonic()
-            started = start(processes, command, world, out, ranks)
-            assert finish(started) == [0] * ranks, started[0].output()[-3000:]
-            known[command, ranks] = result(command, out), time.monotonic() - begin
-            shutil.rmtree(out)
+            for _ in range(2):  # the first takes longer: it reads what it imports from disk
+                begin = time.monotonic()
+                started = start(processes, command, world, out, ranks)
+                assert finish(started) == [0] * ranks, started[0].output()[-3000:]
+                known[command, ranks] = result(command, out), time.monotonic() - begin
+                shutil.rmtree(out)
         return known[command, ranks]
 
     return run
@@ -191,6 +192,17 @@ def one_error(process):
     return line
 
 
+# In the process: its files may not grow beyond a size, but what it prints goes to a pipe, as to a terminal.
+LIMIT = """
+import os, resource, subprocess
+terminal = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+for number in (1, 2):
+    os.dup2(terminal.stdin.fileno(), number)
+terminal.stdin.close()
+resource.setrlimit(resource.RLIMIT_FSIZE, ({largest}, resource.RLIM_INFINITY))
+"""
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=named)
 def test_a_full_disk_is_an_error_and_the_rerun_gives_the_same_bytes(world, processes, undisturbed, command, request):
     expected, _ = undisturbed(command)
@@ -198,13 +210,12 @@ def test_a_full_disk_is_an_error_and_the_rerun_gives_the_same_bytes(world, proce
     rng = random.Random(command.__name__)
     for _ in range(request.config.getoption("kills")):
         largest = rng.choice([0, 100, 1000, 4000, 16_000, 60_000])
-        limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({largest}, resource.RLIM_INFINITY))"
-        (limited,) = start(processes, command, world, out, before=limit)
-        if limited.wait() != 0:  # the limit may be above every file
+        (limited,) = start(processes, command, world, out, before=LIMIT.format(largest=largest))
+        limited.wait()
+        assert limited.group_is_empty()  # also `cat`: all is printed
+        if limited.returncode != 0:  # the limit may be above every file
             assert limited.returncode == 2, limited.output()[-3000:]
-            if os.path.getsize(limited.output_file) < largest:  # or no error could be written either
-                one_error(limited)
-        assert limited.group_is_empty()
+            one_error(limited)
         (again,) = start(processes, command, world, out)
         assert again.wait() == 0, again.output()[-3000:]
         assert result(command, out) == expected

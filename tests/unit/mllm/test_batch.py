@@ -250,3 +250,15 @@ def test_a_run_of_errors_stops(tiny_llava_dir, folder, capsys, asked):
 def test_few_errors_never_stop_a_run(tiny_llava, folder):
     write(folder, [{"id": f"bad {n}", "image": "none.png", "region": BOX} for n in range(19)])
     assert batch(tiny_llava, folder) == 19
+
+
+def test_an_output_in_the_model_folder_does_not_change_the_model(tmp_path):
+    from mllm.batch import fingerprint
+
+    (tmp_path / "config.json").write_text("{}")
+    before = fingerprint(str(tmp_path), None)
+    (tmp_path / ".answers.json.lock.json").write_text("{}")
+    (tmp_path / "run.json").mkdir()
+    (tmp_path / "answers.json").write_text("x")
+    assert fingerprint(str(tmp_path), None, besides=(tmp_path / "answers.json").resolve()) == before
+    assert fingerprint(str(tmp_path), None) != before

@@ -1,5 +1,6 @@
 """What all commands share: exit codes, errors of one line, and text that a terminal can show."""
 
+import contextlib
 import errno
 import io
 import json
@@ -139,3 +140,30 @@ def test_the_level_of_our_own_logging_can_be_changed(monkeypatch, capsys):
     logging.getLogger("of.a.test").info("seen")
     root.setLevel(logging.WARNING)  # forgets which levels were enabled
     assert capsys.readouterr().err == "seen\n"
+
+
+def test_closed_streams_lead_nowhere(processes):
+    """A file that is opened next must not get the number of a closed stream."""
+    close = "import os, sys; sys.stdin = sys.stdout = sys.stderr = None; [os.close(n) for n in range(3)]"
+    source = """
+import os, sys
+from mllm.command_line import exit_code, say
+def run():
+    say("x"), print("y", file=sys.stderr)
+    return 7 if os.open(os.devnull, os.O_RDONLY) > 2 and sys.stdin.read() == "" else 1
+sys.exit(exit_code("p", run))
+"""
+    process = processes.start(source, before=close)
+    assert process.wait() == 7
+
+
+def test_an_error_that_cannot_be_printed_is_still_exit_code_2(monkeypatch):
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(command_line.sys, "stderr", full)
+        monkeypatch.setattr(command_line, "_forget_output", lambda: None)
+        say_error("p", "x")
+        monkeypatch.undo()
+        with pytest.raises(OSError):
+            full.flush()
+        with contextlib.suppress(OSError):
+            full.close()

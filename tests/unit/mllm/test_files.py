@@ -4,13 +4,16 @@ import errno
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from pathlib import Path
 
 import filelock
 import pytest
+import torch
 from filelock import SoftFileLock
+from safetensors.torch import save_file
 
 from mllm import files
 from mllm.files import (
@@ -409,3 +412,40 @@ def test_a_lock_whose_holder_cannot_be_read(tmp_path, content):
         holder.unlink() if content is None else holder.write_text(content)
         with pytest.raises(ValueError, match="another process"), locked(tmp_path / "out"):
             pass
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+@pytest.mark.parametrize("limit", [0, 4000, 5000])
+def test_weights_on_a_full_disk_are_one_error_and_leave_nothing(tmp_path, name, limit):
+    """torch and safetensors raise a RuntimeError and an error of their own there."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tensors = {"a": torch.zeros(5000), "b": torch.zeros(10)}
+    write = torch.save if name == "x.pt" else save_file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match=r"is the disk full\?|File too large"), replacing_file(tmp_path / name) as out:
+            write(tensors, out)
+        with (
+            pytest.raises(OSError, match=r"is the disk full\?|File too large"),
+            replacing_folder(tmp_path / "new", "model", new=True) as folder,
+        ):
+            write(tensors, folder / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_runtime_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match="a mistake"), replacing_file(tmp_path / "x"):
+        raise RuntimeError("a mistake")
+
+
+def test_a_folder_killed_while_it_was_claimed_is_claimed_again(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "..made_by.json.0123abcd.tmp").write_text("{")
+    claim_folder(out, "evaluation")
+    (out / ".made_by.json").unlink()
+    (out / ".mine.0123abcd.tmp").write_text("x")
+    with pytest.raises(ValueError, match="not written by this command"):
+        claim_folder(out, "evaluation")

@@ -6,6 +6,7 @@ damages each file N times and counts what PIL raised.
 
 import collections
 import io
+import os
 import sys
 import warnings
 
@@ -190,3 +191,13 @@ if __name__ == "__main__":
     counts = damage_all(MODES, int(sys.argv[1]), int(sys.argv[2]))
     for (kind, failed), count in sorted(counts.items(), key=str):
         print(kind, failed and failed.__name__, count)  # noqa: T201, a script
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_has_no_end_is_no_image(tmp_path, kind):
+    path = "/dev/zero"
+    if kind == "pipe":
+        path = tmp_path / "pipe.png"
+        os.mkfifo(path)
+    with pytest.raises(ValueError, match="not a regular file"):
+        decode_image(path)
