@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import AutoProcessor, BatchFeature, LlavaProcessor, PreTrainedConfig
-from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.image_utils import ImageInput
 
 from mllm.data.templates import DESCRIBE_REGION_WORDINGS
 from vision_tower import Region
-from vision_tower.image_processing_alpha_clip import check_processor_call
+from vision_tower.image_processing_alpha_clip import check_processor_call, flat_list
 
 # Source: `conv_vicuna_v1` in haotian-liu/LLaVA, llava/conversation.py at c121f04.
 VICUNA_V1_SYSTEM = (
@@ -225,7 +225,7 @@ def image_items(conversation: Sequence[Message]) -> list[Mapping]:
 
 def _flatten(images: ImageInput, regions: Any) -> tuple[list, list]:
     """Flat lists of images and of their regions."""
-    flat_images = make_flat_list_of_images(images)
+    flat_images = flat_list(images)
     flat_regions: list = []
     for entry in regions if isinstance(regions, list | tuple) else [regions]:
         flat_regions.extend(entry if isinstance(entry, list | tuple) else [entry])
