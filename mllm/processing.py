@@ -279,8 +279,27 @@ def as_region(value: Any) -> Region | None:
     """A region of a chat message: a `Region`, its JSON, its command-line text, or None."""
     if isinstance(value, Mapping):
         # Transformers 5.24 takes a dataclass inside a message apart into its fields
-        return Region(**value) if value.keys() == _REGION_FIELDS else Region.from_json(dict(value))
+        return _from_fields(**value) if value.keys() == _REGION_FIELDS else Region.from_json(dict(value))
     return Region.parse(value) if isinstance(value, str) else value
+
+
+def _from_fields(kind: Any, data: Any, strength: Any) -> Region:
+    """A region from its own fields, which need not be those of any.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    parts = list(data) if isinstance(data, list | tuple) else []
+    if kind in ("box", "nbox", "polygon"):
+        return Region.from_json({kind: parts, "strength": strength})
+    if kind in ("points", "stroke") and len(parts) == 2:
+        size = "radius" if kind == "points" else "width"
+        return Region.from_json({kind: parts[0], size: parts[1], "strength": strength})
+    if kind == "whole" and not parts:
+        return Region("whole", strength=strength)
+    if kind == "mask" and len(parts) == 4 and isinstance(parts[3], bytes):  # bytes come from a Region, never from JSON
+        return Region("mask", tuple(parts), strength)
+    raise ValueError(f"expected the fields of a Region, got kind {kind!r:.80} and data {data!r:.80}")
 
 
 class _AlphaLlavaProcessorKey(PreTrainedConfig):

@@ -1,5 +1,6 @@
 """Every processor gives every kind of image source the pixels that the one decoder gives it."""
 
+import dataclasses
 import functools
 import http.server
 import threading
@@ -9,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from mllm.processing import as_region
 from tests.tiny import build_tiny_blip2, build_tiny_clip, build_tiny_llava
-from vision_tower import AlphaCLIPImageProcessor
+from vision_tower import AlphaCLIPImageProcessor, Region
 from vision_tower.image_decoding import decode_image
 
 KINDS = ["str", "path", "bytes", "pil", "array", "tensor", "url"]
@@ -85,3 +87,24 @@ def test_a_url_that_cannot_be_fetched_is_one_line(address):
         with pytest.raises(ValueError, match="cannot download the image") as caught:
             processor(url)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields", [("foo", []), ("box", ["a", 2, 3, 4]), ("box", [1]), (["x"], None), ("mask", [8, 10, "binary", "zz"])]
+)
+def test_fields_that_are_no_regions_are_refused(fields):
+    with pytest.raises(ValueError):
+        as_region({"kind": fields[0], "data": fields[1], "strength": 1.0})
+
+
+@pytest.mark.parametrize(
+    "text", ["box:1,2,5,6*0.5", "nbox:0,0,.5,1", "polygon:1,2,5,2,5,6", "points:1,2@3", "stroke:1,2;3,4@2", "whole"]
+)
+def test_fields_of_a_region_give_it_back(text):
+    region = Region.parse(text)
+    assert as_region(dataclasses.asdict(region)) == region
+
+
+def test_the_fields_of_a_mask_give_it_back():
+    region = Region.from_mask(np.eye(4, dtype=bool), strength=0.5)
+    assert as_region(dataclasses.asdict(region)) == region
