@@ -189,7 +189,6 @@ def _score(args: argparse.Namespace) -> int:
     from eval.score import check_metrics
     from mllm.files import claim_folder, locked
 
-    too_many_errors(0, 0, args.max_errors)  # is it a fraction?
     records, notes = read_predictions(
         args.predictions, args.references, allow_missing=args.allow_missing, max_errors=args.max_errors
     )

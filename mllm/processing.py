@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import AutoProcessor, BatchFeature, LlavaProcessor, PreTrainedConfig
-from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.image_utils import ImageInput
 
 from mllm.data.templates import DESCRIBE_REGION_WORDINGS
 from vision_tower import Region
-from vision_tower.image_processing_alpha_clip import check_processor_call
+from vision_tower.image_processing_alpha_clip import check_processor_call, flat_list
 
 # Source: `conv_vicuna_v1` in haotian-liu/LLaVA, llava/conversation.py at c121f04.
 VICUNA_V1_SYSTEM = (
@@ -225,7 +225,7 @@ def image_items(conversation: Sequence[Message]) -> list[Mapping]:
 
 def _flatten(images: ImageInput, regions: Any) -> tuple[list, list]:
     """Flat lists of images and of their regions."""
-    flat_images = make_flat_list_of_images(images)
+    flat_images = flat_list(images)
     flat_regions: list = []
     for entry in regions if isinstance(regions, list | tuple) else [regions]:
         flat_regions.extend(entry if isinstance(entry, list | tuple) else [entry])
@@ -279,8 +279,27 @@ def as_region(value: Any) -> Region | None:
     """A region of a chat message: a `Region`, its JSON, its command-line text, or None."""
     if isinstance(value, Mapping):
         # Transformers 5.24 takes a dataclass inside a message apart into its fields
-        return Region(**value) if value.keys() == _REGION_FIELDS else Region.from_json(dict(value))
+        return _from_fields(**value) if value.keys() == _REGION_FIELDS else Region.from_json(dict(value))
     return Region.parse(value) if isinstance(value, str) else value
+
+
+def _from_fields(kind: Any, data: Any, strength: Any) -> Region:
+    """A region from its own fields, which need not be those of any.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    parts = list(data) if isinstance(data, list | tuple) else []
+    if kind in ("box", "nbox", "polygon"):
+        return Region.from_json({kind: parts, "strength": strength})
+    if kind in ("points", "stroke") and len(parts) == 2:
+        size = "radius" if kind == "points" else "width"
+        return Region.from_json({kind: parts[0], size: parts[1], "strength": strength})
+    if kind == "whole" and not parts:
+        return Region("whole", strength=strength)
+    if kind == "mask" and len(parts) == 4 and isinstance(parts[3], bytes):  # bytes come from a Region, never from JSON
+        return Region("mask", tuple(parts), strength)
+    raise ValueError(f"expected the fields of a Region, got kind {kind!r:.80} and data {data!r:.80}")
 
 
 class _AlphaLlavaProcessorKey(PreTrainedConfig):

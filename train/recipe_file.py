@@ -60,9 +60,17 @@ def read_recipe(path: str) -> dict[str, Any]:
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """Refuses what plain YAML lets pass: a repeated key, of which the last would win, and keys that are not text. Merge
-    keys (<<), which can double a mapping line by line, are not needed.
+    """Refuses what plain YAML lets pass: a repeated key, of which the last would win, keys that are not text, and
+    numbers that mean others than they look like (010 is 8, 1:30 is 90). Merge keys (<<), which can double a mapping
+    line by line, are not needed.
     """
+
+    def construct_decimal(self, node: yaml.ScalarNode) -> int | float:
+        digits = node.value.lstrip("+-").replace("_", "")
+        if ":" in digits or node.tag.endswith(":int") and not (digits == "0" or digits[:1] in "123456789"):
+            problem = f"expected a decimal number, got {node.value!r:.80}; put text in quotes"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return self.construct_yaml_int(node) if node.tag.endswith(":int") else self.construct_yaml_float(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = set()
@@ -73,6 +81,10 @@ class _RecipeLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"{problem}: {key.value!r:.80}", key.start_mark)
             keys.add(key.value)
         return super().construct_mapping(node, deep=deep)
+
+
+_RecipeLoader.add_constructor("tag:yaml.org,2002:int", _RecipeLoader.construct_decimal)
+_RecipeLoader.add_constructor("tag:yaml.org,2002:float", _RecipeLoader.construct_decimal)
 
 
 def _refuse_many(path: str, recipe: dict) -> None:

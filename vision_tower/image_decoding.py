@@ -6,6 +6,7 @@
 - 16-bit values are divided by 257 (65535 becomes 255). Wider integers count as 8-bit values if none is above 255, and
   as 16-bit values if none is above 65535. Floats count as 0..1 if none is above 1, and as 0..255 if the largest is from
   2 to 255. Any other range is an error, and so is NaN.
+- Of 16-bit color, the upper 8 bits are taken, as PIL does when it reads such a file.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ _TURNS = {
 }
 _STRIP = 4_000_000  # pixels converted at a time: of a large image, each intermediate copy would be 0.4 GB
 _SLACK = 1e-3  # by which floats may leave their range: rounding, interpolation
+_TENSOR_TYPES = "bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 bfloat16 float32 float64".split()
+_TENSOR_TYPES += "float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu".split()
 _TRANSPARENT_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
@@ -94,13 +97,15 @@ def open_image(source: Any, *, name: str | None = None, max_pixels: int = MAX_PI
 
 
 def image_size(source: Any, *, name: str | None = None) -> tuple[int, int]:
-    """Width and height in pixels of an image file as displayed, read from its head alone.
+    """Width and height in pixels of an image file as displayed, read from its head alone where PIL can do so.
 
     Raises:
-        ValueError: If the file is not found or is not an image. Of a damaged image the head may be whole.
+        ValueError: If the file is not found, is not an image, or has more than `MAX_PIXELS` pixels. Of a damaged image
+            the head may be whole.
     """
     name = describe(source) if name is None else name
     with _opened(source, name) as image:
+        _check_pixels(*image.size, name, MAX_PIXELS)  # PIL reads a whole PNG to find its EXIF
         turned = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)  # PIL has turned a TIFF's size already
         return image.size[::-1] if turned else image.size
 
@@ -140,20 +145,52 @@ def reading(name: str) -> Iterator[None]:
         raise ValueError(f"cannot read the image {name}: {reason}") from error
 
 
-def _opened(source: Any, name: str) -> Image.Image:
-    if isinstance(source, bytes | bytearray | memoryview):
-        source = io.BytesIO(source)
-    elif isinstance(source, str | os.PathLike):
-        if os.path.isdir(source):
-            raise ValueError(f"there is no image file {name}; that is a folder")
-        if os.path.exists(source) and not os.path.isfile(source):  # a named pipe or /dev/zero would be read without end
-            raise ValueError(f"{name} is not a regular file, expected an image file")
-    elif not hasattr(source, "read"):
-        raise ValueError(
-            f"expected an image: a path, bytes, a file object, a PIL image, an array or a tensor; got {name}"
-        )
-    with reading(name):
-        return Image.open(source)
+class _File(io.BufferedReader):
+    """A file for PIL, which asks for as many bytes as a damaged file states: Python would allocate them all first.
+
+    PIL maps a file that it opens by its name into memory, and so a TIFF that is turned with the wrong size.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        super().__init__(io.FileIO(path))
+        self._length = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(-1 if size is None or size < 0 else min(size, self._length))
+
+
+@contextlib.contextmanager
+def _opened(source: Any, name: str) -> Iterator[Image.Image]:
+    with contextlib.ExitStack() as stack:
+        if isinstance(source, bytes | bytearray | memoryview):
+            source = io.BytesIO(source)
+        elif isinstance(source, str | os.PathLike):
+            if os.path.exists(source) and not os.path.isfile(source):  # reading a pipe would wait forever
+                kind = "folder" if os.path.isdir(source) else "device or pipe"
+                raise ValueError(f"there is no image file {name}; that is a {kind}")
+            with reading(name):
+                source = stack.enter_context(_File(source))
+        elif not hasattr(source, "read"):
+            raise ValueError(
+                f"expected an image: a path, bytes, a file object, a PIL image, an array or a tensor; got {name}"
+            )
+        with reading(name):
+            image = stack.enter_context(Image.open(source))
+        yield image
+
+
+@contextlib.contextmanager
+def _unnamed(image: Image.Image) -> Iterator[None]:
+    """Keep PIL from mapping the file of an image that it opened by its name: see `_File`."""
+    filename = getattr(image, "filename", None)
+    if not filename:
+        yield
+        return
+    image.filename = ""
+    try:
+        yield
+    finally:
+        image.filename = filename
 
 
 def _loaded(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
@@ -161,7 +198,7 @@ def _loaded(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     if image.format == "EPS":
         raise ValueError(f"{name} is an EPS file, which is a program; convert it to PNG")
     _check_pixels(*image.size, name, max_pixels)
-    with reading(name):
+    with reading(name), _unnamed(image):
         image.load()
     _check_pixels(*image.size, name, max_pixels)  # an ICO's head may state another size
     turn = _TURNS.get(_orientation(image))
@@ -233,8 +270,8 @@ def _deep_gray(image: Image.Image, name: str) -> Image.Image:
     return Image.merge("RGB", [Image.fromarray(gray)] * 3)
 
 
-def _to_8_bits(values: np.ndarray, name: str, deep: bool = False) -> np.ndarray:
-    """Values of any type as uint8, by the rule in the module's docstring; `deep` integers have 16 bits."""
+def _to_8_bits(values: np.ndarray, name: str, deep: bool = False, color: bool = False) -> np.ndarray:
+    """Values of any type as uint8, by the rules in the module's docstring; `deep` integers have 16 bits."""
     if values.dtype == np.uint8:
         return values
     if values.dtype == bool:
@@ -249,7 +286,7 @@ def _to_8_bits(values: np.ndarray, name: str, deep: bool = False) -> np.ndarray:
             return np.rint((wide * scale).clip(0, 255)).astype(np.uint8)
     elif low >= 0 and high <= 65535:
         deep = deep or high > 255 or values.dtype.itemsize == 2 and values.dtype.kind == "u"
-        return (values // 257 if deep else values).astype(np.uint8)
+        return (values // (256 if color else 257) if deep else values).astype(np.uint8)
     raise ValueError(
         f"the {name} has values from {low:g} to {high:g}; expected bools, integers 0..255 or 0..65535, or floats 0..1 "
         "or 0..255"
@@ -271,18 +308,27 @@ def _from_array(source: np.ndarray | torch.Tensor, name: str, max_pixels: int, l
             raise ValueError(f"expected 1, 2, 3 or 4 channels first or last, got the {name}")
         array = np.moveaxis(array, 0, -1) if first else array
     _check_pixels(array.shape[1], array.shape[0], name, max_pixels)
-    pixels = np.ascontiguousarray(_to_8_bits(array, name))
+    color = array.ndim == 3 and array.shape[2] > 1
+    pixels = np.ascontiguousarray(_to_8_bits(array, name, color=color))
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[..., 0]
     return Image.fromarray(pixels)
 
 
 def as_array(values: np.ndarray | torch.Tensor) -> np.ndarray:
-    """A tensor of any device and type as a numpy array; bfloat16 and smaller floats become float32."""
+    """A tensor of any device and type as a numpy array; bfloat16 and smaller floats become float32.
+
+    Raises:
+        ValueError: If the tensor is not a dense one of bools, integers or floats.
+    """
     if not isinstance(values, torch.Tensor):
         return values
-    if values.layout != torch.strided:
-        raise ValueError(f"expected a dense tensor, got {values.layout}")
-    values = values.detach().cpu()
+    dense = values.layout == torch.strided and not (values.is_meta or values.is_quantized or values.is_nested)
+    if not dense or str(values.dtype).removeprefix("torch.") not in _TENSOR_TYPES:
+        raise ValueError(
+            f"expected a dense tensor of bools, integers or floats, got {values.layout}, {values.dtype}, on "
+            f"{values.device}"
+        )
+    values = values.detach().cpu().resolve_neg()
     narrow = values.is_floating_point() and values.dtype not in (torch.float16, torch.float32, torch.float64)
     return (values.float() if narrow else values).numpy()

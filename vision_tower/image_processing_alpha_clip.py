@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import binascii
 import enum
+import http.client
 import logging
 import math
 import os
-from collections.abc import Iterable
+import urllib.request
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +22,6 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
     ImageInput,
     PILImageResampling,
-    load_image,
 )
 from transformers.processing_utils import ImagesKwargs
 
@@ -53,6 +54,8 @@ logger = logging.getLogger(__name__)
 _NOT_IN_A_CALL = {"size", "crop_size", "do_resize", "do_center_crop", "do_pad", "pad_size"}
 _NOT_IN_A_CALL |= {"do_rescale", "rescale_factor"}
 _STRIP = 4_000_000  # pixels of a padded image that are held at a time
+_TIMEOUT = 30  # seconds, of a download
+_LARGEST_DOWNLOAD = 256 * 2**20  # bytes
 _MISSPELT = {"region", "mask", "masks", "alpha", "alphas", "alpha_values"}
 
 
@@ -140,6 +143,21 @@ class AlphaCLIPImageProcessor(PilBackend):
             fields["auto_map"] = {name: of for name, of in fields["auto_map"].items() if name == "AutoImageProcessor"}
         return fields
 
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """What the processors around this one call first: images as Transformers knows them, in the same lists.
+
+        PIL images and arrays with channels stay what they are; of anything else, `max_pixels` of this processor is the
+        limit, not that of a call.
+
+        Raises:
+            ValueError: If an image cannot be read.
+        """
+        images = image_url_or_urls
+        if isinstance(images, list | tuple):
+            return [self.fetch_images(image) for image in images]
+        known = isinstance(images, Image.Image) or isinstance(images, np.ndarray | torch.Tensor) and images.ndim != 2
+        return images if known or images is None else decode_image(_fetch(images), max_pixels=self.max_pixels)
+
     def preprocess(
         self,
         images: ImageInput,
@@ -176,7 +194,7 @@ class AlphaCLIPImageProcessor(PilBackend):
         geometry = self.geometry if geometry is None else geometry
         if geometry not in GEOMETRIES:
             raise ValueError(f"expected geometry out of {', '.join(GEOMETRIES)}, got {geometry!r}")
-        sources = _flat_list(images)
+        sources = flat_list(images)
         regions_by_picture = _match_regions(regions, len(sources), images)
         side = self.crop_size.height
         limits = {name: kwargs.pop(name, None) or getattr(self, name) for name in ("max_pixels", "max_side")}
@@ -204,27 +222,38 @@ class AlphaCLIPImageProcessor(PilBackend):
         return BatchFeature({"pixel_values": data}, tensor_type=None if return_tensors == "pt" else return_tensors)
 
 
-def _flat_list(images: Any) -> list:
+def flat_list(images: Any) -> list:
     """The single images in a list of lists or an array of images, in order.
 
     Raises:
         ValueError: If there is none.
     """
-    if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
-        images = list(images)
-    if images is None or isinstance(images, list | tuple) and not images:
+    singles = list(_singles(images))
+    if not singles:
         raise ValueError("got no image: pass one image or a list of them as images=")
-    if isinstance(images, list | tuple):
-        return [single for image in images for single in _flat_list(image)]
-    return [images]
+    return singles
+
+
+def _singles(images: Any) -> Iterator[Any]:
+    if images is None:
+        raise ValueError("got no image: pass one image or a list of them as images=")
+    if isinstance(images, list | tuple) or isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
+        for image in images:
+            yield from _singles(image)
+    else:
+        yield images
 
 
 def _fetch(image: Any) -> Any:
-    """A URL's image through Transformers, base64 text as its bytes; anything else is what the decoder takes."""
+    """What a URL or base64 text holds, as bytes; anything else is what the decoder takes.
+
+    Not through `load_image` of Transformers, whose conversion to RGB turns 16-bit images white and transparent pixels
+    into whatever color they have.
+    """
     if not isinstance(image, str) or os.path.isfile(image):
         return image
     if image.startswith(("http://", "https://")):
-        return load_image(image)
+        return _download(image)
     head, comma, body = image.partition(",")
     try:
         content = base64.b64decode(body if comma and head.startswith("data:image/") else image, validate=True)
@@ -232,6 +261,19 @@ def _fetch(image: Any) -> Any:
         content = b""
     # a short file name is valid base64 too
     return content if len(content) > 32 else image
+
+
+def _download(url: str) -> bytes:
+    """The bytes of an image on the web."""
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "alpha-clip"})
+        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
+            content = response.read(_LARGEST_DOWNLOAD + 1)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise ValueError(f"cannot download the image {url[:200]}: {' '.join(str(error).split())}") from error
+    if len(content) > _LARGEST_DOWNLOAD:
+        raise ValueError(f"cannot download the image {url[:200]}: it has over {_LARGEST_DOWNLOAD:,} bytes")
+    return content
 
 
 def _resampling(resample: Any) -> Image.Resampling:

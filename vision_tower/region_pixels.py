@@ -16,6 +16,9 @@ from .region_points import shortened
 
 PNG_URI = "data:image/png;base64,"
 _SUBROWS = 8  # scan lines a pixel row, for polygons; across a line, coverage is exact
+_STRIP = 4_000_000  # pixels drawn at a time
+_MAX_CROSSINGS = 10_000_000  # of a polygon's outline with scan lines: they take seconds, and 0.5 GB
+MAX_DRAWN = 1_000_000_000  # pixels in the boxes around the parts of a region: they take some ten seconds
 _ROWS = 256  # of a mask converted at a time: as float64, one of 100 million pixels would take 0.8 GB
 
 
@@ -132,20 +135,16 @@ def polygon_coverage(points: tuple, height: int, width: int) -> np.ndarray:
     x1, y1 = np.roll(x0, -1), np.roll(y0, -1)
     top, bottom = max(math.floor(y0.min()), 0), min(math.ceil(y0.max()), height)
     coverage = np.zeros((height, width), np.float32)
-    for row in range(top, bottom):
-        lines = row + (np.arange(_SUBROWS) + 0.5) / _SUBROWS
-        change = np.zeros(width + 2)  # of coverage from a pixel to the next on its right
-        crossing = (y0 <= lines[:, None]) != (y1 <= lines[:, None])
-        for line, edges in zip(lines, crossing, strict=True):
-            xs = np.sort(x0[edges] + (line - y0[edges]) * (x1[edges] - x0[edges]) / (y1[edges] - y0[edges]))
-            xs = xs.clip(0, width)
-            signs = np.where(np.arange(len(xs)) % 2 == 0, 1.0, -1.0) / _SUBROWS
-            cells = np.floor(xs).astype(int)
-            np.add.at(change, cells, signs * (1 - (xs - cells)))
-            np.add.at(change, cells + 1, signs * (xs - cells))
-        covered = change[:width].cumsum().clip(0, 1)
-        covered[covered < 1e-9] = 0  # rounding of the sum
-        coverage[row] = covered
+    crossings = _crossings(y0, y1, top, bottom)
+    if crossings > _MAX_CROSSINGS:
+        raise ValueError(
+            f"the polygon of {len(points):,} vertices has too long an outline for an image of {height} rows; give it "
+            "as a mask"
+        )
+    rows = max(1, _STRIP // (width + 2))
+    for start in range(top, bottom, rows):
+        end = min(start + rows, bottom)
+        coverage[start:end] = _scanned((x0, y0, x1, y1), start, end, width)
     # Thinner than the distance of the scan lines: still a trace. Only then: the box around a polygon that merely passes
     # a corner of the picture reaches into it.
     thin = min(np.ptp(x0), np.ptp(y0)) < 1 / _SUBROWS
@@ -154,26 +153,81 @@ def polygon_coverage(points: tuple, height: int, width: int) -> np.ndarray:
     return coverage
 
 
+def _lines(start: int, end: int) -> np.ndarray:
+    """The scan lines of the pixel rows from `start` to before `end`."""
+    return (np.arange(start, end)[:, None] + (np.arange(_SUBROWS) + 0.5) / _SUBROWS).ravel()
+
+
+def _crossings(y0: np.ndarray, y1: np.ndarray, start: int, end: int) -> int:
+    """How often edges cross scan lines."""
+    lines = _lines(start, end)
+    return int(np.abs(np.searchsorted(lines, y0) - np.searchsorted(lines, y1)).sum())
+
+
+def _scanned(edges: tuple[np.ndarray, ...], start: int, end: int, width: int) -> np.ndarray:
+    """Share of each pixel of some rows that a polygon covers."""
+    x0, y0, x1, y1 = edges
+    lines = _lines(start, end)
+    first, last = np.searchsorted(lines, np.minimum(y0, y1)), np.searchsorted(lines, np.maximum(y0, y1))
+    counts = last - first
+    edge = np.repeat(np.arange(len(x0)), counts)
+    line = np.arange(len(edge)) + np.repeat(first - np.cumsum(counts) + counts, counts)
+    xs = x0[edge] + (lines[line] - y0[edge]) * (x1[edge] - x0[edge]) / (y1[edge] - y0[edge])
+    order = np.lexsort((xs, line))
+    xs, line = xs[order].clip(0, width), line[order]
+    # in and out by turns: a closed outline crosses each line an even number of times
+    signs = np.where(np.arange(len(xs)) % 2 == 0, 1.0, -1.0) / _SUBROWS
+    cells = np.floor(xs).astype(int)
+    change = np.zeros((end - start) * (width + 2))  # of coverage from a pixel to the next on its right
+    places = line // _SUBROWS * (width + 2) + cells
+    for subrow in range(_SUBROWS):
+        of_line = line % _SUBROWS == subrow
+        place, sign, share = places[of_line], signs[of_line], (xs - cells)[of_line]
+        np.add.at(change, place, sign * (1 - share))
+        np.add.at(change, place + 1, sign * share)
+    covered = change.reshape(end - start, width + 2)[:, :width].cumsum(axis=1).clip(0, 1)
+    covered[covered < 1e-9] = 0  # rounding of the sum
+    return covered
+
+
 def line_coverage(points: tuple, radius: float, kind: str, height: int, width: int) -> np.ndarray:
     """Discs around points, or the line through them: 1 inside, falling to 0 over the pixel at the edge."""
     radius = max(radius, 0.5)  # a smaller disc could fall between the pixel centres
     ends = points if kind == "points" or len(points) == 1 else points[1:]
     starts = points if kind == "points" or len(points) == 1 else points[:-1]
     coverage = np.zeros((height, width), np.float32)
+    drawn = 0
     for (ax, ay), (bx, by) in zip(starts, ends, strict=True):
         left, right = max(math.floor(min(ax, bx) - radius - 1), 0), min(math.ceil(max(ax, bx) + radius + 1), width)
         top, bottom = max(math.floor(min(ay, by) - radius - 1), 0), min(math.ceil(max(ay, by) + radius + 1), height)
         if left >= right or top >= bottom:
             continue
-        xs, ys = np.arange(left, right) + 0.5, (np.arange(top, bottom) + 0.5)[:, None]
-        dx, dy = bx - ax, by - ay
-        length = dx * dx + dy * dy
-        along = ((xs - ax) * dx + (ys - ay) * dy) / length if length else np.zeros((bottom - top, right - left))
-        along = along.clip(0, 1)
-        distance = np.hypot(xs - ax - along * dx, ys - ay - along * dy)
-        window = coverage[top:bottom, left:right]
-        np.maximum(window, (radius + 0.5 - distance).clip(0, 1), out=window)
+        drawn += (right - left) * (bottom - top)
+        check_drawn(drawn, kind)
+        rows = max(1, _STRIP // (right - left))
+        for start in range(top, bottom, rows):
+            window = coverage[start : min(start + rows, bottom), left:right]
+            ys, xs = np.arange(start, start + len(window))[:, None] + 0.5, np.arange(left, right) + 0.5
+            np.maximum(window, (radius + 0.5 - _distance(xs, ys, (ax, ay), (bx, by))).clip(0, 1), out=window)
     return coverage
+
+
+def _distance(xs: np.ndarray, ys: np.ndarray, start: tuple, end: tuple) -> np.ndarray:
+    """Of the points of a grid from the line between two points."""
+    (ax, ay), (bx, by) = start, end
+    dx, dy = bx - ax, by - ay
+    length = dx * dx + dy * dy
+    along = ((xs - ax) * dx + (ys - ay) * dy) / length if length else np.zeros((len(ys), len(xs)))
+    along = along.clip(0, 1)
+    return np.hypot(xs - ax - along * dx, ys - ay - along * dy)
+
+
+def check_drawn(pixels: int, kind: str) -> None:
+    """Raise ValueError if a region has too many parts, or too large ones, to be drawn."""
+    if pixels > MAX_DRAWN:
+        raise ValueError(
+            f"the region ({kind}) has too many large parts: over {MAX_DRAWN:,} pixels to draw; give it as a mask"
+        )
 
 
 def decode_counts(counts: str | bytes) -> list[int]:

@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import math
+import numbers
 import os
 import re
 import zlib
@@ -25,6 +26,7 @@ from PIL import Image
 from .region_pixels import (
     PNG_URI,
     box_coverage,
+    check_drawn,
     decode_counts,
     line_coverage,
     mask_pixels,
@@ -75,9 +77,10 @@ class Region:
         Raises:
             ValueError: If it is not a number from 0 to 1.
         """
-        number = isinstance(self.strength, int | float) and not isinstance(self.strength, bool)
+        number = isinstance(self.strength, numbers.Real) and not isinstance(self.strength, bool)  # numpy's numbers too
         if not (number and 0 <= self.strength <= 1):
             raise ValueError(f"expected a strength from 0 to 1, got {shortened(self.strength)}")
+        object.__setattr__(self, "strength", abs(float(self.strength)))  # -0.0 is 0
 
     @classmethod
     def from_box(
@@ -283,11 +286,14 @@ class Region:
     def _union(self, height: int, width: int) -> np.ndarray:
         """Coverage of the polygons, each drawn in its own window: many parts of a large picture stay cheap."""
         coverage = np.zeros((height, width), np.float32)
+        drawn = 0
         for part in self.data:
             xs, ys = zip(*part, strict=True)
             left, right = max(math.floor(min(xs)), 0), min(math.ceil(max(xs)), width)
             top, bottom = max(math.floor(min(ys)), 0), min(math.ceil(max(ys)), height)
             if left < right and top < bottom:
+                drawn += (right - left) * (bottom - top)
+                check_drawn(drawn, self.kind)
                 moved = tuple((x - left, y - top) for x, y in part)
                 window = coverage[top:bottom, left:right]
                 np.maximum(window, polygon_coverage(moved, bottom - top, right - left), out=window)

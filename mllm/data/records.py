@@ -154,6 +154,7 @@ class Folders:
         """
         for folder in self.folders if first is None else (first, *self.folders):
             for name in names:
-                if name in self._files.get(folder, ()):
+                # a name with a folder in it ("train2014/1.jpg") is in no listing
+                if name in self._files.get(folder, ()) or "/" in name and (self.root / folder / name).is_file():
                     return str(self.root / folder / name)
         return str(self.root / (first or self.folders[0]) / names[0])

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mllm.files import one_line
 from vision_tower import Region
-from vision_tower.image_decoding import decode_image, image_size
+from vision_tower.image_decoding import decode_image, describe, image_size
 
 # What tarfile and its decompressors raise on damaged archives; what PIL raises is the decoder's matter.
 _ARCHIVE_DAMAGE = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, tarfile.TarError)
@@ -99,10 +99,10 @@ def load_image(source: ImageSource | os.PathLike) -> Image.Image:
 
 
 def describe_source(source: ImageSource | os.PathLike) -> str:
-    """A name for messages."""
+    """A name for messages, in one line."""
     if isinstance(source, TarMember):
-        return f"{source.name} in {source.tar}"
-    return f"image of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
+        return f"{describe(source.name)} in {describe(source.tar)}"
+    return describe(source)
 
 
 def _content(source: ImageSource | os.PathLike, name: str) -> str | os.PathLike | bytes:

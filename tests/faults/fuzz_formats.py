@@ -310,7 +310,10 @@ def array_cases(draw):
     case["value"] = draw(st.sampled_from([0, 1, 255, 256, -1, 0.5, 70000, float("nan"), float("inf"), 1e300]))
     if draw(st.booleans()):
         case["region"] = draw(
-            st.one_of(st.sampled_from(HOSTILE), hostile_records(REGIONS_JSON).map(lambda v: v[0] if v else v))
+            st.one_of(
+                st.sampled_from(HOSTILE),
+                hostile_records(REGIONS_JSON).map(lambda v: v[0] if isinstance(v, list) and v else v),
+            )
         )
     if draw(st.integers(0, 3)) == 0:
         case |= {"shape": None, "image": draw(st.sampled_from(HOSTILE))}

@@ -207,7 +207,10 @@ def test_zero_stage_0_in_16_bits_is_refused(tmp_path, stage, is_refused):
         ("? [a]\n: 2", "is not YAML: expected text as the key"),
         ("a: &a {b: 1}\nc: {<<: *a}", "is not YAML: expected text as the key: '<<'"),
         ("a: 2001-13-45", "a value cannot be read: month must be"),
-        ("a: !!int x", "is not YAML: a value cannot be read"),
+        ("a: !!int x", "expected a decimal number, got 'x'"),
+        ("a: 010", "expected a decimal number, got '010'"),  # 8
+        ("a: 1:30", "expected a decimal number, got '1:30'"),  # 90
+        ("a: 0x1f", "expected a decimal number, got '0x1f'"),
         ("a: !!bool x", "is not YAML: a value cannot be read"),
         ("a: !!timestamp x", "is not YAML: a value cannot be read"),
         ("a: !!python/object:os.system x", "is not YAML: could not determine a constructor"),

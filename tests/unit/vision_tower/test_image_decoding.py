@@ -3,6 +3,7 @@ Judges: PIL's own conversions, Transformers' `convert_to_rgb`.
 """
 
 import io
+import os
 import warnings
 
 import numpy as np
@@ -356,3 +357,69 @@ def test_what_is_no_image_is_an_error_of_one_line(source):
     with pytest.raises(ValueError) as caught:
         decode_image(source)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
+def test_a_turned_tiff_is_the_same_by_name_and_by_content(tmp_path, mode):
+    """PIL maps a plain TIFF that it opens by its name into memory, with the size that it will have once turned."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = saved(in_mode(mode), "TIFF", exif=exif)
+    (tmp_path / "x.tif").write_bytes(content)
+    expected = pixels_of(content)
+    assert expected.shape == (30, 20, 3)
+    for source in (tmp_path / "x.tif", Image.open(tmp_path / "x.tif")):
+        assert np.array_equal(pixels_of(source), expected)
+
+
+def test_16_bit_color_gives_equal_pixels_as_a_file_and_as_an_array():
+    values = np.arange(0, 65536, 91, dtype=np.uint16)[:720].reshape(12, 20, 3)
+    # PIL writes no such file: the array as a TIFF, big-endian samples after one directory
+    tags = [(256, 4, 20), (257, 4, 12), (258, 3, 0), (259, 3, 1), (262, 3, 2), (273, 4, 0), (277, 3, 3), (278, 4, 12)]
+    tags += [(279, 4, values.nbytes)]
+    start = 8 + 2 + 12 * len(tags) + 4
+    entries = b""
+    for tag, kind, value in tags:
+        count, value = (3, start) if tag == 258 else (1, start + 6 if tag == 273 else value)
+        body = value.to_bytes(2, "big") + b"\0\0" if kind == 3 and count == 1 else value.to_bytes(4, "big")
+        entries += tag.to_bytes(2, "big") + kind.to_bytes(2, "big") + count.to_bytes(4, "big") + body
+    content = b"MM\0*\0\0\0\x08" + len(tags).to_bytes(2, "big") + entries + bytes(4) + b"\0\x10" * 3
+    content += values.astype(">u2").tobytes()
+    assert np.array_equal(pixels_of(content), pixels_of(values))
+
+
+def test_a_damaged_length_is_not_allocated(tmp_path):
+    """A PNG chunk that states 4 GB: a file would be asked for all of them at once."""
+    content = bytearray(saved(in_mode("L")))
+    place = content.index(b"IDAT")
+    content[place - 4 : place] = b"\xff\xff\xff\xff"
+    (tmp_path / "x.png").write_bytes(content)
+    with open(tmp_path / "x.png", "rb") as plain, image_decoding._File(tmp_path / "x.png") as file:
+        assert file.read(2**62) == plain.read()
+        assert file.read() == b"" and file.fileno()
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(ValueError, match="that is a device or pipe"):
+        decode_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(3, 4, 5, device="meta"),
+        torch.zeros(3, 4, 5, dtype=torch.complex64).conj(),
+        torch.zeros(4, 5, dtype=torch.uint8).view(torch.bits8),
+        torch.zeros(3, 4, 5).to_sparse(),
+    ],
+)
+def test_tensors_without_plain_values_are_refused(tensor):
+    with pytest.raises(ValueError, match="expected a dense tensor"):
+        decode_image(tensor)
+    with pytest.raises(ValueError, match="expected a dense tensor"):
+        Region.from_mask(tensor)
+
+
+def test_a_negated_view_is_read():
+    assert not pixels_of(torch._neg_view(torch.zeros(3, 4, 5))).any()

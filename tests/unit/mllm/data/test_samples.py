@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 
+from mllm.data.records import Folders
 from mllm.data.samples import RegionSample, TarMember, displayed_size, load_image
 from tests.tiny import noise_picture
 from vision_tower import Region
@@ -272,3 +273,19 @@ def test_sixteen_bits_of_grey_keep_their_tones(tmp_path):
     grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(grey * 257).save(tmp_path / "deep.png")
     assert np.array_equal(np.asarray(load_image(str(tmp_path / "deep.png")))[..., 1], grey)
+
+
+def test_a_file_name_with_a_newline_makes_one_line(tmp_path):
+    for source in (str(tmp_path / "a\nb.png"), TarMember(str(tmp_path / "x\n.tar"), "a\nb.png")):
+        with pytest.raises(ValueError) as caught:
+            load_image(source)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_name_with_a_folder_in_it_is_found(tmp_path):
+    """As CVAT and Label Studio export COCO's layout: file_name "images/p.png"."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "train2014").mkdir()
+    noise_picture(4, 4).save(tmp_path / "images" / "p.png")
+    found = Folders(tmp_path, ("train2014", "", "images")).find("images/p.png")
+    assert found == str(tmp_path / "images" / "p.png")
