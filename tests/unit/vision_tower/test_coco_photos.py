@@ -2,11 +2,12 @@
 model where pycocotools says that it is.
 
 The rule. The model's input has 336 x 336 pixels and a photograph 640 x 480, so no region can be drawn back sharper
-than that. The alpha map is divided by its peak and drawn back: each pixel of the photograph takes the alpha of the input
-pixel that it lies in. The annotation as pycocotools decodes it takes the same way: as a plain array it is padded, cropped
-or stretched, resized to 336 x 336 by PIL's bilinear filter, and drawn back. The IoU is that of soft masks, the sum of
-minima by the sum of maxima: a threshold would decide ties at the edge by rounding. Polygons and boxes are decoded by
-pycocotools at 16 times the size and averaged, since its masks round them to whole pixels.
+than that. The alpha map is divided by its peak and drawn back: each pixel of the photograph takes the alpha of the
+input pixel that it lies in. The annotation as pycocotools decodes it takes the same way: as a plain array it is padded,
+cropped or stretched, resized to 336 x 336 by PIL's bilinear filter, and drawn back. The IoU is that of soft masks, the
+sum of minima by the sum of maxima: a threshold would decide ties at the edge by rounding. Polygons and boxes are
+decoded by pycocotools at 16 times the size and averaged, since its masks round them to whole pixels. Regions outside
+of the center crop must be refused.
 """
 
 import io
