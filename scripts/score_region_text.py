@@ -15,8 +15,11 @@ from pathlib import Path
 
 from eval.region_text import VIEWS, score_region_text
 from mllm.command_line import ArgumentParser, exit_code, say
+from mllm.data.records import MAX_ERRORS
 from mllm.loading import pick_device
 from train.alpha_clip import held_out, lookup
+from train.region_text_arguments import PairArguments
+from train.region_text_data import RegionTextDataset
 from train.run import open_index
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPModel, AlphaCLIPProcessor
 
@@ -47,7 +50,9 @@ def run(args: argparse.Namespace) -> int:
         ValueError: If model or data cannot be used, or the data has no pictures of the split.
         OSError: If something cannot be read.
     """
-    pictures = held_out([open_index(str(args.data))], args.split, args.pictures, args.region_input)
+    data = PairArguments(data=[str(args.data)], region_input=args.region_input, max_missing=MAX_ERRORS)
+    dataset = RegionTextDataset([open_index(str(args.data))], data, args.split, 0, None)
+    pictures = held_out(dataset, args.pictures)
     hub = lookup(args.model)
     model = AlphaCLIPModel.from_pretrained(args.model, **hub).to(pick_device(args.device))
     if args.view == "alpha" and not model.vision_model.embeddings.patch_embedding.alpha.weight.any():

@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import signal
 
 # Before torch is imported. Tiny models gain nothing from threads, which wait for each other at full speed; Java
 # compiles and collects as for runs of seconds.
@@ -23,6 +24,8 @@ from tests.processes import ForkServer
 from tests.tiny import build_tiny_llava
 
 ROOT = Path(__file__).resolve().parent.parent
+# A shell's background jobs ignore Ctrl-C, and what they start would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

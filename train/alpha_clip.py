@@ -279,7 +279,7 @@ def held_out(dataset: RegionTextDataset, count: int) -> list[DescribedPicture]:
     spaced = np.linspace(0, len(pictures) - 1, min(len(pictures), count)).astype(int)
     usable = [held_out_samples(dataset, *pictures[n], position) for position, n in enumerate(spaced.tolist())]
     if not any(usable):
-        raise ValueError(f"no picture for evaluation can be used; the reasons are in {dataset.skipped.path}")
+        raise ValueError(f"no image for evaluation can be used; all are {dataset.skipped.listed}")
     return described_pictures(sample for samples in usable for sample in samples)
 
 

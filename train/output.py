@@ -188,7 +188,7 @@ def naming_what_cannot_be_written(what: str, output_dir: str | os.PathLike) -> I
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if not isinstance(error, OSError) and not cannot_write(error):
+        if isinstance(error, RuntimeError) and not cannot_write(error):
             raise
         last = last_whole_checkpoint(output_dir)
         raise OSError(

@@ -46,7 +46,7 @@ class RegionTextDataset(PictureDataset):
         pair_args: PairArguments,
         split: str,
         seed: int,
-        skipped: Path,
+        skipped: Path | None,
         image_processor: AlphaCLIPImageProcessor | None = None,
     ) -> None:
         super().__init__(indexes, split, ["description"], _ALL, seed, pair_args.max_missing, skipped)

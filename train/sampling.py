@@ -47,7 +47,7 @@ class PictureDataset(Dataset):
         regions_per_sample: int,
         seed: int,
         max_missing: float,
-        skipped: Path,
+        skipped: Path | None,
     ) -> None:
         self.indexes = indexes
         self.seed = seed
@@ -100,7 +100,7 @@ class PictureDataset(Dataset):
                     self.skipped.add(position, source, entry.sample.id, error)
             if made:
                 return self.sample_of(facts[0].sample.id, image, made)
-        raise ValueError(f"no sample of the data can be used; the reasons are in {self.skipped.path}")
+        raise ValueError(f"no sample of the data can be used; all are {self.skipped.listed}")
 
     def drawn_rows(self, index: RegionIndex, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Those of a sample's rows that are used this time: all."""
@@ -132,7 +132,7 @@ class ConversationDataset(PictureDataset):
         split: str,
         wordings: Sequence[str],
         seed: int,
-        skipped: Path,
+        skipped: Path | None,
         check: Callable[[Conversation], None] | None = None,
     ) -> None:
         kinds, regions = data_args.turn_kinds, data_args.regions_per_image

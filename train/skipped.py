@@ -48,14 +48,14 @@ class SkippedItems:
     known at its end alone: then `only_once` makes it one line an item.
 
     Args:
-        path: The file.
+        path: The file; None: the items are named in the log alone.
         split: Split of the dataset.
         max_missing: Share of the images, and of the regions, that may be left out.
         images: Number of images of the dataset.
         regions: Number of its regions.
     """
 
-    def __init__(self, path: Path, split: str, max_missing: float, images: int, regions: int) -> None:
+    def __init__(self, path: Path | None, split: str, max_missing: float, images: int, regions: int) -> None:
         self.path = path
         self.split = split
         self.max_missing = max_missing
@@ -77,7 +77,8 @@ class SkippedItems:
         if (image, region, position) not in self._known:
             if (image, region) not in self._named[region is None]:
                 logger.warning("skipped %s: %s", item.name, item.reason)
-            _append(self.path, item)
+            if self.path is not None:
+                _append(self.path, item)
             self._note(item)
         named, total = self._named[region is None], self.images if region is None else self.regions
         if len(named) > self.max_missing * total:
@@ -85,12 +86,17 @@ class SkippedItems:
             what = "images cannot be read" if region is None else "regions cannot be used"
             raise ValueError(
                 f"{len(named)} of {total} {what} (first: {first.name}: {first.reason}), more than max_missing "
-                f"({self.max_missing:.1%}) allows; all are listed in {self.path}"
+                f"({self.max_missing:.1%}) allows; all are {self.listed}"
             )
+
+    @property
+    def listed(self) -> str:
+        """Where the items are listed, for messages."""
+        return "named in the log" if self.path is None else f"listed in {self.path}"
 
     def _read_on(self) -> None:
         """Read what other processes have added."""
-        if not self.path.exists():
+        if self.path is None or not self.path.exists():
             return
         with open(self.path, "rb") as file:
             file.seek(self._read_up_to)

@@ -197,7 +197,7 @@ def test_alpha_weights_replace_the_llava_tower(checkpoint, original, clip_llava,
     asked = [str(part) for part in [*asked, "--max-new-tokens", 8, "--json"]]
     assert chat.main([*asked, "--alpha-weights", str(checkpoint)]) == 0
     assert chat.main([*asked, "--alpha-weights", str(tmp_path / "nowhere.pth")]) == 2
-    assert "no file" in capsys.readouterr().err
+    assert "checkpoint not found" in capsys.readouterr().err
 
 
 def test_alpha_weights_of_another_size_are_refused(checkpoint, tiny_llava_dir):

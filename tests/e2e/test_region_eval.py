@@ -112,7 +112,7 @@ def test_scoring_the_file_again_gives_the_same(finished, tmp_path):
 def test_another_systems_results(tmp_path, capsys):
     results, references = tmp_path / "results.json", tmp_path / "annotations.json"
     results.write_text(json.dumps([{"image_id": 1, "caption": "a red bus"}, {"image_id": 2, "caption": "a dog"}]))
-    annotations = [{"id": 5, "image_id": i, "caption": "a red bus"} for i in (1, 2)]
+    annotations = [{"id": i + 5, "image_id": i, "caption": "a red bus"} for i in (1, 2)]
     references.write_text(json.dumps({"images": [{"id": 1}, {"id": 2}], "annotations": annotations}))
     score = ["score", str(results), "--references", str(references), "--out", str(tmp_path / "out")]
     assert main([*score, "--metrics", "exact match"]) == 0
