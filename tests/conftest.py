@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import gc
 import os
 import signal
 
@@ -26,6 +27,12 @@ from tests.tiny import build_tiny_llava
 ROOT = Path(__file__).resolve().parent.parent
 # A shell's background jobs ignore Ctrl-C, and what they start would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish():
+    """What was imported stays: the garbage collector, which Trainer calls in each run, need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -119,6 +119,8 @@ def end_workers(others: Sequence[BaseProcess]) -> None:
     reach them, and Python would wait for them at its exit without end.
     """
     left = [process for process in multiprocessing.active_children() if process not in others]
+    if not left:
+        return
     # torch looks out for workers that end, and would raise an error
     with _ignoring_ended_children():
         for process in left:

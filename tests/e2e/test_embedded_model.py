@@ -204,6 +204,7 @@ def test_assets_are_small_and_safetensors():
     ]
 
 
+@pytest.mark.slow
 def test_the_model_trains_on(root, tmp_path):
     """The shipped model is a start for tuning as any other directory."""
     train_root = tmp_path / "train"

@@ -171,12 +171,14 @@ def test_alpha_starts_as_loaded_under_every_stage(world, tmp_path, stage, zero):
     assert torch.equal(alpha, expected)
 
 
+@pytest.mark.slow
 def test_accumulating_eight_batches_of_one_is_a_batch_of_eight(world, tmp_path):
     tune(world, tmp_path / "a", "--per_device_train_batch_size", 8)
     tune(world, tmp_path / "b", "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 8)
     assert_same(tmp_path / "a", tmp_path / "b", 5e-5)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(world, undisturbed, tmp_path):
     tune(world, tmp_path, "--gradient_checkpointing", "true")
     assert_same(undisturbed, tmp_path, 1e-6)

@@ -126,11 +126,13 @@ def command_lines(wheel, environment):
     return [*lines, [str(environment / SCRIPTS_FOLDER / "region-chat"), "--image", str(scene), *asked]]
 
 
+@pytest.mark.slow
 def test_packages_come_from_the_wheel(environment, results):
     for name, origin in zip(PACKAGES, results[0], strict=True):
         assert Path(origin).is_relative_to(environment), f"{name} comes from {origin}"
 
 
+@pytest.mark.slow
 def test_commands_run_from_another_folder(wheel, results):
     commands = console_scripts(wheel)
     assert commands == ["region-chat", "region-eval", "region-tune"]
@@ -140,6 +142,7 @@ def test_commands_run_from_another_folder(wheel, results):
         assert help_text[0] in (0, None) and flag in help_text[1]
 
 
+@pytest.mark.slow
 def test_question_about_a_scene(results):
     code, output = results[-1]
     assert not code and json.loads(output)["answer"].strip()

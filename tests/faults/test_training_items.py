@@ -126,6 +126,7 @@ def test_the_last_whole_checkpoint_stays_until_the_next_is_whole(recipe, tmp_pat
     assert checkpoints(tmp_path) == ["checkpoint-6"]
 
 
+@pytest.mark.slow
 def test_a_model_is_on_disk_before_its_record_says_so(recipe, tmp_path, monkeypatch):
     done = []
     sync, write = output.sync_files, output.write_json

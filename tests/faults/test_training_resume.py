@@ -101,6 +101,7 @@ def test_a_run_killed_in_its_last_save_saves_again(recipes, undisturbed, tmp_pat
     assert last_whole_checkpoint(tmp_path).name == "checkpoint-6"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [cut_weights, lose_weights_after_the_end])
 def test_a_finished_model_that_is_damaged_is_saved_again(recipes, undisturbed, tmp_path, monkeypatch, change):
     program, out = "region-tune", tmp_path / "out"
@@ -111,6 +112,7 @@ def test_a_finished_model_that_is_damaged_is_saved_again(recipes, undisturbed, t
     assert content(out, program) == content(undisturbed[program], program)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", BOTH)
 def test_a_run_without_checkpoints_killed_in_its_last_save_trains_again(
     recipes, undisturbed, tmp_path, monkeypatch, program
@@ -147,6 +149,7 @@ def test_a_run_stopped_between_two_logs_logs_the_same(recipes, undisturbed, tmp_
     assert content(tmp_path, program) == content(undisturbed[program], program)
 
 
+@pytest.mark.slow
 def test_evaluations_of_a_resumed_run_are_those_of_an_uninterrupted_one(recipes, tmp_path, monkeypatch):
     program, flags = "region-tune", ("--eval_strategy", "steps", "--eval_steps", 2, "--eval_on_start", "true")
     original = RegionTrainer.training_step
@@ -194,6 +197,7 @@ def test_what_is_not_a_runs_folder_is_refused(recipes, tmp_path, capsys, program
     assert sorted(file for file in out.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_folder_inside_the_data_and_one_of_an_earlier_version_are_taken(recipes, undisturbed, tmp_path):
     program = "region-tune"
     inside = recipes[program].parent / "train" / "runs"

@@ -83,6 +83,7 @@ def test_all_published_tokenisations(shared_data):
     assert len(pairs) == 20_245 and tokens == expected
 
 
+@pytest.mark.slow
 def test_a_german_machine_gives_the_same_meteor(material, monkeypatch):
     rows = material[0][:20]
     texts = [row["test"] for row in rows], [row["refs"] for row in rows]

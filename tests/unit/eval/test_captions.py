@@ -103,6 +103,7 @@ def test_line_breaks_in_tokens_do_not_shift_meteor():
     assert len(found.items["METEOR"]) == 4 and (found.items["METEOR"] == 1).all()
 
 
+@pytest.mark.slow
 def test_an_interrupted_meteor_does_not_answer_the_next_call(monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
