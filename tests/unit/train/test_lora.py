@@ -64,7 +64,13 @@ def adapted(start, prefixes):
     return {f"{name}.weight" for name in linear_layers(model, prefixes)}
 
 
-@pytest.mark.parametrize("parts", [(), ("multi_modal_projector",), ("alpha", "multi_modal_projector")])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        *(pytest.param(parts, marks=pytest.mark.slow) for parts in [(), ("multi_modal_projector",)]),
+        ("alpha", "multi_modal_projector"),
+    ],
+)
 def test_exactly_these_weights_of_llava_move(starts, data, tmp_path, parts):
     flags = ["--train_parts", *parts] if parts else []
     assert tune(starts["llava"], data, tmp_path, *flags) == 0
