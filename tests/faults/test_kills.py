@@ -118,8 +118,24 @@ def start(processes, command, world, out, ranks=1, before=""):
 
 
 def finish(started):
-    """Wait for all ranks; their exit codes."""
-    return [process.wait(120) for process in started]
+    """Wait for all ranks; their exit codes. As torchrun does, the others are asked to end when one has failed, and
+    killed after half a minute.
+    """
+    asked, begin = None, time.monotonic()
+    while any(process.poll() is None for process in started):
+        if time.monotonic() > begin + 180:
+            for process in started:
+                process.kill_group()
+            raise TimeoutError(f"no end after 180 s: {started[0].output()[-3000:]}")
+        if asked is None and any(process.returncode for process in started):
+            asked = time.monotonic()
+            for process in started:
+                process.kill_group(signal.SIGTERM)
+        if asked is not None and time.monotonic() > asked + 30:
+            for process in started:
+                process.kill_group()
+        time.sleep(0.02)
+    return [process.returncode for process in started]
 
 
 def result(command, out):
@@ -194,11 +210,12 @@ def one_error(process):
 
 # In the process: its files may not grow beyond a size, but what it prints goes to a pipe, as to a terminal.
 LIMIT = """
-import os, resource, subprocess
+import os, resource, subprocess, sys
 terminal = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
 for number in (1, 2):
     os.dup2(terminal.stdin.fileno(), number)
 terminal.stdin.close()
+sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
 resource.setrlimit(resource.RLIMIT_FSIZE, ({largest}, resource.RLIM_INFINITY))
 """
 
