@@ -33,6 +33,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 import vision_tower
 from mllm import blip2, llava
@@ -306,6 +307,8 @@ def _check_sizes(name: str | os.PathLike, config: LlavaConfig | Blip2Config) -> 
         for field, value in part.to_dict().items():
             if "layers" in field and isinstance(value, int | float) and not value <= MAX_BLOCKS:
                 raise ValueError(f"{name}: expected at most {MAX_BLOCKS} in {field} of config.json, got {value}")
+    if is_deepspeed_zero3_enabled():  # it would partition these weights too, which are on no device
+        return
     with reading(name, "cannot load the model"), torch.device("meta"), no_init_weights():
         model = AutoModelForImageTextToText.from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
