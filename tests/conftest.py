@@ -35,6 +35,12 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def frozen():
+    """Nor at what earlier files have left in caches."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """Folder of real records and photographs: `ALPHA_SHARED_DATA`, or ../shared/data."""

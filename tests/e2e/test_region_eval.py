@@ -137,6 +137,7 @@ def write_half(finished, tmp_path):
     return half
 
 
+@pytest.mark.slow
 def test_a_missing_picture_stops_before_the_model_unless_allowed(data, tmp_path, capsys):
     broken = tmp_path / "broken"
     shutil.copytree(data, broken)
@@ -210,6 +211,7 @@ def test_bad_input(data, tmp_path, capsys):
     assert {file.name for file in (tmp_path / "x").iterdir()} <= {".made_by.json", ".lock"}  # claimed, nothing in it
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_on_the_command_line(data, finished, tmp_path, capsys):
     out = tmp_path / "s"
     score = ["score", finished, "--out", out, *FAST]

@@ -110,6 +110,7 @@ def test_only_older_whole_checkpoints_are_removed(tmp_path, keep, best, left):
     assert (tmp_path / "checkpoint-100").is_dir()
 
 
+@pytest.mark.slow
 def test_the_last_whole_checkpoint_stays_until_the_next_is_whole(recipe, tmp_path, monkeypatch):
     original = trainers.write_json
 

@@ -128,6 +128,7 @@ def test_a_run_without_checkpoints_killed_in_its_last_save_trains_again(
     assert weights == expected and record["log"] == expected_record["log"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", BOTH)
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_a_run_stopped_between_two_logs_logs_the_same(recipes, undisturbed, tmp_path, monkeypatch, program, number):

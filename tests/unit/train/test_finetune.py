@@ -189,6 +189,7 @@ def test_muon_trains_what_there_is(kind):
     MuonWithAdamW(net, lr=0.01).load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.slow
 def test_muon_takes_the_recipes_learning_rates(start, data, tmp_path):
     for name, rates in (("slow", ["multi_modal_projector=1e-12"]), ("fast", [])):
         flags = "--optimizer", "muon", "--learning_rate", "1e-2", *(["--learning_rates", *rates] if rates else [])
