@@ -9,7 +9,7 @@ BOX_1 := 22,8,48,42
 BOX_2 := 62,59,92,86
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo eval-demo test test-slow test-faults test-fuzz test-gpu mutations mutations-known check style bench compatibility embedded-model embedded-scores clean
+.PHONY: help setup demo eval-demo test test-slow test-faults test-fuzz newest test-gpu mutations mutations-known check style bench compatibility embedded-model embedded-scores clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -47,6 +47,12 @@ test-faults: setup ## kill each command 20 times, fill its disk, signal it, star
 
 test-fuzz: setup ## 1,000 hostile inputs for each format that is read (ten minutes)
 	$(BIN)/python -m pytest tests/faults/test_fuzz.py --fuzz-cases 1000
+
+newest: ## run the tests with the newest version of each dependency that pyproject.toml allows, torchvision too, in .venv-newest
+	@$(PYTHON) -m venv .venv-newest
+	@.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade torch torchvision
+	@.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[dev]'
+	.venv-newest/bin/python -m pytest
 
 test-gpu: setup ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu

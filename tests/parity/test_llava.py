@@ -13,7 +13,7 @@ from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     LlavaForConditionalGeneration,
-    LlavaImageProcessor,
+    LlavaImageProcessorPil,
     LlavaProcessor,
 )
 
@@ -75,7 +75,7 @@ def test_inputs_equal_the_stock_processor(both, question):
     _, _, processor = both
     image = noise_picture(60, 40)
     stock = LlavaProcessor(
-        LlavaImageProcessor(do_pad=True, size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
         tiny_tokenizer(),
         patch_size=8,
         vision_feature_select_strategy="default",

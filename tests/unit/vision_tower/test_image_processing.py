@@ -11,8 +11,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from transformers import AutoImageProcessor, BlipImageProcessor, CLIPImageProcessor, LlavaImageProcessor
+from PIL import Image, ImageFilter
+from transformers import (
+    AutoImageProcessor,
+    BlipImageProcessor,
+    BlipImageProcessorPil,
+    CLIPImageProcessor,
+    CLIPImageProcessorPil,
+    LlavaImageProcessor,
+    LlavaImageProcessorPil,
+)
+from transformers.image_utils import OPENAI_CLIP_STD
 
 from tests.tiny import noise_picture
 from vision_tower import AlphaCLIPImageProcessor, Region, image_processing_alpha_clip
@@ -31,20 +40,34 @@ def alpha_of(pixel_values):
     return pixel_values[:, 3] * ALPHA_STD + ALPHA_MEAN
 
 
+def stock_processors(crop, pad, stretch):
+    settings = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    blip = stretch(size={"height": SIDE, "width": SIDE})
+    return {"crop": crop(**settings), "pad": pad(do_pad=True, **settings), "stretch": blip}
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_rgb_equals_the_stock_processors(size):
+    """Transformers' PIL processors, which are the default where torchvision is not installed."""
     image = noise_picture(*size)
-    settings = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
-    stock = {
-        "crop": CLIPImageProcessor(**settings),
-        "pad": LlavaImageProcessor(do_pad=True, **settings),
-        "stretch": BlipImageProcessor(size={"height": SIDE, "width": SIDE}),
-    }
+    stock = stock_processors(CLIPImageProcessorPil, LlavaImageProcessorPil, BlipImageProcessorPil)
     for geometry, processor in stock.items():
         ours = build(geometry)(image, Region.from_box(5, 5, 30, 30), return_tensors="pt")["pixel_values"]
         theirs = processor(image, return_tensors="pt")["pixel_values"]
         assert ours.shape == (1, 4, SIDE, SIDE)
         assert torch.equal(ours[:, :3], theirs), geometry
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_rgb_is_close_to_the_processors_of_torchvision(size):
+    """Where it is installed, they are Transformers' default."""
+    pytest.importorskip("torchvision")
+    image = noise_picture(*size).filter(ImageFilter.GaussianBlur(1))  # edges as photographs have them
+    for geometry, processor in stock_processors(CLIPImageProcessor, LlavaImageProcessor, BlipImageProcessor).items():
+        ours = build(geometry)(image, return_tensors="pt")["pixel_values"][:, :3]
+        theirs = processor(image, return_tensors="pt")["pixel_values"]
+        levels = 255 * torch.tensor(OPENAI_CLIP_STD)[:, None, None] * (ours - theirs).abs()
+        assert levels.max() <= 1.001, geometry  # of 255; measured: 1, with torchvision 0.29.1
 
 
 @pytest.mark.parametrize("geometry", ["crop", "pad", "stretch"])
@@ -329,7 +352,7 @@ def test_batches_are_what_they_are_for_the_stock_processor(images):
         [processor(image, region)["pixel_values"] for image, region in zip(BATCH, regions, strict=True)]
     )
     assert np.array_equal(processor(images, regions)["pixel_values"], expected)
-    stock = LlavaImageProcessor(do_pad=True, size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    stock = LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     if isinstance(images, np.ndarray):
         assert np.array_equal(stock(images, return_tensors="np")["pixel_values"], expected[:, :3])
 
