@@ -116,9 +116,11 @@ def _run(args: argparse.Namespace) -> int:
     from mllm.chat import load_chat
 
     task = tasks.find(args.task)
+    if args.prompt is not None and not args.prompt.strip():
+        raise ValueError("--prompt is empty; leave it out to use the task's prompt")
     settings = Settings(
         _region_input(task, args.region_input),
-        args.prompt or task.prompt,
+        task.prompt if args.prompt is None else args.prompt,
         _positive("--batch-size", args.batch_size),
         _positive("--max-new-tokens", task.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens),
     )

@@ -80,10 +80,8 @@ def replacing_file(path: StrPath) -> Iterator[Path]:
         os.replace(partial, target)
         _sync(target.parent)
     except OSError as error:
-        if error.errno is not None and error.filename in (
-            None,
-            str(partial),
-        ):  # the name that people know, and one where a full disk gives none
+        # the name that people know; a full disk gives none
+        if error.errno is not None and error.filename in (None, str(partial)):
             error.filename = os.fspath(path)
         raise
     finally:

@@ -78,12 +78,12 @@ def journal(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         if end < size:
             os.ftruncate(descriptor, end)
         os.lseek(descriptor, 0, os.SEEK_END)
-        yield lambda record: _append(descriptor, json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        yield lambda record: _append(path, descriptor, json.dumps(record, ensure_ascii=False).encode() + b"\n")
     finally:
         os.close(descriptor)
 
 
-def _append(descriptor: int, line: bytes) -> None:
+def _append(path: Path, descriptor: int, line: bytes) -> None:
     start = os.lseek(descriptor, 0, os.SEEK_END)
     written = False
     try:
@@ -91,6 +91,9 @@ def _append(descriptor: int, line: bytes) -> None:
             line = line[os.write(descriptor, line) :]
         os.fsync(descriptor)
         written = True
+    except OSError as error:
+        error.filename = os.fspath(path)  # a write to a full disk names no file
+        raise
     finally:
         if not written:  # whoever appends later must not continue half a line
             with contextlib.suppress(OSError):  # it is cut off when the journal is opened again

@@ -200,6 +200,7 @@ def test_bad_input(data, tmp_path, capsys):
     assert "test.json is missing" in fails(capsys, *run, "--task", "vg-test/full")
     assert "at least 1" in fails(capsys, *run, "--task", "shapes-caption", "--batch-size", 0)
     assert "strength" in fails(capsys, *run, "--task", "shapes-caption", "--strength", 2)
+    assert "--prompt is empty" in fails(capsys, *run, "--task", "shapes-caption", "--prompt", " ")
     assert "metrics out of" in fails(capsys, *run, "--task", "shapes-caption", "--metrics", "SPICE")
     assert "leave --region-input out" in fails(capsys, *run, "--task", "refcocog-lmms-eval", "--region-input", "box")
     (tmp_path / "empty.jsonl").write_text("")

@@ -193,7 +193,8 @@ def test_a_full_disk_is_one_line_and_exit_code_2(tiny_llava_dir, folder, capsys,
     real = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: (_ for _ in ()).throw(ERRORS["full disk"]))
     assert chat.main(arguments(tiny_llava_dir, folder)) == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("region-chat: error: ")
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("region-chat: error: ") and "answers.jsonl.journal.jsonl: No space left" in error
     monkeypatch.setattr(os, "write", real)
     assert chat.main(arguments(tiny_llava_dir, folder)) == 0
 
