@@ -90,7 +90,7 @@ def load(
         ValueError: If there is no such model, it is of another kind, or its weights do not fit.
     """
     name = EMBEDDED_MODEL if model is None else model
-    hub = {"revision": revision, "trust_remote_code": trust_remote_code, **_offline(name)}
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code, **hub_lookup(name)}
     config = _read_config(name, hub)
     if load_in is not None and device_map is None:
         device_map = {"": pick_device(device)}  # quantised on the device, never moved afterwards
@@ -126,17 +126,17 @@ def load(
 def load_config(model: str | os.PathLike | None = None) -> LlavaConfig | Blip2Config:
     """The configuration alone; arguments and errors as in `load`."""
     name = EMBEDDED_MODEL if model is None else model
-    return _read_config(name, _offline(name))
+    return _read_config(name, hub_lookup(name))
 
 
 def load_processor(model: str | os.PathLike | None = None) -> AlphaProcessor:
     """The processor alone; arguments and errors as in `load`, and no weights are read."""
     name = EMBEDDED_MODEL if model is None else model
-    hub = _offline(name)
+    hub = hub_lookup(name)
     return _load_processor(name, _read_config(name, hub), hub)
 
 
-def _offline(name: str | os.PathLike) -> dict[str, bool]:
+def hub_lookup(name: str | os.PathLike) -> dict[str, bool]:
     """How a hub id is looked up when the hub cannot be reached: in the cache or not at all, at once, where Transformers
     would retry for half a minute.
     """

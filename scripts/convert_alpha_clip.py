@@ -28,7 +28,7 @@ import mllm
 from mllm.command_line import ArgumentParser, exit_code, say
 from mllm.files import check_new, locked, replacing_file, replacing_folder, work_folder
 from mllm.llava import fused_llava
-from mllm.loading import hub_answers
+from mllm.loading import hub_lookup
 from vision_tower import (
     AlphaCLIPConfig,
     AlphaCLIPImageProcessor,
@@ -138,7 +138,7 @@ def save_with_text(config: AlphaCLIPVisionConfig, weights: StateDict, text_from:
     Raises:
         ValueError: If there is no such CLIP, or its text space has another size than the visual projection.
     """
-    hub = {} if os.path.isdir(text_from) or hub_answers() else {"local_files_only": True}
+    hub = hub_lookup(text_from)
     try:
         clip = CLIPModel.from_pretrained(text_from, **hub)
     except OSError as error:

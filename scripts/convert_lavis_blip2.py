@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from mllm.blip2 import AlphaBlip2Config, AlphaBlip2ForConditionalGeneration, Alp
 from mllm.blip2_conversion import PROJECTIONS, VIT_L_BLOCKS, from_lavis, projection_of, read_lavis
 from mllm.command_line import ArgumentParser, exit_code, say
 from mllm.files import check_new, replacing_folder
-from mllm.loading import hub_answers
+from mllm.loading import hub_lookup
 from vision_tower import AlphaCLIPImageProcessor
 from vision_tower.conversion import StateDict, read_tower
 
@@ -78,7 +77,7 @@ def _run(argv: Sequence[str] | None) -> int:
 def convert(args: argparse.Namespace) -> tuple[AlphaBlip2ForConditionalGeneration, AlphaBlip2Processor]:
     """Read what the arguments name, the largest file last, and put it together."""
     lavis = read_lavis(args.checkpoint)
-    hub = {} if os.path.isdir(args.language_model) or hub_answers() else {"local_files_only": True}
+    hub = hub_lookup(args.language_model)
     text_config, tokenizer = read_language_config(args.language_model, hub)
     if args.new_projection:
         lavis |= new_projection(lavis, text_config)

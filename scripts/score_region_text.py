@@ -16,8 +16,8 @@ from pathlib import Path
 from eval.region_text import VIEWS, score_region_text
 from mllm.command_line import ArgumentParser, exit_code, say
 from mllm.data.records import MAX_ERRORS
-from mllm.loading import pick_device
-from train.alpha_clip import held_out, lookup
+from mllm.loading import hub_lookup, pick_device
+from train.alpha_clip import held_out
 from train.region_text_arguments import PairArguments
 from train.region_text_data import RegionTextDataset
 from train.run import open_index
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     data = PairArguments(data=[str(args.data)], region_input=args.region_input, max_missing=MAX_ERRORS)
     dataset = RegionTextDataset([open_index(str(args.data))], data, args.split, 0, None)
     pictures = held_out(dataset, args.pictures)
-    hub = lookup(args.model)
+    hub = hub_lookup(args.model)
     model = AlphaCLIPModel.from_pretrained(args.model, **hub).to(pick_device(args.device))
     if args.view == "alpha" and not model.vision_model.embeddings.patch_embedding.alpha.weight.any():
         raise ValueError(f"view: the alpha weight of {args.model} is zero, it sees no region; take another --view")

@@ -28,7 +28,7 @@ from transformers.integrations.deepspeed import (
 
 from eval.region_text import DescribedPicture, described_pictures
 from mllm.data.index import HELD_OUT, TRAIN
-from mllm.loading import hub_answers
+from mllm.loading import hub_lookup
 from train.arguments import refuse_unknown_parts
 from train.lora import ALPHA, linear_layers, part_of, pattern, trained_table
 from train.output import held_output
@@ -157,7 +157,7 @@ def load_model(args: TowerArguments) -> tuple[AlphaCLIPModel, AlphaCLIPProcessor
         ValueError: If there is no such model, it is no full CLIP (text tower and projections too), or its towers do
             not fit each other.
     """
-    config, hub = read_config(args.model), lookup(args.model)
+    config, hub = read_config(args.model), hub_lookup(args.model)
     attention = args.attn_implementation
     # weights kept in 16 bits would not move at these learning rates: autocast computes in 16, float32 is trained
     model = AlphaCLIPModel.from_pretrained(
@@ -181,19 +181,12 @@ def read_config(name: str) -> AlphaCLIPConfig:
         ValueError: If there is none, or it is of another model.
     """
     try:
-        return AlphaCLIPConfig.from_pretrained(name, **lookup(name))
+        return AlphaCLIPConfig.from_pretrained(name, **hub_lookup(name))
     except (OSError, ValueError) as error:
         reason = error if os.path.isdir(name) else "there is no such directory, and no such model on a hub in reach"
         raise ValueError(
             f"expected a directory or hub id of a CLIP with both towers, got {name!r}: {reason}"
         ) from error
-
-
-def lookup(name: str) -> dict[str, bool]:
-    """How a hub id is looked up: without network in the cache alone, where Transformers would retry for half a
-    minute.
-    """
-    return {} if os.path.isdir(name) or hub_answers() else {"local_files_only": True}
 
 
 def prepare_model(model: AlphaCLIPModel, args: TowerArguments) -> PreTrainedModel:

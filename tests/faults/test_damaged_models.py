@@ -146,7 +146,7 @@ def test_a_mistake_of_our_own_is_not_taken_for_damage(model_dir, monkeypatch):
     with pytest.raises(TypeError, match="a mistake"):
         loading.load_processor(model_dir)
     with pytest.raises(TypeError), loading.reading("DIR", "cannot load"):
-        loading._offline(None)  # raised in os.path, called by our own code
+        loading.hub_lookup(None)  # raised in os.path, called by our own code
 
 
 ADAPTERS = [
