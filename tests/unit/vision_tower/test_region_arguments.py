@@ -13,6 +13,7 @@ from vision_tower.region_arguments import as_region, flat_pairs, match_regions, 
 
 BOX, FAR = Region.from_box(2, 2, 20, 20), Region.from_box(20, 10, 38, 38)
 IMAGE = noise_picture(40, 40)
+CLIP = build_tiny_clip()[1]
 PROCESSOR = AlphaCLIPImageProcessor.for_size(32, "pad")
 MASK = np.zeros((40, 40))
 MASK[3:20, 5:30] = 1
@@ -44,15 +45,12 @@ REGIONS = [
 def test_a_region_in_every_form_gives_the_same_pixels(region):
     forms = [region.to_json(), dataclasses.asdict(region), Foreign(region.kind, region.data, region.strength)]
     assert all(as_region(form) == region for form in forms)
-    forms.append(
-        {**region.to_json(), "points": region.to_json().get("points"), "radius": region.to_json().get("radius")}
-    )
+    forms.append({"points": None, "radius": None, "soft": None} | region.to_json())  # a row of `datasets`
     expected = PROCESSOR(IMAGE, region, return_tensors="pt")["pixel_values"]
-    clip = build_tiny_clip()[1]
     for form in forms:
         assert torch.equal(PROCESSOR(IMAGE, form, return_tensors="pt")["pixel_values"], expected)
         assert torch.equal(PROCESSOR([[IMAGE]], [[[form]]], return_tensors="pt")["pixel_values"], expected)
-        assert torch.equal(clip(IMAGE, "a", form, return_tensors="pt")["pixel_values"], expected)
+        assert torch.equal(CLIP(IMAGE, "a", form, return_tensors="pt")["pixel_values"], expected)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +129,7 @@ def test_lists_of_regions():
 @pytest.mark.parametrize("name", ["region", "masks", "bbox", "mm_processor_kwargs", "images_kwargs", "audio_kwargs"])
 def test_clip_refuses_what_would_be_dropped(name):
     with pytest.raises(ValueError, match="would be ignored; regions are passed as regions="):
-        build_tiny_clip()[1](IMAGE, "a", **{name: {"region": BOX} if name.endswith("kwargs") else BOX})
+        CLIP(IMAGE, "a", **{name: {"region": BOX} if name.endswith("kwargs") else BOX})
 
 
 @pytest.mark.parametrize("url", ["data:image/png;base64,", "data:image/png,abc", "DATA:image/png;base64,%%%"])
