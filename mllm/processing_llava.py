@@ -26,7 +26,6 @@ from mllm.messages import (
     image_items,
     image_slots,
     image_source,
-    set_default,
 )
 from vision_tower.region_arguments import check_call, check_names, flat_pairs, match_regions, take_regions
 
@@ -310,6 +309,12 @@ def _images(conversations: Sequence[Sequence[dict]], given: Any, batched: bool) 
 
 def _numbers(counts: Sequence[int]) -> str:
     return ", ".join(map(str, counts))
+
+
+def set_default(settings: dict[str, Any], name: str, value: Any) -> None:
+    """A setting of the tokenizer, unless the caller has it in one of the places that Transformers reads."""
+    if not any(name in (settings.get(place) or {}) for place in ("text_kwargs", "common_kwargs")):
+        settings.setdefault(name, value)
 
 
 class _AlphaLlavaProcessorKey(PreTrainedConfig):

@@ -313,7 +313,7 @@ TEXT = prompt("a")
         (lambda: PROCESSOR.apply_chat_template(ask(item(mask=1))), "unknown \\['mask'\\]"),
         (
             lambda: PROCESSOR.apply_chat_template(ask({"type": "text", "text": "a", "region": BOX})),
-            "\\['region'\\] in a text",
+            "\\['region'\\] in an item of type text",
         ),
         (lambda: PROCESSOR.apply_chat_template(ask({"type": "video", "video": "a", "region": BOX})), "got 'video'"),
         (lambda: PROCESSOR.apply_chat_template(ask(item(path="a.png"))), "expected one image in an image item"),
