@@ -83,7 +83,7 @@ def _item(value: Any) -> dict:
         raise ValueError(f"expected a string as the text of a text item, got {item.get('text')!r:.80}")
     if unknown := sorted(item.keys() - _ITEM_KEYS[kind]):
         raise ValueError(
-            f"unknown {unknown} in an item of type {kind}: it would be ignored; a region is the key 'region' of an image"
+            f"unknown {unknown} in an item of type {kind}: it would be ignored; a region is the key 'region' of images"
         )
     if kind == "image" and len(sources := [key for key in _SOURCE_KEYS if key in item]) > 1:
         raise ValueError(f"expected one image in an image item, got {sources}")
