@@ -127,7 +127,7 @@ def _alpha_promised(source: str | os.PathLike, options: dict) -> bool:
 def _weights_file(source: str | os.PathLike, subfolder="", variant=None, use_safetensors=None, **_: Any) -> str:
     """The file in a directory that `from_pretrained` reads; a hub id is returned as it is."""
     for name in _PICKLES if use_safetensors is False else _SAFETENSORS + _PICKLES:
-        stem, _, ending = name.partition(".")
+        stem, _, ending = name.rpartition(".")
         path = os.path.join(source, subfolder or "", f"{stem}.{variant}.{ending}" if variant else name)
         if os.path.isfile(path):
             return path
