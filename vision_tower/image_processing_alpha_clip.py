@@ -36,7 +36,7 @@ from .regions import Region
 GEOMETRIES = ("crop", "pad", "stretch")
 
 
-class AlphaCLIPImageProcessorKwargs(ImagesKwargs, total=False):
+class AlphaCLIPImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Image settings and their regions; the same names may be given to the processors built on this one.
 
     geometry: How a picture becomes a square, see `AlphaCLIPImageProcessor`.
@@ -99,9 +99,9 @@ class AlphaCLIPImageProcessor(PilBackend):
     resample = PILImageResampling.BICUBIC
     image_mean = OPENAI_CLIP_MEAN
     image_std = OPENAI_CLIP_STD
-    size = {"shortest_edge": 224}
+    size: Any = {"shortest_edge": 224}  # in an instance a `SizeDict`, as `crop_size` is
     default_to_square = False
-    crop_size = {"height": 224, "width": 224}
+    crop_size: Any = {"height": 224, "width": 224}
     do_resize = True
     do_center_crop = True
     do_rescale = True

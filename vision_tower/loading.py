@@ -155,7 +155,7 @@ def load_with_alpha(name: str | os.PathLike, model_class: Any = None, **kwargs: 
 
     # Under the stock class's name and module, since Transformers looks up the renaming of old keys by them.
     body = {"__init__": __init__, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
-    with_alpha = type(stock.__name__, (stock,), body)
+    with_alpha: Any = type(stock.__name__, (stock,), body)
     loaded = load_checked(with_alpha.from_pretrained, name, alpha_required=True, **kwargs)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.__class__ = stock
