@@ -36,7 +36,7 @@ class AlphaCLIPPreTrainedModel(CLIPPreTrainedModel):
         Raises:
             ValueError: If it is CLIP's own: saved under that, the model would load as a CLIP without alpha channel.
         """
-        if not config.model_type.startswith("alpha_"):
+        if not type(config).model_type.startswith("alpha_"):  # of the class: what is saved
             raise ValueError(
                 f"expected an {self.config_class.__name__}, got a {type(config).__name__}; "
                 f"{self.config_class.__name__}.from_pretrained reads CLIP directories too"

@@ -37,6 +37,12 @@ from vision_tower.modeling_alpha_clip import ALPHA_WEIGHT
 CLASSES = (AlphaCLIPVisionModel, AlphaCLIPVisionModelWithProjection, AlphaCLIPModel)
 
 
+@pytest.fixture(autouse=True)
+def default_verbosity(caplog):
+    """Commands that ran earlier in this process have changed it."""
+    caplog.set_level(logging.WARNING, "transformers")
+
+
 def alpha_of(model):
     (weight,) = (module.weight for module in model.modules() if isinstance(module, AlphaConv2d))
     return weight
@@ -104,8 +110,7 @@ OPTIONS = [
 def test_alpha_is_zero_and_nothing_is_said_of_a_clip(clip, cls, options, caplog):
     if options is QUANTIZED:
         pytest.importorskip("bitsandbytes", reason="an optional dependency; make setup installs it on Linux")
-    with caplog.at_level(logging.WARNING):
-        model = cls.from_pretrained(clip, **options)
+    model = cls.from_pretrained(clip, **options)
     assert torch.count_nonzero(alpha_of(model)) == 0
     assert alpha_of(model).dtype == model.dtype and not alpha_of(model).is_meta
     assert "REPORT" not in caplog.text and "MISSING" not in caplog.text
@@ -334,3 +339,11 @@ def test_load_with_alpha_keeps_the_arguments_of_from_pretrained(siglip, tmp_path
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchModel"]}))
     with pytest.raises(ValueError, match="NoSuchModel"):
         load_with_alpha(tmp_path)
+
+
+def test_a_configuration_built_from_clips_fields_is_ours(clip, tmp_path):
+    """Its fields may name CLIP's type; its class is what counts, and what is saved."""
+    fields = CLIPModel.from_pretrained(clip).config.vision_config.to_dict()
+    AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**fields)).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "alpha_clip_vision_model"
+    assert type(AutoModel.from_pretrained(tmp_path)) is AlphaCLIPVisionModel
