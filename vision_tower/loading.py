@@ -63,8 +63,10 @@ def load_checked(
         where = "the given state_dict" if source is None else _weights_file(source, **kwargs)
         _raise_if_different(type(model).__name__, where, missing, unexpected, mismatched)
         lost = sorted(info["missing_keys"] & alphas)
-        # one report is the info's; another one is about a base model below an adapter, which the info omits
-        if not info["mismatched_keys"] and len(reports) <= bool(info["missing_keys"] or info["unexpected_keys"]):
+        # one report is the info's; another one is about the model below an adapter, which the info omits
+        if len(reports) > bool(info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]):
+            load_checked(load, model.config.name_or_path, *args, ignored=ignored, **kwargs)
+        if not info["mismatched_keys"]:
             reports.clear()
     if lost and alpha_required:
         raise ValueError(

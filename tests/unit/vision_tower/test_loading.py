@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -347,3 +348,14 @@ def test_a_configuration_built_from_clips_fields_is_ours(clip, tmp_path):
     AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**fields)).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "alpha_clip_vision_model"
     assert type(AutoModel.from_pretrained(tmp_path)) is AlphaCLIPVisionModel
+
+
+def test_an_adapter_of_a_tower_with_missing_weights_raises(ours, tower, tmp_path):
+    """The loading info is the adapter's then, and omits the tower below it."""
+    config = LoraConfig(target_modules=["q_proj"])
+    tuned = get_peft_model(AlphaCLIPVisionModel.from_pretrained(ours), config)
+    tuned.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(features(AlphaCLIPVisionModel.from_pretrained(tmp_path / "adapter")), features(tower))
+    change(ours, lambda tensors: {key: t for key, t in tensors.items() if "layers.1.mlp" not in key})
+    with pytest.raises(ValueError, match="ours/model.safetensors do not fit AlphaCLIPVisionModel: 4 missing"):
+        AlphaCLIPVisionModel.from_pretrained(tmp_path / "adapter")
