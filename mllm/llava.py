@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+)
 
 from mllm.processing import AlphaLlavaProcessor
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel
-from vision_tower.conversion import fuse, read_tower_for
-from vision_tower.modeling_alpha_clip import check_loaded
+from vision_tower.alpha_embedding import HUB_OPTIONS, stored_tensor, without_load_report
+from vision_tower.conversion import read_tower_for
+from vision_tower.modeling_alpha_clip import ALPHA_WEIGHT, check_loaded
 
 # Full names: since Transformers 5 a bare "vision_tower" skips nothing. A list of one's own drops the default lm_head.
 NEVER_QUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
@@ -30,7 +41,8 @@ def vision_tower(model: LlavaForConditionalGeneration) -> AlphaCLIPVisionModel:
 
 
 def with_alpha_tower(config: LlavaConfig) -> LlavaConfig:
-    """`config` with our tower in place of CLIP's; a config that has it already is returned as it is.
+    """`config` with our tower in place of CLIP's, of three channels or four (`mllm.export`); a config that has it
+    already is returned as it is.
 
     Raises:
         ValueError: If the tower is neither CLIP nor ours.
@@ -38,16 +50,23 @@ def with_alpha_tower(config: LlavaConfig) -> LlavaConfig:
     vision = config.vision_config
     if isinstance(vision, AlphaCLIPVisionConfig):
         return config
-    if type(vision) is not CLIPVisionConfig:
-        raise ValueError(f"expected a LLaVA with a CLIP vision tower, got {vision.model_type!r}")
+    if type(vision) is not CLIPVisionConfig or vision.num_channels not in (3, 4):
+        raise ValueError(
+            f"expected a LLaVA with a CLIP vision tower, got {vision.model_type!r} of {vision.num_channels} channels"
+        )
     fields = vision.to_dict()
     fields.pop("model_type")
-    config.vision_config = AlphaCLIPVisionConfig(**fields)
+    config.vision_config = AlphaCLIPVisionConfig(**{**fields, "num_channels": 3})
     return config
 
 
+def is_fused(config: LlavaConfig) -> bool:
+    """Whether it is the configuration of an export: stock CLIP, with alpha as the fourth channel."""
+    return type(config.vision_config) is CLIPVisionConfig and config.vision_config.num_channels == 4
+
+
 def load_model(name: str | os.PathLike, config: LlavaConfig, **kwargs: Any) -> LlavaForConditionalGeneration:
-    """Load a LLaVA-1.5 checkpoint, with CLIP's tower or ours, in any key layout.
+    """Load a LLaVA-1.5 checkpoint, with CLIP's tower, ours, or that of an export, in any key layout.
 
     Args:
         name: Directory or hub id.
@@ -60,10 +79,14 @@ def load_model(name: str | os.PathLike, config: LlavaConfig, **kwargs: Any) -> L
     """
     # mismatches are let through to the report, which names them
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    alpha_expected = isinstance(config.vision_config, AlphaCLIPVisionConfig)
+    fused = is_fused(config)
+    alpha_expected = fused or isinstance(config.vision_config, AlphaCLIPVisionConfig)
     config = with_alpha_tower(config)
     try:
-        model, report = LlavaForConditionalGeneration.from_pretrained(name, config=config, **kwargs)
+        with without_load_report() if fused else contextlib.nullcontext():
+            model, report = LlavaForConditionalGeneration.from_pretrained(name, config=config, **kwargs)
+        if fused:
+            report = _split_patch_embedding(model, name, report, kwargs)
     except SafetensorError as error:
         raise ValueError(
             f"the weights in {name} are damaged ({error}); were they copied or downloaded whole?"
@@ -72,6 +95,35 @@ def load_model(name: str | os.PathLike, config: LlavaConfig, **kwargs: Any) -> L
     if alpha_expected and report["missing_keys"]:
         raise ValueError(f"the weights in {name} lack the alpha weight, which its config.json promises")
     return model
+
+
+def _split_patch_embedding(
+    model: LlavaForConditionalGeneration, name: str | os.PathLike, report: dict, options: dict
+) -> dict:
+    """Put the fused convolution of an export into the two of our tower; the loading report without these, as it was
+    where no convolution of four channels was found.
+
+    Raises:
+        ValueError: If the tower is on no device.
+    """
+    embedding, ending = vision_tower(model).embeddings.patch_embedding, "embeddings.patch_embedding.weight"
+    fused = [entry for entry in report["mismatched_keys"] if entry[0].endswith(ending) and entry[1][1:2] == (4,)]
+    if not fused:
+        return report
+    if embedding.weight.is_meta or hasattr(embedding.weight, "ds_id"):
+        raise ValueError(
+            f"{name} is an export, whose tower must be loaded on one device: load it with mllm.load, save model and "
+            "processor with save_pretrained, and take that directory"
+        )
+    stored = stored_tensor(name, ending, {key: options[key] for key in HUB_OPTIONS if key in options})
+    with torch.no_grad():
+        embedding.weight.copy_(stored[:, :3])
+        embedding.alpha.weight.copy_(stored[:, 3:])
+    return {
+        **report,
+        "mismatched_keys": [entry for entry in report["mismatched_keys"] if entry not in fused],
+        "missing_keys": [key for key in report["missing_keys"] if not key.endswith(ALPHA_WEIGHT)],
+    }
 
 
 def load_alpha_weights(model: LlavaForConditionalGeneration, source: str | os.PathLike) -> None:
@@ -89,18 +141,12 @@ def load_alpha_weights(model: LlavaForConditionalGeneration, source: str | os.Pa
     tower.load_state_dict(read_tower_for(tower.config, source))  # strict; casts to the tower's dtype and device
 
 
-def fused_llava(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
-    """A stock LLaVA with the same answers, whose tower is stock CLIP of four channels: it needs no code of ours.
-
-    Its `pixel_values` must be (B, 4, H, W): stock CLIP does not take three for the whole image.
-    """
-    fields = model.config.to_dict()
+def fused_config(config: LlavaConfig) -> LlavaConfig:
+    """The configuration of a stock LLaVA whose tower is stock CLIP of four channels: it needs no code of ours."""
+    fields = config.to_dict()
     vision = {key: value for key, value in fields["vision_config"].items() if key not in ("model_type", "auto_map")}
     fields["vision_config"] = CLIPVisionConfig(**{**vision, "num_channels": 4})
-    fused = LlavaForConditionalGeneration(LlavaConfig(**fields)).to(model.dtype)
-    fused.load_state_dict(fuse(model.state_dict()))  # strict
-    fused.generation_config = model.generation_config
-    return fused
+    return LlavaConfig(**fields)
 
 
 def load_processor(name: str | os.PathLike, config: LlavaConfig, **hub: Any) -> AlphaLlavaProcessor:
@@ -126,3 +172,15 @@ def build_llava_processor(image_processor: AlphaCLIPImageProcessor, tokenizer: A
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1,  # CLIP's class token
     )
+
+
+class _AlphaLlavaProcessorKey(PreTrainedConfig):
+    """AutoProcessor finds a class by a config; LlavaConfig is taken by LlavaProcessor, which our models keep as their
+    config.
+    """
+
+    model_type = "alpha_llava_processor"
+
+
+# Not beside the class: a remote copy of it must not register itself, least of all in place of this one.
+AutoProcessor.register(_AlphaLlavaProcessorKey, AlphaLlavaProcessor, exist_ok=True)

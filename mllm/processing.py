@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import AutoProcessor, BatchFeature, LlavaProcessor, PreTrainedConfig
+from transformers import BatchFeature, LlavaProcessor
 from transformers.image_utils import ImageInput
 
 from mllm.data.templates import DESCRIBE_REGION_WORDINGS
+from mllm.remote_code import SavedWithSources
 from vision_tower import Region
 from vision_tower.image_processing_alpha_clip import check_processor_call, flat_list
 
@@ -39,7 +40,7 @@ _ROLES = ("system", "user", "assistant")
 Message = Mapping[str, Any]
 
 
-class AlphaLlavaProcessor(LlavaProcessor):
+class AlphaLlavaProcessor(SavedWithSources, LlavaProcessor):
     """Text + images + regions -> inputs of LLaVA with an alpha tower.
 
     Two ways in, one format:
@@ -300,14 +301,3 @@ def _from_fields(kind: Any, data: Any, strength: Any) -> Region:
     if kind == "mask" and len(parts) == 4 and isinstance(parts[3], bytes):  # bytes come from a Region, never from JSON
         return Region("mask", tuple(parts), strength)
     raise ValueError(f"expected the fields of a Region, got kind {kind!r:.80} and data {data!r:.80}")
-
-
-class _AlphaLlavaProcessorKey(PreTrainedConfig):
-    """AutoProcessor finds a class by a config; LlavaConfig is taken by LlavaProcessor, which our models keep as their
-    config.
-    """
-
-    model_type = "alpha_llava_processor"
-
-
-AutoProcessor.register(_AlphaLlavaProcessorKey, AlphaLlavaProcessor, exist_ok=True)

@@ -9,11 +9,12 @@ from transformers import BatchFeature, Blip2Processor
 from transformers.image_utils import ImageInput
 
 from mllm.processing import Message, as_region, check_messages, image_items
+from mllm.remote_code import SavedWithSources
 from vision_tower import Region
 from vision_tower.image_processing_alpha_clip import check_processor_call
 
 
-class AlphaBlip2Processor(Blip2Processor):
+class AlphaBlip2Processor(SavedWithSources, Blip2Processor):
     """BLIP-2's text with its query tokens, and `AlphaCLIPImageProcessor` (geometry "stretch") behind one call.
 
     Two ways in:

@@ -96,7 +96,7 @@ _PATCH_CONVOLUTIONS = {
     "Dinov2Model": "embeddings.patch_embeddings.projection",
 }
 
-_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
 
 
 def add_alpha_channel(model: PreTrainedModel) -> PreTrainedModel:
@@ -159,7 +159,7 @@ def load_with_alpha(name: str | os.PathLike, model_class: Any = None, **kwargs: 
         ValueError: If there is no alpha weight, a weight is missing, of another shape, or left over; or as
             `add_alpha_channel`.
     """
-    hub = {option: kwargs[option] for option in _HUB_OPTIONS if option in kwargs}
+    hub = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
     if model_class is None:
         config, _ = PreTrainedConfig.get_config_dict(name, **hub)
         architecture = (config.get("architectures") or [None])[0]
@@ -167,7 +167,7 @@ def load_with_alpha(name: str | os.PathLike, model_class: Any = None, **kwargs: 
         if model_class is None:
             raise ValueError(f"expected a Transformers model class in {name}'s config, got {architecture}; give it")
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the report names mismatches
-    with _without_load_report():
+    with without_load_report():
         model, report = model_class.from_pretrained(name, **kwargs)
     add_alpha_channel(model)
     key = next(key for key, module in model.named_modules() if isinstance(module, AlphaConv2d)) + ".weight"
@@ -180,13 +180,15 @@ def load_with_alpha(name: str | os.PathLike, model_class: Any = None, **kwargs: 
             f"{name} has no alpha weight ({key}): every region would be ignored. To begin with a stock model, load it "
             "with from_pretrained and give it to add_alpha_channel"
         )
-    model.get_parameter(key).data.copy_(_stored_alpha(name, key, hub))
+    model.get_parameter(key).data.copy_(stored_tensor(name, ".".join(key.split(".")[-4:]), hub))
     return model
 
 
 @contextlib.contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Transformers' report would call the alpha weight unexpected; it is read afterwards, and the rest is checked."""
+def without_load_report() -> Iterator[None]:
+    """Without Transformers' report, which would call the alpha weight unexpected (of a fused model: of another shape);
+    it is read afterwards, and the rest is checked.
+    """
     report = logging.getLogger("transformers.modeling_utils")
     level = report.level
     report.setLevel(logging.ERROR)
@@ -196,9 +198,8 @@ def _without_load_report() -> Iterator[None]:
         report.setLevel(level)
 
 
-def _stored_alpha(name: str | os.PathLike, key: str, hub: dict) -> torch.Tensor:
-    """The alpha weight of a checkpoint, where names may begin otherwise than in the model."""
-    ending = ".".join(key.split(".")[-4:])
+def stored_tensor(name: str | os.PathLike, ending: str, hub: dict) -> torch.Tensor:
+    """The one tensor of a checkpoint whose name ends so: names may begin otherwise than in the model."""
     index = cached_file(name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **hub)
     files = ["model.safetensors"]
     if index is not None:
