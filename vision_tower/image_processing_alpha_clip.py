@@ -411,6 +411,8 @@ def _region(value: Any) -> Region:
         return Region.whole()
     if isinstance(value, str):
         return Region.parse(value)
+    if type(value).__name__ == Region.__name__ and not isinstance(value, Region):  # of a copy of this module
+        return Region(value.kind, value.data, value.strength)
     if not isinstance(value, Region):
         raise ValueError(
             f"expected a Region, its text ('box:40,60,220,200') or None, got {type(value).__name__}; see "
