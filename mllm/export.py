@@ -1,19 +1,20 @@
-"""A LLaVA with our tower -> a directory of stock classes, which Transformers loads without this package
-(docs/export.md).
+"""A LLaVA with our tower -> a directory of stock classes, which Transformers loads without this package; a BLIP-2 -> a
+directory with its source files (docs/export.md).
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import save_torch_state_dict
 from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration, PreTrainedModel
 
+from mllm.blip2 import AlphaBlip2ForConditionalGeneration
 from mllm.files import replacing_folder
 from mllm.llava import fused_config, vision_tower
 from mllm.loading import AlphaProcessor, load_adapter
-from mllm.processing import AlphaLlavaProcessor
 from vision_tower import AlphaCLIPVisionModel
 from vision_tower.conversion import fuse
 
@@ -37,10 +38,12 @@ def export(
     *,
     adapter: str | os.PathLike | None = None,
 ) -> None:
-    """Write a LLaVA with our tower as stock `LlavaForConditionalGeneration`, whose tower is stock `CLIPVisionModel` of
-    four channels, with a processor that `AutoProcessor.from_pretrained(directory, trust_remote_code=True)` loads.
+    """Write a directory that works without this package.
 
-    `pixel_values` is then always (B, 4, S, S): stock CLIP does not take three channels for the whole image.
+    A LLaVA becomes stock `LlavaForConditionalGeneration` with stock `CLIPVisionModel` of four channels, whose
+    `pixel_values` is always (B, 4, S, S): three channels are an error there, not the whole image. Its processor is
+    loaded by `AutoProcessor.from_pretrained(directory, trust_remote_code=True)`. Of a BLIP-2, the model needs
+    `trust_remote_code=True` too.
 
     Args:
         model: As `mllm.load` gives it.
@@ -49,48 +52,54 @@ def export(
         adapter: Directory of a LoRA adapter, merged into `model` (in place) first.
 
     Raises:
-        ValueError: If the model is not such a LLaVA, is quantized, has an adapter that is not merged or weights on no
-            device, or `directory` exists.
+        ValueError: If the model is of another kind, is quantized, has an adapter that is not merged or weights on no
+            device, the adapter is not one for it, or `directory` exists.
     """
     check_exportable(model, processor)
-    if adapter is not None:
-        model = load_adapter(model, adapter).merge_and_unload()
     reads = [] if adapter is None else [adapter]
     with replacing_folder(directory, "exported model", reads=reads, new=True) as folder:
-        config = fused_config(model.config)
-        config.architectures, config.dtype = [LlavaForConditionalGeneration.__name__], model.dtype
-        config.save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
-        weights = {_hub_name(key): tensor.to(model.dtype) for key, tensor in fuse(model.state_dict()).items()}
-        save_torch_state_dict(weights, folder, max_shard_size="5GB")
-        # For Transformers before 5, which do not read image settings in processor_config.json.
-        side = config.vision_config.image_size
-        image_settings = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-        CLIPImageProcessorPil(**image_settings).save_pretrained(folder)
+        if adapter is not None:
+            model = load_adapter(model, adapter).merge_and_unload()
+        if isinstance(model, AlphaBlip2ForConditionalGeneration):
+            model.save_pretrained(folder)
+        else:
+            _save_fused(model, folder)
         processor.save_pretrained(folder)
 
 
 def check_exportable(model: PreTrainedModel | PeftModel, processor: AlphaProcessor) -> None:
-    """Raise ValueError unless `model` is a LLaVA with our tower, whole, not quantized and without an adapter."""
-    if hasattr(model, "peft_config") or any(".base_layer." in key for key, _ in model.named_parameters()):
+    """Raise ValueError unless `model` is one with our tower, whole, not quantized and without an adapter."""
+    if hasattr(model, "peft_config") or any(".base_layer." in name for name, _ in model.named_parameters()):
         raise ValueError(
             "the model has an adapter that is not merged; load the model without it, and give its directory as adapter="
         )
-    if model.config.model_type == "alpha_blip2":
+    llava = isinstance(model, LlavaForConditionalGeneration) and isinstance(vision_tower(model), AlphaCLIPVisionModel)
+    if not (llava or isinstance(model, AlphaBlip2ForConditionalGeneration)):
         raise ValueError(
-            "BLIP-2 cannot be exported: the patch convolution of stock Blip2VisionModel has three channels, and stock "
-            "BLIP-2 takes no other tower; its own directory loads with trust_remote_code=True (docs/export.md)"
+            f"expected a LLaVA-1.5 or BLIP-2 with our tower, as mllm.load gives it, got {type(model).__name__}"
         )
-    if not (isinstance(model, LlavaForConditionalGeneration) and isinstance(vision_tower(model), AlphaCLIPVisionModel)):
-        raise ValueError(f"expected a LLaVA-1.5 with our tower, as mllm.load gives it, got {type(model).__name__}")
-    if not isinstance(processor, AlphaLlavaProcessor):
-        raise ValueError(f"expected the model's AlphaLlavaProcessor, got {type(processor).__name__}")
+    if not isinstance(processor, AlphaProcessor):
+        raise ValueError(f"expected the model's processor, as mllm.load gives it, got {type(processor).__name__}")
     if getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError("the model is quantized (load_in); load it without, in 16 bits say: dtype='bfloat16'")
+        raise ValueError("the model is quantized (load_in); load it without, and export that")
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("a part of the model is offloaded; load it on one device, such as device='cpu'")
+        raise ValueError("a part of the model is offloaded; load all of it on one device, such as device='cpu'")
 
 
-def _hub_name(key: str) -> str:
-    prefix = next(prefix for prefix in _HUB_PREFIXES if key.startswith(prefix))
-    return _HUB_PREFIXES[prefix] + key.removeprefix(prefix)
+def _save_fused(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    """The model as stock classes, and image settings for Transformers before 5, which read no others."""
+    config = fused_config(model.config)
+    config.architectures, config.dtype = [LlavaForConditionalGeneration.__name__], model.dtype
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    weights = {_hub_name(name): tensor.to(model.dtype) for name, tensor in fuse(model.state_dict()).items()}
+    save_torch_state_dict(weights, folder, max_shard_size="5GB")
+    side = config.vision_config.image_size
+    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
+        folder
+    )
+
+
+def _hub_name(name: str) -> str:
+    prefix = next(prefix for prefix in _HUB_PREFIXES if name.startswith(prefix))
+    return _HUB_PREFIXES[prefix] + name.removeprefix(prefix)
