@@ -413,6 +413,8 @@ def _region(value: Any) -> Region:
         return Region.whole()
     if isinstance(value, str):
         return Region.parse(value)
+    if isinstance(value, dict):
+        return Region.from_json(value)
     if type(value).__name__ == Region.__name__ and not isinstance(value, Region):  # of a copy of this module
         return Region(value.kind, value.data, value.strength)
     if not isinstance(value, Region):
