@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from mllm.processing import AlphaLlavaProcessor
+from mllm.processing_llava import AlphaLlavaProcessor
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel
 from vision_tower.alpha_embedding import HUB_OPTIONS, stored_tensor, without_load_report
 from vision_tower.conversion import read_tower_for

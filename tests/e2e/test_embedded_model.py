@@ -18,6 +18,7 @@ from mllm.data.index import RegionIndex
 from mllm.data.prepare import make_index
 from mllm.data.visual_genome import read_region_questions, read_regions
 from mllm.loading import EMBEDDED_MODEL
+from tests.tiny import prompt
 from train import finetune
 from vision_tower import Region
 from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
@@ -74,7 +75,7 @@ def test_five_lines(samples, fed):
     model, processor = mllm.load()
     outputs = []
     for sample in (first, second):
-        inputs = processor(images=image, regions=sample.regions[0], text="What is this?", return_tensors="pt")
+        inputs = processor(images=image, regions=sample.regions[0], text=prompt("What is this?"), return_tensors="pt")
         text = processor.decode(model.generate(**inputs)[0], skip_special_tokens=True)
         assert text.endswith(f"What is this? ASSISTANT: {sample.references[0]}")
         outputs.append(model(**inputs).logits[0, -1])
