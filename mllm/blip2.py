@@ -55,14 +55,11 @@ def load_model(name: str | os.PathLike, config: Blip2Config, **kwargs: Any) -> A
             shape.
     """
     try:
-        model, report = AlphaBlip2ForConditionalGeneration.from_pretrained(name, output_loading_info=True, **kwargs)
+        return AlphaBlip2ForConditionalGeneration.from_pretrained(name, **kwargs)
     except SafetensorError as error:
         raise ValueError(
             f"the weights in {name} are damaged ({error}); were they copied or downloaded whole?"
         ) from error
-    if report["missing_keys"] and isinstance(config, AlphaBlip2Config):
-        raise ValueError(f"the weights in {name} lack the alpha weight, which its config.json promises")
-    return model
 
 
 def load_alpha_weights(model: AlphaBlip2ForConditionalGeneration, source: str | os.PathLike) -> None:

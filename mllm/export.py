@@ -13,7 +13,8 @@ from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration, P
 
 from mllm.blip2 import AlphaBlip2ForConditionalGeneration
 from mllm.files import replacing_folder
-from mllm.llava import fused_config, vision_tower
+from mllm.fused import fused_config
+from mllm.llava import vision_tower
 from mllm.loading import AlphaProcessor, load_adapter
 from vision_tower import AlphaCLIPVisionModel
 from vision_tower.conversion import fuse

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoImageProcessor,
@@ -18,11 +16,11 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from mllm.fused import is_fused, load_fused
 from mllm.processing_llava import AlphaLlavaProcessor
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel
-from vision_tower.alpha_embedding import HUB_OPTIONS, stored_tensor, without_load_report
 from vision_tower.conversion import read_tower_for
-from vision_tower.modeling_alpha_clip import ALPHA_WEIGHT, check_loaded
+from vision_tower.loading import load_checked
 
 # Full names: since Transformers 5 a bare "vision_tower" skips nothing. A list of one's own drops the default lm_head.
 NEVER_QUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
@@ -51,18 +49,14 @@ def with_alpha_tower(config: LlavaConfig) -> LlavaConfig:
     if isinstance(vision, AlphaCLIPVisionConfig):
         return config
     if type(vision) is not CLIPVisionConfig or vision.num_channels not in (3, 4):
+        channels = getattr(vision, "num_channels", "unknown")
         raise ValueError(
-            f"expected a LLaVA with a CLIP vision tower, got {vision.model_type!r} of {vision.num_channels} channels"
+            f"expected a LLaVA with a CLIP vision tower of 3 or 4 channels, got {vision.model_type!r} of {channels}"
         )
     fields = vision.to_dict()
     fields.pop("model_type")
     config.vision_config = AlphaCLIPVisionConfig(**{**fields, "num_channels": 3})
     return config
-
-
-def is_fused(config: LlavaConfig) -> bool:
-    """Whether it is the configuration of an export: stock CLIP, with alpha as the fourth channel."""
-    return type(config.vision_config) is CLIPVisionConfig and config.vision_config.num_channels == 4
 
 
 def load_model(name: str | os.PathLike, config: LlavaConfig, **kwargs: Any) -> LlavaForConditionalGeneration:
@@ -77,53 +71,13 @@ def load_model(name: str | os.PathLike, config: LlavaConfig, **kwargs: Any) -> L
         ValueError: If a weight is missing (CLIP's tower has no alpha weight, ours must), left over, or of another
             shape.
     """
-    # mismatches are let through to the report, which names them
-    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    fused = is_fused(config)
-    alpha_expected = fused or isinstance(config.vision_config, AlphaCLIPVisionConfig)
-    config = with_alpha_tower(config)
+    load = load_fused if is_fused(config) else LlavaForConditionalGeneration.from_pretrained
     try:
-        with without_load_report() if fused else contextlib.nullcontext():
-            model, report = LlavaForConditionalGeneration.from_pretrained(name, config=config, **kwargs)
-        if fused:
-            report = _split_patch_embedding(model, name, report, kwargs)
+        return load_checked(load, name, config=with_alpha_tower(config), **kwargs)
     except SafetensorError as error:
         raise ValueError(
             f"the weights in {name} are damaged ({error}); were they copied or downloaded whole?"
         ) from error
-    check_loaded("LLaVA with an alpha tower", name, report)
-    if alpha_expected and report["missing_keys"]:
-        raise ValueError(f"the weights in {name} lack the alpha weight, which its config.json promises")
-    return model
-
-
-def _split_patch_embedding(
-    model: LlavaForConditionalGeneration, name: str | os.PathLike, report: dict, options: dict
-) -> dict:
-    """Put the fused convolution of an export into the two of our tower; the loading report without these, as it was
-    where no convolution of four channels was found.
-
-    Raises:
-        ValueError: If the tower is on no device.
-    """
-    embedding, ending = vision_tower(model).embeddings.patch_embedding, "embeddings.patch_embedding.weight"
-    fused = [entry for entry in report["mismatched_keys"] if entry[0].endswith(ending) and entry[1][1:2] == (4,)]
-    if not fused:
-        return report
-    if embedding.weight.is_meta or hasattr(embedding.weight, "ds_id"):
-        raise ValueError(
-            f"{name} is an export, whose tower must be loaded on one device: load it with mllm.load, save model and "
-            "processor with save_pretrained, and take that directory"
-        )
-    stored = stored_tensor(name, ending, {key: options[key] for key in HUB_OPTIONS if key in options})
-    with torch.no_grad():
-        embedding.weight.copy_(stored[:, :3])
-        embedding.alpha.weight.copy_(stored[:, 3:])
-    return {
-        **report,
-        "mismatched_keys": [entry for entry in report["mismatched_keys"] if entry not in fused],
-        "missing_keys": [key for key in report["missing_keys"] if not key.endswith(ALPHA_WEIGHT)],
-    }
 
 
 def load_alpha_weights(model: LlavaForConditionalGeneration, source: str | os.PathLike) -> None:
@@ -139,14 +93,6 @@ def load_alpha_weights(model: LlavaForConditionalGeneration, source: str | os.Pa
     """
     tower = vision_tower(model)
     tower.load_state_dict(read_tower_for(tower.config, source))  # strict; casts to the tower's dtype and device
-
-
-def fused_config(config: LlavaConfig) -> LlavaConfig:
-    """The configuration of a stock LLaVA whose tower is stock CLIP of four channels: it needs no code of ours."""
-    fields = config.to_dict()
-    vision = {key: value for key, value in fields["vision_config"].items() if key not in ("model_type", "auto_map")}
-    fields["vision_config"] = CLIPVisionConfig(**{**vision, "num_channels": 4})
-    return LlavaConfig(**fields)
 
 
 def load_processor(name: str | os.PathLike, config: LlavaConfig, **hub: Any) -> AlphaLlavaProcessor:

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mllm.remote_code import write_sources
 from vision_tower import AlphaCLIPVisionConfig, AlphaCLIPVisionModel, AlphaConv2d, AlphaPatchEmbedding
-from vision_tower.modeling_alpha_clip import check_loaded
+from vision_tower.loading import load_checked
 
 
 class AlphaBlip2VisionConfig(Blip2VisionConfig):
@@ -100,6 +100,11 @@ class AlphaBlip2VisionModel(Blip2VisionModel):
         self.embeddings.patch_embedding = AlphaPatchEmbedding(config.hidden_size, config.patch_size, bias=True)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load as in Transformers, from our tower's directory or a stock one's; errors as in `load_checked`."""
+        return load_checked(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -148,20 +153,14 @@ class AlphaBlip2ForConditionalGeneration(Blip2ForConditionalGeneration):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load as in Transformers, from our directory or a stock BLIP-2's.
 
         Raises:
-            ValueError: If a weight other than the alpha convolution is missing, left over, or of another shape.
+            ValueError: If a weight is missing, left over, or of another shape (vision_tower/loading.py); only the alpha
+                weight may be missing, from a stock BLIP-2.
         """
-        if "config" not in kwargs and not args:
-            names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-            hub = {name: kwargs[name] for name in names if name in kwargs}
-            kwargs["config"] = AlphaBlip2Config.from_pretrained(pretrained_model_name_or_path, **hub)
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the report names mismatches
-        model, report = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        check_loaded(cls.__name__, pretrained_model_name_or_path, report)
-        return (model, report) if output_loading_info else model
+        return load_checked(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
 
 # Stock renamings (older key layouts) hold for ours too; Transformers applies them to stock classes only.

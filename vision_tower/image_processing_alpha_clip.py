@@ -11,7 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BatchFeature, PilBackend
+from transformers import (
+    BatchFeature,
+    ImageProcessingMixin,  # noqa: F401, a saved diffusers pipeline looks for this name here
+    PilBackend,
+)
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,

@@ -8,7 +8,8 @@ from transformers import Blip2QFormerConfig, CLIPConfig, CLIPModel, CLIPVisionMo
 
 import mllm
 from mllm.blip2_conversion import _shorten, qformer_config_from_lavis
-from mllm.llava import fused_config, with_alpha_tower
+from mllm.fused import fused_config
+from mllm.llava import with_alpha_tower
 from scripts import convert_alpha_clip, merge_adapter
 from tests.tiny import build_tiny_llava, tiny_clip_config, tiny_llava_config, tiny_tokenizer, tiny_vision_config
 from vision_tower import AlphaCLIPVisionConfig, AlphaCLIPVisionModel, conversion
