@@ -57,11 +57,14 @@ def load_model(folder):
     return model, fed
 
 
-def ask(processor, region, image=image):
+def messages(region):
     item = {"type": "image", "image": image, "region": region}
-    message = {"role": "user", "content": [item, {"type": "text", "text": "What is this?"}]}
+    return [{"role": "user", "content": [item, {"type": "text", "text": "What is this?"}]}]
+
+
+def ask(processor, region):
     return processor.apply_chat_template(
-        [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        messages(region), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
 
 
@@ -83,8 +86,11 @@ assert classes[0] is not classes[1]
 inputs = [ask(processor, text) for text in texts]
 for text, expected in zip(texts, inputs):
     regions = [text, classes[0].parse(text).to_json(), *(cls.parse(text) for cls in classes)]
+    prompt = processor.apply_chat_template(messages(text), add_generation_prompt=True, tokenize=False)
     for region in regions:
         assert torch.equal(ask(processor, region)["pixel_values"], expected["pixel_values"]), region
+        called = processor(images=image, text=prompt, regions=[region], return_tensors="pt")
+        assert all(torch.equal(called[name], expected[name]) for name in ("pixel_values", "input_ids")), region
         for one in (image_processor, processor.image_processor):
             values = one(image, region, return_tensors="pt")["pixel_values"]
             assert torch.equal(values, expected["pixel_values"]), region
@@ -108,13 +114,11 @@ generated = []
 if stock:
     for text in texts:
         pipe = pipeline("image-text-to-text", model=resaved, processor=processor)
-        item = {"type": "image", "image": image, "region": text}
-        messages = [{"role": "user", "content": [item, {"type": "text", "text": "What is this?"}]}]
         resaved_fed.clear()
-        generated += pipe(text=messages, return_full_text=False, generate_kwargs={"max_new_tokens": 12})
+        generated += pipe(text=messages(text), return_full_text=False, generate_kwargs={"max_new_tokens": 12})
         assert torch.equal(resaved_fed[0], inputs[texts.index(text)]["pixel_values"])
     pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
-    assert pipe(text=messages, return_full_text=False, generate_kwargs={"max_new_tokens": 12}) == generated[-1:]
+    assert pipe(text=messages(text), return_full_text=False, generate_kwargs={"max_new_tokens": 12}) == generated[-1:]
     error(lambda: pipeline("image-text-to-text", model=folder))
 generated = [one["generated_text"] for one in generated]
 torch.save({"logits": logits, "inputs": [dict(one) for one in inputs], "generated": generated}, out)

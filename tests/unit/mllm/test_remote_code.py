@@ -1,6 +1,7 @@
 """The source files beside a saved processor: flat, few, and in need of nothing but what Transformers itself needs."""
 
 import ast
+import json
 import sys
 from types import ModuleType
 
@@ -32,15 +33,12 @@ def test_sources_are_flat_and_need_little(folder):
 
 
 def test_transformers_finds_all_of_them(folder):
-    (root,) = (file for file in folder.glob("processing*.py") if f"class {saved_class(folder)}(" in file.read_text())
-    found = {root.name, *(path.rpartition("/")[2] for path in get_relative_import_files(root))}
+    saved = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+    found = set()
+    for auto, record in (("AutoProcessor", saved), ("AutoImageProcessor", saved["image_processor"])):
+        root = folder / f"{record['auto_map'][auto].partition('.')[0]}.py"
+        found |= {root.name, *(path.rpartition("/")[2] for path in get_relative_import_files(root))}
     assert found == {file.name for file in folder.glob("*.py")}
-
-
-def saved_class(folder):
-    import json
-
-    return json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))["processor_class"]
 
 
 @pytest.mark.parametrize(
