@@ -107,10 +107,7 @@ def load_processor(name: str | os.PathLike, config: LlavaConfig, **hub: Any) -> 
 
 
 def build_llava_processor(image_processor: AlphaCLIPImageProcessor, tokenizer: Any, config: LlavaConfig):
-    """An `AlphaLlavaProcessor` whose token count fits `config`; the tokenizer is set to pad on the left, for
-    batches.
-    """
-    tokenizer.padding_side = "left"
+    """An `AlphaLlavaProcessor` whose token count fits `config`."""
     return AlphaLlavaProcessor(
         image_processor,
         tokenizer,

@@ -75,7 +75,7 @@ def _is_missing(value: Any) -> bool:
 def _item(value: Any) -> dict:
     item = _as_dict(value)
     if item.get("type") == "image_url":
-        item = _from_image_url(item)
+        item = _as_dict(_from_image_url(item))
     kind = item.get("type")
     if kind not in _ITEM_KEYS:
         raise ValueError(f"expected items of type text, image or image_url, got {kind!r:.80}")

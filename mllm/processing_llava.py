@@ -100,6 +100,7 @@ class AlphaLlavaProcessor(SavedWithSources, LlavaProcessor):
         if isinstance(tokenizer, TokenizersBackend):
             # the argument of `AutoProcessor.from_pretrained(..., backend="pil")` lands, and is saved, here too
             tokenizer.backend = tokenizer.init_kwargs["backend"] = "tokenizers"
+        tokenizer.padding_side = "left"  # answers begin where the prompt ends; a pipeline's batches too
         # every argument by name: `from_pretrained` drops saved ones that the signature does not show
         super().__init__(
             image_processor,
@@ -140,8 +141,8 @@ class AlphaLlavaProcessor(SavedWithSources, LlavaProcessor):
                 it.
             regions: An entry for each image, nested as `images` are: a region, a list of N regions, which makes N slots
                 of an image that is decoded and resized once, or None, the whole image.
-            **kwargs: As in `LlavaProcessor` (`return_tensors`, `padding`, ...). Padding is on the left unless asked
-                otherwise, and on where tensors are asked for.
+            **kwargs: As in `LlavaProcessor` (`return_tensors`, `padding`, ...). Where tensors are asked for, padding is
+                on.
 
         Returns:
             `input_ids` and `attention_mask` (B, T) where there is text, and `pixel_values` (N, 4, S, S) where there are
@@ -162,7 +163,6 @@ class AlphaLlavaProcessor(SavedWithSources, LlavaProcessor):
             set_default(kwargs, "add_special_tokens", False)
         if kwargs.get("return_tensors") is not None:
             set_default(kwargs, "padding", True)
-        set_default(kwargs, "padding_side", "left")  # whatever the tokenizer says: answers begin where the prompt ends
         return super().__call__(images=images, text=text, **kwargs)
 
     def _begins_with_bos(self, text: str | list[str]) -> bool:

@@ -4,6 +4,7 @@ every spelling that Transformers would drop together with its region.
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
@@ -20,7 +21,7 @@ _MORE_TEXT_SETTINGS = {"split_special_tokens"}
 
 
 def as_region(value: Any) -> Region:
-    """A region from a `Region`, its JSON, its text ("box:40,60,220,200"), or None, the whole image.
+    """A region from a `Region`, its JSON (a dict or text), its text ("box:40,60,220,200"), or None, the whole image.
 
     A `Region` is recognized by its fields: code loaded with `trust_remote_code` has a class of its own, and
     Transformers turns a dataclass inside a message into a dict.
@@ -33,7 +34,7 @@ def as_region(value: Any) -> Region:
     if isinstance(value, Region):
         return value
     if isinstance(value, str):
-        return Region.parse(value)
+        return Region.from_json(_object(value)) if value.lstrip().startswith("{") else Region.parse(value)
     if isinstance(value, Mapping):
         fields = {name: part for name, part in value.items() if part is not None}  # `datasets` adds all keys to a row
         is_json = "kind" not in fields or not fields.keys() <= set(_FIELDS)
@@ -184,6 +185,13 @@ def check_names(processor: Any, settings: Mapping[str, Any], variables: Containe
         raise ValueError(
             f"unknown argument {', '.join(unknown)}, which would be ignored; regions are passed as regions="
         )
+
+
+def _object(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot read the region {text!r:.80} as JSON: {error}") from error
 
 
 def _from_fields(kind: Any, data: Any = (), strength: Any = 1.0) -> Region:

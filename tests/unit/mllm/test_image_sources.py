@@ -1,26 +1,19 @@
 """Every processor gives every kind of image source the pixels that the one decoder gives it."""
 
 import dataclasses
-import functools
-import http.server
-import threading
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tests.serving import serve
 from tests.tiny import build_tiny_blip2, build_tiny_clip, build_tiny_llava, prompt
 from vision_tower import AlphaCLIPImageProcessor, Region
 from vision_tower.image_decoding import decode_image
 from vision_tower.region_arguments import as_region
 
 KINDS = ["str", "path", "bytes", "pil", "array", "tensor", "url"]
-
-
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +24,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(folder):
     """Of a server on this machine."""
-    handler = functools.partial(_Quiet, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with serve(folder) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

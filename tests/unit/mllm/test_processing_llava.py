@@ -164,6 +164,7 @@ SPELLINGS = [
     BOX,
     "box:4,4,20,20",
     {"box": [4, 4, 20, 20]},
+    '{"box": [4, 4, 20, 20]}',
     {"box": [4, 4, 20, 20], "nbox": None, "strength": None},  # as `datasets` writes a column of different regions
     dataclasses.asdict(BOX),
     ForeignRegion("box", (4.0, 4.0, 20.0, 20.0), 1.0),
@@ -294,6 +295,7 @@ TEXT = prompt("a")
         (lambda: PROCESSOR([IMAGE], TEXT, [BOX, FAR]), "each of 1 images, got 2"),
         (lambda: PROCESSOR([IMAGE, IMAGE], TEXT, BOX), "each of 2 images, got 1"),
         (lambda: PROCESSOR(IMAGE, TEXT, []), "empty list of regions"),
+        (lambda: PROCESSOR(IMAGE, TEXT, '{"box": '), "as JSON"),
         (lambda: PROCESSOR(IMAGE, TEXT, [4, 4, 20, 20]), "expected a Region, its JSON, its text"),
         (lambda: PROCESSOR(IMAGE, TEXT, np.ones((40, 40))), "expected a Region.*Region.from_mask"),
         (lambda: PROCESSOR(IMAGE, TEXT, Region.from_box(90, 90, 99, 99)), "outside the picture"),
