@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
 from transformers.utils import cached_file
 
 _RGB_WEIGHT = "embeddings.patch_embedding.weight"
@@ -25,9 +25,10 @@ def fused_config(config: LlavaConfig) -> LlavaConfig:
     return LlavaConfig(**fields)
 
 
-def is_fused(config: LlavaConfig) -> bool:
+def is_fused(config: PreTrainedConfig) -> bool:
     """Whether it is the configuration of an export."""
-    return type(config.vision_config) is CLIPVisionConfig and config.vision_config.num_channels == 4
+    vision = getattr(config, "vision_config", None)
+    return isinstance(config, LlavaConfig) and type(vision) is CLIPVisionConfig and vision.num_channels == 4
 
 
 def load_fused(
