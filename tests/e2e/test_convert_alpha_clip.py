@@ -242,7 +242,7 @@ def test_fused_llava_is_stock_llava(checkpoint, clip_llava, tmp_path, measured, 
 def test_the_input_built_by_hand_is_the_processors(checkpoint, tmp_path, width, height):
     """The lines of docs/export.md against our image processor, in LLaVA's geometry."""
     assert convert(checkpoint, tmp_path / "OUT", "--fused") == 0
-    lines = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(encoding="utf-8"), re.DOTALL)[0]
+    lines = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(encoding="utf-8"), re.DOTALL)[-1]
     image, region = noise_picture(width, height), Region.from_box(8, 5, 30, 33)
     mask = Image.fromarray(region.mask(height, width).astype(np.uint8) * 255)
     names = {"image": image, "mask": mask}

@@ -144,7 +144,7 @@ def test_a_blip2_and_a_model_with_text_tower(tmp_path, run_example):
     assert card.data.license == "mit" and "4, from a Q-Former" in card.text
     run_example(card, {"lab/blip2": tmp_path / "b"})
     tokenizer = tiny_tokenizer()
-    config = {**tiny_clip_config().to_dict(), "model_type": AlphaCLIPConfig.model_type}
+    config = tiny_clip_config().to_dict()
     config["text_config"] |= {"vocab_size": len(tokenizer), "max_position_embeddings": 32}
     AlphaCLIPModel(AlphaCLIPConfig(**config)).save_pretrained(tmp_path / "clip")
     AlphaCLIPProcessor(AlphaCLIPImageProcessor.for_size(32, "crop"), tokenizer).save_pretrained(tmp_path / "clip")

@@ -1,6 +1,8 @@
 """An export is read back bit for bit, and what cannot be exported is refused before anything is written."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from mllm.loading import load_adapter
 from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_picture
 from vision_tower import AlphaCLIPVisionModel, Region
 
+ROOT = Path(__file__).resolve().parents[3]
 LEFT, RIGHT = Region.from_box(0, 0, 30, 40), Region.from_box(30, 0, 60, 40)
 
 
@@ -74,6 +77,16 @@ def test_an_export_is_read_back_bit_for_bit(exported, tiny_llava, tmp_path, capf
     processor.save_pretrained(tmp_path)
     again = mllm.load(tmp_path, device="cpu")
     assert torch.equal(logits(*again, LEFT), logits(*tiny_llava, LEFT))
+
+
+def test_the_lines_of_the_docs(exported, tiny_llava):
+    lines = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(encoding="utf-8"), re.DOTALL)[0]
+    names = {"image": noise_picture(300, 260)}
+    exec(lines.replace('"OUT"', repr(str(exported))), names)
+    values = names["inputs"]["pixel_values"]
+    expected = tiny_llava[1].image_processor(names["image"], Region.from_box(40, 60, 220, 200), return_tensors="pt")
+    assert torch.equal(values, expected["pixel_values"])
+    assert type(names["model"].model.vision_tower) is CLIPVisionModel
 
 
 def test_region_chat_takes_an_export(exported, tiny_llava_dir, tmp_path, capsys):
