@@ -69,7 +69,7 @@ def _as_dict(value: Any) -> dict:
 
 def _is_missing(value: Any) -> bool:
     """Whether a value is None, or a struct of `datasets` without any."""
-    return value is None or isinstance(value, Mapping) and all(part is None for part in value.values())
+    return value is None or isinstance(value, Mapping) and {*map(type, value.values())} == {type(None)}
 
 
 def _item(value: Any) -> dict:
