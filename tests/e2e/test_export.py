@@ -217,11 +217,6 @@ def python_elsewhere(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.compatibility(
-    "transformers LLaVA-1.5, no code of ours",
-    "embedded model, exported, in a new environment without this package: logits, and equal answers about two objects",
-    "1e-5",
-)
 def test_the_embedded_model_runs_in_an_environment_without_this_package(python_elsewhere, tmp_path, measured):
     export(*mllm.load(device="cpu"), tmp_path / "model")
     scene = EMBEDDED_MODEL.parent / "scenes" / "scene_2.png"
