@@ -8,12 +8,12 @@ from typing import Any
 from transformers import BatchFeature, Blip2Processor
 from transformers.image_utils import ImageInput
 
-from mllm.messages import Message, as_batch, check_messages, give_regions, image_items, image_source
-from mllm.processing_llava import set_default
+from mllm.messages import Message, as_batch, check_messages, give_regions, image_items, image_source, set_default
+from mllm.remote_code import SavedWithSources
 from vision_tower.region_arguments import check_call, check_names, flat_pairs, match_regions, take_regions
 
 
-class AlphaBlip2Processor(Blip2Processor):
+class AlphaBlip2Processor(SavedWithSources, Blip2Processor):
     """BLIP-2's text with its query tokens, and `AlphaCLIPImageProcessor` (geometry "stretch") behind one call.
 
     Two ways in:

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers import (
-    AutoProcessor,
     BatchFeature,
     LlavaProcessor,
-    PreTrainedConfig,
     ProcessorMixin,
     TokenizersBackend,
 )
@@ -26,7 +24,9 @@ from mllm.messages import (
     image_items,
     image_slots,
     image_source,
+    set_default,
 )
+from mllm.remote_code import SavedWithSources
 from vision_tower.region_arguments import check_call, check_names, flat_pairs, match_regions, take_regions
 
 # Source: `conv_vicuna_v1` in haotian-liu/LLaVA, llava/conversation.py at c121f04.
@@ -69,7 +69,7 @@ _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 _STOCK_ARGUMENTS = inspect.signature(ProcessorMixin.apply_chat_template).parameters.keys()
 
 
-class AlphaLlavaProcessor(LlavaProcessor):
+class AlphaLlavaProcessor(SavedWithSources, LlavaProcessor):
     """Text + images + regions -> inputs of LLaVA with an alpha tower.
 
     Called as `LlavaProcessor` is, with `regions` in addition:
@@ -309,20 +309,3 @@ def _images(conversations: Sequence[Sequence[dict]], given: Any, batched: bool) 
 
 def _numbers(counts: Sequence[int]) -> str:
     return ", ".join(map(str, counts))
-
-
-def set_default(settings: dict[str, Any], name: str, value: Any) -> None:
-    """A setting of the tokenizer, unless the caller has it in one of the places that Transformers reads."""
-    if not any(name in (settings.get(place) or {}) for place in ("text_kwargs", "common_kwargs")):
-        settings.setdefault(name, value)
-
-
-class _AlphaLlavaProcessorKey(PreTrainedConfig):
-    """AutoProcessor finds a class by a config; LlavaConfig is taken by LlavaProcessor, which our models keep as their
-    config.
-    """
-
-    model_type = "alpha_llava_processor"
-
-
-AutoProcessor.register(_AlphaLlavaProcessorKey, AlphaLlavaProcessor, exist_ok=True)

@@ -36,10 +36,14 @@ __all__ = [
 ]
 
 # exist_ok: importing the package twice (a notebook's reload, a remote-code copy beside it) is fine.
-for _config in (AlphaCLIPVisionConfig, AlphaCLIPConfig):
+# The processor of a tower alone is its image processor.
+for _config, _processor in (
+    (AlphaCLIPVisionConfig, AlphaCLIPImageProcessor),
+    (AlphaCLIPConfig, AlphaCLIPProcessor),
+):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoImageProcessor.register(_config, image_processor_classes={"pil": AlphaCLIPImageProcessor}, exist_ok=True)
-    AutoProcessor.register(_config, AlphaCLIPProcessor, exist_ok=True)
+    AutoProcessor.register(_config, _processor, exist_ok=True)
 AutoModel.register(AlphaCLIPVisionConfig, AlphaCLIPVisionModel, exist_ok=True)
 AutoModel.register(AlphaCLIPConfig, AlphaCLIPModel, exist_ok=True)
 AutoModelForZeroShotImageClassification.register(AlphaCLIPConfig, AlphaCLIPModel, exist_ok=True)

@@ -120,10 +120,12 @@ class AlphaCLIPImageProcessor(PilBackend):
         return cls(size={"shortest_edge": side}, crop_size=crop_size, geometry=geometry, **colours)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in `PilBackend`, without the file of a processor around this one: Transformers writes it in here too."""
+        """As in `PilBackend`; `auto_map` names this class for `AutoProcessor` too, which then raises an error where it
+        may not run the code. (A processor around this one says what it is in its own file.)
+        """
         fields = super().to_dict()
-        if "auto_map" in fields:
-            fields["auto_map"] = {name: of for name, of in fields["auto_map"].items() if name == "AutoImageProcessor"}
+        if reference := fields.get("auto_map", {}).get("AutoImageProcessor"):
+            fields["auto_map"] = {"AutoImageProcessor": reference, "AutoProcessor": reference}
         return fields
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:

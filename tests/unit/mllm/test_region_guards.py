@@ -63,7 +63,7 @@ def test_a_lost_alpha_weight_of_ours_is_an_error(tiny_llava_dir, tmp_path):
     kept = {key: tensor for key, tensor in weights.items() if ".alpha." not in key}
     assert len(kept) == len(weights) - 1
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lack the alpha weight"):
+    with pytest.raises(ValueError, match="lacks the alpha weight"):
         mllm.load(tmp_path, device="cpu")
 
 
