@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from alpha_clip_commands.command_line import ArgumentParser, add_max_errors, exit_code
+from alpha_clip_commands.command_line import ArgumentParser, add_max_errors, exit_code, leave_current_folder
 
 PROGRAM = "region-chat"
 # option -> (form of Region.parse, how its value is written)
@@ -104,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     _check_arguments(args)
+    leave_current_folder()
     from mllm.chat import run
 
     return run(args)

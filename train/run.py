@@ -46,14 +46,14 @@ _NOT_OF_THE_RUN = {
 }  # fmt: skip
 
 
-def run_command(name: str, train: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int:
+def run_command(name: str, train: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Run a training command; errors that a user can fix become one line and exit code 2. Its loader workers
     always end with it; so does its process after an error, when it would wait for the other ranks.
     """
     others = multiprocessing.active_children()
     code = FAILED
     try:
-        code = exit_code(name, lambda: _explaining(name, train, sys.argv[1:] if argv is None else argv))
+        code = exit_code(name, lambda: _explaining(name, train, argv))
         return code
     finally:
         end_workers(others)
