@@ -2,5 +2,8 @@
 
 from mllm.loading import load
 from mllm.processing import AlphaLlavaProcessor
+from mllm.quiet import silence_other_libraries
 
 __all__ = ["AlphaLlavaProcessor", "load"]
+
+silence_other_libraries()
