@@ -8,6 +8,7 @@ alpha-clip COMMAND --help                        (each has an example)
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from alpha_clip_commands.command_line import (
     exit_code,
     leave_current_folder,
 )
+from alpha_clip_commands.progress import STARTING, step
 from alpha_clip_commands.source_values import constant
 
 PROGRAM = "alpha-clip"
@@ -36,6 +38,7 @@ _MODULES = {
     "merge": "mllm.merge",
     "publish": "mllm.publish",
 }
+_HAVE_BARS = ("shapes", "score")  # show their own progress
 # subcommand -> arguments that name what must be there
 _READ = {
     "convert": ("source",),
@@ -86,7 +89,10 @@ def _run(args: argparse.Namespace) -> int:
     if args.command in _CHECKS:
         _CHECKS[args.command](args)
     leave_current_folder()
-    return importlib.import_module(_MODULES[args.command]).run(args)
+    with step(STARTING):
+        run = importlib.import_module(_MODULES[args.command]).run
+    with contextlib.nullcontext() if args.command in _HAVE_BARS else step(f"{PROGRAM} {args.command}"):
+        return run(args)
 
 
 def _add(commands, name: str, summary: str, example: str) -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from alpha_clip_commands.chat import add_model_arguments
 from alpha_clip_commands.command_line import ArgumentParser, add_max_errors, exit_code, leave_current_folder
+from alpha_clip_commands.progress import STARTING, step
 
 PROGRAM = "region-eval"
 INPUTS = ("box", "mask", "whole", "wrong", "blind", "crop", "blur", "red-box")  # explained in eval/controls.py
@@ -101,6 +102,7 @@ def _main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
     args.command_line = shlex.join([PROGRAM, *argv])
     leave_current_folder()
-    from eval.cli import run
+    with step(STARTING):
+        from eval.cli import run
 
     return run(args)

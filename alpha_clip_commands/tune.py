@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 from alpha_clip_commands.command_line import ArgumentParser, check_found, exit_code, leave_current_folder
 from alpha_clip_commands.contrast_arguments import PairArguments, TowerArguments
+from alpha_clip_commands.progress import STARTING, step
 from alpha_clip_commands.recipe import (
     deepspeed_file,
     finite_number,
@@ -82,7 +83,8 @@ def _start(program: Program, argv: Sequence[str]) -> int:
     def ready() -> int:
         check(program, argv)
         leave_current_folder()
-        importlib.import_module(program.module)
+        with step(STARTING):
+            importlib.import_module(program.module)
         return 0
 
     return exit_code(program.name, ready) or sys.modules[program.module].run(argv)

@@ -27,6 +27,7 @@ from transformers.integrations.deepspeed import (
 )
 
 from alpha_clip_commands.contrast_arguments import PairArguments, TowerArguments
+from alpha_clip_commands.progress import step
 from alpha_clip_commands.tune import train_alpha_clip as main
 from eval.region_text import DescribedPicture, described_pictures
 from mllm.data.index import HELD_OUT, TRAIN
@@ -152,6 +153,7 @@ def loaded_whole(args: TrainingArguments) -> Iterator[None]:
             set_hf_deepspeed_config(args.hf_deepspeed_config)
 
 
+@step("loading the model")
 def load_model(args: TowerArguments) -> tuple[AlphaCLIPModel, AlphaCLIPProcessor]:
     """A CLIP with an alpha channel, and its processor with the geometry that is trained.
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 import mllm
+from alpha_clip_commands.progress import step
 from alpha_clip_commands.tune import main
 from alpha_clip_commands.tuning_arguments import DataArguments, ModelArguments
 from eval.metrics.captions import freeze_document_frequency
@@ -118,6 +119,7 @@ def show_plan(model_args: ModelArguments, data_args: DataArguments, training_arg
     return 0
 
 
+@step("loading the model")
 def load_model(model_args: ModelArguments, training_args: TrainingArguments) -> tuple[PreTrainedModel, AlphaProcessor]:
     """The model to tune, on the CPU unless it is quantised; Trainer or DeepSpeed place it. Under ZeRO-3 each process
     holds its piece of each weight from the start.

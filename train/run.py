@@ -24,6 +24,7 @@ from transformers import TrainingArguments
 from transformers.processing_utils import ProcessorMixin
 
 from alpha_clip_commands.command_line import BAD_INPUT, FAILED, INTERRUPTED, exit_code, log_to_terminal, say
+from alpha_clip_commands.progress import step
 from mllm.data.index import TRAIN, RegionIndex, index_folder
 from mllm.data.prepare import make_index
 from mllm.files import one_line, write_file
@@ -194,7 +195,7 @@ def what_makes_the_run(training_args: TrainingArguments, *others: Any) -> dict[s
 
 def open_indexes(folders: Sequence[str], training_args: TrainingArguments) -> list[RegionIndex]:
     """The indexes of data folders, made now by one process of all machines where there are none (a large data set
-    takes longer than the others wait: scripts/prepare_data.py makes it beforehand).
+    takes longer than the others wait: `alpha-clip prepare` makes it beforehand).
     """
     with training_args.main_process_first(local=False, desc="the index of the data"):
         return [open_index(folder) for folder in folders]
@@ -207,6 +208,7 @@ def open_index(folder: str) -> RegionIndex:
     return RegionIndex(folder)
 
 
+@step("looking for the training images")
 def refuse_missing_pictures(indexes: Sequence[RegionIndex], max_missing: float, args: TrainingArguments) -> None:
     """List the missing images of the training split in `missing_images.txt`.
 
