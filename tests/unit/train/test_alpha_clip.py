@@ -95,7 +95,7 @@ def log(out):
 
 def error_line(capsys):
     """The one line that a user is told."""
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("train.alpha_clip: error:"))
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("alpha-clip train: error:"))
     return line
 
 
