@@ -192,7 +192,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tower, tmp_path, capsys):
 
     assert "no owner//x" in refused(tower, "no owner//x")
     assert "OWNER/NAME" in refused(tower, "name")
-    assert "expected a directory" in refused(tmp_path / "absent", "lab/x")
+    assert "folder not found" in refused(tmp_path / "absent", "lab/x")
     assert "has no README.md" in refused(tower, "lab/x", "--keep-card")
     folder = tmp_path / "in"
     shutil.copytree(tower, folder)

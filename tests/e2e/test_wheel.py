@@ -135,7 +135,7 @@ def test_packages_come_from_the_wheel(environment, results):
 @pytest.mark.slow
 def test_commands_run_from_another_folder(wheel, results):
     commands = console_scripts(wheel)
-    assert commands == ["region-chat", "region-eval", "region-tune", "alpha-clip"]
+    assert commands == ["alpha-clip", "region-chat", "region-eval", "region-tune"]
     for command, version, help_text in zip(commands, results[1:-1:2], results[2:-1:2], strict=True):
         assert version[0] in (0, None) and version[1].split() == [command, wheel.name.split("-")[1]]
         shown = {"region-tune": "--lora_r", "alpha-clip": "convert-lavis"}.get(command, "--device")
