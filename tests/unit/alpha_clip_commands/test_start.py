@@ -166,13 +166,12 @@ def test_shown_names_are_the_real_ones():
 
 
 REGISTERED = """
-import sys
 import {package}
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
-names = ["alpha_clip_vision_model", "alpha_clip"] + (["alpha_llava"] if "{package}" == "mllm" else [])
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-known = set(CONFIG_MAPPING.keys())
-assert {{"alpha_clip", "alpha_clip_vision_model"}} & known or any("alpha" in name for name in known), sorted(known)[:9]
+from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+config = AutoConfig.for_model("alpha_clip")
+assert MODEL_MAPPING[type(config)].__name__ == "AlphaCLIPModel"
+assert "{package}" == "vision_tower" or AutoConfig.for_model("alpha_blip2") is not None
 """
 
 
