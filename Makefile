@@ -3,7 +3,7 @@ PYTHON ?= python3
 # The build of torch that setup installs first; any build within pyproject.toml's range will do.
 TORCH ?= 2.13.0
 BIN := .venv/bin
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP = $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check
 SCENE := mllm/assets/scenes/scene_2.png
 BOX_1 := 22,8,48,42
 BOX_2 := 62,59,92,86
@@ -78,7 +78,7 @@ bench: setup ## the benchmarks; their tables are kept in docs/benchmarks.md
 	$(BIN)/python scripts/bench_scoring.py
 
 eval-demo: setup ## evaluate the embedded model on 40 drawn scenes, with every control (under 3 minutes)
-	@test -f build/eval/shapes/dataset.json || $(BIN)/python -m mllm.data.shapes --out build/eval/shapes --images 40 --seed 2 --split test
+	@test -f build/eval/shapes/dataset.json || $(BIN)/alpha-clip shapes --out build/eval/shapes --images 40 --seed 2 --split test
 	$(BIN)/region-eval run --task shapes-caption --data build/eval/shapes --out build/eval/caption --controls
 	$(BIN)/region-eval run --task shapes-vqa --data build/eval/shapes --out build/eval/vqa --region-input mask --controls
 

@@ -4,6 +4,7 @@ directory with its source files (docs/export.md).
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,11 +12,12 @@ from typing import TYPE_CHECKING
 from huggingface_hub import save_torch_state_dict
 from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration, PreTrainedModel
 
+from alpha_clip_commands.command_line import say
 from mllm.blip2 import AlphaBlip2ForConditionalGeneration
-from mllm.files import replacing_folder
+from mllm.files import check_new, replacing_folder
 from mllm.fused import fused_config
 from mllm.llava import vision_tower
-from mllm.loading import AlphaProcessor, load_adapter
+from mllm.loading import AlphaProcessor, load, load_adapter
 from vision_tower import AlphaCLIPVisionModel
 from vision_tower.conversion import fuse
 
@@ -30,6 +32,17 @@ _HUB_PREFIXES = {
     "model.language_model.": "language_model.model.",
     "lm_head.": "language_model.lm_head.",
 }
+
+
+def run(args: argparse.Namespace) -> int:
+    """`alpha-clip export`: load, export, and say so; returns the exit code."""
+    check_new(args.out)
+    model, processor = load(
+        args.model, device="cpu", dtype=args.dtype, revision=args.revision, alpha_weights=args.alpha_weights
+    )
+    export(model, processor, args.out, adapter=args.adapter)
+    say(f'wrote {args.out}; AutoProcessor.from_pretrained("{args.out}", trust_remote_code=True) loads its processor')
+    return 0
 
 
 def export(

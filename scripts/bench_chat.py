@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mllm
+from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from mllm.answering import RegionChat
-from mllm.command_line import ArgumentParser, exit_code
 from mllm.data import shapes
 from mllm.data.visual_genome import read_regions
 

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import mllm
+from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from mllm.answering import RegionChat
-from mllm.command_line import ArgumentParser, exit_code
 from mllm.files import claim_folder, write_json
 from mllm.loading import EMBEDDED_MODEL
 from vision_tower import Region

@@ -11,12 +11,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
 from eval.cli import main as region_eval
 from eval.region_text import DescribedPicture, embed_regions
 from mllm import chat
 from mllm.answering import RegionChat
-from mllm.llava import fused_llava
+from mllm.export import export
 from tests.tiny import build_tiny_blip2, build_tiny_clip, build_tiny_llava, noise_picture
 from train.collators import ConversationCollator
 from train.region_text_data import RegionTextCollator, RegionTexts
@@ -101,7 +102,7 @@ def test_the_chat_template(fed, family, written):
 
 
 @pytest.mark.parametrize("geometry", PLACES)
-def test_llava_and_its_fused_form(fed, geometry):
+def test_llava_and_its_export(fed, tmp_path, geometry):
     model, processor = build_tiny_llava(geometry)
     torch.nn.init.normal_(model.model.vision_tower.embeddings.patch_embedding.alpha.weight, std=0.3)
     chat_ = RegionChat(model, processor)
@@ -114,7 +115,8 @@ def test_llava_and_its_fused_form(fed, geometry):
         expected = model(**batch).logits
         assert len(fed) == 4
         check(fed, geometry)
-        stock, maps = fused_llava(model).eval(), []
+        export(model, processor, tmp_path / "stock")
+        stock, maps = LlavaForConditionalGeneration.from_pretrained(tmp_path / "stock"), []
         convolution = stock.model.vision_tower.embeddings.patch_embedding
         convolution.register_forward_pre_hook(lambda module, inputs: maps.extend(alpha_of(inputs[0])))
         torch.testing.assert_close(stock(**batch).logits, expected, atol=1e-4, rtol=1e-4)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from train.arguments import RegionArguments
+from alpha_clip_commands.tuning_arguments import RegionArguments
+from tests.unit.test_style import PACKAGES
 from vision_tower import AlphaCLIPImageProcessor
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,7 @@ LIMIT = re.compile(r"^((?:MAX|LARGEST|LONGEST|MOST|FEW)_[A-Z_]+|DEEPEST) = ", re
 
 def limits():
     """(name, module) of every public limit in the sources."""
-    for package in ("vision_tower", "mllm", "eval", "train"):
+    for package in PACKAGES[:-1]:
         for file in sorted((ROOT / package).rglob("*.py")):
             module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
             yield from ((name, module) for name in LIMIT.findall(file.read_text(encoding="utf-8")))

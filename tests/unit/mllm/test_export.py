@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, CLIPVisionModel, LlavaForConditionalGeneration
 
 import mllm
-from mllm import chat, export_command
+from alpha_clip_commands import alpha_clip
+from mllm import chat
 from mllm.export import export
 from mllm.loading import load_adapter
 from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_picture
@@ -132,13 +133,13 @@ def test_an_adapter_fits_an_export_and_is_merged_into_one(exported, tiny_llava_d
     for region, wanted in zip((LEFT, RIGHT), expected, strict=True):
         assert torch.equal(logits(*tuned, region), wanted)
     flags = [str(tiny_llava_dir), str(tmp_path / "merged"), "--adapter", str(adapter)]
-    assert export_command.main(flags) == 0
+    assert alpha_clip.main(["export", *flags]) == 0
     assert "trust_remote_code=True" in capsys.readouterr().out
     assert not any("lora" in name for name in load_file(tmp_path / "merged" / "model.safetensors"))
     merged = mllm.load(tmp_path / "merged", device="cpu")
     for region, wanted in zip((LEFT, RIGHT), expected, strict=True):
         torch.testing.assert_close(logits(*merged, region), wanted, rtol=1e-5, atol=1e-5)
-    assert export_command.main(flags) == 2
+    assert alpha_clip.main(["export", *flags]) == 2
     assert "exists" in capsys.readouterr().err
 
 
@@ -164,7 +165,7 @@ def test_tied_weights_stay_tied(tmp_path):
 
 
 def test_half_precision_is_kept(tiny_llava_dir, tmp_path):
-    assert export_command.main([str(tiny_llava_dir), str(tmp_path / "out"), "--dtype", "float16"]) == 0
+    assert alpha_clip.main(["export", str(tiny_llava_dir), str(tmp_path / "out"), "--dtype", "float16"]) == 0
     assert LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").dtype == torch.float16
     assert mllm.load(tmp_path / "out", device="cpu")[0].dtype == torch.float16
 

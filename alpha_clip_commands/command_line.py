@@ -13,9 +13,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
-from mllm.data.records import FEW_ITEMS, MAX_ERRORS
-from mllm.files import one_line
-
+MAX_ERRORS = 0.5  # share of records, requests or samples that may fail before a reader or a command refuses to proceed
+FEW_ITEMS = 20  # so few never stop it
 FAILED, BAD_INPUT, INTERRUPTED, CLOSED_PIPE = 1, 2, 128 + 2, 128 + 13  # the last two as a shell reports the signals
 _LONGEST = 1500  # characters of an error
 _NUMBER = re.compile(r"[-+.\d,]+")
@@ -90,6 +89,25 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
+def check_found(what: str, *paths: str | os.PathLike) -> None:
+    """Raise ValueError unless there is something at each of these paths."""
+    for path in paths:
+        if "\0" in os.fspath(path) or not os.path.exists(path):
+            raise ValueError(f"{what} not found: {os.fspath(path)}")
+
+
+def leave_current_folder() -> None:
+    """Take the current folder off the places where Python looks for modules, unless our packages are there: it may have
+    a `train.py` of its own. Console scripts do not look there, but DeepSpeed puts it into PYTHONPATH on other nodes.
+    """
+    try:
+        here = os.path.realpath(os.getcwd())
+    except FileNotFoundError:  # the folder has been deleted
+        return
+    if here != os.path.realpath(os.path.join(os.path.dirname(__file__), os.pardir)):
+        sys.path[:] = [place for place in sys.path if os.path.realpath(place or os.curdir) != here]
+
+
 def add_max_errors(parser: argparse._ActionsContainer, items: str) -> None:
     """Add the option --max-errors."""
     parser.add_argument(
@@ -114,6 +132,14 @@ def _fraction(text: str) -> float:
 def too_many_errors(failed: int, total: int, max_errors: float = MAX_ERRORS) -> bool:
     """Whether so many of `total` items failed that something other than the items must be wrong."""
     return failed >= FEW_ITEMS and failed > max_errors * total
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line; of a file the system's words without its number."""
+    named = isinstance(error, OSError) and error.filename is not None and error.strerror
+    text = f"{error.filename}: {error.strerror}" if named else str(error)
+    # a file name may hold bytes that are not text; as surrogates they could not be written anywhere
+    return " ".join(text.split()).encode("utf-8", "backslashreplace").decode() or type(error).__name__
 
 
 def say_error(program: str, message: str) -> None:
