@@ -1,6 +1,8 @@
 """The Alpha-CLIP tower inside language models. Importing this package registers its classes with the Auto classes."""
 
+from mllm.inference import RegionChat
 from mllm.loading import load
 from mllm.processing import AlphaLlavaProcessor
+from vision_tower import Region
 
-__all__ = ["AlphaLlavaProcessor", "load"]
+__all__ = ["AlphaLlavaProcessor", "Region", "RegionChat", "load"]

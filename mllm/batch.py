@@ -20,7 +20,6 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from mllm.answering import Asked, RegionChat
 from mllm.batch_output import BatchOutput, Entry
 from mllm.command_line import too_many_errors
 from mllm.data.jsonl import region_in
@@ -28,6 +27,7 @@ from mllm.data.records import MAX_ERRORS
 from mllm.data.samples import load_image
 from mllm.data.schemas import checked
 from mllm.files import one_line
+from mllm.inference import Asked, RegionChat
 
 _HASH_WHOLE_FILES_UP_TO = 200_000_000  # bytes; larger weights are told apart by name, size and time
 _ADDED = ("vision_tower.", "vision_model.", ".lora_", ".modules_to_save.")  # parts of the names of such weights

@@ -221,7 +221,7 @@ def load_chat(args: argparse.Namespace):
     from transformers.utils import logging as transformers_logging
 
     import mllm
-    from mllm.answering import RegionChat
+    from mllm.inference import RegionChat
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

@@ -10,12 +10,12 @@ from typing import TextIO
 from PIL import Image
 from transformers import TextStreamer
 
-from mllm.answering import RegionChat, Turn
 from mllm.chat import REGION_OPTIONS
 from mllm.command_line import printable, say
 from mllm.data.samples import load_image
 from mllm.data.templates import DESCRIBE_REGION
 from mllm.files import check_replaceable, made_by, one_line, write_json
+from mllm.inference import RegionChat, Turn
 from mllm.overlay import check_overlay, save_overlay
 from vision_tower import Region
 
@@ -106,7 +106,7 @@ class Conversation:
             if stream
             else None
         )
-        answer = self.chat.answer(
+        answer = self.chat.ask(
             self.image,
             self.region,
             question,

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from mllm import chat
-from mllm.answering import RegionChat
 from mllm.batch import read_requests, run_batch
 from mllm.batch_output import BatchOutput
 from mllm.data.samples import load_image
 from mllm.files import locked
+from mllm.inference import RegionChat
 from tests.batch_files import (  # noqa: F401, pytest finds the fixtures here
     BOX,
     answers,

@@ -9,8 +9,11 @@ import pytest
 from PIL import Image
 
 from mllm import chat
+from tests.drawn_back import fed_pixels  # noqa: F401, a fixture
 from tests.tiny import noise_picture
 from vision_tower import Region
+from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
+from vision_tower.image_processing_alpha_clip import place_alpha
 
 
 @pytest.fixture
@@ -44,14 +47,7 @@ REGIONS = {
 
 
 @pytest.mark.parametrize("option", [*REGIONS, "--mask", "--rle", "--whole"])
-def test_every_region_option_reaches_the_model(tiny_llava_dir, picture, files, option, monkeypatch, capsys):
-    from mllm.answering import RegionChat
-
-    fed = []
-    generate = RegionChat._generate
-    monkeypatch.setattr(
-        RegionChat, "_generate", lambda self, *a, **k: fed.append((self, a[0])) or generate(self, *a, **k)
-    )
+def test_every_region_option_reaches_the_model(tiny_llava_dir, picture, files, option, fed, capsys):
     masked = Region.from_mask(files / "mask.png")
     values = {**REGIONS, "--mask": (files / "mask.png", masked), "--rle": (files / "rle.json", masked)}
     value, region = values.get(option, (None, Region.whole()))
@@ -60,7 +56,7 @@ def test_every_region_option_reaches_the_model(tiny_llava_dir, picture, files, o
     record = json.loads(capsys.readouterr().out)
     assert Region.from_json(record["region"]) == region
     assert record["question"] == "What?" and isinstance(record["answer"], str)
-    assert fed[0][1][0][0]["content"][0]["region"] == region
+    assert np.allclose(fed[0][3] * ALPHA_STD + ALPHA_MEAN, place_alpha(region, 40, 60, 32, "pad"), atol=1e-5)
 
 
 def test_two_regions_give_two_answers_and_strength_counts(tiny_llava_dir, picture, capsys):
