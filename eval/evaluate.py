@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from alpha_clip_commands.command_line import too_many_errors
 from eval import published
 from eval.controls import CONTROLS, with_wrong_region
 from eval.generate import Processes, Settings, run
@@ -22,7 +23,6 @@ from eval.report import write_report
 from eval.score import Measured, check_metrics, measure, picture_of_each, score
 from eval.tasks import Task
 from mllm.batch import model_record
-from mllm.command_line import too_many_errors
 from mllm.data.records import MAX_ERRORS
 from mllm.data.samples import RegionSample, TarMember
 from mllm.files import claim_folder, locked, write_json

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm.command_line import too_many_errors
+from alpha_clip_commands.command_line import too_many_errors
 from mllm.data.json_files import (
     NotWholeError,
     check_kept,

@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 from transformers.image_utils import OPENAI_CLIP_MEAN
 
-from mllm.command_line import too_many_errors
+from alpha_clip_commands.command_line import too_many_errors
 from mllm.data.records import MAX_ERRORS
 from mllm.data.samples import RegionSample, describe_source
 from mllm.files import one_line

@@ -20,8 +20,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from alpha_clip_commands.command_line import too_many_errors
 from mllm.batch_output import BatchOutput, Entry
-from mllm.command_line import too_many_errors
 from mllm.data.jsonl import region_in
 from mllm.data.records import MAX_ERRORS
 from mllm.data.samples import load_image

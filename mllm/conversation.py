@@ -10,8 +10,8 @@ from typing import TextIO
 from PIL import Image
 from transformers import TextStreamer
 
-from mllm.chat import REGION_OPTIONS
-from mllm.command_line import printable, say
+from alpha_clip_commands.chat import REGION_OPTIONS
+from alpha_clip_commands.command_line import printable, say
 from mllm.data.samples import load_image
 from mllm.data.templates import DESCRIBE_REGION
 from mllm.files import check_replaceable, made_by, one_line, write_json

@@ -26,6 +26,8 @@ from typing import Any
 import filelock
 from safetensors import SafetensorError
 
+from alpha_clip_commands.command_line import one_line
+
 MADE_BY = "alpha-clip-mllm"  # in every file that a command writes on its own (PNG text, HTML generator, JSON key)
 MARKER = ".made_by.json"  # in every folder that a command writes
 _MARKED_WITHIN = 4096  # bytes from either end of a file in which its marker must occur
@@ -327,14 +329,6 @@ def locked(output: StrPath, *, inside: bool = False) -> Iterator[None]:
                 if os.name != "nt":  # which does not remove open files; elsewhere filelock retries if it got one
                     place.unlink(missing_ok=True)
             lock.release()
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line; of a file the system's words without its number."""
-    named = isinstance(error, OSError) and error.filename is not None and error.strerror
-    text = f"{error.filename}: {error.strerror}" if named else str(error)
-    # a file name may hold bytes that are not text; as surrogates they could not be written anywhere
-    return " ".join(text.split()).encode("utf-8", "backslashreplace").decode() or type(error).__name__
 
 
 def _holder(path: Path) -> str:

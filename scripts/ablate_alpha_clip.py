@@ -25,8 +25,8 @@ import numpy as np
 from build_shapes_clip import ALPHA_SEED, ROOT, build_clip, claim_work, scenes_folder
 from tqdm import tqdm
 
+from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from eval.region_text import VIEWS, DescribedPicture, described_pictures, score_region_text
-from mllm.command_line import ArgumentParser, exit_code
 from mllm.data.grit import read_grit
 from mllm.files import write_json
 from train.run import open_index

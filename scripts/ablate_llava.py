@@ -19,10 +19,10 @@ from build_embedded_model import write_start
 from build_shapes_clip import RECIPES, ROOT, claim_work
 
 import mllm
+from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from eval.controls import references_of_shown_region, with_whole_image, with_wrong_region
 from eval.generate import generate
 from eval.metrics.exact_match import exactly_right
-from mllm.command_line import ArgumentParser, exit_code
 from mllm.data import shapes
 from mllm.data.visual_genome import read_regions
 from mllm.files import write_json

@@ -21,9 +21,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers.utils import logging as transformers_logging
 
+from alpha_clip_commands.chat import REGION_OPTIONS
+from alpha_clip_commands.command_line import ArgumentParser, exit_code, say
 from eval.region_text import embed_texts
-from mllm.chat import REGION_OPTIONS
-from mllm.command_line import ArgumentParser, exit_code, say
 from mllm.data.samples import load_image
 from mllm.files import check_replaceable
 from mllm.loading import hub_answers, pick_device

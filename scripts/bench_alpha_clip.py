@@ -33,7 +33,7 @@ from torch.nn.functional import interpolate, normalize
 from transformers import CLIPTextConfig, CLIPTokenizer, TrainingArguments
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from mllm.command_line import ArgumentParser, exit_code
+from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from train.alpha_clip import PARTS, prepare_model
 from train.losses import released_loss
 from train.region_text_arguments import PairArguments, TowerArguments

@@ -17,7 +17,7 @@ import torch
 from bench_alpha_clip import add_sizes, build, seconds, trainer_of
 from bench_gradient_cache import random_batch
 
-from mllm.command_line import ArgumentParser, exit_code
+from alpha_clip_commands.command_line import ArgumentParser, exit_code
 
 PROGRAM = "bench_alpha_clip_gpu.py"
 

@@ -25,7 +25,7 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 import mllm
-from mllm.command_line import ArgumentParser, exit_code
+from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from mllm.data.index import RegionIndex
 from mllm.data.prepare import index_visual_genome
 from mllm.llava import build_llava_processor

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from bench_alpha_clip import VOCABULARY, add_cpu_time, add_sizes, build, seconds, timer_of, trainer_of
 
-from mllm.command_line import ArgumentParser, exit_code
+from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from vision_tower import AlphaCLIPModel
 
 PROGRAM = "bench_gradient_cache.py"

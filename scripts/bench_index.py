@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mllm.command_line import ArgumentParser, exit_code
+from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from mllm.files import claim_folder, write_json
 
 IMAGES, REGIONS_AN_IMAGE, QUESTIONS_AN_IMAGE = 108_077, 50, 16

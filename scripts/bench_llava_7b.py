@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import mllm
-from mllm.command_line import ArgumentParser, exit_code
+from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from mllm.files import claim_folder, write_json
 from mllm.inference import RegionChat
 from mllm.loading import EMBEDDED_MODEL

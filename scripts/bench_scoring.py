@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from eval.metrics import captions, java
 from eval.metrics.intervals import interval_of_captions
-from mllm.command_line import ArgumentParser, exit_code
 
 VG_TEST_REGIONS = 232_935  # GRiT's test.json
 LENGTHS = (2, 9)  # words of a caption, the longer end not reached: 5.0 on average

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from mllm.command_line import ArgumentParser, exit_code
+from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from vision_tower import (
     AlphaCLIPImageProcessor,
     AlphaCLIPVisionConfig,

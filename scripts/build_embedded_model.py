@@ -39,7 +39,7 @@ from PIL import Image
 from plot_training import draw
 from transformers import LlamaConfig, LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration, set_seed
 
-from mllm.command_line import ArgumentParser, exit_code, say
+from alpha_clip_commands.command_line import ArgumentParser, exit_code, say
 from mllm.data import shapes
 from mllm.data.shapes_world import COLOURS, PATTERNS, SHAPES, SIZES
 from mllm.data.templates import DESCRIBE_REGION_WORDINGS

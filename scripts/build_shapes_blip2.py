@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Blip2QFormerConfig, OPTConfig, set_seed
 
 import mllm
+from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from eval.controls import with_whole_image
 from eval.generate import generate
 from eval.metrics.exact_match import exactly_right
@@ -27,7 +28,6 @@ from mllm.blip2 import (
     AlphaCLIPBlip2VisionConfig,
     load_alpha_weights,
 )
-from mllm.command_line import ArgumentParser, exit_code
 from mllm.data import shapes
 from mllm.data.visual_genome import read_regions
 from mllm.files import write_json

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers import CLIPTextConfig, CLIPTokenizer, set_seed
 
-from mllm.command_line import ArgumentParser, exit_code
+from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from mllm.data import shapes_grit
 from mllm.data.shapes_world import COLOURS, MAX_OBJECTS, MIN_OBJECTS, PATTERNS, SHAPES, SIZES
 from mllm.files import claim_folder

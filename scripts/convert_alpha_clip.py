@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPVisionConfig
 
 import mllm
-from mllm.command_line import ArgumentParser, exit_code, say
+from alpha_clip_commands.command_line import ArgumentParser, exit_code, say
 from mllm.files import check_new, locked, replacing_file, replacing_folder, work_folder
 from mllm.llava import fused_llava
 from mllm.loading import hub_lookup

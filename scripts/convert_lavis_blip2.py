@@ -27,9 +27,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from alpha_clip_commands.command_line import ArgumentParser, exit_code, say
 from mllm.blip2 import AlphaBlip2Config, AlphaBlip2ForConditionalGeneration, AlphaBlip2Processor
 from mllm.blip2_conversion import PROJECTIONS, VIT_L_BLOCKS, from_lavis, projection_of, read_lavis
-from mllm.command_line import ArgumentParser, exit_code, say
 from mllm.files import check_new, replacing_folder
 from mllm.loading import hub_lookup
 from vision_tower import AlphaCLIPImageProcessor

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from mllm.command_line import ArgumentParser, exit_code
+from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from mllm.data.samples import load_image
 from mllm.files import check_replaceable
 from mllm.overlay import save_png

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mllm
-from mllm.command_line import ArgumentParser, exit_code, say
+from alpha_clip_commands.command_line import ArgumentParser, exit_code, say
 from mllm.files import check_new, replacing_folder
 from mllm.loading import load_adapter
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from mllm.command_line import ArgumentParser, exit_code, say
+from alpha_clip_commands.command_line import ArgumentParser, exit_code, say
 from mllm.files import check_replaceable
 from mllm.overlay import save_png
 

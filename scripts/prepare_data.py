@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mllm.command_line import ArgumentParser, exit_code, log_to_terminal, say
+from alpha_clip_commands.command_line import ArgumentParser, exit_code, log_to_terminal, say
 from mllm.data import mask_imagenet, prepare
 from mllm.data.index import INDEX_FOLDER, TRAIN, RegionIndex, index_folder
 from mllm.data.json_files import stream_json

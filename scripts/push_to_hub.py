@@ -23,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from mllm.command_line import ArgumentParser, exit_code, say
+from alpha_clip_commands.command_line import ArgumentParser, exit_code, say
 from mllm.files import check_new, one_line, replacing_folder, write_file
 from mllm.loading import hub_answers
 from mllm.model_card import LICENCES, check_base_model, model_card, read_json

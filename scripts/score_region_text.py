@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from alpha_clip_commands.command_line import ArgumentParser, exit_code, say
 from eval.region_text import VIEWS, score_region_text
-from mllm.command_line import ArgumentParser, exit_code, say
 from mllm.data.records import MAX_ERRORS
 from mllm.loading import hub_lookup, pick_device
 from train.alpha_clip import held_out

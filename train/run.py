@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments
 from transformers.processing_utils import ProcessorMixin
 
-from mllm.command_line import BAD_INPUT, FAILED, INTERRUPTED, exit_code, log_to_terminal, say
+from alpha_clip_commands.command_line import BAD_INPUT, FAILED, INTERRUPTED, exit_code, log_to_terminal, say
 from mllm.data.index import TRAIN, RegionIndex, index_folder
 from mllm.data.prepare import make_index
 from mllm.files import one_line, write_file

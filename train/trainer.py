@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mllm.command_line import stopping_signals
+from alpha_clip_commands.command_line import stopping_signals
 from mllm.data.index import TRAIN
 from mllm.files import sync_files, write_json
 from train.evaluation import AnswerScorer

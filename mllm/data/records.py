@@ -14,13 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from alpha_clip_commands.command_line import FEW_ITEMS, MAX_ERRORS
 from mllm.data.json_files import is_utf8
 from mllm.data.schemas import checked
 
 logger = logging.getLogger(__name__)
-
-MAX_ERRORS = 0.5  # share of records, requests or samples that may fail before a reader or a command refuses to proceed
-FEW_ITEMS = 20  # so few never stop it
 
 READ = "read"
 CLAMPED = "reaching over the picture, clamped"

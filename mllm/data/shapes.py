@@ -27,7 +27,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm.auto import tqdm
 
-from mllm.command_line import ArgumentParser, exit_code
+from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from mllm.data.json_files import read_json
 from mllm.data.samples import RegionSample
 from mllm.data.schemas import GenomeObjects, checked

@@ -24,7 +24,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm.auto import tqdm
 
-from mllm.command_line import ArgumentParser, exit_code
+from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from mllm.data.shapes import SPLITS, scenes
 from mllm.data.shapes_world import MAX_OBJECTS, MIN_OBJECTS, SCENE_SIZE, Scene
 from mllm.files import replacing_folder, write_json

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("vision_tower", "mllm", "eval", "train")
+PACKAGES = ("alpha_clip_commands", "vision_tower", "mllm", "eval", "train")
 NOT_SHIPPED = ("scripts", "tests")
 SCRIPTS_FOLDER = "Scripts" if os.name == "nt" else "bin"
 SCENE = "mllm/assets/scenes/scene_1.png"

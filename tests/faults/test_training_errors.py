@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from mllm.command_line import stopping_signals
+from alpha_clip_commands.command_line import stopping_signals
 from tests.faults.training_runs import BIN, PROGRAMS, make_worlds, run_until_it_ends
 from train import run as train_run
 from train.sampling import PictureDataset

@@ -23,7 +23,7 @@ import pytest
 from tests.mutations.operators import Mutation, python_files
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("vision_tower", "mllm", "eval", "train")
+PACKAGES = ("alpha_clip_commands", "vision_tower", "mllm", "eval", "train")
 MAP = "ALPHA_MUTATIONS_MAP"  # the file that the plugin writes
 
 

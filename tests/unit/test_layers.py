@@ -1,4 +1,6 @@
-"""Imports point one way: vision_tower <- mllm <- eval <- train <- scripts."""
+"""Imports point one way: vision_tower <- mllm <- eval <- train <- scripts. The commands' arguments come before all of
+them, and import nothing but Python until a command runs.
+"""
 
 import ast
 import re
@@ -10,12 +12,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # A folder may import itself and those to its left.
-LAYERS = ("vision_tower", "mllm", "eval", "train", "scripts", "tests")
+LAYERS = ("alpha_clip_commands", "vision_tower", "mllm", "eval", "train", "scripts", "tests")
 TOWER_MAY_IMPORT = {"torch", "transformers", "numpy", "PIL", "safetensors"}  # the last comes with transformers
 TOWER_MAY_TRY = {"pycocotools"}
 PACKAGE_OF_IMPORT = {"PIL": "pillow", "yaml": "pyyaml", "google": "protobuf"}
 # Besides its own extra, a folder needs nothing that is not a core dependency.
-EXTRA_OF_LAYER = {"vision_tower": (), "mllm": (), "eval": ("eval", "similarity"), "train": ("train",)}
+EXTRA_OF_LAYER = {
+    "alpha_clip_commands": (),
+    "vision_tower": (),
+    "mllm": (),
+    "eval": ("eval", "similarity"),
+    "train": ("train",),
+}
 
 
 def source_files(layer):
@@ -44,6 +52,8 @@ def imports(source):
 
 def problems(layer, source):
     """What is wrong with the imports of one file, a line each."""
+    if layer == "alpha_clip_commands":
+        return command_problems(source)
     later = LAYERS[LAYERS.index(layer) + 1 :]
     found = []
     for line, dots, module, tried in imports(source):
@@ -57,6 +67,21 @@ def problems(layer, source):
             found.append(f"{line}: relative import that leaves vision_tower/, which must export whole")
         elif not dots and (top in LAYERS or not _tower_may_import(top, tried)):
             found.append(f"{line}: vision_tower imports {module}")
+    return found
+
+
+def command_problems(source):
+    """Imports outside of functions that cost more than Python's own modules, and those of scripts and tests."""
+    tree = ast.parse(source)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    inside = {line for node in functions for line in range(node.lineno, node.end_lineno + 1)}
+    found = []
+    for line, dots, module, _ in imports(source):
+        top = module.split(".")[0]
+        if dots or top in ("scripts", "tests"):
+            found.append(f"{line}: alpha_clip_commands imports {module or 'relatively'}")
+        elif line not in inside and top != "alpha_clip_commands" and top not in sys.stdlib_module_names:
+            found.append(f"{line}: alpha_clip_commands imports {module} before a command runs")
     return found
 
 
@@ -75,6 +100,9 @@ def test_imports_point_one_way(layer):
 @pytest.mark.parametrize(
     ("layer", "source"),
     [
+        ("alpha_clip_commands", "import yaml"),
+        ("alpha_clip_commands", "from mllm.files import locked"),
+        ("alpha_clip_commands", "def f():\n    from scripts import bench_tower"),
         ("vision_tower", "import mllm"),
         ("vision_tower", "from vision_tower.regions import Region"),
         ("vision_tower", "from ..mllm import load"),
@@ -95,6 +123,7 @@ def test_a_wrong_import_is_found(layer, source):
 @pytest.mark.parametrize(
     ("layer", "source"),
     [
+        ("alpha_clip_commands", "import os\ndef f():\n    from mllm.chat import run"),
         ("vision_tower", "import os.path\nfrom .regions import Region\nfrom . import regions"),
         (
             "vision_tower",

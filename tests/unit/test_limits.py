@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.test_style import PACKAGES
 from train.arguments import RegionArguments
 from vision_tower import AlphaCLIPImageProcessor
 
@@ -36,7 +37,7 @@ LIMIT = re.compile(r"^((?:MAX|LARGEST|LONGEST|MOST|FEW)_[A-Z_]+|DEEPEST) = ", re
 
 def limits():
     """(name, module) of every public limit in the sources."""
-    for package in ("vision_tower", "mllm", "eval", "train"):
+    for package in PACKAGES[:-1]:
         for file in sorted((ROOT / package).rglob("*.py")):
             module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
             yield from ((name, module) for name in LIMIT.findall(file.read_text(encoding="utf-8")))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("vision_tower", "mllm", "eval", "train", "scripts")
+PACKAGES = ("alpha_clip_commands", "vision_tower", "mllm", "eval", "train", "scripts")
 NO_SUCH_NAMES = ("utils", "util", "common", "helpers", "helper", "misc")
 MOST_LINES = 500
 

@@ -9,9 +9,10 @@ import os
 
 import pytest
 
+from alpha_clip_commands import command_line
+from alpha_clip_commands.command_line import ArgumentParser, exit_code, json_line, printable, say, say_error
 from eval import cli
-from mllm import chat, command_line
-from mllm.command_line import ArgumentParser, exit_code, json_line, printable, say, say_error
+from mllm import chat
 
 EVIL = "a\x1b[31mb\x07\x9b2Jc\x7f\u202ed\rz"
 
@@ -147,7 +148,7 @@ def test_closed_streams_lead_nowhere(processes):
     close = "import os, sys; sys.stdin = sys.stdout = sys.stderr = None; [os.close(n) for n in range(3)]"
     source = """
 import os, sys
-from mllm.command_line import exit_code, say
+from alpha_clip_commands.command_line import exit_code, say
 def run():
     say("x"), print("y", file=sys.stderr)
     return 7 if os.open(os.devnull, os.O_RDONLY) > 2 and sys.stdin.read() == "" else 1

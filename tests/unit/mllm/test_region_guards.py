@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlavaForConditionalGeneration
 
 import mllm
+from alpha_clip_commands.chat import build_parser
 from mllm import chat
 from mllm.data import shapes
 from mllm.data.index import RegionIndex
@@ -120,7 +121,7 @@ def test_numbers_too_large_fail_alone_in_a_batch(tiny_llava_dir, tmp_path):
 
 def test_strength_on_the_command_line():
     def region(*flags):
-        return chat.region_from_arguments(chat.build_parser().parse_args(["--image", "a.png", *flags]))
+        return chat.region_from_arguments(build_parser().parse_args(["--image", "a.png", *flags]))
 
     assert region("--box", "1,1,20,20*0.3").strength == 0.3
     assert region("--box", "1,1,20,20", "--strength", "0.3").strength == 0.3

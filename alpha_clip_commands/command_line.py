@@ -13,9 +13,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
-from mllm.data.records import FEW_ITEMS, MAX_ERRORS
-from mllm.files import one_line
-
+MAX_ERRORS = 0.5  # share of records, requests or samples that may fail before a reader or a command refuses to proceed
+FEW_ITEMS = 20  # so few never stop it
 FAILED, BAD_INPUT, INTERRUPTED, CLOSED_PIPE = 1, 2, 128 + 2, 128 + 13  # the last two as a shell reports the signals
 _LONGEST = 1500  # characters of an error
 _NUMBER = re.compile(r"[-+.\d,]+")
@@ -114,6 +113,14 @@ def _fraction(text: str) -> float:
 def too_many_errors(failed: int, total: int, max_errors: float = MAX_ERRORS) -> bool:
     """Whether so many of `total` items failed that something other than the items must be wrong."""
     return failed >= FEW_ITEMS and failed > max_errors * total
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line; of a file the system's words without its number."""
+    named = isinstance(error, OSError) and error.filename is not None and error.strerror
+    text = f"{error.filename}: {error.strerror}" if named else str(error)
+    # a file name may hold bytes that are not text; as surrogates they could not be written anywhere
+    return " ".join(text.split()).encode("utf-8", "backslashreplace").decode() or type(error).__name__
 
 
 def say_error(program: str, message: str) -> None:

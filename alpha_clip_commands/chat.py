@@ -1,0 +1,141 @@
+"""The command `region-chat`: point at a part of a picture and ask about it.
+
+region-chat --image FILE --box 40,60,220,200 --ask "What is this?"
+region-chat --image FILE --box 40,60,220,200            (a conversation; /help lists its commands)
+region-chat --batch requests.jsonl --output answers.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from alpha_clip_commands.command_line import ArgumentParser, add_max_errors, exit_code
+
+PROGRAM = "region-chat"
+# option -> (form of Region.parse, how its value is written)
+REGION_OPTIONS = {
+    "box": ("box", "X0,Y0,X1,Y1"),
+    "nbox": ("nbox", "X0,Y0,X1,Y1"),
+    "polygon": ("polygon", "X,Y,X,Y,X,Y[;...]"),
+    "mask": ("mask", "FILE.png"),
+    "rle": ("rle", "FILE.json"),
+    "point": ("points", "X,Y[;X,Y]@RADIUS"),
+    "stroke": ("stroke", "X,Y;X,Y@WIDTH"),
+}
+_REGION_HELP = {
+    "box": "box in pixels",
+    "nbox": "box as fractions of width and height, 0 to 1",
+    "polygon": "polygon or polygons",
+    "mask": "mask image of the picture's size",
+    "rle": "COCO run-length mask",
+    "point": "discs around points",
+    "stroke": "a line, as drawn with a brush",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags of the command."""
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--image", metavar="FILE", help="the picture")
+    region = parser.add_argument_group("region (one of these)").add_mutually_exclusive_group()
+    for option, (_, form) in REGION_OPTIONS.items():
+        region.add_argument(f"--{option}", metavar=form, help=_REGION_HELP[option])
+    region.add_argument("--whole", action="store_true", help="the whole image")
+    parser.add_argument("--strength", type=float, help="1: the region alone, 0: the whole image (default 1)")
+    parser.add_argument("--ask", metavar="TEXT", help="one question; without it, a conversation")
+    parser.add_argument(
+        "--save-overlay", metavar="PNG", help="write the picture with its region and answer drawn on it"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object; without --ask the region is described"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens (default 128)")
+    batch = parser.add_argument_group("batch file")
+    batch.add_argument(
+        "--batch",
+        metavar="JSONL",
+        help='requests {"id", "image", "region", "question"?}, one a line; paths are relative to this file',
+    )
+    batch.add_argument(
+        "--output",
+        metavar="JSONL",
+        help='answers {"id", "answer"} or {"id", "error"}, written at the end. Rerun the same command to resume: '
+        "answers are kept in OUTPUT.journal.jsonl, and only new, changed and interrupted requests are answered",
+    )
+    batch.add_argument("--batch-size", type=int, help="answers made at once (default 16)")
+    batch.add_argument("--retry-failed", action="store_true", help="answer requests again that failed earlier")
+    add_max_errors(batch, "requests")
+    return parser
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that every command of this project shares."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", help="directory or hub id of a LLaVA-1.5 or BLIP-2 (default: the embedded model, drawn scenes only)"
+    )
+    group.add_argument(
+        "--alpha-weights",
+        metavar="CKPT|DIR",
+        help="Alpha-CLIP weights for the tower, loaded after the model's own; released LLaVAs carry plain CLIP",
+    )
+    group.add_argument("--adapter", metavar="DIR", help="LoRA adapter (PEFT) that was trained for the model")
+    group.add_argument("--load-in", choices=["4bit", "8bit"], help="quantise the language model (bitsandbytes)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    group.add_argument("--device-map", help="as in from_pretrained, for example auto")
+    group.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="default: as stored"
+    )
+    group.add_argument("--attn-implementation", help="eager, sdpa, ... (default: Transformers' choice)")
+    group.add_argument("--compile", action="store_true", help="compile the vision tower: slower start, faster pictures")
+    group.add_argument("--seed", type=int, default=0, help="answers are greedy; this seeds whatever else draws numbers")
+    group.add_argument("--revision", help="branch, tag or commit of a hub id")
+    group.add_argument("--trust-remote-code", action="store_true", help="allow code from the model directory to run")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('alpha-clip-mllm')}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, 1 when batch requests failed, 2 for bad input."""
+    return exit_code(PROGRAM, lambda: _run(build_parser().parse_args(argv)))
+
+
+def _run(args: argparse.Namespace) -> int:
+    _check_arguments(args)
+    from mllm.chat import run
+
+    return run(args)
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags that do not go together."""
+    options = ", ".join(f"--{option}" for option in (*REGION_OPTIONS, "whole"))
+    has_region = args.whole or any(getattr(args, option) is not None for option in REGION_OPTIONS)
+    if args.strength is not None and not 0 <= args.strength <= 1:  # also NaN
+        raise ValueError(f"expected a --strength from 0 to 1, got {args.strength}")
+    if args.max_new_tokens < 1 or (args.batch_size is not None and args.batch_size < 1):
+        raise ValueError("expected --max-new-tokens and --batch-size of at least 1")
+    if args.batch:
+        if not args.output:
+            raise ValueError("--batch needs --output FILE for the answers")
+        if (
+            args.image
+            or has_region
+            or args.strength is not None
+            or args.ask is not None
+            or args.json
+            or args.save_overlay is not None
+        ):
+            raise ValueError("--batch takes pictures, regions and questions from its file; leave the other flags out")
+    elif args.output or args.batch_size is not None or args.retry_failed:
+        raise ValueError("--output, --batch-size and --retry-failed belong to --batch FILE")
+    elif not args.image:
+        raise ValueError("expected --image FILE, or --batch FILE")
+    elif args.ask is not None and not args.ask.strip():
+        raise ValueError("--ask is empty; leave it out to have the region described (with --json), or ask something")
+    elif not has_region and args.strength is not None:
+        raise ValueError(f"--strength belongs to a region; expected one of {options}")
+    elif not has_region and (args.ask is not None or args.json):
+        raise ValueError(f"expected a region, one of {options}; --whole is the whole image")

@@ -1,0 +1,105 @@
+"""The command `region-eval`: evaluate a model on regions, score any predictions, compare them.
+
+region-eval run --task shapes-caption --data DIR --out RUN --controls
+region-eval score predictions.jsonl --out RUN
+region-eval compare RUN_A RUN_B
+region-eval tasks
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from alpha_clip_commands.chat import add_model_arguments
+from alpha_clip_commands.command_line import ArgumentParser, add_max_errors, exit_code
+
+PROGRAM = "region-eval"
+INPUTS = ("box", "mask", "whole", "wrong", "blind", "crop", "blur", "red-box")  # explained in eval/controls.py
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags of the command."""
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run|score|compare|export|tasks")
+    _add_run(commands.add_parser("run", help="put a task to a model, score the answers, write a report"))
+    _add_score(commands.add_parser("score", help="score a file of predictions, of any system"))
+    compare = commands.add_parser("compare", help="the difference of two or more runs, with its 95 %% interval")
+    compare.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folders or prediction files; the first is the base"
+    )
+    compare.add_argument("--html", metavar="FILE", help="write the comparison with pictures")
+    compare.add_argument("--data", metavar="DIR", help="folder of the pictures (default: that of the first run)")
+    compare.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
+    export = commands.add_parser("export", help="predictions and references as COCO caption files")
+    export.add_argument("predictions", metavar="FILE", help="a run, or JSONL of id, prediction, references")
+    export.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="folder of results.json, annotations.json"
+    )
+    commands.add_parser("tasks", help="list the protocols and what their numbers may be compared with")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('alpha-clip-mllm')}")
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--task", required=True, help="a protocol; `region-eval tasks` lists them")
+    parser.add_argument(
+        "--data", required=True, type=Path, metavar="DIR", help="folder of the task's files (jsonl: a file)"
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="folder of the run; rerun the same command to resume"
+    )
+    parser.add_argument("--region-input", choices=INPUTS, default=None, help="what the model is shown (default box)")
+    parser.add_argument(
+        "--controls", action="store_true", help="also show it everything that tells what the region is worth"
+    )
+    parser.add_argument(
+        "--strength", type=float, default=1.0, help="1: the region alone, 0: the whole image (default 1)"
+    )
+    parser.add_argument("--limit", type=int, help="only the first samples; the number is comparable with nothing")
+    parser.add_argument("--batch-size", type=int, default=32, help="answers made at once (default 32)")
+    parser.add_argument(
+        "--prompt", help='what is asked instead of the task\'s prompt; "{question}" stands for the question'
+    )
+    parser.add_argument("--max-new-tokens", type=int, help="longest answer, in tokens (default: the task's)")
+    _add_scoring(parser)
+
+
+def _add_score(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("predictions", metavar="FILE", help="JSONL of id, prediction, references; COCO results; a run")
+    parser.add_argument("--references", metavar="FILE", help="for files without: JSONL, COCO or MDETR annotations")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="folder for metrics.json and report.html"
+    )
+    parser.add_argument("--task", help="the protocol that made the predictions: checks their number, names comparisons")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the pictures, for the report")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
+    _add_scoring(parser)
+
+
+def _add_scoring(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--metrics", nargs="+", metavar="NAME", help="default: the task's; METEOR needs Java")
+    parser.add_argument(
+        "--sentence-model", metavar="DIR", help="adds S-IoU and semantic similarity by this sentence-transformers model"
+    )
+    parser.add_argument("--no-intervals", action="store_true", help="leave the bootstrap out: faster on large files")
+    parser.add_argument("--allow-missing", action="store_true", help="score although samples have no prediction")
+    add_max_errors(parser, "samples")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, or 2 for bad input."""
+    return exit_code(PROGRAM, lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: Sequence[str]) -> int:
+    args = build_parser().parse_args(argv)
+    args.command_line = shlex.join([PROGRAM, *argv])
+    from eval.cli import run
+
+    return run(args)
