@@ -3,7 +3,7 @@ PYTHON ?= python3
 # The build of torch that setup installs first; any build within pyproject.toml's range will do.
 TORCH ?= 2.13.0
 BIN := .venv/bin
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP = $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check
 SCENE := mllm/assets/scenes/scene_2.png
 BOX_1 := 22,8,48,42
 BOX_2 := 62,59,92,86

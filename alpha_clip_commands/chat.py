@@ -11,7 +11,8 @@ import argparse
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from alpha_clip_commands.command_line import ArgumentParser, add_max_errors, exit_code
+from alpha_clip_commands.command_line import ArgumentParser, add_max_errors, exit_code, leave_current_folder
+from alpha_clip_commands.progress import STARTING, step
 
 PROGRAM = "region-chat"
 # option -> (form of Region.parse, how its value is written)
@@ -104,7 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     _check_arguments(args)
-    from mllm.chat import run
+    leave_current_folder()
+    with step(STARTING):
+        from mllm.chat import run
 
     return run(args)
 

@@ -89,6 +89,25 @@ def _open_closed_streams() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
+def check_found(what: str, *paths: str | os.PathLike) -> None:
+    """Raise ValueError unless there is something at each of these paths."""
+    for path in paths:
+        if "\0" in os.fspath(path) or not os.path.exists(path):
+            raise ValueError(f"{what} not found: {os.fspath(path)}")
+
+
+def leave_current_folder() -> None:
+    """Take the current folder off the places where Python looks for modules, unless our packages are there: it may have
+    a `train.py` of its own. Console scripts do not look there, but DeepSpeed puts it into PYTHONPATH on other nodes.
+    """
+    try:
+        here = os.path.realpath(os.getcwd())
+    except FileNotFoundError:  # the folder has been deleted
+        return
+    if here != os.path.realpath(os.path.join(os.path.dirname(__file__), os.pardir)):
+        sys.path[:] = [place for place in sys.path if os.path.realpath(place or os.curdir) != here]
+
+
 def add_max_errors(parser: argparse._ActionsContainer, items: str) -> None:
     """Add the option --max-errors."""
     parser.add_argument(

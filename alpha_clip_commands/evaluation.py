@@ -16,7 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from alpha_clip_commands.chat import add_model_arguments
-from alpha_clip_commands.command_line import ArgumentParser, add_max_errors, exit_code
+from alpha_clip_commands.command_line import ArgumentParser, add_max_errors, exit_code, leave_current_folder
+from alpha_clip_commands.progress import STARTING, step
 
 PROGRAM = "region-eval"
 INPUTS = ("box", "mask", "whole", "wrong", "blind", "crop", "blur", "red-box")  # explained in eval/controls.py
@@ -100,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
     args.command_line = shlex.join([PROGRAM, *argv])
-    from eval.cli import run
+    leave_current_folder()
+    with step(STARTING):
+        from eval.cli import run
 
     return run(args)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from alpha_clip_commands.command_line import say
 from alpha_clip_commands.evaluation import main
+from alpha_clip_commands.progress import step
 
 if TYPE_CHECKING:
     from eval.tasks import Task
@@ -133,6 +134,7 @@ def _default_metrics(args: argparse.Namespace, task: Task | None, records: Seque
     return task.metrics if task else tasks.QUESTION_METRICS if questions else tasks.CAPTION_METRICS
 
 
+@step("scoring and writing the report")
 def _write_scores(
     args: argparse.Namespace, task: Task | None, records: list[dict], notes: list[str], names: Sequence[str]
 ) -> dict:
@@ -158,6 +160,7 @@ def _write_scores(
     return metrics
 
 
+@step("comparing")
 def _compare(args: argparse.Namespace) -> int:
     from eval.compare import check_html, compare
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alpha_clip_commands.command_line import too_many_errors
+from alpha_clip_commands.progress import step
 from eval import published
 from eval.controls import CONTROLS, with_wrong_region
 from eval.generate import Processes, Settings, run
@@ -152,6 +153,7 @@ def answers_blind(chat: RegionChat) -> bool:
     return True
 
 
+@step("reading the samples")
 def read_samples(plan: Plan) -> list[RegionSample]:
     """The samples of the task at the plan's strength, their pictures present.
 
@@ -209,6 +211,7 @@ def run_record(plan: Plan, samples: Sequence[RegionSample], chat: RegionChat, mo
     }
 
 
+@step("scoring and writing the report")
 def finish(plan: Plan, record: dict[str, Any]) -> dict[str, Any]:
     """Score the predictions under every input, once, over the merged files; write metrics.json and report.html.
 

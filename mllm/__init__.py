@@ -3,6 +3,9 @@
 from mllm.inference import RegionChat
 from mllm.loading import load
 from mllm.processing import AlphaLlavaProcessor
+from mllm.quiet import silence_other_libraries
 from vision_tower import Region
 
 __all__ = ["AlphaLlavaProcessor", "Region", "RegionChat", "load"]
+
+silence_other_libraries()

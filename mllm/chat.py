@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alpha_clip_commands.chat import PROGRAM, REGION_OPTIONS, main
 from alpha_clip_commands.command_line import json_line, say
+from alpha_clip_commands.progress import step
 
 if TYPE_CHECKING:
     from vision_tower import Region
@@ -87,10 +87,9 @@ def warn_of_unknown_form(region: Region) -> None:
         )
 
 
+@step("loading the model")
 def load_chat(args: argparse.Namespace):
     """Load the model that the flags name, and say in one line what it is."""
-    # where bitsandbytes is installed, Transformers imports it, and it speaks of kernels then
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers import set_seed
     from transformers.utils import logging as transformers_logging
 

@@ -34,9 +34,9 @@ from transformers import CLIPTextConfig, CLIPTokenizer, TrainingArguments
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
+from alpha_clip_commands.contrast_arguments import PairArguments, TowerArguments
 from train.alpha_clip import PARTS, prepare_model
 from train.losses import released_loss
-from train.region_text_arguments import PairArguments, TowerArguments
 from train.region_text_data import RegionTextCollator, RegionTextDataset
 from train.region_text_trainer import RegionTextTrainer
 from train.run import open_index

@@ -26,11 +26,11 @@ from transformers import LlavaForConditionalGeneration
 
 import mllm
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
+from alpha_clip_commands.tuning_arguments import DataArguments, ModelArguments
 from mllm.data.index import RegionIndex
 from mllm.data.prepare import index_visual_genome
 from mllm.llava import build_llava_processor
 from mllm.processing import image_items
-from train.arguments import DataArguments, ModelArguments
 from train.collators import ConversationCollator
 from train.lora import prepare_model
 from train.sampling import Conversation, ConversationDataset, EpochSampler

@@ -1,6 +1,6 @@
 """Train an Alpha-CLIP out of a CLIP (or a CLIP itself) by contrast of regions and texts.
 
-    python -m train.alpha_clip RECIPE.yaml --model CLIP --data DIR --output_dir OUT [--flag value ...]
+    alpha-clip train RECIPE --model CLIP --data DIR --output_dir OUT [--flag value ...]
 
 Parse, seed, model, freeze and LoRA, data, trainer, train, save.
 """
@@ -26,13 +26,16 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
+from alpha_clip_commands.contrast_arguments import PairArguments, TowerArguments
+from alpha_clip_commands.progress import step
+from alpha_clip_commands.tune import train_alpha_clip as main
 from eval.region_text import DescribedPicture, described_pictures
 from mllm.data.index import HELD_OUT, TRAIN
 from mllm.loading import hub_lookup
 from train.arguments import refuse_unknown_parts
 from train.lora import ALPHA, linear_layers, part_of, pattern, trained_table
 from train.output import held_output
-from train.region_text_arguments import PairArguments, TowerArguments, parse_args
+from train.region_text_arguments import parse_args
 from train.region_text_data import RegionTextCollator, RegionTextDataset, held_out_samples
 from train.region_text_plan import plan_contrast
 from train.region_text_trainer import RegionTextTrainer, clip_in
@@ -60,9 +63,9 @@ PARTS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one recipe; returns the exit code."""
-    return run_command("train.alpha_clip", lambda arguments: train(*parse_args(arguments)), argv)
+def run(argv: Sequence[str]) -> int:
+    """Run one recipe, when its arguments are checked; returns the exit code."""
+    return run_command("alpha-clip train", lambda arguments: train(*parse_args(arguments)), argv)
 
 
 def train(tower_args: TowerArguments, pair_args: PairArguments, training_args: TrainingArguments) -> int:
@@ -77,8 +80,8 @@ def train(tower_args: TowerArguments, pair_args: PairArguments, training_args: T
         raise ValueError("train_parts: logit_scale is not learned under ZeRO-3; take zero2, or leave it out")
     if training_args.n_gpu > 1:
         raise ValueError(
-            f"{training_args.n_gpu} GPUs need a process each: torchrun --nproc_per_node {training_args.n_gpu} -m "
-            "train.alpha_clip ..., or deepspeed --module train.alpha_clip ...; or show this one GPU alone"
+            f"{training_args.n_gpu} GPUs need a process each: torchrun --nproc_per_node {training_args.n_gpu} "
+            "--no-python alpha-clip train ..., or deepspeed --no_python alpha-clip train ...; or make one GPU visible"
         )
     if tower_args.plan:
         return show_plan(tower_args, pair_args, training_args)
@@ -150,6 +153,7 @@ def loaded_whole(args: TrainingArguments) -> Iterator[None]:
             set_hf_deepspeed_config(args.hf_deepspeed_config)
 
 
+@step("loading the model")
 def load_model(args: TowerArguments) -> tuple[AlphaCLIPModel, AlphaCLIPProcessor]:
     """A CLIP with an alpha channel, and its processor with the geometry that is trained.
 

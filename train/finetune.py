@@ -1,6 +1,6 @@
 """Tune a LLaVA or BLIP-2 with an alpha tower on regions: `region-tune`.
 
-    region-tune RECIPE.yaml --data DIR --output_dir OUT [--flag value ...]
+    region-tune RECIPE --data DIR --output_dir OUT [--flag value ...]
 
 Parse, seed, model, freeze and LoRA, data, trainer, train, save.
 """
@@ -19,12 +19,15 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 import mllm
+from alpha_clip_commands.progress import step
+from alpha_clip_commands.tune import main
+from alpha_clip_commands.tuning_arguments import DataArguments, ModelArguments
 from eval.metrics.captions import freeze_document_frequency
 from mllm.data.index import HELD_OUT, TRAIN
 from mllm.data.templates import wordings
 from mllm.loading import AlphaProcessor, load_processor
 from train import plan
-from train.arguments import DataArguments, ModelArguments, parse_args
+from train.arguments import parse_args
 from train.collators import ConversationCollator
 from train.evaluation import AnswerScorer
 from train.lora import parts_of, prepare_model, trained_table
@@ -46,8 +49,8 @@ from train.trainer import RegionTrainer
 logger = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one recipe; returns the exit code."""
+def run(argv: Sequence[str]) -> int:
+    """Run one recipe, when its arguments are checked; returns the exit code."""
     return run_command("region-tune", lambda arguments: tune(*parse_args(arguments)), argv)
 
 
@@ -116,6 +119,7 @@ def show_plan(model_args: ModelArguments, data_args: DataArguments, training_arg
     return 0
 
 
+@step("loading the model")
 def load_model(model_args: ModelArguments, training_args: TrainingArguments) -> tuple[PreTrainedModel, AlphaProcessor]:
     """The model to tune, on the CPU unless it is quantised; Trainer or DeepSpeed place it. Under ZeRO-3 each process
     holds its piece of each weight from the start.

@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from alpha_clip_commands.tuning_arguments import ModelArguments
 from mllm.loading import FAMILIES
-from train.arguments import ModelArguments, refuse_unknown_parts
+from train.arguments import refuse_unknown_parts
 
 ALPHA = "alpha"  # the alpha convolution, a part inside the tower
 _ALPHA_MODULE = "patch_embedding.alpha"

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration, PreTrainedModel, TrainingArguments
 
+from alpha_clip_commands.tuning_arguments import ModelArguments
 from mllm.llava import with_alpha_tower
 from mllm.loading import AlphaProcessor, load_config
-from train.arguments import ModelArguments
 from train.lora import parts_of, prepare_model, trained_table
 from train.sampling import ConversationDataset
 

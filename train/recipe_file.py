@@ -1,4 +1,4 @@
-"""Recipes: YAML files of settings, read within limits, and the values that a setting takes."""
+"""The values that a setting takes, of a recipe and of HF's training arguments."""
 
 from __future__ import annotations
 
@@ -6,98 +6,13 @@ import argparse
 import dataclasses
 import enum
 import math
-from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from mllm.files import one_line
-
-LARGEST_RECIPE = 64 * 2**10  # bytes
-MOST_BRACKETS = 1000  # nested, PyYAML takes seconds for more
-MOST_VALUES = 10_000  # of a recipe, counted as often as an anchor is used
-# What PyYAML raises, beside its own errors, on damaged values: an invalid date, `!!int x`, `!!bool x`.
-_DAMAGE = (ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
-
-
-def read_recipe(path: str) -> dict[str, Any]:
-    """The settings of a recipe by key.
-
-    Raises:
-        ValueError: If it cannot be read, is too large, is not a mapping of texts to values, or has a key twice.
-    """
-    try:
-        if not Path(path).is_file():
-            raise ValueError(f"recipe not found, or not a file: {path}")
-        with open(path, "rb") as file:
-            content = file.read(LARGEST_RECIPE + 1)
-        if len(content) > LARGEST_RECIPE:
-            raise ValueError(f"{path} has over {LARGEST_RECIPE:,} bytes; expected a recipe, 'key: value' lines")
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error
-    if (brackets := text.count("[") + text.count("{")) > MOST_BRACKETS:
-        raise ValueError(f"{path} has {brackets:,} opening brackets; expected a recipe, 'key: value' lines")
-    try:
-        recipe = yaml.load(text, Loader=_RecipeLoader)
-    except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        where = f", line {place.line + 1}, column {place.column + 1}," if place else ""
-        reason = getattr(error, "problem", None) or one_line(error)
-        raise ValueError(f"{path}{where} is not YAML: {reason}") from error
-    except _DAMAGE as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else f"a value cannot be read: {error}"
-        raise ValueError(f"{path} is not YAML: {reason}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path}: expected 'key: value' lines, got {type(recipe).__name__}")
-    _refuse_many(path, recipe)
-    return recipe
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """Refuses what plain YAML lets pass: a repeated key, of which the last would win, keys that are not text, and
-    numbers that mean others than they look like (010 is 8, 1:30 is 90). Merge keys (<<), which can double a mapping
-    line by line, are not needed.
-    """
-
-    def construct_decimal(self, node: yaml.ScalarNode) -> int | float:
-        digits = node.value.lstrip("+-").replace("_", "")
-        if ":" in digits or node.tag.endswith(":int") and not (digits == "0" or digits[:1] in "123456789"):
-            problem = f"expected a decimal number, got {node.value!r:.80}; put text in quotes"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        return self.construct_yaml_int(node) if node.tag.endswith(":int") else self.construct_yaml_float(node)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = set()
-        for key, _ in node.value:
-            is_text = key.tag == "tag:yaml.org,2002:str"
-            if not is_text or key.value in keys:
-                problem = "a repeated key" if is_text else "expected text as the key"
-                raise yaml.constructor.ConstructorError(None, None, f"{problem}: {key.value!r:.80}", key.start_mark)
-            keys.add(key.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-_RecipeLoader.add_constructor("tag:yaml.org,2002:int", _RecipeLoader.construct_decimal)
-_RecipeLoader.add_constructor("tag:yaml.org,2002:float", _RecipeLoader.construct_decimal)
-
-
-def _refuse_many(path: str, recipe: dict) -> None:
-    """Raise ValueError if a recipe has more than `MOST_VALUES` values, written out."""
-    waiting, count = [recipe], 0
-    while waiting and count <= MOST_VALUES:
-        value = waiting.pop()
-        if isinstance(value, dict | list | tuple | set):
-            inner = list(value.values() if isinstance(value, dict) else value)
-            count += len(inner) + 1
-            waiting += inner
-    if count > MOST_VALUES:
-        raise ValueError(f"{path} has over {MOST_VALUES:,} values, anchors written out; expected a recipe")
+from alpha_clip_commands.recipe import plain_text
 
 
 def recipe_value(action: argparse.Action, value: Any) -> Any:
@@ -143,47 +58,6 @@ def _one_value(action: argparse.Action, value: Any) -> Any:
     if action.choices is not None and found not in action.choices:
         raise ValueError(f"expected one of {', '.join(map(str, action.choices))}, got {value!r}")
     return found
-
-
-def finite_number(text: str) -> float:
-    """A number that is not NaN or infinite.
-
-    Raises:
-        argparse.ArgumentTypeError: If it is something else.
-    """
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r:.80}")
-    return number
-
-
-def whole_number(text: str) -> int:
-    """A whole number of up to 32 bits.
-
-    Raises:
-        argparse.ArgumentTypeError: If it is something else.
-    """
-    try:
-        number = int(text)
-    except ValueError:
-        number = None
-    if number is None or not -(2**31) <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"expected a whole number of up to 32 bits, got {text!r:.80}")
-    return number
-
-
-def plain_text(text: str) -> str:
-    """Text that can be written and passed to the system.
-
-    Raises:
-        argparse.ArgumentTypeError: If it has NUL characters.
-    """
-    if "\0" in text:
-        raise argparse.ArgumentTypeError(f"expected text without NUL characters, got {text!r:.80}")
-    return text
 
 
 # Of HF's training arguments, those that Trainer takes as they come: least and most value, with both ends.

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
+from alpha_clip_commands.contrast_arguments import PairArguments
 from mllm.data.index import RegionFacts, RegionIndex
 from mllm.data.samples import RegionSample, describe_source
 from train.collators import check_region
-from train.region_text_arguments import PairArguments
 from train.sampling import PictureDataset, draw_region
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPProcessor, Region
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
+from alpha_clip_commands.contrast_arguments import PairArguments
 from train.lora import trained_table
 from train.plan import GIB, Activations, Plan, frozen_bytes, kept_for_backward, plain_peak, states
-from train.region_text_arguments import PairArguments
 from vision_tower import AlphaCLIPModel
 
 _PHRASE = 16  # tokens of a region's text, with both its ends; GRIT's phrases are of a few words

@@ -16,10 +16,10 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.utils import CONFIG_NAME
 
+from alpha_clip_commands.contrast_arguments import PairArguments
 from eval.region_text import DescribedPicture, score_region_text
 from train.gradient_cache import Embeddings, cached_backward
 from train.losses import region_patch_embeds, region_text_loss, released_learning_rate_factor, released_loss
-from train.region_text_arguments import PairArguments
 from train.region_text_data import chunks_of
 from train.trainer import RegionTrainer
 from vision_tower import AlphaCLIPModel

@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import traceback
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
@@ -25,6 +24,7 @@ from transformers import TrainingArguments
 from transformers.processing_utils import ProcessorMixin
 
 from alpha_clip_commands.command_line import BAD_INPUT, FAILED, INTERRUPTED, exit_code, log_to_terminal, say
+from alpha_clip_commands.progress import step
 from mllm.data.index import TRAIN, RegionIndex, index_folder
 from mllm.data.prepare import make_index
 from mllm.files import one_line, write_file
@@ -46,14 +46,14 @@ _NOT_OF_THE_RUN = {
 }  # fmt: skip
 
 
-def run_command(name: str, train: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int:
+def run_command(name: str, train: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     """Run a training command; errors that a user can fix become one line and exit code 2. Its loader workers
     always end with it; so does its process after an error, when it would wait for the other ranks.
     """
     others = multiprocessing.active_children()
     code = FAILED
     try:
-        code = exit_code(name, lambda: _explaining(name, train, sys.argv[1:] if argv is None else argv))
+        code = exit_code(name, lambda: _explaining(name, train, argv))
         return code
     finally:
         end_workers(others)
@@ -195,7 +195,7 @@ def what_makes_the_run(training_args: TrainingArguments, *others: Any) -> dict[s
 
 def open_indexes(folders: Sequence[str], training_args: TrainingArguments) -> list[RegionIndex]:
     """The indexes of data folders, made now by one process of all machines where there are none (a large data set
-    takes longer than the others wait: scripts/prepare_data.py makes it beforehand).
+    takes longer than the others wait: `alpha-clip prepare` makes it beforehand).
     """
     with training_args.main_process_first(local=False, desc="the index of the data"):
         return [open_index(folder) for folder in folders]
@@ -208,6 +208,7 @@ def open_index(folder: str) -> RegionIndex:
     return RegionIndex(folder)
 
 
+@step("looking for the training images")
 def refuse_missing_pictures(indexes: Sequence[RegionIndex], max_missing: float, args: TrainingArguments) -> None:
     """List the missing images of the training split in `missing_images.txt`.
 
@@ -259,8 +260,6 @@ def save(trainer: RegionTrainer, processor: ProcessorMixin) -> None:
 
 def log_on_one_process(args: TrainingArguments) -> None:
     """Log what the first process says; of the others only errors."""
-    # DeepSpeed's calls, thousands of times
-    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     log_to_terminal(logging.INFO if args.process_index == 0 else logging.ERROR)
 
 

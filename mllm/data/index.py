@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from alpha_clip_commands.progress import step
 from mllm.data.json_files import read_json
 from mllm.data.records import READ, ReadReport
 from mllm.data.samples import RegionSample, TarMember
@@ -88,7 +89,7 @@ class RegionIndex:
         """
         data, folder = folder, index_folder(folder)
         if folder is None:
-            raise ValueError(f"expected a region index in {data}; make it: python scripts/prepare_data.py ...")
+            raise ValueError(f"expected a region index in {data}; make it: alpha-clip prepare ...")
         self.folder = folder
         self.record = read_json(folder / "index.json", dict)
         if self.record.get("format") != FORMAT:
@@ -204,6 +205,7 @@ def index_beside(path: str | os.PathLike) -> Path:
     return Path(path).with_name(f"{Path(path).name}.{INDEX_FOLDER}")
 
 
+@step("indexing the data")
 def write_index(
     out: str | os.PathLike,
     root: str | os.PathLike,

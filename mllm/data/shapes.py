@@ -14,10 +14,12 @@ Splits: `train` and `test` share colour-shape pairs and backgrounds; `novel` dra
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import os
 import pickle
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +29,6 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm.auto import tqdm
 
-from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from mllm.data.json_files import read_json
 from mllm.data.samples import RegionSample
 from mllm.data.schemas import GenomeObjects, checked
@@ -325,21 +326,24 @@ def _object_record(object_id: int, box: dict, obj: ShapeObject) -> dict:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m mllm.data.shapes`."""
-    return exit_code("python -m mllm.data.shapes", lambda: _run(argv))
+def run(args: argparse.Namespace) -> int:
+    """Draw what `alpha-clip shapes` asks for; returns the exit code."""
+    if args.layout == "grit":
+        from mllm.data import shapes_grit
 
-
-def _run(argv: Sequence[str] | None) -> int:
-    parser = ArgumentParser(prog="python -m mllm.data.shapes", description="Write the Shapes world to disk.")
-    parser.add_argument("--out", required=True, help="folder of the data set: new, empty, or one written before")
-    parser.add_argument("--images", type=int, required=True, help="number of scenes")
-    parser.add_argument("--seed", type=int, required=True, help="same seed: same scenes")
-    parser.add_argument("--split", choices=SPLITS, default="train")
-    parser.add_argument("--places", action="store_true", help="also ask where in the picture each object is")
-    args = parser.parse_args(argv)
-    write(args.out, args.images, args.seed, args.split, places=args.places)
+        asked = {"tars": args.tars, "min_objects": args.min_objects, "max_objects": args.max_objects}
+        given = {name: value for name, value in asked.items() if value is not None}
+        shapes_grit.write(args.out, args.images, args.seed, args.split, **given)
+    else:
+        write(args.out, args.images, args.seed, args.split, places=args.places)
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m mllm.data.shapes`: as `alpha-clip shapes`."""
+    from alpha_clip_commands import alpha_clip
+
+    return alpha_clip.main(["shapes", *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,8 +25,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm.auto import tqdm
 
-from alpha_clip_commands.command_line import ArgumentParser, exit_code
-from mllm.data.shapes import SPLITS, scenes
+from mllm.data.shapes import scenes
 from mllm.data.shapes_world import MAX_OBJECTS, MIN_OBJECTS, SCENE_SIZE, Scene
 from mllm.files import replacing_folder, write_json
 
@@ -118,25 +118,10 @@ def _write_tars(out: Path, files: Iterator[tuple[int, dict[str, bytes]]], bounds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m mllm.data.shapes_grit`."""
-    return exit_code("python -m mllm.data.shapes_grit", lambda: _run(argv))
+    """Entry point of `python -m mllm.data.shapes_grit`: as `alpha-clip shapes --layout grit`."""
+    from alpha_clip_commands import alpha_clip
 
-
-def _run(argv: Sequence[str] | None) -> int:
-    parser = ArgumentParser(
-        prog="python -m mllm.data.shapes_grit", description="Write the Shapes world to disk in GRIT's layout."
-    )
-    parser.add_argument("--out", required=True, help="folder of the data set: new, empty, or one written before")
-    parser.add_argument("--images", type=int, required=True, help="number of scenes")
-    parser.add_argument("--seed", type=int, required=True, help="same seed: same scenes")
-    parser.add_argument("--split", choices=SPLITS, default="train")
-    parser.add_argument("--tars", type=int, default=0, help="write so many webdataset tars instead of folders")
-    parser.add_argument("--min-objects", type=int, default=MIN_OBJECTS, help="fewest objects of a scene")
-    parser.add_argument("--max-objects", type=int, default=MAX_OBJECTS, help="most objects of a scene")
-    args = parser.parse_args(argv)
-    objects = {"min_objects": args.min_objects, "max_objects": args.max_objects}
-    write(args.out, args.images, args.seed, args.split, tars=args.tars, **objects)
-    return 0
+    return alpha_clip.main(["shapes", "--layout", "grit", *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from alpha_clip_commands.contrast_arguments import PairArguments
 from mllm.data import shapes_grit
 from mllm.data.index import TRAIN, RegionIndex
 from mllm.data.prepare import make_index
 from tests.tiny import build_tiny_clip
 from train import alpha_clip
 from train.output import last_whole_checkpoint
-from train.region_text_arguments import PairArguments
 from train.region_text_data import RegionTextDataset
 from train.sampling import EpochSampler
 from vision_tower import AlphaCLIPModel

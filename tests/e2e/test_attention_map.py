@@ -1,4 +1,4 @@
-"""scripts/attention_map.py: the attention that is drawn is the model's, and each row's is its own region's."""
+"""`alpha-clip attention-map`: the attention that is drawn is the model's, and each row's is its own region's."""
 
 import re
 
@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
-from scripts import attention_map
-from scripts.attention_map import look, panel_box, read_heads
+from eval import attention_map
+from eval.attention_map import look, panel_box, read_heads
+from scripts.attention_map import main
 from tests.tiny import noise_picture, tiny_clip_config, tiny_clip_tokenizer
 from vision_tower import AlphaCLIPConfig, AlphaCLIPImageProcessor, AlphaCLIPModel, AlphaCLIPProcessor, Region
 
@@ -58,7 +59,7 @@ def folder(model, processor, tmp_path_factory):
 def run(folder, *extra, model="full", out="out.png"):
     """The page as an array, or None where the command ended with 2."""
     (folder / out).unlink(missing_ok=True)
-    code = attention_map.main(
+    code = main(
         ["--model", str(folder / model), "--image", str(folder / "picture.png"), "--out", str(folder / out), *extra]
     )
     if code == 2:
@@ -169,7 +170,7 @@ def test_a_plain_clip_sees_no_region(folder):
         (["--box", LEFT, "--heads", "1;2"], "numbers from 1 to 4"),
         (["--box", LEFT, "--text", "a", " "], "a --text is empty"),
         (["--box", LEFT, "--text", "a" * 30], "32 tokens, the text tower takes 16"),
-        (["--box", LEFT, "--image", "none.png"], "there is no image file none.png"),
+        (["--box", LEFT, "--image", "none.png"], "image not found: none.png"),
         (["--box", LEFT, "--model", "./nothing"], "which is not a directory"),
         (["--box", LEFT, "--device", "abacus"], "expected a device out of"),
         (["--box", LEFT, "--out", "map.jpg"], "expected --out FILE.png"),
@@ -179,11 +180,11 @@ def test_a_plain_clip_sees_no_region(folder):
 def test_bad_input_is_one_line(folder, capsys, extra, message):
     assert run(folder, *extra) is None
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("model: ")]
-    assert len(lines) == 1 and re.match(r"attention_map\.py: error: ", lines[0]) and message in lines[0]
+    assert len(lines) == 1 and re.match(r"alpha-clip attention-map: error: ", lines[0]) and message in lines[0]
 
 
 def test_the_picture_is_not_overwritten(folder, capsys):
     before = (folder / "picture.png").read_bytes()
     arguments = ["--model", str(folder / "full"), "--image", str(folder / "picture.png"), "--box", LEFT]
-    assert attention_map.main([*arguments, "--out", str(folder / "picture.png")]) == 2
+    assert main([*arguments, "--out", str(folder / "picture.png")]) == 2
     assert (folder / "picture.png").read_bytes() == before and "is read by this command" in capsys.readouterr().err

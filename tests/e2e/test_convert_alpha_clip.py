@@ -1,4 +1,4 @@
-"""scripts/convert_alpha_clip.py and --alpha-weights: what comes out loads, answers as before, and sees the region."""
+"""`alpha-clip convert` and --alpha-weights: what comes out loads, answers as before, and sees the region."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""scripts/convert_lavis_blip2.py: what comes out loads everywhere, keeps the language model, and sees the region."""
+"""`alpha-clip convert-lavis`: what comes out loads everywhere, keeps the language model, and sees the region."""
 
 import json
 import logging
@@ -217,7 +217,7 @@ def test_errors_leave_nothing_behind(sources, tmp_path, capsys):
     def error_of(*args, **kwargs):
         assert convert(*args, **kwargs) == 2
         error = capsys.readouterr().err.splitlines()[-1]  # before it, progress bars
-        assert error.startswith("convert_lavis_blip2.py: error: ")
+        assert error.startswith("alpha-clip convert-lavis: error: ")
         return error
 
     def broken(name, **tensors):

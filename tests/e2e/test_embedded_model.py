@@ -153,7 +153,7 @@ def test_tuning_reads_the_region(embedded, root, tmp_path, fed):
     """One training step on the embedded model: its loss on true descriptions is low, on another object's descriptions
     high.
     """
-    from train.arguments import DataArguments
+    from alpha_clip_commands.tuning_arguments import DataArguments
     from train.collators import ConversationCollator
     from train.sampling import ConversationDataset
 

@@ -1,4 +1,4 @@
-"""`scripts/prepare_data.py`: what is missing, left out, held out elsewhere; real records of Visual Genome."""
+"""`alpha-clip prepare`: what is missing, left out, held out elsewhere; real records of Visual Genome."""
 
 import json
 import shutil

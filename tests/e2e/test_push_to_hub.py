@@ -1,4 +1,4 @@
-"""scripts/push_to_hub.py: the folder that would be uploaded, its card, and the calls to the hub (a stand-in here)."""
+"""`alpha-clip publish`: the folder that would be uploaded, its card, and the calls to the hub (a stand-in here)."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""scripts/score_region_text.py against one pass of the model for each region and text."""
+"""`alpha-clip score` against one pass of the model for each region and text."""
 
 import re
 

@@ -10,14 +10,14 @@ import torch
 from torch.nn import functional
 
 import mllm
+from alpha_clip_commands.contrast_arguments import PairArguments
+from alpha_clip_commands.tuning_arguments import DataArguments
 from mllm.data.index import RegionIndex
 from mllm.data.prepare import make_index
 from mllm.data.splits import densecap_split
 from tests.tiny import build_tiny_clip, build_tiny_llava, noise_picture
 from train import alpha_clip, finetune, region_text_trainer
-from train.arguments import DataArguments
 from train.collators import IGNORE_INDEX
-from train.region_text_arguments import PairArguments
 from train.region_text_data import RegionTextDataset
 from train.region_text_trainer import RegionTextTrainer, _capped
 from train.sampling import ConversationDataset

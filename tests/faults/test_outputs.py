@@ -6,7 +6,11 @@ import os
 import pytest
 from PIL import Image
 
+import eval.attention_map
 import mllm
+import mllm.convert_alpha_clip
+import mllm.convert_lavis
+import mllm.publish
 from eval import cli
 from mllm import chat
 from mllm.data import shapes, shapes_grit
@@ -60,10 +64,10 @@ def place(tmp_path, monkeypatch):
     for module, name in (
         (mllm, "load"),
         (chat, "load_chat"),
-        (attention_map, "load"),
-        (convert_alpha_clip, "read_source"),
-        (convert_lavis_blip2, "convert"),
-        (push_to_hub, "check_whole"),
+        (eval.attention_map, "load"),
+        (mllm.convert_alpha_clip, "read_source"),
+        (mllm.convert_lavis, "convert"),
+        (mllm.publish, "check_whole"),
     ):
         monkeypatch.setattr(module, name, unexpected)
     monkeypatch.chdir(tmp_path)

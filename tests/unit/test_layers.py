@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # A folder may import itself and those to its left.
 LAYERS = ("alpha_clip_commands", "vision_tower", "mllm", "eval", "train", "scripts", "tests")
+COMMANDS_MAY_IMPORT = {"alpha_clip_commands", "yaml"}
 TOWER_MAY_IMPORT = {"torch", "transformers", "numpy", "PIL", "safetensors"}  # the last comes with transformers
 TOWER_MAY_TRY = {"pycocotools"}
 PACKAGE_OF_IMPORT = {"PIL": "pillow", "yaml": "pyyaml", "google": "protobuf"}
@@ -80,7 +81,7 @@ def command_problems(source):
         top = module.split(".")[0]
         if dots or top in ("scripts", "tests"):
             found.append(f"{line}: alpha_clip_commands imports {module or 'relatively'}")
-        elif line not in inside and top != "alpha_clip_commands" and top not in sys.stdlib_module_names:
+        elif line not in inside and top not in sys.stdlib_module_names and top not in COMMANDS_MAY_IMPORT:
             found.append(f"{line}: alpha_clip_commands imports {module} before a command runs")
     return found
 
@@ -100,7 +101,7 @@ def test_imports_point_one_way(layer):
 @pytest.mark.parametrize(
     ("layer", "source"),
     [
-        ("alpha_clip_commands", "import yaml"),
+        ("alpha_clip_commands", "import numpy"),
         ("alpha_clip_commands", "from mllm.files import locked"),
         ("alpha_clip_commands", "def f():\n    from scripts import bench_tower"),
         ("vision_tower", "import mllm"),

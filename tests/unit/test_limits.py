@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from alpha_clip_commands.tuning_arguments import RegionArguments
 from tests.unit.test_style import PACKAGES
-from train.arguments import RegionArguments
 from vision_tower import AlphaCLIPImageProcessor
 
 ROOT = Path(__file__).parents[2]

@@ -17,11 +17,11 @@ ALLOWED = {
     "scripts/build_embedded_model.py": {"save", "copy", "save_pretrained"},  # into claimed folders
     "scripts/build_shapes_blip2.py": {"save_pretrained"},
     "scripts/build_shapes_clip.py": {"save_pretrained"},
-    "scripts/push_to_hub.py": {"copytree"},  # into a folder that replacing_folder has made, or a temporary one
+    "mllm/publish.py": {"copytree"},  # into a folder that replacing_folder has made, or a temporary one
     # into a folder that replacing_folder has made; the original layout into work_folder and replacing_file
-    "scripts/convert_alpha_clip.py": {"save", "replace", "save_file", "save_pretrained", "save_torch_state_dict"},
-    "scripts/convert_lavis_blip2.py": {"save", "save_pretrained"},
-    "scripts/merge_adapter.py": {"save_pretrained"},
+    "mllm/convert_alpha_clip.py": {"save", "replace", "save_file", "save_pretrained", "save_torch_state_dict"},
+    "mllm/convert_lavis.py": {"save", "save_pretrained"},
+    "mllm/merge.py": {"save_pretrained"},
     "scripts/bench_alpha_clip.py": {"save", "write_text"},  # temporary folders
     "scripts/bench_finetune.py": {"save", "write_text"},
     "scripts/bench_llava_7b.py": {"rmtree", "save_file", "save_pretrained"},  # temporary, or a claimed folder

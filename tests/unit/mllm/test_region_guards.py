@@ -13,6 +13,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, LlavaForCondition
 
 import mllm
 from alpha_clip_commands.chat import build_parser
+from alpha_clip_commands.tuning_arguments import DataArguments
 from mllm import chat
 from mllm.data import shapes
 from mllm.data.index import RegionIndex
@@ -20,7 +21,6 @@ from mllm.data.prepare import make_index
 from mllm.llava import build_llava_processor
 from mllm.loading import EMBEDDED_MODEL
 from tests.tiny import build_tiny_llava, noise_picture, tiny_llava_config, tiny_tokenizer, tiny_vision_config
-from train.arguments import DataArguments
 from train.sampling import ConversationDataset
 from vision_tower import AlphaCLIPImageProcessor, Region
 

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 import mllm
+from alpha_clip_commands.tuning_arguments import ModelArguments
 from mllm.data import shapes
 from mllm.loading import load_adapter
 from tests.tiny import build_tiny_blip2, build_tiny_llava
 from train import finetune
-from train.arguments import ModelArguments
 from train.lora import linear_layers, original_name, part_of, parts_of, prepare_model, trained_table
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -8,11 +8,12 @@ from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from alpha_clip_commands.tuning_arguments import ModelArguments
 from mllm.data import shapes
 from scripts.bench_llava_7b import VISION, VOCABULARY
 from tests.tiny import tiny_vision_config
 from train import finetune
-from train.arguments import ModelArguments, parse_args
+from train.arguments import parse_args
 from train.lora import prepare_model
 from train.plan import activation_bytes, frozen_bytes, meta_model, plain_peak, plan
 from vision_tower import AlphaCLIPVisionConfig

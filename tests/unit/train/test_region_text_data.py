@@ -11,11 +11,11 @@ from PIL import Image, ImageFilter
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
+from alpha_clip_commands.contrast_arguments import PairArguments
 from mllm.data import shapes, shapes_grit
 from mllm.data.index import HELD_OUT, TRAIN, RegionIndex
 from mllm.data.prepare import make_index
 from tests.tiny import build_tiny_clip, noise_picture, tiny_clip_tokenizer
-from train.region_text_arguments import PairArguments
 from train.region_text_data import (
     RegionTextCollator,
     RegionTextDataset,

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from alpha_clip_commands.contrast_arguments import TowerArguments
 from tests.tiny import tiny_vision_config
 from train.alpha_clip import PARTS, prepare_model
 from train.plan import GIB
-from train.region_text_arguments import TowerArguments, parse_args
+from train.region_text_arguments import parse_args
 from train.region_text_plan import plan_contrast, step_flops, tower_activations
 from vision_tower import AlphaCLIPConfig, AlphaCLIPModel
 

@@ -6,12 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from alpha_clip_commands.tuning_arguments import DataArguments
 from mllm.data import shapes
 from mllm.data.index import RegionIndex
 from mllm.data.prepare import make_index
 from mllm.data.templates import DESCRIBE_REGION_WORDINGS
 from mllm.data.visual_genome import read_free_questions, read_region_questions, read_regions
-from train.arguments import DataArguments
 from train.sampling import ConversationDataset, EpochSampler, draw_region, group_rows
 from vision_tower import Region
 

@@ -1,0 +1,325 @@
+"""The command `alpha-clip`: convert and publish weights, prepare data, train the tower, see where it looks.
+
+alpha-clip convert clip_l14_336_grit_20m_4xe.pth TOWER
+alpha-clip train alpha_clip_l14 --data GRIT --output_dir OUT
+alpha-clip COMMAND --help                        (each has an example)
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from alpha_clip_commands.chat import REGION_OPTIONS
+from alpha_clip_commands.command_line import (
+    ArgumentParser,
+    check_found,
+    exit_code,
+    leave_current_folder,
+)
+from alpha_clip_commands.progress import STARTING, step
+from alpha_clip_commands.source_values import constant
+
+PROGRAM = "alpha-clip"
+# subcommand -> module whose `run` does it
+_MODULES = {
+    "convert": "mllm.convert_alpha_clip",
+    "convert-lavis": "mllm.convert_lavis",
+    "prepare": "mllm.data.dataset_check",
+    "shapes": "mllm.data.shapes",
+    "attention-map": "eval.attention_map",
+    "score": "train.score_region_text",
+    "plot": "train.plot",
+    "merge": "mllm.merge",
+    "publish": "mllm.publish",
+}
+_HAVE_BARS = ("shapes", "score")  # show their own progress
+# subcommand -> arguments that name what must be there
+_READ = {
+    "convert": ("source",),
+    "convert-lavis": ("checkpoint",),
+    "prepare": ("source", "against"),
+    "shapes": (),
+    "attention-map": ("image",),
+    "score": ("data",),
+    "plot": ("runs",),
+    "merge": ("adapter",),
+    "publish": ("folder",),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags of the command."""
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('alpha-clip-mllm')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_convert(commands)
+    _add_convert_lavis(commands)
+    _add_prepare(commands)
+    commands.add_parser("train", help="train an Alpha-CLIP from a CLIP on regions and texts", add_help=False)
+    _add_attention_map(commands)
+    _add_score(commands)
+    _add_plot(commands)
+    _add_merge(commands)
+    _add_publish(commands)
+    _add_shapes(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, or 2 after an error of one line."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["train"]:
+        from alpha_clip_commands.tune import train_alpha_clip
+
+        return train_alpha_clip(argv[1:])
+    program = f"{PROGRAM} {argv[0]}" if argv and argv[0] in _MODULES else PROGRAM
+    return exit_code(program, lambda: _run(build_parser().parse_args(argv)))
+
+
+def _run(args: argparse.Namespace) -> int:
+    for name in _READ[args.command]:
+        value = getattr(args, name)
+        check_found(name, *(value if isinstance(value, list) else [value]))
+    if args.command in _CHECKS:
+        _CHECKS[args.command](args)
+    leave_current_folder()
+    with step(STARTING):
+        run = importlib.import_module(_MODULES[args.command]).run
+    with contextlib.nullcontext() if args.command in _HAVE_BARS else step(f"{PROGRAM} {args.command}"):
+        return run(args)
+
+
+def _add(commands, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    """A subcommand whose help shows an example."""
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=summary[:1].upper() + summary[1:] + ".",
+        epilog=f"example:\n{example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_convert(commands) -> None:
+    parser = _add(
+        commands,
+        "convert",
+        "convert Alpha-CLIP weights to a Hugging Face directory, and back",
+        """  alpha-clip convert CKPT OUT                    loads as AlphaCLIPVisionModel[WithProjection]
+  alpha-clip convert CKPT OUT --text-from CLIP   loads as AlphaCLIPModel, for zero-shot use
+  alpha-clip convert CKPT OUT --fused            loads in stock CLIP and LLaVA, 4 input channels
+  alpha-clip convert LLAVA_DIR OUT --fused       a whole LLaVA with an alpha tower, the same way
+  alpha-clip convert DIR OUT.pth --original      a directory of ours in the original layout
+
+The released checkpoints:
+
+"""
+        + constant("vision_tower/conversion.py", "RELEASED_CHECKPOINTS"),
+    )
+    parser.add_argument(
+        "source", metavar="CKPT", type=Path, help="original .pth or .safetensors file, or a directory of ours"
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="new directory (with --original: new file)")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--text-from", metavar="DIR|HUB_ID", help="a CLIP whose text tower completes the model")
+    kind.add_argument("--fused", action="store_true", help="a stock CLIP tower (or LLaVA) of four channels")
+    kind.add_argument("--original", action="store_true", help="write the original layout (.pth or .safetensors)")
+
+
+def _check_convert(args: argparse.Namespace) -> None:
+    if args.out.suffix in (".pth", ".pt", ".safetensors") and not args.original:
+        raise ValueError(f"OUT is a directory, got {args.out}; add --original to write an original checkpoint file")
+
+
+def _add_convert_lavis(commands) -> None:
+    parser = _add(
+        commands,
+        "convert-lavis",
+        "convert LAVIS' BLIP-2 with a CLIP ViT-L to a Hugging Face directory",
+        """  alpha-clip convert-lavis blip2_pretrained_flant5xl_vitL.pth OUT --language-model google/flan-t5-xl \\
+      --vision-tower clip_l14_grit20m_fultune_2xe.pth
+
+The directory loads as AlphaBlip2ForConditionalGeneration and with mllm.load (docs/blip2.md). LAVIS' file contains
+neither the language model nor, as a rule, the frozen tower, so both are given.""",
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="LAVIS' .pth")
+    parser.add_argument("out", metavar="OUT", type=Path, help="new directory")
+    parser.add_argument("--language-model", metavar="DIR|HUB_ID", required=True, help="T5 or OPT, with its tokenizer")
+    parser.add_argument(
+        "--vision-tower", metavar="CKPT|DIR", help="Alpha-CLIP ViT-L/14 (default: CKPT's own CLIP, alpha zero)"
+    )
+    parser.add_argument(
+        "--blocks",
+        type=int,
+        default=constant("mllm/blip2_conversion.py", "VIT_L_BLOCKS"),
+        help="blocks of the tower that the Q-Former was trained behind: %(default)s in LAVIS today, 21 in its first "
+        "releases (docs/blip2.md)",
+    )
+    parser.add_argument(
+        "--new-projection", action="store_true", help="for a stage-1 CKPT: begin the projection at random, to train it"
+    )
+
+
+def _add_prepare(commands) -> None:
+    parser = _add(
+        commands,
+        "prepare",
+        "check a data set, report what is wrong with it, and write the index that training reads",
+        """  alpha-clip prepare vg --source VG
+  alpha-clip prepare refcocog --source REFCOCOG --against VG llava_v1_5_mix665k.json
+  alpha-clip prepare jsonl --source mine.jsonl
+
+--against lists the training images that are in a test split of another data set (Visual Genome and RefCOCOg share
+COCO's images), or the test images in LLaVA-1.5's training mix.""",
+    )
+    kinds = constant("mllm/data/dataset_check.py", "FILES")
+    parser.add_argument("kind", choices=kinds, help="layout of the data set; vg: Visual Genome's")
+    parser.add_argument(
+        "--source", type=Path, required=True, help="folder of the data set's own files; jsonl: the file"
+    )
+    index = constant("mllm/data/index.py", "INDEX_FOLDER")
+    parser.add_argument("--out", type=Path, help=f"folder of the index (default: {index} in or beside the source)")
+    parser.add_argument("--split-by", default="umd", choices=("umd", "google", "unc"), help="refcocog: whose split")
+    parser.add_argument("--against", nargs="*", default=[], type=Path, help="folders or LLaVA's JSON to compare with")
+
+
+def _add_attention_map(commands) -> None:
+    parser = _add(
+        commands,
+        "attention-map",
+        "draw where an Alpha-CLIP looks for each region, and which text is nearest",
+        """  alpha-clip attention-map --model TOWER --image photo.jpg --box 40,60,220,200 --box 5,5,80,90 --out map.png
+  alpha-clip attention-map --model MODEL --image photo.jpg --mask cat.png --text "a cat" "a dog" --out map.png""",
+    )
+    parser.add_argument("--model", required=True, help="directory or hub id of an Alpha-CLIP, or of a CLIP")
+    parser.add_argument("--image", metavar="FILE", required=True, help="the image")
+    for option, (form, written) in REGION_OPTIONS.items():
+        parser.add_argument(
+            f"--{option}", metavar=written, dest="regions", action="append", default=[], type=f"{form}:{{}}".format
+        )
+    parser.add_argument("--text", metavar="TEXT", nargs="+", action="extend", default=[], help="texts to compare with")
+    parser.add_argument("--heads", metavar="N[,N]", help="attention heads, from 1 (default: the mean of all)")
+    parser.add_argument("--out", metavar="PNG", required=True, help="PNG to write")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+
+
+def _check_attention_map(args: argparse.Namespace) -> None:
+    if not args.regions:
+        raise ValueError(f"expected a region, one of {', '.join(f'--{option}' for option in REGION_OPTIONS)}")
+    if not all(text.strip() for text in args.text):
+        raise ValueError("a --text is empty")
+    if Path(args.out).suffix.lower() != ".png":
+        raise ValueError(f"expected --out FILE.png, got {args.out}")
+
+
+def _add_score(commands) -> None:
+    parser = _add(
+        commands,
+        "score",
+        "score how well a CLIP or Alpha-CLIP tells regions apart by their texts",
+        """  alpha-clip score --model MODEL --data GRIT
+  alpha-clip score --model openai/clip-vit-large-patch14 --data VG --view crop
+
+The columns are those of docs/ablations.md. A plain CLIP has no alpha: take another --view. Its images are padded to
+a square.""",
+    )
+    parser.add_argument("--model", required=True, help="directory or hub id, with text tower and processor")
+    parser.add_argument("--data", type=Path, required=True, help="folder or .jsonl that `alpha-clip train` reads")
+    parser.add_argument("--split", default="test", help="of the data (default test)")
+    parser.add_argument("--pictures", type=int, default=2000, help="at most, evenly spaced; all are held in memory")
+    parser.add_argument("--region-input", choices=("mask", "box", "available"), default="mask", help="default: mask")
+    views = constant("eval/region_text.py", "VIEWS")
+    parser.add_argument("--view", choices=views, default="alpha", help="how a region is shown (default alpha)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda ... (default: what there is)")
+
+
+def _add_plot(commands) -> None:
+    parser = _add(
+        commands,
+        "plot",
+        "draw the loss and the evaluations of training runs",
+        "  alpha-clip plot OUT --out curves.png",
+    )
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="output folders; several are the stages of one model"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="PNG to write")
+
+
+def _add_merge(commands) -> None:
+    parser = _add(
+        commands,
+        "merge",
+        "merge a LoRA adapter into its model: a directory that loads without PEFT",
+        "  alpha-clip merge OUT MERGED --model llava-hf/llava-1.5-7b-hf --alpha-weights clip_l14_336_grit_20m_4xe.pth",
+    )
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="output folder of region-tune")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new directory")
+    parser.add_argument("--model", help="the model that the adapter was trained for (default: the embedded one)")
+    parser.add_argument("--alpha-weights", metavar="CKPT|DIR", help="as it was trained with")
+
+
+def _add_publish(commands) -> None:
+    parser = _add(
+        commands,
+        "publish",
+        "upload a tower, a LLaVA or BLIP-2 with one, or a LoRA adapter, with a model card",
+        """  alpha-clip publish DIR OWNER/NAME --built-from alpha-clip llava-1.5 --base-model ID
+  alpha-clip publish DIR OWNER/NAME --to FOLDER      writes what would be uploaded, without network
+
+A README.md in DIR is somebody's own card: it is kept as it is with --keep-card, and an error without. (The empty form
+that PEFT writes beside an adapter is nobody's.)""",
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="model or adapter directory")
+    parser.add_argument("repo_id", metavar="OWNER/NAME", help="repository on the hub")
+    licence = parser.add_mutually_exclusive_group()
+    licences = constant("mllm/model_card.py", "LICENCES")
+    licence.add_argument("--built-from", nargs="+", default=[], choices=licences, help="whose licences apply")
+    licence.add_argument(
+        "--licence", metavar="ID", help="the hub's id of a licence, where none of these parts is in it"
+    )
+    parser.add_argument("--base-model", metavar="ID", help="hub id of the model that it was made from")
+    parser.add_argument("--language", nargs="+", default=[], metavar="CODE", help="languages it answers in, as in: en")
+    parser.add_argument("--private", action="store_true", help="make the repository private")
+    parser.add_argument("--keep-card", action="store_true", help="DIR's own README.md is the card")
+    parser.add_argument("--to", metavar="FOLDER", type=Path, help="write the files there, upload nothing")
+
+
+def _add_shapes(commands) -> None:
+    parser = _add(
+        commands,
+        "shapes",
+        "draw the Shapes world, scenes that the embedded model knows, as a data set",
+        """  alpha-clip shapes --out DIR --images 1000 --seed 7 --split test
+  alpha-clip shapes --out DIR --images 8000 --seed 1 --layout grit      captions and phrases, for alpha-clip train""",
+    )
+    parser.add_argument("--out", required=True, help="folder of the data set: new, empty, or one written before")
+    parser.add_argument("--images", type=int, required=True, help="number of scenes")
+    parser.add_argument("--seed", type=int, required=True, help="same seed: same scenes")
+    parser.add_argument("--split", choices=constant("mllm/data/shapes.py", "SPLITS"), default="train")
+    parser.add_argument(
+        "--layout", choices=("vg", "grit"), default="vg", help="vg: Visual Genome's and RefCOCOg's (default); grit"
+    )
+    parser.add_argument("--places", action="store_true", help="vg: also ask where in the image each object is")
+    parser.add_argument("--tars", type=int, help="grit: write so many webdataset tars instead of folders")
+    fewest, most = (constant("mllm/data/shapes_world.py", f"{which}_OBJECTS") for which in ("MIN", "MAX"))
+    parser.add_argument("--min-objects", type=int, help=f"grit: fewest objects of a scene (default {fewest})")
+    parser.add_argument("--max-objects", type=int, help=f"grit: most objects of a scene (default {most})")
+
+
+def _check_shapes(args: argparse.Namespace) -> None:
+    if args.layout == "grit" and args.places:
+        raise ValueError("--places belongs to --layout vg: GRIT has no questions")
+    of_grit = {"--tars": args.tars, "--min-objects": args.min_objects, "--max-objects": args.max_objects}
+    if args.layout == "vg" and (given := [flag for flag, value in of_grit.items() if value is not None]):
+        raise ValueError(f"{', '.join(given)}: only with --layout grit")
+
+
+_CHECKS = {"convert": _check_convert, "attention-map": _check_attention_map, "shapes": _check_shapes}

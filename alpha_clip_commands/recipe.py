@@ -1,0 +1,187 @@
+"""Recipes: YAML files of settings, by path or by the name of a shipped one, read within limits."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alpha_clip_commands.command_line import one_line
+from alpha_clip_commands.source_values import PACKAGES
+
+RECIPES = PACKAGES / "train" / "recipes"
+_DEEPSPEED = PACKAGES / "train" / "deepspeed"
+_SUFFIXES = (".yaml", ".yml")
+LARGEST_RECIPE = 64 * 2**10  # bytes
+MOST_BRACKETS = 1000  # nested, PyYAML takes seconds for more
+MOST_VALUES = 10_000  # of a recipe, counted as often as an anchor is used
+# What PyYAML raises, beside its own errors, on damaged values: an invalid date, `!!int x`, `!!bool x`.
+_DAMAGE = (ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """The settings of a recipe by key.
+
+    Raises:
+        ValueError: If it cannot be read, is too large, is not a mapping of texts to values, or has a key twice.
+    """
+    try:
+        if not Path(path).is_file():
+            raise ValueError(f"recipe not found, or not a file: {path}")
+        with open(path, "rb") as file:
+            content = file.read(LARGEST_RECIPE + 1)
+        if len(content) > LARGEST_RECIPE:
+            raise ValueError(f"{path} has over {LARGEST_RECIPE:,} bytes; expected a recipe, 'key: value' lines")
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error
+    if (brackets := text.count("[") + text.count("{")) > MOST_BRACKETS:
+        raise ValueError(f"{path} has {brackets:,} opening brackets; expected a recipe, 'key: value' lines")
+    try:
+        recipe = yaml.load(text, Loader=_RecipeLoader)
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        where = f", line {place.line + 1}, column {place.column + 1}," if place else ""
+        reason = getattr(error, "problem", None) or one_line(error)
+        raise ValueError(f"{path}{where} is not YAML: {reason}") from error
+    except _DAMAGE as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else f"a value cannot be read: {error}"
+        raise ValueError(f"{path} is not YAML: {reason}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path}: expected 'key: value' lines, got {type(recipe).__name__}")
+    _refuse_many(path, recipe)
+    return recipe
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """Refuses what plain YAML lets pass: a repeated key, of which the last would win, keys that are not text, and
+    numbers that mean others than they look like (010 is 8, 1:30 is 90). Merge keys (<<), which can double a mapping
+    line by line, are not needed.
+    """
+
+    def construct_decimal(self, node: yaml.ScalarNode) -> int | float:
+        digits = node.value.lstrip("+-").replace("_", "")
+        if ":" in digits or node.tag.endswith(":int") and not (digits == "0" or digits[:1] in "123456789"):
+            problem = f"expected a decimal number, got {node.value!r:.80}; put text in quotes"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return self.construct_yaml_int(node) if node.tag.endswith(":int") else self.construct_yaml_float(node)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = set()
+        for key, _ in node.value:
+            is_text = key.tag == "tag:yaml.org,2002:str"
+            if not is_text or key.value in keys:
+                problem = "a repeated key" if is_text else "expected text as the key"
+                raise yaml.constructor.ConstructorError(None, None, f"{problem}: {key.value!r:.80}", key.start_mark)
+            keys.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+_RecipeLoader.add_constructor("tag:yaml.org,2002:int", _RecipeLoader.construct_decimal)
+_RecipeLoader.add_constructor("tag:yaml.org,2002:float", _RecipeLoader.construct_decimal)
+
+
+def _refuse_many(path: str, recipe: dict) -> None:
+    """Raise ValueError if a recipe has more than `MOST_VALUES` values, written out."""
+    waiting, count = [recipe], 0
+    while waiting and count <= MOST_VALUES:
+        value = waiting.pop()
+        if isinstance(value, dict | list | tuple | set):
+            inner = list(value.values() if isinstance(value, dict) else value)
+            count += len(inner) + 1
+            waiting += inner
+    if count > MOST_VALUES:
+        raise ValueError(f"{path} has over {MOST_VALUES:,} values, anchors written out; expected a recipe")
+
+
+def recipe_names(known: Collection[str] | None = None) -> list[str]:
+    """The names of the shipped recipes; with `known`, of those that have no other keys."""
+    files = sorted(RECIPES.glob("*.yaml"))
+    if known is not None:
+        files = [file for file in files if set(re.findall(r"^(\w+):", file.read_text("utf-8"), re.M)) <= set(known)]
+    return [file.stem for file in files]
+
+
+def split_recipe(argv: Sequence[str], known: Collection[str] | None = None) -> tuple[str | None, list[str]]:
+    """The recipe's path, None without one, and the other arguments. A recipe is given by its path, anywhere, or before
+    all flags by the name of a shipped one.
+
+    Raises:
+        ValueError: If no recipe, or none of those with `known` keys, has this name.
+    """
+    argv = list(argv)
+    path = next((arg for arg in argv if arg.endswith(_SUFFIXES)), None)
+    if path is not None:
+        argv.remove(path)
+        return path, argv
+    # a launcher may put its own flags (--local_rank=0) before the recipe
+    place = next((n for n, arg in enumerate(argv) if not arg.startswith(("--local_rank=", "--local-rank="))), None)
+    if place is None or argv[place].startswith("-"):
+        return None, argv
+    name = argv.pop(place)
+    shipped = recipe_names(known)
+    if name not in shipped:
+        raise ValueError(f"unknown recipe {name!r:.80}; expected a .yaml file, or one of {', '.join(shipped)}")
+    return str(RECIPES / f"{name}.yaml"), argv
+
+
+def deepspeed_file(name: str) -> Path:
+    """A DeepSpeed JSON by the name of a shipped one, or by its path.
+
+    Raises:
+        argparse.ArgumentTypeError: If there is none.
+    """
+    shipped = _DEEPSPEED / f"{name}.json"
+    path = shipped if "\0" not in name and shipped.exists() else Path(name)
+    if "\0" in name or not path.is_file():
+        names = ", ".join(sorted(file.stem for file in _DEEPSPEED.glob("*.json")))
+        raise argparse.ArgumentTypeError(f"deepspeed: expected one of {names}, or a JSON file, got {name!r}")
+    return path
+
+
+def finite_number(text: str) -> float:
+    """A number that is not NaN or infinite.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is something else.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r:.80}")
+    return number
+
+
+def whole_number(text: str) -> int:
+    """A whole number of up to 32 bits.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is something else.
+    """
+    try:
+        number = int(text)
+    except ValueError:
+        number = None
+    if number is None or not -(2**31) <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"expected a whole number of up to 32 bits, got {text!r:.80}")
+    return number
+
+
+def plain_text(text: str) -> str:
+    """Text that can be written and passed to the system.
+
+    Raises:
+        argparse.ArgumentTypeError: If it has NUL characters.
+    """
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"expected text without NUL characters, got {text!r:.80}")
+    return text

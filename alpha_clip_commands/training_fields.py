@@ -1,0 +1,84 @@
+"""The fields of `transformers.TrainingArguments`, read from its source: importing Transformers takes seconds."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+from alpha_clip_commands.source_values import parsed
+
+
+class TrainingField(NamedTuple):
+    """A field, as far as its flag is concerned.
+
+    Attributes:
+        name: Of the field.
+        kind: "int", "float", "bool", or another type, of which values are not checked here.
+        nargs: As argparse has it.
+        choices: The values of an enumeration, or None.
+        is_required: Whether it has no default.
+        has_opposite: Whether there is a flag `--no_NAME`.
+    """
+
+    name: str
+    kind: str
+    nargs: str | None
+    choices: tuple[str, ...] | None
+    is_required: bool
+    has_opposite: bool
+
+
+@functools.cache
+def training_fields() -> dict[str, TrainingField]:
+    """The fields by name, with the flags that `HfArgumentParser` makes of them."""
+    folder = Path(importlib.util.find_spec("transformers").origin).parent
+    statements = parsed(folder / "training_args.py").body + parsed(folder / "trainer_utils.py").body
+    classes = {statement.name: statement for statement in statements if isinstance(statement, ast.ClassDef)}
+    assigned = [
+        statement
+        for statement in classes["TrainingArguments"].body
+        if isinstance(statement, ast.AnnAssign) and not _is_left_out(statement.value)
+    ]
+    return {statement.target.id: _field(statement, classes) for statement in assigned}
+
+
+def _field(statement: ast.AnnAssign, classes: dict[str, ast.ClassDef]) -> TrainingField:
+    parts = [part.strip() for part in ast.unparse(statement.annotation).split("|")]
+    default = _default(statement.value)
+    # HfArgumentParser: of `X | str` the X counts, of `X | None` too
+    kind = next((part for part in parts if part not in ("None", "str")), "str")
+    nargs, choices = None, None
+    if kind == "bool" and "str" not in parts and ("None" not in parts or default is not None):
+        nargs = "?"
+    elif kind.startswith("list[") and len(parts) < 3:
+        nargs = "+"
+    elif kind in classes and "None" not in parts:
+        choices = _enumerated(classes[kind])
+    if len(parts) > 1 and not (len(parts) == 2 and "None" in parts) and kind not in classes:
+        kind = "str"
+    has_opposite = default is True and nargs == "?"
+    return TrainingField(statement.target.id, kind, nargs, choices, statement.value is None, has_opposite)
+
+
+def _enumerated(kind: ast.ClassDef) -> tuple[str, ...]:
+    """The values of an enumeration, as written in its class."""
+    return tuple(ast.literal_eval(statement.value) for statement in kind.body if isinstance(statement, ast.Assign))
+
+
+def _keyword(value: ast.expr | None, name: str) -> ast.expr | None:
+    keywords = value.keywords if isinstance(value, ast.Call) else []
+    return next((keyword.value for keyword in keywords if keyword.arg == name), None)
+
+
+def _default(value: ast.expr | None) -> object:
+    found = _keyword(value, "default") if isinstance(value, ast.Call) else value
+    return found.value if isinstance(found, ast.Constant) else None
+
+
+def _is_left_out(value: ast.expr | None) -> bool:
+    """Whether a field is not an argument: `field(init=False)`."""
+    init = _keyword(value, "init")
+    return isinstance(init, ast.Constant) and init.value is False

@@ -1,0 +1,227 @@
+"""The training commands, `region-tune` and `alpha-clip train`: what is wrong with their arguments is found before torch
+is imported. What they do is in `train.finetune` and `train.alpha_clip`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, NamedTuple, NoReturn, get_type_hints
+
+from alpha_clip_commands.command_line import ArgumentParser, check_found, exit_code, leave_current_folder
+from alpha_clip_commands.contrast_arguments import PairArguments, TowerArguments
+from alpha_clip_commands.progress import STARTING, step
+from alpha_clip_commands.recipe import (
+    deepspeed_file,
+    finite_number,
+    plain_text,
+    read_recipe,
+    recipe_names,
+    split_recipe,
+    whole_number,
+)
+from alpha_clip_commands.training_fields import TrainingField, training_fields
+from alpha_clip_commands.tuning_arguments import DataArguments, ModelArguments
+
+
+class Program(NamedTuple):
+    """A training command: its name, what its arguments are, the module whose `run` trains, its help."""
+
+    name: str
+    kinds: tuple[type, ...]
+    module: str
+    help: str
+
+
+TUNE = Program(
+    "region-tune",
+    (ModelArguments, DataArguments),
+    "train.finetune",
+    """Tune a LLaVA or BLIP-2 with an alpha tower on regions.
+
+region-tune RECIPE --data DIR --output_dir OUT [--key value ...]
+
+examples:
+  region-tune shapes_lora --data SHAPES --output_dir OUT
+  region-tune llava_7b_lora_vg --data VG --output_dir OUT --alpha_weights clip_l14_336_grit_20m_4xe.pth
+  torchrun --nproc_per_node 8 --no-python region-tune llava_7b_lora_vg --data VG --output_dir OUT
+  deepspeed --no_python region-tune llava_7b_lora_vg --deepspeed zero2 --data VG --output_dir OUT""",
+)
+TRAIN_ALPHA_CLIP = Program(
+    "alpha-clip train",
+    (TowerArguments, PairArguments),
+    "train.alpha_clip",
+    """Train an Alpha-CLIP from a CLIP (or a CLIP itself) by contrast of regions and texts.
+
+alpha-clip train RECIPE --model CLIP --data DIR --output_dir OUT [--key value ...]
+
+examples:
+  alpha-clip train alpha_clip_l14 --model openai/clip-vit-large-patch14 --data GRIT --output_dir OUT
+  torchrun --nproc_per_node 8 --no-python alpha-clip train alpha_clip_l14 --data GRIT --output_dir OUT
+  deepspeed --no_python alpha-clip train alpha_clip_l14 --deepspeed zero1 --data GRIT --output_dir OUT""",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `region-tune`; returns the exit code."""
+    return _start(TUNE, sys.argv[1:] if argv is None else argv)
+
+
+def train_alpha_clip(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `alpha-clip train`; returns the exit code."""
+    return _start(TRAIN_ALPHA_CLIP, sys.argv[1:] if argv is None else argv)
+
+
+def _start(program: Program, argv: Sequence[str]) -> int:
+    argv = list(argv)
+
+    def ready() -> int:
+        check(program, argv)
+        leave_current_folder()
+        with step(STARTING):
+            importlib.import_module(program.module)
+        return 0
+
+    return exit_code(program.name, ready) or sys.modules[program.module].run(argv)
+
+
+def check(program: Program, argv: Sequence[str]) -> None:
+    """Raise ValueError for what is wrong with a command line and its recipe, as far as that shows without importing
+    torch. The values are read by `train.arguments.parse_recipe`; nothing that it takes is refused here.
+    """
+    parser, training = build_parser(program), training_fields()
+    known = known_keys(program)
+    path, flags = split_recipe(argv, known)
+    recipe = read_recipe(path) if path else {}
+    if unknown := sorted(recipe.keys() - known):
+        raise ValueError(f"{path}: unknown keys {', '.join(unknown)}")
+    given, rest = parser.parse_known_args(flags)
+    if rest:
+        raise ValueError(f"unknown flags or values without a flag: {' '.join(rest)}; --help lists the flags")
+    values = {**recipe, **vars(given)}
+    required = [field.name for kind in program.kinds for field in dataclasses.fields(kind) if is_required(field)]
+    required += [name for name, field in training.items() if field.is_required]
+    if missing := [f"--{name}" for name in required if name not in values]:
+        raise ValueError(f"the following arguments are required: {', '.join(missing)}")
+    for kind in program.kinds:
+        _check_values(kind, values)
+    _check_files(values)
+
+
+def known_keys(program: Program) -> set[str]:
+    """What a recipe may set."""
+    return {field.name for kind in program.kinds for field in dataclasses.fields(kind)} | training_fields().keys()
+
+
+def _check_values(kind: type, values: Mapping[str, Any]) -> None:
+    """Let a dataclass check its values, if the recipe's are of its types; else `parse_recipe` says what is wrong."""
+    own = {field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values}
+    hints = get_type_hints(kind)
+    if all(_is_of_type(value, hints[name]) for name, value in own.items()):
+        kind(**own)
+
+
+def _is_of_type(value: Any, hint: Any) -> bool:
+    if hint == list[str]:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if isinstance(value, int) and not isinstance(value, bool) and hint in (float, float | None):
+        return True
+    return isinstance(value, hint) and isinstance(value, bool) == (hint is bool)
+
+
+def _check_files(values: Mapping[str, Any]) -> None:
+    """Raise ValueError if the data is not there; a run that has begun says so itself, as it may be finished."""
+    folders, out = values.get("data"), values.get("output_dir")
+    if isinstance(folders, list) and isinstance(out, str) and not os.path.lexists(out):
+        for folder in folders:
+            check_found("data", str(folder))
+
+
+class _Parser(ArgumentParser):
+    """A parser of flags that are all optional; its errors are those of `train.arguments`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def build_parser(program: Program) -> argparse.ArgumentParser:
+    """The flags of a training command, as HF's parser makes them of dataclasses; those not given are left out."""
+    parser = _Parser(
+        prog=program.name,
+        usage=f"{program.name} RECIPE [--key value ...]",
+        description=program.help,
+        epilog="Every field of transformers.TrainingArguments is a flag too: --learning_rate 1e-4, --max_steps 100, "
+        "--save_steps 50 ...\nA recipe is a YAML file, given by its path or by the name of a shipped one, with the "
+        f"same keys; flags on the command line win. Shipped: {', '.join(recipe_names(known_keys(program)))}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('alpha-clip-mllm')}")
+    for kind in program.kinds:
+        group = parser.add_argument_group(kind.__doc__.strip().rstrip("."))
+        hints = get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            _add_field(group, field.name, hints[field.name], help_of(field))
+    for field in training_fields().values():
+        _add_training_field(parser, field)
+    return parser
+
+
+def is_required(field: dataclasses.Field) -> bool:
+    """Whether a field has no default."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def help_of(field: dataclasses.Field) -> str:
+    """The help of a field, with its default where the help does not say it."""
+    text = field.metadata["help"].replace("%", "%%")
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if is_required(field) or default in (None, False, []) or "default" in text:
+        return text
+    return f"{text} (default {' '.join(default) if isinstance(default, list) else default})"
+
+
+def _add_field(group: argparse._ActionsContainer, name: str, hint: Any, text: str) -> None:
+    types = {int: whole_number, float: finite_number, str: plain_text}
+    options = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+    metavar = {int: "N", float: "X"}.get(hint, name.upper().rpartition("_")[2])
+    if hint is bool:
+        group.add_argument(*options, nargs="?", const=True, type=switch, metavar="true|false", help=text)
+    elif hint == list[str]:
+        group.add_argument(*options, nargs="+", type=plain_text, metavar=metavar, help=text)
+    else:
+        kind = next(kind for kind in types if hint in (kind, kind | None))
+        group.add_argument(*options, type=types[kind], metavar=metavar, help=text)
+
+
+def _add_training_field(parser: argparse.ArgumentParser, field: TrainingField) -> None:
+    options = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
+    kinds = {"int": whole_number, "float": finite_number, "bool": switch}
+    kind = deepspeed_file if field.name == "deepspeed" else kinds.get(field.kind)
+    more = {"nargs": field.nargs} if field.nargs else {}
+    if field.nargs == "?":
+        more["const"] = True
+    parser.add_argument(*options, type=kind, choices=field.choices, help=argparse.SUPPRESS, **more)
+    if field.has_opposite:
+        opposite = dict.fromkeys((f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"))
+        parser.add_argument(*opposite, action="store_false", dest=field.name, help=argparse.SUPPRESS)
+
+
+def switch(text: str) -> bool:
+    """True or false in the words that Transformers takes.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is something else.
+    """
+    if text.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(
+        f"Truthy value expected: got {text} but expected one of yes/no, true/false, t/f, y/n, 1/0 (case insensitive)."
+    )
