@@ -202,6 +202,18 @@ class RegionChat:
                 results[place] = answer
         return results
 
+    def open_image(self, image: Any) -> Image.Image:
+        """An image as displayed, RGB, by the decoder and within the limits of the image processor. Questions about the
+        returned image do not decode it again.
+
+        Raises:
+            ValueError: If it cannot be read, or is a list.
+        """
+        if isinstance(image, list | tuple):
+            raise ValueError(f"expected one image, got a {type(image).__name__} of {len(image)}; see ask_batch")
+        image_processor = self.processor.image_processor
+        return decode_image(image_processor.fetch_images(image), max_pixels=image_processor.max_pixels)
+
     def prompt(self, question: str | None, *, with_image: bool = True) -> str:
         """The text that the model gets for a question, None asking for a description."""
         conversation = self.conversation(None, Region.whole() if with_image else None, question)
@@ -262,7 +274,7 @@ class RegionChat:
             key = image if isinstance(image, str | os.PathLike) else id(image)
             decoded = {} if decoded is None else decoded
             if key not in decoded:
-                decoded[key] = self._decoded(image)
+                decoded[key] = self.open_image(image)
             image = decoded[key]
         elif region is not None:
             raise ValueError("expected an image with the region, got none")
@@ -277,13 +289,6 @@ class RegionChat:
         if image is not None:
             check_alpha(inputs)
         return inputs
-
-    def _decoded(self, image: Any) -> Image.Image:
-        """An image as displayed, RGB, by the decoder and within the limits of the image processor."""
-        if isinstance(image, list | tuple):
-            raise ValueError(f"expected one image, got a {type(image).__name__} of {len(image)}; see ask_batch")
-        image_processor = self.processor.image_processor
-        return decode_image(image_processor.fetch_images(image), max_pixels=image_processor.max_pixels)
 
     def _batched(self, rows: list[BatchFeature]) -> BatchFeature:
         """One batch of prepared requests, padded on the left as the processor pads."""

@@ -183,8 +183,8 @@ def test_every_kind_of_image_is_the_same_image(chat, fed, tmp_path):
 def test_an_image_of_several_requests_is_decoded_once(chat, tmp_path, monkeypatch):
     path = tmp_path / "wide.png"
     path.write_bytes(encoded(WIDE))
-    decoded, decode = [], RegionChat._decoded
-    monkeypatch.setattr(RegionChat, "_decoded", lambda self, image: decoded.append(image) or decode(self, image))
+    decoded, decode = [], RegionChat.open_image
+    monkeypatch.setattr(RegionChat, "open_image", lambda self, image: decoded.append(image) or decode(self, image))
     answers = chat.ask_batch([path, path, WIDE], [*ENDS, ENDS[0]], "What?", max_new_tokens=6)
     assert decoded == [path, WIDE] and answers[0] == answers[2] == chat.ask(WIDE, ENDS[0], "What?", max_new_tokens=6)
 
