@@ -2,7 +2,7 @@
 
 from mllm.inference import RegionChat
 from mllm.loading import load
-from mllm.processing import AlphaLlavaProcessor
+from mllm.processing_llava import AlphaLlavaProcessor
 from mllm.quiet import silence_other_libraries
 from vision_tower import Region
 

@@ -17,9 +17,9 @@ from transformers import BatchFeature, PreTrainedModel, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from mllm.loading import AlphaProcessor, load
-from mllm.processing import as_region
 from vision_tower import Region
 from vision_tower.image_decoding import decode_image
+from vision_tower.region_arguments import as_region
 
 Turn = tuple[str, str]  # question, answer
 RegionLike = Region | str | Mapping[str, Any]  # itself, its text, its JSON
@@ -351,21 +351,9 @@ def _needed(image: Any) -> Any:
 
 
 def _region(region: RegionLike | None) -> Region:
-    """A region as it is given to `RegionChat`.
-
-    Raises:
-        ValueError: If it is none, several, or of another type.
-    """
+    """A region as it is given to `RegionChat`. None, which elsewhere is the whole image, is mostly a mistake here."""
     if region is None:
         raise ValueError("expected a region, got None; Region.whole() is the whole image")
-    if not isinstance(region, Region | str | Mapping):
-        # a class of that name in exported code is another class
-        if not callable(getattr(region, "to_json", None)):
-            raise ValueError(
-                "expected one region: a Region (Region.from_box(...)), its JSON ({'box': [...]}) or its text "
-                f"('box:40,60,220,200'), got {type(region).__name__}"
-            )
-        region = region.to_json()
     return as_region(region)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from mllm.processing import AlphaLlavaProcessor
+from mllm.processing_llava import AlphaLlavaProcessor
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel
 from vision_tower.conversion import fuse, read_tower_for
 from vision_tower.modeling_alpha_clip import check_loaded
@@ -115,10 +115,7 @@ def load_processor(name: str | os.PathLike, config: LlavaConfig, **hub: Any) -> 
 
 
 def build_llava_processor(image_processor: AlphaCLIPImageProcessor, tokenizer: Any, config: LlavaConfig):
-    """An `AlphaLlavaProcessor` whose token count fits `config`; the tokenizer is set to pad on the left, for
-    batches.
-    """
-    tokenizer.padding_side = "left"
+    """An `AlphaLlavaProcessor` whose token count fits `config`."""
     return AlphaLlavaProcessor(
         image_processor,
         tokenizer,

@@ -58,10 +58,14 @@ import mllm
 from vision_tower import Region
 
 model, processor = mllm.load("{name}")
-inputs = processor(images=image, regions=Region.{region}, text="What is this?", return_tensors="pt")
+item = {{"type": "image", "image": image, "region": Region.{region}}}
+message = {{"role": "user", "content": [item, {{"type": "text", "text": "What is this?"}}]}}
+inputs = processor.apply_chat_template(
+    [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
 print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))""",
 }
-_EXAMPLES["alpha_blip2"] = _EXAMPLES["llava"].replace('"What is this?"', '"Question: What is this? Answer:"')
+_EXAMPLES["alpha_blip2"] = _EXAMPLES["llava"]
 _ABOUT = """\
 CLIP with a fourth input channel, alpha, that says where to look ([Alpha-CLIP](https://arxiv.org/abs/2312.03818)). A
 region is the fourth channel of `pixel_values`, which is (B, 4, H, W); three channels mean the whole image."""

@@ -30,7 +30,7 @@ from alpha_clip_commands.tuning_arguments import DataArguments, ModelArguments
 from mllm.data.index import RegionIndex
 from mllm.data.prepare import index_visual_genome
 from mllm.llava import build_llava_processor
-from mllm.processing import image_items
+from mllm.messages import image_items
 from train.collators import ConversationCollator
 from train.lora import prepare_model
 from train.sampling import Conversation, ConversationDataset, EpochSampler

@@ -46,7 +46,7 @@ from .region_points import (
 logger = logging.getLogger(__name__)
 
 _MULTIPLY = "are to be multiplied by its width and height"
-_MAX_PIXELS = 200_000_000  # of a mask, which takes 4 bytes a pixel; a few bytes of runs could ask for all memory
+MAX_MASK_PIXELS = 200_000_000  # of a mask, which takes 4 bytes a pixel; a few bytes of runs could ask for all memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -428,9 +428,9 @@ class Region:
 
 
 def _check_pixels(height: int, width: int) -> None:
-    if height < 1 or width < 1 or height * width > _MAX_PIXELS:
+    if height < 1 or width < 1 or height * width > MAX_MASK_PIXELS:
         raise ValueError(
-            f"expected an image of at most {_MAX_PIXELS:,} pixels for a region, got {shortened(width)} x "
+            f"expected an image of at most {MAX_MASK_PIXELS:,} pixels for a region, got {shortened(width)} x "
             f"{shortened(height)}"
         )
 

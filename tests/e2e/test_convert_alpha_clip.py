@@ -24,7 +24,7 @@ import mllm
 from mllm import chat
 from mllm.llava import build_llava_processor
 from scripts import convert_alpha_clip
-from tests.tiny import noise_picture, tiny_clip_config, tiny_llava_config, tiny_tokenizer
+from tests.tiny import noise_picture, prompt, tiny_clip_config, tiny_llava_config, tiny_tokenizer
 from vision_tower import (
     AlphaCLIPImageProcessor,
     AlphaCLIPModel,
@@ -186,8 +186,7 @@ def test_alpha_weights_replace_the_llava_tower(checkpoint, original, clip_llava,
         model, processor = mllm.load(clip_llava, device="cpu", alpha_weights=weights)
         assert all(torch.equal(t, expected[key]) for key, t in model.model.vision_tower.state_dict().items())
         inputs = [
-            processor(images=noise_picture(60, 40), regions=region, text="What?", return_tensors="pt")
-            for region in (LEFT, RIGHT)
+            processor(noise_picture(60, 40), prompt("What?"), region, return_tensors="pt") for region in (LEFT, RIGHT)
         ]
         with torch.no_grad():
             left, right = (model(**one).logits[:, -1] for one in inputs)
@@ -226,7 +225,7 @@ def test_fused_llava_is_stock_llava(checkpoint, clip_llava, tmp_path, measured, 
         "torch.save((model(**inputs).logits.detach(), model.generate(**inputs, max_new_tokens=8)), 'out.pt')\n"
     )
     for region in (LEFT, RIGHT):
-        inputs = processor(images=noise_picture(60, 40), regions=region, text="What is this?", return_tensors="pt")
+        inputs = processor(noise_picture(60, 40), prompt("What is this?"), region, return_tensors="pt")
         torch.save(dict(inputs), tmp_path / "in.pt")
         processes.run(code, cwd=tmp_path, checkout=False)
         logits, generated = torch.load(tmp_path / "out.pt")

@@ -80,7 +80,10 @@ def test_prompts_are_those_of_the_authors():
 def test_a_question_cannot_add_query_tokens(loaded):
     _, processor = loaded
     image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
-    inputs = processor(images=[IMAGE, IMAGE], text=["a <image> </s>", "b"], padding=True, return_tensors="pt")
+    with pytest.raises(ValueError, match="without <image>"):
+        processor(images=IMAGE, text="a <image> </s>")
+    chats = [RegionChat(*loaded).conversation(IMAGE, LEFT, question) for question in ("a <image> </s>", "b")]
+    inputs = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_tensors="pt")
     assert ((inputs["input_ids"] == image_token).sum(1) == QUERIES).all()
     assert (inputs["input_ids"] == 2).sum() == 0
     assert inputs["input_ids"].shape == inputs["attention_mask"].shape

@@ -20,7 +20,7 @@ from tests.drawn_back import (
     fed_pixels,  # noqa: F401, a fixture
     overlap,
 )
-from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_picture
+from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_picture, prompt
 from vision_tower import Region
 
 IMAGE = noise_picture(60, 40)
@@ -34,7 +34,7 @@ def chat(tiny_llava):
 
 def test_answers_equal_generate_called_by_hand(chat, tiny_llava):
     model, processor = tiny_llava
-    inputs = processor(images=IMAGE, regions=LEFT, text="What?", return_tensors="pt")
+    inputs = processor(images=IMAGE, regions=LEFT, text=prompt("What?"), return_tensors="pt")
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     expected = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
@@ -251,8 +251,8 @@ def test_a_stream_passes_errors_on_and_leaves_no_thread(embedded):
         ((WIDE, None, "What?"), r"Region\.whole\(\) is the whole image"),
         ((None, ENDS[0], "What?"), "expected an image, got None"),
         (([WIDE], ENDS[0], "What?"), "expected one image, got a list of 1; see ask_batch"),
-        ((WIDE, [1, 2, 3, 4], "What?"), "expected one region.*got list"),
-        ((WIDE, np.ones((32, 64)), "What?"), "expected one region.*got ndarray"),
+        ((WIDE, [1, 2, 3, 4], "What?"), "expected a Region.*got list"),
+        ((WIDE, np.ones((32, 64)), "What?"), "expected a Region.*got ndarray"),
         ((WIDE, "24,3,60,39", "What?"), "expected a region box:"),
         ((WIDE, {"bbox": [1, 2, 3, 4]}, "What?"), "expected exactly one of box"),
         ((WIDE, ENDS[0], 5), "expected a question as text"),

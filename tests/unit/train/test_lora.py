@@ -10,7 +10,7 @@ import mllm
 from alpha_clip_commands.tuning_arguments import ModelArguments
 from mllm.data import shapes
 from mllm.loading import load_adapter
-from tests.tiny import build_tiny_blip2, build_tiny_llava
+from tests.tiny import build_tiny_blip2, build_tiny_llava, prompt
 from train import finetune
 from train.lora import linear_layers, original_name, part_of, parts_of, prepare_model, trained_table
 
@@ -83,7 +83,7 @@ def test_exactly_these_weights_of_llava_move(starts, data, tmp_path, parts):
     assert moved(starts["llava"], tmp_path) == expected
 
 
-@pytest.mark.parametrize("family", ["opt", "t5"])
+@pytest.mark.parametrize("family", [pytest.param("opt", marks=pytest.mark.slow), "t5"])
 def test_exactly_the_language_model_of_blip2_moves(starts, data, tmp_path, family):
     assert tune(starts[family], data, tmp_path) == 0
     names = adapted(starts[family], ["language_model"])
@@ -112,9 +112,7 @@ def test_the_adapter_is_complete_small_and_answers_by_region(starts, data, tmp_p
     from mllm.data.visual_genome import read_regions
 
     one, two = list(read_regions(data / "val"))[:2]
-    inputs = [
-        processor(images=one.open_image(), regions=s.regions[0], text="What?", return_tensors="pt") for s in (one, two)
-    ]
+    inputs = [processor(one.open_image(), prompt("What?"), s.regions[0], return_tensors="pt") for s in (one, two)]
     with torch.no_grad():
         logits = [model(**batch).logits for batch in inputs]
     assert not torch.equal(*logits)
@@ -182,6 +180,7 @@ def test_nf4_trains_and_the_adapter_loads(starts, data, tmp_path):
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == 14
 
 
+@pytest.mark.slow
 def test_t5_with_qformer_checkpointed(starts, data, tmp_path):
     """As in the recipe blip2_flant5xl_lora."""
     flags = "--train_parts", "qformer", "language_projection", "--lora_targets", "q", "v", "--gradient_checkpointing"
