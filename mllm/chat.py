@@ -27,7 +27,8 @@ def run(args: argparse.Namespace) -> int:
     image = AlphaCLIPImageProcessor().fetch_images(args.image)
     region = region_from_arguments(args)
     if region is not None:
-        region.mask(image.height, image.width)  # before the model is loaded: does it fit the picture?
+        # before the model is loaded: does it fit the image? The processor warns if it is cut off
+        region.mask(image.height, image.width, warn=False)
     if args.save_overlay is not None:
         check_overlay(args.save_overlay, reads=reads)
     chat = load_chat(args)
@@ -82,13 +83,12 @@ def load_chat(args: argparse.Namespace):
     from transformers import set_seed
     from transformers.utils import logging as transformers_logging
 
-    import mllm
-    from mllm.inference import RegionChat
+    from mllm import RegionChat
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     set_seed(args.seed)
-    model, processor = mllm.load(
+    chat = RegionChat.from_pretrained(
         args.model,
         device=args.device,
         device_map=args.device_map,
@@ -102,14 +102,14 @@ def load_chat(args: argparse.Namespace):
         compile=args.compile,
     )
     name = args.model or "embedded model (drawn scenes only, no photographs)"
-    attention = model.config.text_config._attn_implementation
-    dtype = model.get_input_embeddings().weight.dtype  # BLIP-2 keeps its Q-Former in float32
+    attention = chat.model.config.text_config._attn_implementation
+    dtype = chat.model.get_input_embeddings().weight.dtype  # BLIP-2 keeps its Q-Former in float32
     added = [f" | {what}: {value}" for what, value in _added(args).items() if value]
     say(
-        f"model: {name} | device: {model.device} | dtype: {dtype} | attention: {attention}{''.join(added)}",
+        f"model: {name} | device: {chat.model.device} | dtype: {dtype} | attention: {attention}{''.join(added)}",
         sys.stderr,
     )
-    return RegionChat(model, processor)
+    return chat
 
 
 def _added(args: argparse.Namespace) -> dict[str, str | None]:

@@ -233,10 +233,10 @@ class Region:
         """Whether alpha is 1 everywhere: the whole image, or a region of strength 0."""
         return self.kind == "whole" or self.strength == 0
 
-    def mask(self, height: int, width: int) -> np.ndarray:
+    def mask(self, height: int, width: int, *, warn: bool = True) -> np.ndarray:
         """Coverage of each pixel of a (height, width) picture, before strength: float32 (H, W) in [0, 1].
 
-        What lies outside the picture is cut off, with a warning.
+        What lies outside the picture is cut off, with a warning unless `warn` is false.
 
         Raises:
             ValueError: If the region lies wholly outside, is a mask of another size, or the picture has more than 200
@@ -248,7 +248,7 @@ class Region:
         if self.kind == "mask":
             return self._unpacked(height, width)
         x0, y0, x1, y1 = self._extent(height, width)
-        if min(x0, y0) < -ROUNDING or x1 > width + ROUNDING or y1 > height + ROUNDING:
+        if warn and (min(x0, y0) < -ROUNDING or x1 > width + ROUNDING or y1 > height + ROUNDING):
             logger.warning(
                 "the region %s reaches over the picture of %d x %d pixels and is cut off%s",
                 self,
