@@ -22,7 +22,7 @@ from vision_tower.image_decoding import decode_image
 from vision_tower.region_arguments import as_region
 
 Turn = tuple[str, str]  # question, answer
-RegionLike = Region | str | Mapping[str, Any]  # itself, its text, its JSON
+RegionLike = Region | str | Mapping  # itself, its text, its JSON
 Asked = tuple[Any, RegionLike | None, str | None]  # image, region, question
 # Whatever the checkpoint says. As arguments of `generate`, not as a `GenerationConfig`: what is None in that would be
 # filled from the checkpoint's again, and giving both is deprecated. `max_length` beside `max_new_tokens` would warn.
@@ -148,6 +148,8 @@ class RegionChat:
             ValueError: As `ask`, for any of them, which is named by its place; or if the lists differ in length.
                 `answer_each` answers the others.
         """
+        if isinstance(images, str | bytes | os.PathLike | Image.Image) or isinstance(regions, RegionLike):
+            raise ValueError("expected lists of images and regions; `ask` takes one of each")
         if isinstance(questions, str) or questions is None:
             questions = [questions] * len(images)
         if not len(images) == len(regions) == len(questions):

@@ -273,6 +273,9 @@ def test_mistakes_are_errors_of_one_line_everywhere(chat, arguments, message):
 
 
 def test_lists_of_a_batch_have_one_length_and_its_errors_a_place(chat):
+    for images, regions in (("wide.png", [ENDS[0]]), (WIDE, ENDS), ([WIDE], ENDS[0]), ([WIDE], "whole")):
+        with pytest.raises(ValueError, match="expected lists of images and regions"):
+            chat.ask_batch(images, regions, "What?")
     with pytest.raises(ValueError, match="got 2 images, 1 regions, 2 questions"):
         chat.ask_batch([WIDE, WIDE], [ENDS[0]], "What?")
     with pytest.raises(ValueError, match="request 1: expected a region, got None"):
