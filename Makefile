@@ -77,7 +77,7 @@ bench: setup ## the benchmarks; their tables are kept in docs/benchmarks.md
 	$(BIN)/python scripts/bench_scoring.py
 
 eval-demo: setup ## evaluate the embedded model on 40 drawn scenes, with every control (under 3 minutes)
-	@test -f build/eval/shapes/dataset.json || $(BIN)/python -m mllm.data.shapes --out build/eval/shapes --images 40 --seed 2 --split test
+	@test -f build/eval/shapes/dataset.json || $(BIN)/alpha-clip shapes --out build/eval/shapes --images 40 --seed 2 --split test
 	$(BIN)/region-eval run --task shapes-caption --data build/eval/shapes --out build/eval/caption --controls
 	$(BIN)/region-eval run --task shapes-vqa --data build/eval/shapes --out build/eval/vqa --region-input mask --controls
 

@@ -12,7 +12,13 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from alpha_clip_commands.command_line import ArgumentParser, add_max_errors, exit_code, leave_current_folder
+from alpha_clip_commands.command_line import (
+    ArgumentParser,
+    add_max_errors,
+    check_found,
+    exit_code,
+    leave_current_folder,
+)
 from alpha_clip_commands.progress import STARTING, step
 
 PROGRAM = "region-chat"
@@ -119,6 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     _check_arguments(args)
+    for what, path in (("image", args.image), ("batch file", args.batch)):
+        if path and "://" not in path and not path.startswith("data:"):
+            check_found(what, path)
     leave_current_folder()
     with step(STARTING):
         from mllm.chat import run

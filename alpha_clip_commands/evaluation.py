@@ -9,6 +9,7 @@ region-eval tasks
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,11 +17,45 @@ from importlib.metadata import version
 from pathlib import Path
 
 from alpha_clip_commands.chat import add_model_arguments
-from alpha_clip_commands.command_line import ArgumentParser, add_max_errors, exit_code, leave_current_folder
+from alpha_clip_commands.command_line import (
+    ArgumentParser,
+    add_max_errors,
+    check_found,
+    exit_code,
+    leave_current_folder,
+)
 from alpha_clip_commands.progress import STARTING, step
 
 PROGRAM = "region-eval"
 INPUTS = ("box", "mask", "whole", "wrong", "blind", "crop", "blur", "red-box")  # explained in eval/controls.py
+
+TASKS = (  # the names of `eval.tasks.TASKS`
+    "refcocog-umd-val/ungrouped",
+    "refcocog-umd-val/grouped",
+    "refcocog-umd-test/ungrouped",
+    "refcocog-umd-test/grouped",
+    "refcocog-google-val/grouped",
+    "refcoco-unc-val/ungrouped",
+    "refcoco-unc-val/grouped",
+    "refcoco-unc-testA/ungrouped",
+    "refcoco-unc-testA/grouped",
+    "refcoco-unc-testB/ungrouped",
+    "refcoco-unc-testB/grouped",
+    "refcoco+-unc-val/ungrouped",
+    "refcoco+-unc-val/grouped",
+    "refcoco+-unc-testA/ungrouped",
+    "refcoco+-unc-testA/grouped",
+    "refcoco+-unc-testB/ungrouped",
+    "refcoco+-unc-testB/grouped",
+    "refcocog-lmms-eval",
+    "vg-test/subset5k",
+    "vg-test/full",
+    "vg-regionqa/densecap-test",
+    "shapes-caption",
+    "shapes-novel",
+    "shapes-vqa",
+    "jsonl",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -100,9 +135,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
+    _check_arguments(args)
     args.command_line = shlex.join([PROGRAM, *argv])
     leave_current_folder()
     with step(STARTING):
         from eval.cli import run
 
     return run(args)
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError for an unknown task, and for files that are not there."""
+    task = getattr(args, "task", None)
+    if task is not None and task not in TASKS and not re.fullmatch(r"vg-test/sample-\d+-seed-\d+", task):
+        raise ValueError(f"unknown task {task!r}; expected one out of {', '.join(TASKS)}, vg-test/sample-N-seed-S")
+    for name in ("data", "predictions", "references"):
+        if getattr(args, name, None) is not None:
+            check_found(name, getattr(args, name))
+    check_found("run", *getattr(args, "runs", ()))

@@ -51,14 +51,15 @@ def _field(statement: ast.AnnAssign, classes: dict[str, ast.ClassDef]) -> Traini
     # HfArgumentParser: of `X | str` the X counts, of `X | None` too
     kind = next((part for part in parts if part not in ("None", "str")), "str")
     nargs, choices = None, None
-    if kind == "bool" and "str" not in parts and ("None" not in parts or default is not None):
+    if kind == "bool" and ("None" not in parts or default is not None):
         nargs = "?"
     elif kind.startswith("list[") and len(parts) < 3:
         nargs = "+"
     elif kind in classes and "None" not in parts:
         choices = _enumerated(classes[kind])
-    if len(parts) > 1 and not (len(parts) == 2 and "None" in parts) and kind not in classes:
+    if len(parts) > 2:  # such a union has no type that a text could be checked by
         kind = "str"
+    nargs = _of_metadata(statement.value, "nargs") or nargs
     has_opposite = default is True and nargs == "?"
     return TrainingField(statement.target.id, kind, nargs, choices, statement.value is None, has_opposite)
 
@@ -71,6 +72,12 @@ def _enumerated(kind: ast.ClassDef) -> tuple[str, ...]:
 def _keyword(value: ast.expr | None, name: str) -> ast.expr | None:
     keywords = value.keywords if isinstance(value, ast.Call) else []
     return next((keyword.value for keyword in keywords if keyword.arg == name), None)
+
+
+def _of_metadata(value: ast.expr | None, key: str) -> object:
+    metadata = _keyword(value, "metadata")
+    pairs = zip(metadata.keys, metadata.values, strict=True) if isinstance(metadata, ast.Dict) else ()
+    return next((ast.literal_eval(found) for name, found in pairs if ast.literal_eval(name) == key), None)
 
 
 def _default(value: ast.expr | None) -> object:

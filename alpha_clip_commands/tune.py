@@ -167,6 +167,8 @@ def build_parser(program: Program) -> argparse.ArgumentParser:
         hints = get_type_hints(kind)
         for field in dataclasses.fields(kind):
             _add_field(group, field.name, hints[field.name], help_of(field))
+            if field.default is True:
+                _add_opposite(group, field.name)
     for field in training_fields().values():
         _add_training_field(parser, field)
     return parser
@@ -208,8 +210,12 @@ def _add_training_field(parser: argparse.ArgumentParser, field: TrainingField) -
         more["const"] = True
     parser.add_argument(*options, type=kind, choices=field.choices, help=argparse.SUPPRESS, **more)
     if field.has_opposite:
-        opposite = dict.fromkeys((f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"))
-        parser.add_argument(*opposite, action="store_false", dest=field.name, help=argparse.SUPPRESS)
+        _add_opposite(parser, field.name)
+
+
+def _add_opposite(group: argparse._ActionsContainer, name: str) -> None:
+    options = dict.fromkeys((f"--no_{name}", f"--no-{name.replace('_', '-')}"))
+    group.add_argument(*options, action="store_false", dest=name, help=argparse.SUPPRESS)
 
 
 def switch(text: str) -> bool:

@@ -171,7 +171,7 @@ def _jsonl(data: Path, form: str) -> Iterable[RegionSample]:
     return jsonl.read_jsonl(data)
 
 
-_SHAPES_FILES = "what `python -m mllm.data.shapes --out DIR --images N --seed S --split {}` writes"
+_SHAPES_FILES = "what `alpha-clip shapes --out DIR --images N --seed S --split {}` writes"
 _SHAPES_METRICS = ("exactly right", *CAPTION_METRICS)
 _TASKS = (
     _refer_task("refcocog", "umd", "val", False, 4896),

@@ -219,7 +219,7 @@ def load_alpha_weights(model: AlphaBlip2ForConditionalGeneration, source: str | 
     if not isinstance(tower, AlphaCLIPBlip2VisionModel):
         raise ValueError(
             "this BLIP-2 has an EVA ViT-g tower, whose Q-Former cannot read Alpha-CLIP's ViT-L; Alpha-CLIP's weights "
-            "fit LAVIS' ViT-L BLIP-2 (scripts/convert_lavis_blip2.py)"
+            "fit LAVIS' ViT-L BLIP-2 (alpha-clip convert-lavis)"
         )
     weights = read_tower_for(tower.config, source, first_blocks=True)
     weights |= {f"post_layernorm.{key}": tensor for key, tensor in tower.post_layernorm.state_dict().items()}

@@ -1,4 +1,4 @@
-"""`python -m train.alpha_clip RECIPE --plan true`: what a contrastive run takes, told without loading weights.
+"""`alpha-clip train RECIPE --plan true`: what a contrastive run takes, told without loading weights.
 
 As `train/plan.py`, whose states and table it uses; the activations counted are those of the towers that are trained, on
 the meta device, and the similarities of the batch.

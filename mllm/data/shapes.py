@@ -1,6 +1,6 @@
 """Write the Shapes world to disk in Visual Genome's own format, and in RefCOCOg's.
 
-    python -m mllm.data.shapes --out DIR --images N --seed S [--split train|test|novel|background]
+    alpha-clip shapes --out DIR --images N --seed S [--split train|test|novel|background]
 
 `DIR` then holds `image_data.json`, `region_descriptions.json` (one canonical phrase an object),
 `question_answers.json`, `qa_to_region_mapping.json`, `objects.json`, `region_masks.json` (COCO RLE by region id) and
@@ -308,7 +308,7 @@ def expect_split(root: str | os.PathLike, split: str) -> None:
     if found.get("world") != "shapes" or found.get("split") != split:
         raise ValueError(
             f"expected the split {split!r} of the Shapes world in {root}, got {found.get('split')!r} of "
-            f"{found.get('world')!r}; write it with python -m mllm.data.shapes --split {split}"
+            f"{found.get('world')!r}; write it with alpha-clip shapes --split {split}"
         )
 
 

@@ -1,9 +1,9 @@
 """Write the Shapes world to disk in GRIT's layout: captions, phrases of them, boxes and masks.
 
-    python -m mllm.data.shapes_grit --out DIR --images N --seed S [--split train] [--tars K] [--min-objects 1]
+    alpha-clip shapes --layout grit --out DIR --images N --seed S [--split train] [--tars K] [--min-objects 1]
         [--max-objects 6]
 
-The scenes are those of `python -m mllm.data.shapes` with the same seed and split. A scene's caption names its objects
+The scenes are those of `alpha-clip shapes` with the same seed and split. A scene's caption names its objects
 from left to right; `ref_exps` has each object's phrase in it and its box, `seudo_masks` (the released spelling) its
 mask. `DIR` then holds `00000/000000001.png` and `.json`, ten thousand pictures a folder, or with `--tars` as many
 webdataset tars; `dataset.json` says which split and seed it is. The same seed gives the same bytes.

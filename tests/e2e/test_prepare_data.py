@@ -72,7 +72,7 @@ def test_a_file_of_one_s_own_is_indexed(tmp_path, folder, capsys):
     shared = f"2 (first: file {tmp_path / 'no.png'}, vg 1)"
     assert f"training images in the test and validation splits of {file} itself: {shared}" in printed
     assert len(RegionIndex(file)) == 4 and (tmp_path / "mine.jsonl.region_index").is_dir()
-    assert "cannot read" in refused(capsys, "jsonl", "--source", tmp_path / "no.jsonl")
+    assert "source not found" in refused(capsys, "jsonl", "--source", tmp_path / "no.jsonl")
 
 
 def test_mask_imagenet_needs_its_list(tmp_path, capsys):

@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModel
 
 import mllm
+from mllm import publish
 from scripts import push_to_hub
 from tests.tiny import (
     build_tiny_blip2,
@@ -83,9 +84,9 @@ def hub(monkeypatch):
     stand_in.create_repo = lambda name, **given: stand_in.calls.append(("create_repo", name, given))
     stand_in.model_info = lambda name: SimpleNamespace(private=stand_in.private)
     stand_in.upload_folder = upload_folder
-    monkeypatch.setattr(push_to_hub, "HfApi", lambda: stand_in)
-    monkeypatch.setattr(push_to_hub, "hub_answers", lambda: True)
-    monkeypatch.setattr(push_to_hub, "get_token", lambda: "token")
+    monkeypatch.setattr(publish, "HfApi", lambda: stand_in)
+    monkeypatch.setattr(publish, "hub_answers", lambda: True)
+    monkeypatch.setattr(publish, "get_token", lambda: "token")
     return stand_in
 
 
@@ -185,13 +186,13 @@ def test_mistakes_are_one_line_and_leave_nothing(tower, tmp_path, capsys):
         there = set(tmp_path.iterdir())
         assert push(*arguments, "--to", tmp_path / "out") == 2
         error = capsys.readouterr().err
-        assert error.startswith("push_to_hub.py: error:") and error.count("\n") == 1
+        assert error.startswith("alpha-clip publish: error:") and error.count("\n") == 1
         assert set(tmp_path.iterdir()) == there
         return error
 
     assert "no owner//x" in refused(tower, "no owner//x")
     assert "OWNER/NAME" in refused(tower, "name")
-    assert "expected a directory" in refused(tmp_path / "absent", "lab/x")
+    assert "folder not found" in refused(tmp_path / "absent", "lab/x")
     assert "has no README.md" in refused(tower, "lab/x", "--keep-card")
     folder = tmp_path / "in"
     shutil.copytree(tower, folder)
@@ -234,18 +235,18 @@ def test_the_hub_cannot_be_reached_or_says_no(tower, hub, monkeypatch, capsys):
     def refused():
         assert push(tower, "lab/tower") == 2
         error = capsys.readouterr().err
-        assert error.startswith("push_to_hub.py: error:") and error.count("\n") == 1
+        assert error.startswith("alpha-clip publish: error:") and error.count("\n") == 1
         return error
 
     with monkeypatch.context() as patch:
-        patch.setattr(push_to_hub, "get_token", lambda: None)
+        patch.setattr(publish, "get_token", lambda: None)
         assert "hf auth login" in refused()
-        patch.setattr(push_to_hub, "hub_answers", lambda: False)
+        patch.setattr(publish, "hub_answers", lambda: False)
         assert "--to FOLDER" in refused()
     assert not hub.calls
     api = huggingface_hub.HfApi(endpoint=ADDRESS, token="token")  # the real one, as behind a proxy that is down
     with monkeypatch.context() as patch:
-        patch.setattr(push_to_hub, "HfApi", lambda: api)
+        patch.setattr(publish, "HfApi", lambda: api)
         assert "refused" in refused()
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
         assert refused()

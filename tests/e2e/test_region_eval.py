@@ -205,7 +205,7 @@ def test_bad_input(data, tmp_path, capsys):
     assert "leave --region-input out" in fails(capsys, *run, "--task", "refcocog-lmms-eval", "--region-input", "box")
     (tmp_path / "empty.jsonl").write_text("")
     assert "is empty" in fails(capsys, "score", tmp_path / "empty.jsonl", *out)
-    assert "cannot read" in fails(capsys, "score", tmp_path / "no.jsonl", *out)
+    assert "predictions not found" in fails(capsys, "score", tmp_path / "no.jsonl", *out)
     assert "two or more" in fails(capsys, "compare", tmp_path / "empty.jsonl")
     assert not (tmp_path / "x").exists()
     assert "directory" in fails(capsys, *run, "--task", "shapes-caption", "--model", tmp_path / "none")

@@ -20,6 +20,7 @@ from train import finetune
 from train.output import WHOLE, last_whole_checkpoint
 from train.trainer import StopOnSignal
 
+ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 REGION_TUNE = str(BIN / "region-tune")
 ALPHA = "patch_embedding.alpha.weight"
@@ -82,6 +83,15 @@ def undisturbed(world):
     return tune(world, world / "undisturbed")
 
 
+def folder_with_a_train_file(world):
+    """A folder whose own files must not be what runs."""
+    folder = world / "work"
+    folder.mkdir(exist_ok=True)
+    for name in ("train", "eval", "mllm"):
+        (folder / f"{name}.py").write_text("raise RuntimeError('the wrong file')\n")
+    return folder
+
+
 def launch(world, out, command, *flags):
     if "--deepspeed" in flags and shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("DeepSpeed compiles what its ranks on CPUs talk through: no C++ compiler here")
@@ -94,7 +104,7 @@ def launch(world, out, command, *flags):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=Path(__file__).resolve().parents[2],
+        cwd=ROOT if MODULE in command else folder_with_a_train_file(world),
         start_new_session=True,
     )
     try:
@@ -108,20 +118,22 @@ def launch(world, out, command, *flags):
 
 # Two ranks of two = one of four. Measured worst differences of an adapter weight (largest weight 0.2): ZeRO-2 2.7e-6,
 # ZeRO-3 5.8e-5; other losses of a step 1e-5.
-TORCHRUN = (BIN / "torchrun", "--standalone", "--nproc_per_node", "2", "-m", "train.finetune")
-DEEPSPEED = (BIN / "deepspeed", "--num_accelerators", "2", "--master_port", "29611", "--module", "train.finetune")
+TORCHRUN = (BIN / "torchrun", "--standalone", "--nproc_per_node", "2")
+DEEPSPEED = (BIN / "deepspeed", "--num_accelerators", "2", "--master_port", "29611")
+MODULE = "train.finetune"  # in a folder without a train.py; the documented commands run in one with it
 
 
 @pytest.mark.parametrize(
     ("command", "stage", "tolerance"),
     [
-        pytest.param(TORCHRUN, "zero3", 5e-4, marks=pytest.mark.slow),
-        pytest.param(DEEPSPEED, "zero2", 5e-5, marks=pytest.mark.slow),
-        pytest.param(TORCHRUN, None, 5e-5, marks=pytest.mark.slow),
-        pytest.param(TORCHRUN, "zero1", 5e-5, marks=pytest.mark.slow),
+        pytest.param((*TORCHRUN, "--no-python", REGION_TUNE), "zero3", 5e-4, marks=pytest.mark.slow),
+        pytest.param((*DEEPSPEED, "--no_python", "region-tune"), "zero2", 5e-5, marks=pytest.mark.slow),
+        pytest.param((*DEEPSPEED, "--module", MODULE), "zero1", 5e-5, marks=pytest.mark.slow),
+        pytest.param((*TORCHRUN, "--no-python", "region-tune"), None, 5e-5, marks=pytest.mark.slow),
+        pytest.param((*TORCHRUN, "-m", MODULE), "zero1", 5e-5, marks=pytest.mark.slow),
         pytest.param((BIN / "region-tune",), None, 5e-5, marks=pytest.mark.slow),
     ],
-    ids=["torchrun-zero3", "deepspeed-zero2", "torchrun", "torchrun-zero1", "region-tune"],
+    ids=["torchrun-zero3", "deepspeed-zero2", "deepspeed-module", "torchrun", "torchrun-module", "region-tune"],
 )
 def test_ranks_learn_what_one_process_learns(world, undisturbed, tmp_path, command, stage, tolerance):
     two = command[0].name != "region-tune"
@@ -142,7 +154,7 @@ def test_bfloat16(world, tmp_path, stage):
     flags = "--bf16", "true", "--dtype", "bfloat16", "--gradient_checkpointing", "true"
     tune(world, tmp_path / "one", *flags)
     two = ["--per_device_train_batch_size", 2, "--deepspeed", stage]
-    launch(world, tmp_path / "two", list(map(str, TORCHRUN)), *flags, *two)
+    launch(world, tmp_path / "two", list(map(str, (*TORCHRUN, "-m", MODULE))), *flags, *two)
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=2e-3)
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert first.keys() == second.keys()
@@ -162,7 +174,7 @@ def test_alpha_starts_as_loaded_under_every_stage(world, tmp_path, stage, zero):
         model.save_pretrained(start)
         processor.save_pretrained(start)
     flags = ["--model", start, "--deepspeed", stage, "--per_device_train_batch_size", 2, "--learning_rate", 0]
-    launch(world, tmp_path / "out", list(map(str, TORCHRUN)), *flags, "--max_steps", 1)
+    launch(world, tmp_path / "out", list(map(str, (*TORCHRUN, "-m", MODULE))), *flags, "--max_steps", 1)
     stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
     (alpha,) = (tensor for name, tensor in stored.items() if name.endswith(ALPHA))
     loaded = load_file(start / "model.safetensors")

@@ -84,7 +84,7 @@ def environment(wheel, tmp_path_factory):
 def elsewhere(tmp_path_factory):
     """A folder with packages of its own that are called eval and train, which must not be ours."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    for name in ("eval", "train"):
+    for name in ("eval", "train", "mllm", "vision_tower"):
         (folder / name).mkdir()
         (folder / name / "__init__.py").write_text("raise RuntimeError('the wrong package')\n", encoding="utf-8")
     return folder
@@ -135,11 +135,11 @@ def test_packages_come_from_the_wheel(environment, results):
 @pytest.mark.slow
 def test_commands_run_from_another_folder(wheel, results):
     commands = console_scripts(wheel)
-    assert commands == ["region-chat", "region-eval", "region-tune"]
+    assert commands == ["alpha-clip", "region-chat", "region-eval", "region-tune"]
     for command, version, help_text in zip(commands, results[1:-1:2], results[2:-1:2], strict=True):
         assert version[0] in (0, None) and version[1].split() == [command, wheel.name.split("-")[1]]
-        flag = "--lora_r" if command == "region-tune" else "--device"
-        assert help_text[0] in (0, None) and flag in help_text[1]
+        shown = {"region-tune": "--lora_r", "alpha-clip": "convert-lavis"}.get(command, "--device")
+        assert help_text[0] in (0, None) and shown in help_text[1]
 
 
 @pytest.mark.slow

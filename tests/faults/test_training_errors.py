@@ -91,14 +91,14 @@ def handlers():
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("program", [pytest.param("region-tune", marks=pytest.mark.slow), "train.alpha_clip"])
+@pytest.mark.parametrize("program", [pytest.param("region-tune", marks=pytest.mark.slow), "alpha-clip train"])
 @pytest.mark.parametrize("name", FAULTS)
 def test_an_error_ends_the_run_and_its_workers(recipes, tmp_path, monkeypatch, capsys, name, program, workers):
     check_in_this_process(recipes, tmp_path, monkeypatch, capsys, name, program, workers)
 
 
 @pytest.mark.parametrize(
-    ("program", "name"), [("region-tune", "data"), ("region-tune", "killed worker"), ("train.alpha_clip", "mistake")]
+    ("program", "name"), [("region-tune", "data"), ("region-tune", "killed worker"), ("alpha-clip train", "mistake")]
 )
 def test_live_workers_are_ended(recipes, tmp_path, monkeypatch, capsys, program, name):
     check_in_this_process(recipes, tmp_path, monkeypatch, capsys, name, program, 2)

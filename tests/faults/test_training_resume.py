@@ -16,8 +16,8 @@ from train.output import TRAINING_RECORD, last_whole_checkpoint
 from train.skipped import SKIPPED, read_skipped
 from train.trainer import RegionTrainer, StopOnSignal
 
-BOTH = ["region-tune", pytest.param("train.alpha_clip", marks=pytest.mark.slow)]
-WEIGHTS = {"region-tune": "adapter_model.safetensors", "train.alpha_clip": "model.safetensors"}
+BOTH = ["region-tune", pytest.param("alpha-clip train", marks=pytest.mark.slow)]
+WEIGHTS = {"region-tune": "adapter_model.safetensors", "alpha-clip train": "model.safetensors"}
 
 
 @pytest.fixture(scope="module")

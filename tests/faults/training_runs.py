@@ -16,7 +16,7 @@ from tests.tiny import build_tiny_clip, build_tiny_llava
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
-PROGRAMS = {"region-tune": "train.finetune", "train.alpha_clip": "train.alpha_clip"}
+PROGRAMS = {"region-tune": "train.finetune", "alpha-clip train": "train.alpha_clip"}
 _MARK = "ALPHA_FAULT_RUN"  # in the environment of every process of a run
 
 RECIPE = """
@@ -38,7 +38,7 @@ def make_worlds(folder: Path) -> dict[str, Path]:
     recipes = {}
     for name, build, write in (
         ("region-tune", build_tiny_llava, shapes.write),
-        ("train.alpha_clip", build_tiny_clip, shapes_grit.write),
+        ("alpha-clip train", build_tiny_clip, shapes_grit.write),
     ):
         world = folder / name
         model, processor = build()

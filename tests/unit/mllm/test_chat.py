@@ -96,7 +96,7 @@ def write_cut(path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--image", "missing.png", "--whole", "--ask", "x"], "there is no image file"),
+        (["--image", "missing.png", "--whole", "--ask", "x"], "image not found: missing.png"),
         (["--image", "text.png", "--whole", "--ask", "x"], "not an image"),
         (["--image", "cut.jpg", "--whole", "--ask", "x"], "cannot read the image"),
         (["--image", "picture.png", "--ask", "x"], "expected a region, one of --box"),
@@ -130,7 +130,7 @@ def write_cut(path):
         ),
         (["--image", "picture.png", "--whole", "--ask", "x" * 100_000], "the model reads 512"),
         (["--batch", "r.jsonl"], "--batch needs --output"),
-        (["--batch", "missing.jsonl", "--output", "o.jsonl"], "cannot read the requests"),
+        (["--batch", "missing.jsonl", "--output", "o.jsonl"], "batch file not found: missing.jsonl"),
         (["--image", "picture.png", "--whole", "--ask", "x", "--device", "quantum"], "expected a device"),
         (["--image", "picture.png", "--whole", "--ask", "x", "--device", "cpu:abc"], "expected a device"),
     ],
@@ -139,6 +139,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
     tiny_llava_dir, picture, tmp_path, monkeypatch, capsys, arguments, message
 ):
     (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "r.jsonl").touch()
     write_cut(tmp_path / "cut.jpg")
     Image.new("L", (30, 20), 255).save(tmp_path / "small.png")
     Image.new("L", (60, 40)).save(tmp_path / "empty.png")

@@ -95,7 +95,7 @@ def log(out):
 
 def error_line(capsys):
     """The one line that a user is told."""
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("train.alpha_clip: error:"))
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("alpha-clip train: error:"))
     return line
 
 
@@ -451,7 +451,7 @@ def test_what_the_model_has_not_is_refused_in_one_line(start, data, tmp_path, ca
         (["train"], ("--eval_strategy", "steps", "--eval_steps", 1), "evaluation needs pictures of the split 'val'"),
         (["test"], (), "expected described regions of the split 'train', the data has only test"),
         (["val"], (), "expected described regions of the split 'train', the data has only val"),
-        (["nothing"], (), "there is no folder"),
+        (["nothing"], (), "data not found"),
     ],
 )
 def test_data_of_other_splits_is_refused_in_one_line(start, data, tmp_path, capsys, folders, flags, message):

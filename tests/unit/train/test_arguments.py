@@ -12,7 +12,7 @@ from train import region_text_arguments
 from train.arguments import parse_args
 
 RECIPES = sorted(Path(train.__file__).parent.glob("recipes/*.yaml"))
-CONTRASTIVE = [recipe for recipe in RECIPES if "train.alpha_clip" in recipe.read_text("utf-8")]
+CONTRASTIVE = [recipe for recipe in RECIPES if "alpha-clip train" in recipe.read_text("utf-8")]
 REQUIRED = ["--model", "M", "--data", "D", "--output_dir", "O"]
 
 

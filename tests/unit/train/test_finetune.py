@@ -136,7 +136,7 @@ def test_what_the_run_reads_is_not_written_over(start, data, capsys):
 def test_missing_data_is_one_line(start, tmp_path, capsys):
     assert run(start, tmp_path / "nothing", tmp_path / "out") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("region-tune: error:") and "there is no folder" in error
+    assert error.startswith("region-tune: error:") and "data not found" in error
 
 
 def muon_step(module, optimizer):
