@@ -264,7 +264,7 @@ def _content(path: Path, unique_keys: bool = False) -> Any:
             row = None  # an object over several lines
         if row is not None and (second is not None or _first(row, _ID_KEYS) is not None):
             return _lines(path)
-    lines.close()
+    lines.close()  # type: ignore[attr-defined]
     try:
         content = read_json(path, object, unique_keys=unique_keys)
     except NotWholeError:

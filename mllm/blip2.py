@@ -40,7 +40,7 @@ from vision_tower import (
     AlphaPatchEmbedding,
 )
 from vision_tower.conversion import read_tower_for
-from vision_tower.modeling_alpha_clip import check_loaded
+from vision_tower.loading import load_checked
 
 
 class AlphaBlip2VisionConfig(Blip2VisionConfig):
@@ -110,6 +110,11 @@ class AlphaBlip2VisionModel(Blip2VisionModel):
         self.embeddings.patch_embedding = AlphaPatchEmbedding(config.hidden_size, config.patch_size, bias=True)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load as in Transformers, from our tower's directory or a stock one's; errors as in `load_checked`."""
+        return load_checked(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -155,20 +160,14 @@ class AlphaBlip2ForConditionalGeneration(Blip2ForConditionalGeneration):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load as in Transformers, from our directory or a stock BLIP-2's.
 
         Raises:
-            ValueError: If a weight other than the alpha convolution is missing, left over, or of another shape.
+            ValueError: If a weight is missing, left over, or of another shape (vision_tower/loading.py); only the alpha
+                weight may be missing, from a stock BLIP-2.
         """
-        if "config" not in kwargs and not args:
-            names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-            hub = {name: kwargs[name] for name in names if name in kwargs}
-            kwargs["config"] = AlphaBlip2Config.from_pretrained(pretrained_model_name_or_path, **hub)
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the report names mismatches
-        model, report = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        check_loaded(cls.__name__, pretrained_model_name_or_path, report)
-        return (model, report) if output_loading_info else model
+        return load_checked(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
 
 # full names, as Transformers 5 wants them; a list of one's own drops the default lm_head
@@ -195,14 +194,11 @@ def load_model(name: str | os.PathLike, config: Blip2Config, **kwargs: Any) -> A
             shape.
     """
     try:
-        model, report = AlphaBlip2ForConditionalGeneration.from_pretrained(name, output_loading_info=True, **kwargs)
+        return AlphaBlip2ForConditionalGeneration.from_pretrained(name, **kwargs)
     except SafetensorError as error:
         raise ValueError(
             f"the weights in {name} are damaged ({error}); were they copied or downloaded whole?"
         ) from error
-    if report["missing_keys"] and isinstance(config, AlphaBlip2Config):
-        raise ValueError(f"the weights in {name} lack the alpha weight, which its config.json promises")
-    return model
 
 
 def load_alpha_weights(model: AlphaBlip2ForConditionalGeneration, source: str | os.PathLike) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionConfig, Ll
 from mllm.processing_llava import AlphaLlavaProcessor
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel
 from vision_tower.conversion import fuse, read_tower_for
-from vision_tower.modeling_alpha_clip import check_loaded
+from vision_tower.loading import load_checked
 
 # Full names: since Transformers 5 a bare "vision_tower" skips nothing. A list of one's own drops the default lm_head.
 NEVER_QUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
@@ -58,20 +58,14 @@ def load_model(name: str | os.PathLike, config: LlavaConfig, **kwargs: Any) -> L
         ValueError: If a weight is missing (CLIP's tower has no alpha weight, ours must), left over, or of another
             shape.
     """
-    # mismatches are let through to the report, which names them
-    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    alpha_expected = isinstance(config.vision_config, AlphaCLIPVisionConfig)
-    config = with_alpha_tower(config)
     try:
-        model, report = LlavaForConditionalGeneration.from_pretrained(name, config=config, **kwargs)
+        return load_checked(
+            LlavaForConditionalGeneration.from_pretrained, name, config=with_alpha_tower(config), **kwargs
+        )
     except SafetensorError as error:
         raise ValueError(
             f"the weights in {name} are damaged ({error}); were they copied or downloaded whole?"
         ) from error
-    check_loaded("LLaVA with an alpha tower", name, report)
-    if alpha_expected and report["missing_keys"]:
-        raise ValueError(f"the weights in {name} lack the alpha weight, which its config.json promises")
-    return model
 
 
 def load_alpha_weights(model: LlavaForConditionalGeneration, source: str | os.PathLike) -> None:

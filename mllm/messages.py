@@ -69,7 +69,7 @@ def _as_dict(value: Any) -> dict:
 
 def _is_missing(value: Any) -> bool:
     """Whether a value is None, or a struct of `datasets` without any."""
-    return value is None or isinstance(value, Mapping) and all(part is None for part in value.values())
+    return value is None or isinstance(value, Mapping) and {*map(type, value.values())} == {type(None)}
 
 
 def _item(value: Any) -> dict:
@@ -83,7 +83,7 @@ def _item(value: Any) -> dict:
         raise ValueError(f"expected a string as the text of a text item, got {item.get('text')!r:.80}")
     if unknown := sorted(item.keys() - _ITEM_KEYS[kind]):
         raise ValueError(
-            f"unknown {unknown} in a {kind} item: it would be ignored; a region is the key 'region' of an image"
+            f"unknown {unknown} in an item of type {kind}: it would be ignored; a region is the key 'region' of images"
         )
     if kind == "image" and len(sources := [key for key in _SOURCE_KEYS if key in item]) > 1:
         raise ValueError(f"expected one image in an image item, got {sources}")
@@ -163,9 +163,3 @@ def image_source(item: Mapping) -> Any:
         if key in item:
             return item[key]
     raise ValueError(f"expected an image in each image item, as {', '.join(_SOURCE_KEYS)}; got {[*item]}")
-
-
-def set_default(settings: dict[str, Any], name: str, value: Any) -> None:
-    """A setting of the tokenizer, unless the caller has it in one of the places that Transformers reads."""
-    if not any(name in (settings.get(place) or {}) for place in ("text_kwargs", "common_kwargs")):
-        settings.setdefault(name, value)

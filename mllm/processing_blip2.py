@@ -8,7 +8,8 @@ from typing import Any
 from transformers import BatchFeature, Blip2Processor
 from transformers.image_utils import ImageInput
 
-from mllm.messages import Message, as_batch, check_messages, give_regions, image_items, image_source, set_default
+from mllm.messages import Message, as_batch, check_messages, give_regions, image_items, image_source
+from mllm.processing_llava import set_default
 from vision_tower.region_arguments import check_call, check_names, flat_pairs, match_regions, take_regions
 
 

@@ -26,7 +26,6 @@ from mllm.messages import (
     image_items,
     image_slots,
     image_source,
-    set_default,
 )
 from vision_tower.region_arguments import check_call, check_names, flat_pairs, match_regions, take_regions
 
@@ -66,6 +65,7 @@ _FORMER_CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 _STOCK_ARGUMENTS = inspect.signature(ProcessorMixin.apply_chat_template).parameters.keys()
 
 
@@ -153,11 +153,11 @@ class AlphaLlavaProcessor(LlavaProcessor):
             ValueError: If prompts, images and regions do not match, a region does not fit its image, or an argument
                 would be ignored.
         """
-        regions = take_regions(regions, kwargs)
         for name in ("videos", "audio"):
-            if kwargs.get(name) is not None:
+            if kwargs.pop(name, None) is not None:
                 raise ValueError(f"LLaVA reads images and text, got {name}")
-        check_call(self, images, regions, {name: kwargs[name] for name in kwargs if name not in ("videos", "audio")})
+        regions = take_regions(regions, kwargs)
+        check_call(self, images, regions, kwargs)
         if images is not None:
             images, kwargs["regions"] = self._slots(images, regions)
         if text is not None and self._begins_with_bos(text):  # as for the prompts that `apply_chat_template` tokenizes
@@ -228,25 +228,24 @@ class AlphaLlavaProcessor(LlavaProcessor):
         """
         conversations, batched = as_batch(conversation)
         conversations = [self._checked(messages) for messages in conversations]
-        processor_kwargs = dict(processor_kwargs or {})
+        template = str(self.chat_template if chat_template is None else chat_template)
+        # what neither Transformers nor the template takes is for `__call__`
+        moved = kwargs.keys() - _STOCK_ARGUMENTS - set(re.findall(r"\w+", _QUOTED.sub("", template)))
+        processor_kwargs = {**(processor_kwargs or {}), **{name: kwargs.pop(name) for name in moved}}
+        images = processor_kwargs.pop("images", None)
         regions = take_regions(regions, processor_kwargs)
+        check_names(self, processor_kwargs)
         if regions is not None:
             give_regions(conversations, regions, batched)
-        template = self.chat_template if chat_template is None else chat_template
-        variables = () if template == CHAT_TEMPLATE else re.findall(r"\w+", str(template))
-        names = {
-            **{name: kwargs[name] for name in kwargs.keys() - _STOCK_ARGUMENTS},
-            **processor_kwargs,
-            "images": None,
-        }
-        check_names(self, names, variables)
         slots, entries = map(list, zip(*map(image_slots, conversations), strict=True))
         if tokenize:
             if any(entries):
-                images = _images(conversations, processor_kwargs.get("images"), batched)
+                images = _images(conversations, images, batched)
                 processor_kwargs |= {"images": images if batched else images[0], "regions": entries}
+            elif images is not None:  # for a template that places them by itself
+                processor_kwargs["images"] = images
             # not possible together with a mask, nor with a template that leaves BOS to the tokenizer
-            if kwargs.get("return_assistant_tokens_mask") or "bos_token" not in str(template):
+            if kwargs.get("return_assistant_tokens_mask") or "bos_token" not in template:
                 self._refuse_control_tokens(conversations)
             else:
                 kwargs.setdefault("sanitize_control_tokens", True)
@@ -310,6 +309,12 @@ def _images(conversations: Sequence[Sequence[dict]], given: Any, batched: bool) 
 
 def _numbers(counts: Sequence[int]) -> str:
     return ", ".join(map(str, counts))
+
+
+def set_default(settings: dict[str, Any], name: str, value: Any) -> None:
+    """A setting of the tokenizer, unless the caller has it in one of the places that Transformers reads."""
+    if not any(name in (settings.get(place) or {}) for place in ("text_kwargs", "common_kwargs")):
+        settings.setdefault(name, value)
 
 
 class _AlphaLlavaProcessorKey(PreTrainedConfig):

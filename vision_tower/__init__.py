@@ -12,9 +12,10 @@ from transformers import (
     AutoProcessor,
 )
 
-from .alpha_embedding import AlphaConv2d, AlphaPatchEmbedding, add_alpha_channel, load_with_alpha
+from .alpha_embedding import AlphaConv2d, AlphaPatchEmbedding, add_alpha_channel
 from .configuration_alpha_clip import AlphaCLIPConfig, AlphaCLIPVisionConfig
 from .image_processing_alpha_clip import AlphaCLIPImageProcessor
+from .loading import load_with_alpha
 from .modeling_alpha_clip import AlphaCLIPModel, AlphaCLIPVisionModel, AlphaCLIPVisionModelWithProjection
 from .processing_alpha_clip import AlphaCLIPProcessor
 from .regions import Region

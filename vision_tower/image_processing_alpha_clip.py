@@ -11,7 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BatchFeature, PilBackend
+from transformers import (
+    BatchFeature,
+    ImageProcessingMixin,  # noqa: F401, a saved diffusers pipeline looks for this name here
+    PilBackend,
+)
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
@@ -29,7 +33,7 @@ from .regions import Region
 GEOMETRIES = ("crop", "pad", "stretch")
 
 
-class AlphaCLIPImageProcessorKwargs(ImagesKwargs, total=False):
+class AlphaCLIPImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Image settings and their regions; the same names may be given to the processors built on this one.
 
     geometry: How a picture becomes a square, see `AlphaCLIPImageProcessor`.
@@ -74,9 +78,9 @@ class AlphaCLIPImageProcessor(PilBackend):
     resample = PILImageResampling.BICUBIC
     image_mean = OPENAI_CLIP_MEAN
     image_std = OPENAI_CLIP_STD
-    size = {"shortest_edge": 224}
+    size: Any = {"shortest_edge": 224}  # in an instance a `SizeDict`, as `crop_size` is
     default_to_square = False
-    crop_size = {"height": 224, "width": 224}
+    crop_size: Any = {"height": 224, "width": 224}
     do_resize = True
     do_center_crop = True
     do_rescale = True

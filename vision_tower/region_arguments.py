@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -160,13 +160,12 @@ def check_call(processor: Any, images: Any, regions: Any, settings: Mapping[str,
         )
 
 
-def check_names(processor: Any, settings: Mapping[str, Any], variables: Container[str] = ()) -> None:
+def check_names(processor: Any, settings: Mapping[str, Any]) -> None:
     """Transformers ignores, with at most a warning, an argument that no part of a processor takes.
 
     Args:
         processor: A `ProcessorMixin`.
         settings: Arguments of a call; None counts as not given.
-        variables: Names of arguments that a chat template takes.
 
     Raises:
         ValueError: If an argument would be ignored.
@@ -177,7 +176,7 @@ def check_names(processor: Any, settings: Mapping[str, Any], variables: Containe
     known["common_kwargs"] = known["text_kwargs"] & known["images_kwargs"]
     taken = {*known} | known["text_kwargs"] | known["images_kwargs"]
     known["text_kwargs"] |= _MORE_TEXT_SETTINGS
-    unknown = [name for name, value in settings.items() if not (value is None or name in taken or name in variables)]
+    unknown = [name for name, value in settings.items() if value is not None and name not in taken]
     for name in known.keys() & settings.keys():
         if isinstance(settings[name], Mapping):
             unknown += [f"{name}[{inner!r}]" for inner in settings[name] if inner not in known[name]]

@@ -22,6 +22,7 @@ from mllm.loading import EMBEDDED_MODEL
 from tests.drawn_back import overlap
 from tests.tiny import prompt
 from train import finetune
+from train.collators import IGNORE_INDEX, encode_with_labels
 from vision_tower import Region
 
 SCENES, SEED = 12, 77
@@ -84,6 +85,17 @@ def test_a_pipeline_answers_about_regions(embedded, samples):
     regions = [sample.regions[0] for sample in shown]
     answers = pipe([image] * 2, text=[prompt("What is this?")] * 2, regions=regions)
     assert [answer["generated_text"].strip() for answer in answers] == expected
+
+
+def test_the_mask_of_answers_is_where_labels_are(embedded, samples):
+    _, processor = embedded
+    image, region = samples[0].open_image(), samples[0].regions[0]
+    turns = RegionChat(*embedded).conversation(image, region, "What is this?")
+    turns.append({"role": "assistant", "content": [{"type": "text", "text": samples[0].references[0]}]})
+    inputs = processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    ids, labels = encode_with_labels(processor, turns)
+    assert inputs["input_ids"] == [ids]
+    assert inputs["assistant_masks"] == [[int(label != IGNORE_INDEX) for label in labels]]
 
 
 def test_answers_follow_the_region_also_to_another_object(embedded, samples):

@@ -187,3 +187,41 @@ def test_half_precision_keeps_the_region(folder):
             features = model.vision_model(pixels).last_hidden_state
         assert str(features.dtype) == f"torch.{dtype}" and (features[0] - features[1]).abs().max() > 0.05
         assert RegionChat(model, processor).describe(IMAGE, LEFT, max_new_tokens=3) is not None
+
+
+def test_a_region_in_every_place(loaded):
+    _, processor = loaded
+    prompt = "Question: What? Answer:"
+    one = [{"role": "user", "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": "What?"}]}]
+    given = [{"role": "user", "content": [{**one[0]["content"][0], "region": [LEFT.to_json()]}, one[0]["content"][1]]}]
+    settings = {"add_generation_prompt": True, "tokenize": True, "return_tensors": "pt"}
+    expected = processor(IMAGE, prompt, LEFT, return_tensors="pt")
+    assert not torch.equal(
+        expected["pixel_values"], processor(IMAGE, prompt, RIGHT, return_tensors="pt")["pixel_values"]
+    )
+    for inputs in (
+        processor([[IMAGE]], [prompt], [["box:0,0,30,40"]], return_tensors="pt"),
+        processor(IMAGE, prompt, images_kwargs={"regions": LEFT}, return_tensors="pt"),
+        processor.apply_chat_template(given, **settings),
+        processor.apply_chat_template(one, regions=LEFT, **settings),
+        processor.apply_chat_template([one], regions=[LEFT], **settings),
+        processor.apply_chat_template(one, processor_kwargs={"regions": [LEFT]}, **settings),
+        processor.apply_chat_template(one, images_kwargs={"regions": [LEFT]}, **settings),
+    ):
+        assert inputs.keys() == expected.keys() and all(torch.equal(inputs[key], expected[key]) for key in expected)
+    for call in (
+        lambda: processor(IMAGE, prompt, [LEFT, RIGHT]),
+        lambda: processor.apply_chat_template(one, regions=[[LEFT, RIGHT]], **settings),
+    ):
+        with pytest.raises(ValueError, match="BLIP-2 reads one image and one region a prompt, got 2 regions"):
+            call()
+    for call in (
+        lambda: processor([IMAGE, IMAGE], prompt),
+        lambda: processor(IMAGE, [prompt, None]),
+        lambda: processor.apply_chat_template(given, regions=LEFT, **settings),
+        lambda: processor.apply_chat_template([one, one], regions=[LEFT], **settings),
+        lambda: processor.apply_chat_template(one, region=LEFT),
+        lambda: processor.apply_chat_template(one, processor_kwargs={"masks": LEFT}),
+    ):
+        with pytest.raises(ValueError):
+            call()
