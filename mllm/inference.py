@@ -235,7 +235,7 @@ class RegionChat:
         if not isinstance(question, str):
             raise ValueError(f"expected a question as text, or None for a description, got {type(question).__name__}")
         question.encode()  # UnicodeEncodeError is a ValueError; the tokenizer would raise a TypeError
-        messages = []
+        messages: list[dict[str, Any]] = []
         for asked, answered in history:
             messages.append({"role": "user", "content": [{"type": "text", "text": asked}]})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answered}]})
