@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from alpha_clip_commands.chat import REGION_OPTIONS
+from alpha_clip_commands.chat import REGION_OPTIONS, add_region_options
 from alpha_clip_commands.command_line import (
     ArgumentParser,
     check_found,
@@ -202,10 +202,9 @@ def _add_attention_map(commands) -> None:
     )
     parser.add_argument("--model", required=True, help="directory or hub id of an Alpha-CLIP, or of a CLIP")
     parser.add_argument("--image", metavar="FILE", required=True, help="the image")
-    for option, (form, written) in REGION_OPTIONS.items():
-        parser.add_argument(
-            f"--{option}", metavar=written, dest="regions", action="append", default=[], type=f"{form}:{{}}".format
-        )
+    add_region_options(
+        parser, lambda form: {"dest": "regions", "action": "append", "default": [], "type": f"{form}:{{}}".format}
+    )
     parser.add_argument("--text", metavar="TEXT", nargs="+", action="extend", default=[], help="texts to compare with")
     parser.add_argument("--heads", metavar="N[,N]", help="attention heads, from 1 (default: the mean of all)")
     parser.add_argument("--out", metavar="PNG", required=True, help="PNG to write")

@@ -8,8 +8,9 @@ region-chat --batch requests.jsonl --output answers.jsonl
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from typing import Any
 
 from alpha_clip_commands.command_line import (
     ArgumentParser,
@@ -21,25 +22,38 @@ from alpha_clip_commands.command_line import (
 from alpha_clip_commands.progress import STARTING, step
 
 PROGRAM = "region-chat"
-# option -> (form of Region.parse, how its value is written)
+# option -> (form of Region.parse, how its value is written, what it is)
 REGION_OPTIONS = {
-    "box": ("box", "X0,Y0,X1,Y1"),
-    "nbox": ("nbox", "X0,Y0,X1,Y1"),
-    "polygon": ("polygon", "X,Y,X,Y,X,Y[;...]"),
-    "mask": ("mask", "FILE.png"),
-    "rle": ("rle", "FILE.json"),
-    "point": ("points", "X,Y[;X,Y]@RADIUS"),
-    "stroke": ("stroke", "X,Y;X,Y@WIDTH"),
+    "box": ("box", "X0,Y0,X1,Y1", "box in pixels, half-open"),
+    "box-xywh": ("xywh", "X,Y,WIDTH,HEIGHT", "box in pixels, as COCO writes it"),
+    "nbox": ("nbox", "X0,Y0,X1,Y1", "box as fractions of width and height, 0 to 1"),
+    "polygon": ("polygon", "X,Y,X,Y,X,Y[;...]", "polygon or polygons"),
+    "mask": ("mask", "FILE.png", "mask image of the image's size"),
+    "rle": ("rle", "FILE.json", "COCO annotation, or its segmentation (run lengths or polygons)"),
+    "points": ("points", "X,Y[;X,Y]@RADIUS", "discs around points"),
+    "stroke": ("stroke", "X,Y;X,Y@WIDTH", "a line, as drawn with a brush"),
 }
-_REGION_HELP = {
-    "box": "box in pixels",
-    "nbox": "box as fractions of width and height, 0 to 1",
-    "polygon": "polygon or polygons",
-    "mask": "mask image of the picture's size",
-    "rle": "COCO run-length mask",
-    "point": "discs around points",
-    "stroke": "a line, as drawn with a brush",
-}
+FORMER_OPTIONS = {"point": "points"}  # still understood
+
+
+def add_region_options(
+    container: argparse._ActionsContainer, settings: Callable[[str], dict[str, Any]] = lambda form: {}
+) -> None:
+    """Add an option for each form of a region; `settings` are further arguments of `add_argument` for a form."""
+    for option, (form, written, text) in REGION_OPTIONS.items():
+        names = {option: text} | {old: argparse.SUPPRESS for old, new in FORMER_OPTIONS.items() if new == option}
+        for name, shown in names.items():
+            arguments = {"metavar": written, "help": shown, "dest": option.replace("-", "_"), **settings(form)}
+            action = container.add_argument(f"--{name}", **arguments)
+            action.takes_numbers = form not in ("mask", "rle")  # `ArgumentParser` then reads "24 3 60 39" as one value
+
+
+def region_in(args: argparse.Namespace) -> tuple[str, str] | None:
+    """The option that gives the region, and its value; None without one (`--whole` has no value)."""
+    for option in REGION_OPTIONS:
+        if (value := getattr(args, option.replace("-", "_"))) is not None:
+            return option, value
+    return None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,9 +61,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.add_argument("--image", metavar="FILE", help="the picture")
-    region = parser.add_argument_group("region (one of these)").add_mutually_exclusive_group()
-    for option, (_, form) in REGION_OPTIONS.items():
-        region.add_argument(f"--{option}", metavar=form, help=_REGION_HELP[option])
+    region = parser.add_argument_group("region", "one of these; between numbers stand commas, spaces or both")
+    region = region.add_mutually_exclusive_group()
+    add_region_options(region)
     region.add_argument("--whole", action="store_true", help="the whole image")
     parser.add_argument("--strength", type=float, help="1: the region alone, 0: the whole image (default 1)")
     parser.add_argument("--ask", metavar="TEXT", help="one question; without it, a conversation")
@@ -124,7 +138,7 @@ def _run(args: argparse.Namespace) -> int:
 def _check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that do not go together."""
     options = ", ".join(f"--{option}" for option in (*REGION_OPTIONS, "whole"))
-    has_region = args.whole or any(getattr(args, option) is not None for option in REGION_OPTIONS)
+    has_region = args.whole or region_in(args) is not None
     if args.strength is not None and not 0 <= args.strength <= 1:  # also NaN
         raise ValueError(f"expected a --strength from 0 to 1, got {args.strength}")
     if args.max_new_tokens < 1 or (args.batch_size is not None and args.batch_size < 1):

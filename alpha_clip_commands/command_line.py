@@ -10,32 +10,57 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TextIO
 
 MAX_ERRORS = 0.5  # share of records, requests or samples that may fail before a reader or a command refuses to proceed
 FEW_ITEMS = 20  # so few never stop it
 FAILED, BAD_INPUT, INTERRUPTED, CLOSED_PIPE = 1, 2, 128 + 2, 128 + 13  # the last two as a shell reports the signals
 _LONGEST = 1500  # characters of an error
-_NUMBER = re.compile(r"[-+.\d,]+")
+# a word of a region's numbers: "24,", "-5,3,60,39", ";", "10,20@6"; no option
+_NUMBERS = re.compile(r"\s*(?:[-+.]?[.\d]|[,;@*])[-+.\d,;@*eE\s]*")
 # C0 without tab and newline, DEL, C1 (an 8-bit escape sequence begins with one), and marks that turn the direction of
 # text around
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, and whose options for numbers (`takes_numbers`) take them as they come: in
+    several words ("--box 24 3 60 39"), and beginning with a minus.
+    """
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """As in `ArgumentParser`."""
+        words = sys.argv[1:] if args is None else list(args)
+        actions = self._option_string_actions
+        options = {option for option, action in actions.items() if getattr(action, "takes_numbers", False)}
+        return super().parse_known_args(_with_numbers_joined(words, options) if options else words, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print what is wrong and end with exit code 2; explain how to write values that look like options or lists."""
         if "expected one argument" in message:
             option = message.removeprefix("argument ").split(":")[0].split("/")[-1]
-            message += f" (a value that begins with a minus is written with an equals sign: {option}=-5,3,60,39)"
-        elif message.startswith("unrecognized arguments:") and "--box" in self._option_string_actions:
-            if _NUMBER.fullmatch(message.split()[-1]):
-                message += " (numbers are written with commas and without spaces: --box=24,3,60,39)"
+            message += f" (one that begins with a minus is written with an equals sign: {option}=-...)"
         say_error(self.prog, f"{message}; see --help")
         sys.exit(BAD_INPUT)
+
+
+def _with_numbers_joined(words: list[str], options: set[str]) -> list[str]:
+    """The words of a command line; words of numbers after one of `options` become one value, joined to it by "="."""
+    joined: list[str] = []
+    open_value = False  # whether the last of `joined` takes words of numbers
+    for place, word in enumerate(words):
+        if word == "--":
+            return [*joined, *words[place:]]
+        option, equals, value = word.partition("=")
+        if open_value and _NUMBERS.fullmatch(word):
+            joined[-1] += f" {word}"
+            continue
+        open_value = option in options and bool(equals and _NUMBERS.fullmatch(value))
+        if word in options and place + 1 < len(words) and _NUMBERS.fullmatch(words[place + 1]):
+            word, open_value = f"{word}=", True
+        joined.append(word)
+    return joined
 
 
 def exit_code(program: str, run: Callable[[], int]) -> int:

@@ -23,11 +23,11 @@ from eval.predictions import image_name, read_predictions
 from eval.report import write_report
 from eval.score import Measured, check_metrics, measure, picture_of_each, score
 from eval.tasks import Task
-from mllm.answering import RegionChat
 from mllm.batch import model_record
 from mllm.data.records import MAX_ERRORS
 from mllm.data.samples import RegionSample, TarMember
 from mllm.files import claim_folder, locked, write_json
+from mllm.inference import RegionChat
 from mllm.resume import claim_run
 
 logger = logging.getLogger(__name__)

@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 
 from eval.controls import show
 from eval.predictions import record_of, write_predictions
-from mllm.answering import Asked, RegionChat
 from mllm.data.samples import ImageSource, RegionSample
 from mllm.files import one_line
+from mllm.inference import Asked, RegionChat
 from mllm.resume import journal, read_journal
 
 

@@ -21,13 +21,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from alpha_clip_commands.command_line import too_many_errors
-from mllm.answering import Asked, RegionChat
 from mllm.batch_output import BatchOutput, Entry
 from mllm.data.jsonl import region_in
 from mllm.data.records import MAX_ERRORS
-from mllm.data.samples import load_image
 from mllm.data.schemas import checked
 from mllm.files import one_line
+from mllm.inference import Asked, RegionChat
 
 _HASH_WHOLE_FILES_UP_TO = 200_000_000  # bytes; larger weights are told apart by name, size and time
 _ADDED = ("vision_tower.", "vision_model.", ".lora_", ".modules_to_save.")  # parts of the names of such weights
@@ -61,7 +60,9 @@ class Request:
     def files(self, folder: Path) -> Iterator[Path]:
         """The image and mask that it names, relative to the folder of the request file."""
         if self.problem is None:
-            yield folder / self.record["image"]
+            image = _image_source(folder, self.record["image"])
+            if isinstance(image, Path):
+                yield image
             mask = self.record["region"].get("mask")
             if isinstance(mask, str) and not mask.startswith("data:"):
                 yield folder / mask
@@ -194,10 +195,10 @@ def _digest(name: str, content: bytes) -> str:
 def _answer(chat: RegionChat, batch: Sequence[Request], folder: Path, max_new_tokens: int) -> dict[str, Entry]:
     """The answers of a batch by the digests of its requests; a bad request fails alone."""
     asked: list[Asked | ValueError] = []
-    pictures: dict[str, Image.Image] = {}
+    images: dict[str | Path, Image.Image] = {}
     for request in batch:
         try:
-            asked.append(_prepare(request, folder, pictures))
+            asked.append(_prepare(chat, request, folder, images))
         except (ValueError, OSError) as error:
             asked.append(ValueError(one_line(error)))
     answers = chat.answer_each(asked, max_new_tokens=max_new_tokens)
@@ -209,14 +210,19 @@ def _answer(chat: RegionChat, batch: Sequence[Request], folder: Path, max_new_to
     }
 
 
-def _prepare(request: Request, folder: Path, pictures: dict[str, Image.Image]) -> Asked:
+def _prepare(chat: RegionChat, request: Request, folder: Path, images: dict[str | Path, Image.Image]) -> Asked:
     """What the model is asked; an image is decoded once a batch."""
     if request.problem:
         raise ValueError(request.problem)
-    path = str(folder / request.record["image"])
-    if path not in pictures:
-        pictures[path] = load_image(path)
-    return pictures[path], region_in(folder, request.record["region"]), request.record.get("question")
+    source = _image_source(folder, request.record["image"])
+    if source not in images:
+        images[source] = chat.open_image(source)
+    return images[source], region_in(folder, request.record["region"]), request.record.get("question")
+
+
+def _image_source(folder: Path, image: str) -> str | Path:
+    """A URL as it is, or a path relative to the folder of the request file."""
+    return image if image.startswith(("http://", "https://", "data:")) else folder / image
 
 
 def _run_record(

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alpha_clip_commands.chat import PROGRAM, REGION_OPTIONS, main
+from alpha_clip_commands.chat import PROGRAM, REGION_OPTIONS, main, region_in
 from alpha_clip_commands.command_line import json_line, say
-from alpha_clip_commands.progress import step
 
 if TYPE_CHECKING:
     from vision_tower import Region
@@ -21,20 +20,21 @@ def run(args: argparse.Namespace) -> int:
     if args.batch:
         return _batch(args)
     from mllm.conversation import Conversation
-    from mllm.data.samples import load_image
     from mllm.overlay import check_overlay
+    from vision_tower import AlphaCLIPImageProcessor
 
     reads = files_read(args)
-    image = load_image(args.image)
+    image = AlphaCLIPImageProcessor().fetch_images(args.image)
     region = region_from_arguments(args)
     if region is not None:
-        region.mask(image.height, image.width)  # before the model is loaded: does it fit the picture?
+        # before the model is loaded: does it fit the image? The processor warns if it is cut off
+        region.mask(image.height, image.width, warn=False)
     if args.save_overlay is not None:
         check_overlay(args.save_overlay, reads=reads)
     chat = load_chat(args)
-    if args.model is None and region is not None:
-        warn_of_unknown_form(region)
-    conversation = Conversation(chat, args.image, image, region, args.max_new_tokens, reads)
+    conversation = Conversation(
+        chat, args.image, image, region, args.max_new_tokens, reads, embedded=args.model is None
+    )
     if args.ask is None and not args.json:
         return conversation.run(sys.stdin, overlay=args.save_overlay)
     answer = conversation.ask(args.ask, stream=not args.json)
@@ -60,15 +60,16 @@ def region_from_arguments(args: argparse.Namespace) -> Region | None:
     """
     from vision_tower import Region
 
-    for option, (form, _) in REGION_OPTIONS.items():
-        if (value := getattr(args, option)) is not None:
-            region = Region.parse(f"{form}:{value}")
-            if args.strength is None:
-                return region
-            if region.strength != 1:
-                raise ValueError(f"two strengths: {region.strength} in --{option} and --strength {args.strength}")
-            return dataclasses.replace(region, strength=args.strength)
-    return Region.whole() if args.whole else None
+    given = region_in(args)
+    if given is None:
+        return Region.whole() if args.whole else None
+    option, value = given
+    region = Region.parse(f"{REGION_OPTIONS[option][0]}:{value}")
+    if args.strength is None:
+        return region
+    if region.strength != 1:
+        raise ValueError(f"two strengths: {region.strength} in --{option} and --strength {args.strength}")
+    return dataclasses.replace(region, strength=args.strength)
 
 
 def files_read(args: argparse.Namespace) -> list[str]:
@@ -77,29 +78,17 @@ def files_read(args: argparse.Namespace) -> list[str]:
     return [name for name in named if name]
 
 
-def warn_of_unknown_form(region: Region) -> None:
-    """Say that the embedded model, trained on boxes and masks of whole objects, was asked in another way."""
-    if region.kind in ("points", "stroke") or region.strength < 0.9:
-        print(
-            "note: the embedded model learned from boxes and masks at strength 1; of other regions it often says "
-            "something wrong (docs/shapes.md)",
-            file=sys.stderr,
-        )
-
-
-@step("loading the model")
 def load_chat(args: argparse.Namespace):
     """Load the model that the flags name, and say in one line what it is."""
     from transformers import set_seed
     from transformers.utils import logging as transformers_logging
 
-    import mllm
-    from mllm.answering import RegionChat
+    from mllm import RegionChat
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     set_seed(args.seed)
-    model, processor = mllm.load(
+    chat = RegionChat.from_pretrained(
         args.model,
         device=args.device,
         device_map=args.device_map,
@@ -113,14 +102,14 @@ def load_chat(args: argparse.Namespace):
         compile=args.compile,
     )
     name = args.model or "embedded model (drawn scenes only, no photographs)"
-    attention = model.config.text_config._attn_implementation
-    dtype = model.get_input_embeddings().weight.dtype  # BLIP-2 keeps its Q-Former in float32
+    attention = chat.model.config.text_config._attn_implementation
+    dtype = chat.model.get_input_embeddings().weight.dtype  # BLIP-2 keeps its Q-Former in float32
     added = [f" | {what}: {value}" for what, value in _added(args).items() if value]
     say(
-        f"model: {name} | device: {model.device} | dtype: {dtype} | attention: {attention}{''.join(added)}",
+        f"model: {name} | device: {chat.model.device} | dtype: {dtype} | attention: {attention}{''.join(added)}",
         sys.stderr,
     )
-    return RegionChat(model, processor)
+    return chat
 
 
 def _added(args: argparse.Namespace) -> dict[str, str | None]:

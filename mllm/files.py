@@ -297,7 +297,8 @@ def claim_folder(
 
 @contextlib.contextmanager
 def locked(output: StrPath, *, inside: bool = False) -> Iterator[None]:
-    """Hold the lock of an output. A lock that a dead process left does not count.
+    """Hold the lock of an output. A lock that a dead process left does not count, and half a file that one left under
+    a temporary name is removed.
 
     Args:
         output: The file or folder that is written.
@@ -320,6 +321,8 @@ def locked(output: StrPath, *, inside: bool = False) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"cannot write {output}: {one_line(error)}") from error
     try:
+        names = {_shortened(holder.name)} | (set() if inside else {_shortened(output.name)})
+        _remove_temporaries(place.parent, names)
         write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
         yield
     finally:
@@ -329,6 +332,13 @@ def locked(output: StrPath, *, inside: bool = False) -> Iterator[None]:
                 if os.name != "nt":  # which does not remove open files; elsewhere filelock retries if it got one
                     place.unlink(missing_ok=True)
             lock.release()
+
+
+def _remove_temporaries(folder: Path, names: Iterable[str]) -> None:
+    """Remove what killed processes were writing of these files, which only the holder of the lock writes."""
+    for file in folder.glob(".*.tmp"):
+        if _is_temporary(file.name, names) and file.is_file() and not file.is_symlink():
+            file.unlink(missing_ok=True)
 
 
 def _holder(path: Path) -> str:

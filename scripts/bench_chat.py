@@ -12,9 +12,9 @@ from pathlib import Path
 
 import mllm
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
-from mllm.answering import RegionChat
 from mllm.data import shapes
 from mllm.data.visual_genome import read_regions
+from mllm.inference import RegionChat
 
 PROGRAM = "bench_chat.py"
 
@@ -39,10 +39,10 @@ def _run(argv: Sequence[str] | None) -> int:
 
     def batched() -> list[str]:
         starts = range(0, len(requests), args.batch_size)
-        return [text for s in starts for text in chat.answer_batch(requests[s : s + args.batch_size])]
+        return [answer.text for s in starts for answer in chat.answers(requests[s : s + args.batch_size])]
 
     def one_by_one() -> list[str]:
-        return [chat.answer(*request) for request in requests]
+        return [chat.ask(*request) for request in requests]
 
     same = sum(a == b for a, b in zip(batched(), one_by_one(), strict=True))
     ratios = [seconds(one_by_one) / seconds(batched) for _ in range(args.pairs)]

@@ -23,8 +23,8 @@ from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConf
 
 import mllm
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
-from mllm.answering import RegionChat
 from mllm.files import claim_folder, write_json
+from mllm.inference import RegionChat
 from mllm.loading import EMBEDDED_MODEL
 from vision_tower import Region
 
@@ -70,8 +70,8 @@ def _run(argv: Sequence[str] | None) -> int:
         # random weights do not end an answer: every run makes all its tokens
         model.generation_config.eos_token_id = None
         region = Region.from_box(100, 80, 400, 300)
-        timed(f"answer of {NEW_TOKENS} tokens", lambda: chat.answer(image, region, max_new_tokens=NEW_TOKENS))
-        timed("the same again", lambda: chat.answer(image, region, max_new_tokens=NEW_TOKENS))
+        timed(f"answer of {NEW_TOKENS} tokens", lambda: chat.describe(image, region, max_new_tokens=NEW_TOKENS))
+        timed("the same again", lambda: chat.describe(image, region, max_new_tokens=NEW_TOKENS))
     finally:
         if not args.keep:
             shutil.rmtree(folder)

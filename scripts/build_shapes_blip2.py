@@ -21,7 +21,6 @@ from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from eval.controls import with_whole_image
 from eval.generate import generate
 from eval.metrics.exact_match import exactly_right
-from mllm.answering import RegionChat
 from mllm.blip2 import (
     AlphaBlip2Config,
     AlphaBlip2ForConditionalGeneration,
@@ -32,6 +31,7 @@ from mllm.blip2 import (
 from mllm.data import shapes
 from mllm.data.visual_genome import read_regions
 from mllm.files import write_json
+from mllm.inference import RegionChat
 from mllm.loading import EMBEDDED_MODEL
 from train import finetune
 from vision_tower import AlphaCLIPImageProcessor

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from mllm.answering import RegionChat
 from mllm.batch import read_requests, run_batch
 from mllm.batch_output import BatchOutput
+from mllm.inference import RegionChat
 from tests.tiny import noise_picture
 
 BOX = {"box": [2, 2, 30, 30]}
@@ -43,13 +43,14 @@ def answers(folder, output="answers.jsonl"):
 def asked_batches(monkeypatch):
     """The batches that the model is asked: the boxes of each."""
     batches = []
-    real = RegionChat.answers
+    real = RegionChat.answer_each
 
     def spy(self, requests, **options):
-        batches.append([region.data for _, region, _ in requests])
+        if regions := [request[1] for request in requests if not isinstance(request, ValueError)]:
+            batches.append([region.data for region in regions])
         return real(self, requests, **options)
 
-    monkeypatch.setattr(RegionChat, "answers", spy)
+    monkeypatch.setattr(RegionChat, "answer_each", spy)
     return batches
 
 

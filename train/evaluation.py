@@ -10,7 +10,7 @@ from torch import nn
 
 from eval.metrics.captions import FROZEN, DocumentFrequency, score_captions
 from eval.metrics.exact_match import exactly_right
-from mllm.answering import RegionChat
+from mllm.inference import RegionChat
 from mllm.loading import AlphaProcessor
 from mllm.messages import image_items
 
@@ -75,11 +75,11 @@ class AnswerScorer:
         for call in range(calls):
             batch = places[call * _BATCH : (call + 1) * _BATCH]
             asked = [self.asked[place] for place in batch or [0]]
-            texts = chat.answer_batch(
+            answers = chat.answers(
                 [(held.item["image"], held.item["region"], held.question) for held in asked],
                 max_new_tokens=_MAX_NEW_TOKENS,
             )
-            answered += [Answered(place, text) for place, text in zip(batch, texts, strict=False)]
+            answered += [Answered(place, answer.text) for place, answer in zip(batch, answers, strict=False)]
         model.train(training)
         return answered
 

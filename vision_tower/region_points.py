@@ -12,6 +12,7 @@ import torch
 from .image_decoding import as_array
 
 _LARGEST = 1e9  # of a coordinate: what lies further out only overflows
+ROUNDING = 1e-3  # pixels that a region may reach over the image without a warning; of a fraction, an error
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxlist, _REPR.maxtuple, _REPR.maxdict = 5, 40, 40, 40
 _REPR.maxstring = _REPR.maxlong = _REPR.maxother = 80
@@ -46,9 +47,18 @@ def are_whole(values: Any) -> bool:
     )
 
 
-def are_fractions(values: Sequence[float]) -> bool:
-    """Whether coordinates in pixels lie within the first pixel and not on its corners: meant as parts of the image."""
-    return 0 <= min(values) and max(values) <= 1 and any(value % 1 for value in values)
+def check_no_fractions(coordinates: Any, what: str, advice: str) -> None:
+    """Raise ValueError if coordinates in pixels lie within the first pixel and not on its corners: they are meant as
+    parts of the image. `advice` says what to do with fractions.
+    """
+    values = _flat(coordinates)
+    within = -ROUNDING <= min(values) and max(values) <= 1 + ROUNDING
+    if within and any(value % 1 for value in values):
+        raise ValueError(f"expected {what} in pixels, got {shortened(coordinates)}; fractions of the image {advice}")
+
+
+def _flat(values: Any) -> list[float]:
+    return [number for value in values for number in (_flat(value) if isinstance(value, list | tuple) else [value])]
 
 
 def finite(values: Sequence, what: str) -> list[float]:

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import functools
 import io
-import json
 import logging
 import math
 import numbers
 import os
-import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from .region_forms import FORMS, JSON_FORMS, STRENGTH, TEXT_FORMS, coco_segmentation
 from .region_pixels import (
     PNG_URI,
     box_coverage,
@@ -34,8 +32,9 @@ from .region_pixels import (
     run_lengths,
 )
 from .region_points import (
-    are_fractions,
+    ROUNDING,
     are_whole,
+    check_no_fractions,
     finite,
     plain_lists,
     positive,
@@ -46,14 +45,8 @@ from .region_points import (
 
 logger = logging.getLogger(__name__)
 
-FORMS = (
-    "box:x0,y0,x1,y1 | nbox:x0,y0,x1,y1 | polygon:x,y,x,y,x,y[;...] | mask:FILE.png | softmask:FILE.png | "
-    "rle:FILE.json | points:x,y[;x,y]@radius | stroke:x,y;x,y@width | whole, each with an optional strength: "
-    "box:1,2,3,4*0.5"
-)
-_STRENGTH = re.compile(r"(.*)\*([\d.eE+-]+)", re.DOTALL)
+_MULTIPLY = "are to be multiplied by its width and height"
 MAX_MASK_PIXELS = 200_000_000  # of a mask, which takes 4 bytes a pixel; a few bytes of runs could ask for all memory
-_ROUNDING = 1e-3  # pixels that a region may reach over the picture without a warning; of a fraction, an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +87,32 @@ class Region:
         """
         box = tuple(finite((x0, y0, x1, y1), "box"))
         if box[2] <= box[0] or box[3] <= box[1]:
-            raise ValueError(f"expected a box x0,y0,x1,y1 with x0 < x1 and y0 < y1, got {_numbers(box)}")
-        if normalized and (min(box) < -_ROUNDING or max(box) > 1 + _ROUNDING):
             raise ValueError(
-                f"expected fractions from 0 to 1 of the image, got {_numbers(box)}; pixels are a plain box, and "
-                "coordinates from 0 to 1000 are to be divided by 1000"
+                f"expected a box x0,y0,x1,y1 with x0 < x1 and y0 < y1, got {_numbers(box)}; a box x,y,width,height is "
+                "xywh"
             )
-        if not normalized and are_fractions(box):
-            raise ValueError(f"expected a box in pixels, got {_numbers(box)}; fractions of the image are nbox")
+        if normalized and (min(box) < -ROUNDING or max(box) > 1 + ROUNDING):
+            raise ValueError(
+                f"expected fractions from 0 to 1 of the image for nbox, got {_numbers(box)}; a box in pixels is box, "
+                "and coordinates from 0 to 1000 are to be divided by 1000"
+            )
+        if not normalized:
+            check_no_fractions(box, "a box", "are nbox")
         return cls("nbox" if normalized else "box", box, strength)
+
+    @classmethod
+    def from_xywh(cls, x: float, y: float, width: float, height: float, *, strength: float = 1.0) -> Region:
+        """A box in pixels as COCO writes it: its left upper corner, width and height.
+
+        Raises:
+            ValueError: If a number is not finite, width or height is not positive, or all are plainly fractions.
+        """
+        x, y, width, height = finite((x, y, width, height), "box")
+        if width <= 0 or height <= 0:
+            given = _numbers((x, y, width, height))
+            raise ValueError(f"expected a box x,y,width,height with a width and height above 0, got {given}")
+        check_no_fractions((x, y, width, height), "a box x,y,width,height", "are nbox:x0,y0,x1,y1")
+        return cls.from_box(x, y, x + width, y + height, strength=strength)
 
     @classmethod
     def from_polygon(cls, polygon: Sequence, *, strength: float = 1.0) -> Region:
@@ -113,11 +123,7 @@ class Region:
             ValueError: If a polygon has no area, a coordinate is not finite, or all are plainly fractions.
         """
         polygons = [vertices(part) for part in split_polygons(polygon)]
-        if are_fractions([value for part in polygons for point in part for value in point]):
-            raise ValueError(
-                f"expected a polygon in pixels, got {shortened(polygons)}; multiply fractions by the image's width and "
-                "height"
-            )
+        check_no_fractions(polygons, "a polygon", _MULTIPLY)
         for part in polygons:
             # not the signed area, which is 0 for a figure of eight too
             if np.linalg.matrix_rank(np.array(part) - part[0]) < 2:
@@ -181,23 +187,41 @@ class Region:
         return cls.from_mask(flat.reshape(width, height).T, strength=strength)
 
     @classmethod
+    def from_coco(cls, annotation: Any, *, strength: float = 1.0) -> Region:
+        """A COCO annotation (a dictionary with `segmentation`) or its segmentation: an RLE or polygons.
+
+        Raises:
+            ValueError: If there is no segmentation, it is a list or file of annotations, or as `from_rle` and
+                `from_polygon`.
+        """
+        segmentation = coco_segmentation(annotation)
+        read = cls.from_rle if isinstance(segmentation, dict) else cls.from_polygon
+        return read(segmentation, strength=strength)
+
+    @classmethod
     def from_points(cls, points: Sequence, *, radius: float, strength: float = 1.0) -> Region:
         """Discs of `radius` pixels around points [[x, y], ...]; below half a pixel a disc takes in the pixel it lies
         in.
 
         Raises:
-            ValueError: If there is no point, a number is not finite, or the radius is not positive.
+            ValueError: If there is no point, a number is not finite, the radius is not positive, or all coordinates are
+                plainly fractions.
         """
-        return cls("points", (vertices(points), positive(radius, "radius")), strength)
+        points = vertices(points)
+        check_no_fractions(points, "points", _MULTIPLY)
+        return cls("points", (points, positive(radius, "radius")), strength)
 
     @classmethod
     def from_stroke(cls, points: Sequence, *, width: float, strength: float = 1.0) -> Region:
         """A line through points [[x, y], ...], `width` pixels wide, with round ends.
 
         Raises:
-            ValueError: If there is no point, a number is not finite, or the width is not positive.
+            ValueError: If there is no point, a number is not finite, the width is not positive, or all coordinates are
+                plainly fractions.
         """
-        return cls("stroke", (vertices(points), positive(width, "width")), strength)
+        points = vertices(points)
+        check_no_fractions(points, "a stroke", _MULTIPLY)
+        return cls("stroke", (points, positive(width, "width")), strength)
 
     @classmethod
     def whole(cls) -> Region:
@@ -209,10 +233,10 @@ class Region:
         """Whether alpha is 1 everywhere: the whole image, or a region of strength 0."""
         return self.kind == "whole" or self.strength == 0
 
-    def mask(self, height: int, width: int) -> np.ndarray:
+    def mask(self, height: int, width: int, *, warn: bool = True) -> np.ndarray:
         """Coverage of each pixel of a (height, width) picture, before strength: float32 (H, W) in [0, 1].
 
-        What lies outside the picture is cut off, with a warning.
+        What lies outside the picture is cut off, with a warning unless `warn` is false.
 
         Raises:
             ValueError: If the region lies wholly outside, is a mask of another size, or the picture has more than 200
@@ -224,9 +248,13 @@ class Region:
         if self.kind == "mask":
             return self._unpacked(height, width)
         x0, y0, x1, y1 = self._extent(height, width)
-        if min(x0, y0) < -_ROUNDING or x1 > width + _ROUNDING or y1 > height + _ROUNDING:
+        if warn and (min(x0, y0) < -ROUNDING or x1 > width + ROUNDING or y1 > height + ROUNDING):
             logger.warning(
-                "the region %s reaches over the picture of %d x %d pixels and is cut off", self, width, height
+                "the region %s reaches over the picture of %d x %d pixels and is cut off%s",
+                self,
+                width,
+                height,
+                self._unit_advice(height, width),
             )
         if self.kind == "polygon":
             coverage = self._union(height, width)
@@ -263,8 +291,16 @@ class Region:
         """Box around the region in pixels; it may reach over the picture, but not lie outside."""
         x0, y0, x1, y1 = self._bounds(height, width)
         if x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height:
-            raise ValueError(f"the region {self} lies outside the picture of {width} x {height} pixels")
+            advice = self._unit_advice(height, width)
+            raise ValueError(f"the region {self} lies outside the picture of {width} x {height} pixels{advice}")
         return x0, y0, x1, y1
+
+    def _unit_advice(self, height: int, width: int) -> str:
+        """What to do if the coordinates may be from 0 to 1000, as some models write them."""
+        x0, y0, x1, y1 = self._bounds(height, width)
+        if min(x0, y0) < 0 or max(x1, y1) > 1000 or (x1 <= width + ROUNDING and y1 <= height + ROUNDING):
+            return ""
+        return "; if its coordinates are from 0 to 1000, divide them by 1000 and give a box as nbox"
 
     def _bounds(self, height: int, width: int) -> tuple[float, float, float, float]:
         if self.kind == "whole":
@@ -321,8 +357,8 @@ class Region:
 
     @classmethod
     def parse(cls, text: str) -> Region:
-        """Read a region from command-line text, one of: box, nbox, polygon, mask, rle, points, stroke, whole (see
-        `FORMS`).
+        """Read a region from command-line text, one of: box, nbox, xywh, polygon, mask, softmask, rle, points, stroke,
+        whole (see `FORMS`). Numbers have commas, spaces or both between them.
 
         Raises:
             ValueError: If the text is of no such form.
@@ -330,13 +366,13 @@ class Region:
         if not isinstance(text, str):
             raise ValueError(f"expected a region as text, got {shortened(text)}")
         kind, _, body = text.strip().partition(":")
-        if kind not in _PARSERS:
+        if kind not in TEXT_FORMS:
             raise ValueError(f"expected a region {FORMS}; got {shortened(text)!r}")
         strength = "1"
-        if match := _STRENGTH.fullmatch(body):
+        if match := STRENGTH.fullmatch(body):
             body, strength = match.groups()
         try:
-            return dataclasses.replace(_PARSERS[kind](cls, body), strength=float(strength))
+            return dataclasses.replace(TEXT_FORMS[kind](cls, body), strength=float(strength))
         except (ValueError, OSError, RecursionError) as error:
             of_a_file = kind in ("mask", "softmask", "rle")  # there it is the file that is wrong
             forms = "" if of_a_file else f". Expected {FORMS}"
@@ -369,98 +405,26 @@ class Region:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Region:
-        """Read {"box": [...]}, {"nbox": [...]}, {"polygon": ...}, {"mask": path}, {"mask": path, "soft": true}, {"rle":
-        {...}}, {"points": ..., "radius": r}, {"stroke": ..., "width": w} or {"whole": true}, each with an optional
-        "strength".
+        """Read {"box": [...]}, {"nbox": [...]}, {"xywh": [...]}, {"polygon": ...}, {"mask": path}, {"mask": path,
+        "soft": true}, {"rle": {...}} (or a COCO annotation), {"points": ..., "radius": r}, {"stroke": ..., "width": w}
+        or {"whole": true}, each with an optional "strength".
 
         Raises:
             ValueError: If the record has not exactly one region, or a key that belongs to none.
         """
         if not isinstance(record, dict):
             raise ValueError(f"expected a region as a JSON object, got {shortened(record)}")
-        kinds = record.keys() & _FROM_JSON.keys()
+        kinds = record.keys() & JSON_FORMS.keys()
         if len(kinds) != 1:
-            raise ValueError(f"expected exactly one of {', '.join(_FROM_JSON)} in a region, got {shortened([*record])}")
+            raise ValueError(f"expected exactly one of {', '.join(JSON_FORMS)} in a region, got {shortened([*record])}")
         (kind,) = kinds
-        read, required, optional = _FROM_JSON[kind]
+        read, required, optional = JSON_FORMS[kind]
         if unknown := record.keys() - {kind, "strength", *required, *optional}:
             raise ValueError(f"unknown keys {shortened([*unknown])} beside {kind!r} in a region")
         if missing := set(required) - record.keys():
             raise ValueError(f"expected {', '.join(missing)} beside {kind!r} in a region")
         options = {name: record[name] for name in (*required, *optional, "strength") if name in record}
         return read(cls, record[kind], **options)
-
-
-def _box_from_json(cls: type[Region], value: Any, **options: Any) -> Region:
-    value = plain_lists(value)
-    if not isinstance(value, list) or len(value) != 4:
-        raise ValueError(f"cannot read 'box' of a region: expected four numbers, got {shortened(value)}")
-    return cls.from_box(*value, **options)
-
-
-def _mask_from_json(cls: type[Region], value: Any, soft: Any = False, **options: Any) -> Region:
-    if not isinstance(soft, bool):
-        raise ValueError(f"expected 'soft': true or false beside 'mask' in a region, got {shortened(soft)}")
-    return cls.from_mask(value, soft=soft, **options)
-
-
-def _whole_from_json(cls: type[Region], value: Any, strength: Any = 1.0) -> Region:
-    if value is not True:
-        raise ValueError(f"expected 'whole': true, got {shortened(value)}")
-    return cls("whole", strength=strength)
-
-
-# kind -> (reader, further keys, keys that may be left out)
-_FROM_JSON: dict[str, tuple[Callable, tuple[str, ...], tuple[str, ...]]] = {
-    "box": (_box_from_json, (), ()),
-    "nbox": (functools.partial(_box_from_json, normalized=True), (), ()),
-    "polygon": (lambda cls, v, **options: cls.from_polygon(v, **options), (), ()),
-    "mask": (_mask_from_json, (), ("soft",)),
-    "rle": (lambda cls, v, **options: cls.from_rle(v, **options), (), ()),
-    "points": (lambda cls, v, **options: cls.from_points(v, **options), ("radius",), ()),
-    "stroke": (lambda cls, v, **options: cls.from_stroke(v, **options), ("width",), ()),
-    "whole": (_whole_from_json, (), ()),
-}
-
-
-def _floats(text: str, count: int | None = None) -> list[float]:
-    values = [float(part) for part in text.split(",")]
-    if count is not None and len(values) != count:
-        raise ValueError(f"expected {count} numbers, got {len(values)}")
-    return values
-
-
-def _parse_points(text: str) -> tuple[list[list[float]], float]:
-    points, at, size = text.partition("@")
-    if not at:
-        raise ValueError("expected @ and a size in pixels after the points")
-    return [_floats(point, 2) for point in points.split(";")], float(size)
-
-
-def _parse_rle(cls: type[Region], text: str) -> Region:
-    if not text.lstrip().startswith("{"):
-        with open(text, encoding="utf-8-sig") as file:  # Windows programs write a byte order mark
-            text = file.read()
-    return cls.from_rle(json.loads(text))
-
-
-def _parse_whole(cls: type[Region], text: str) -> Region:
-    if text:
-        raise ValueError("expected nothing after 'whole'")
-    return cls.whole()
-
-
-_PARSERS: dict[str, Callable] = {
-    "box": lambda cls, text: cls.from_box(*_floats(text, 4)),
-    "nbox": lambda cls, text: cls.from_box(*_floats(text, 4), normalized=True),
-    "polygon": lambda cls, text: cls.from_polygon([_floats(part) for part in text.split(";")]),
-    "mask": lambda cls, text: cls.from_mask(text),
-    "softmask": lambda cls, text: cls.from_mask(text, soft=True),
-    "rle": _parse_rle,
-    "points": lambda cls, text: (lambda points, size: cls.from_points(points, radius=size))(*_parse_points(text)),
-    "stroke": lambda cls, text: (lambda points, size: cls.from_stroke(points, width=size))(*_parse_points(text)),
-    "whole": _parse_whole,
-}
 
 
 def _check_pixels(height: int, width: int) -> None:

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 import mllm
-from mllm.answering import RegionChat
 from mllm.data import shapes
 from mllm.data.samples import load_image
+from mllm.inference import RegionChat
 from scripts.build_shapes_clip import is_built
 from vision_tower import AlphaCLIPVisionModel, Region
 
@@ -60,5 +60,5 @@ def test_build_from_nothing(tmp_path):
     assert (tower[name] - trained[name]).norm() < 0.5 * trained[name].norm()
     scene = tmp_path / "assets" / "scenes" / "scene_1.png"
     (first, *_) = json.loads((scene.with_suffix(".json")).read_text())
-    answer = RegionChat(model, processor).answer(load_image(str(scene)), Region.from_json({"box": first["box"]}))
+    answer = RegionChat(model, processor).describe(load_image(str(scene)), Region.from_json({"box": first["box"]}))
     assert answer.startswith("a ")

@@ -13,17 +13,17 @@ from eval.controls import references_of_shown_region, with_whole_image, with_wro
 from eval.generate import generate
 from eval.metrics.exact_match import exactly_right
 from mllm import chat as region_chat
-from mllm.answering import RegionChat
 from mllm.data import shapes
 from mllm.data.index import RegionIndex
 from mllm.data.prepare import make_index
 from mllm.data.visual_genome import read_region_questions, read_regions
+from mllm.inference import RegionChat
 from mllm.loading import EMBEDDED_MODEL
+from tests.drawn_back import overlap
 from tests.tiny import prompt
 from train import finetune
 from train.collators import IGNORE_INDEX, encode_with_labels
 from vision_tower import Region
-from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 
 SCENES, SEED = 12, 77
 
@@ -50,18 +50,6 @@ def fed(embedded):
     )
     yield seen
     handle.remove()
-
-
-def overlap(pixel_values, region, height, width):
-    """IoU of the alpha that was fed, drawn back onto the padded picture, with the region."""
-    side = max(height, width)
-    alpha = pixel_values[3].float().numpy() * ALPHA_STD + ALPHA_MEAN
-    drawn = np.asarray(Image.fromarray(alpha).resize((side, side), Image.Resampling.BILINEAR)) >= 0.5
-    top, left = (side - height) // 2, (side - width) // 2
-    assert not drawn[:top].any() and not drawn[:, :left].any()
-    drawn = drawn[top : top + height, left : left + width]
-    wanted = region.mask(height, width) >= 0.5
-    return (drawn & wanted).sum() / (drawn | wanted).sum()
 
 
 def two_objects(samples):
@@ -137,7 +125,7 @@ def test_the_alpha_that_is_fed_lies_on_the_region(embedded, fed, size):
     width, height = size
     image = Image.fromarray(np.zeros((height, width, 3), np.uint8))
     region = Region.from_box(width // 8, height // 8, width - width // 8, height - height // 4)
-    RegionChat(*embedded).answer(image, region, max_new_tokens=1)
+    RegionChat(*embedded).describe(image, region, max_new_tokens=1)
     assert overlap(fed[0][0], region, height, width) >= 0.95
 
 
@@ -177,7 +165,7 @@ def test_batch_file(samples, tmp_path, capsys):
 def test_a_batch_answers_as_one_by_one(embedded, samples):
     chat = RegionChat(*embedded)
     requests = [(s.open_image(), s.regions[0], s.question) for s in samples[:24]]
-    assert chat.answer_batch(requests) == [chat.answer(*request) for request in requests]
+    assert chat.ask_batch(*zip(*requests, strict=True)) == [chat.ask(*request) for request in requests]
 
 
 def test_conversation_keeps_region_and_history(embedded, samples):
@@ -185,8 +173,8 @@ def test_conversation_keeps_region_and_history(embedded, samples):
     sample = samples[0]
     size, _, colour, shape = sample.references[0].split()[1:]
     image, region = sample.open_image(), sample.regions[0]
-    first = chat.answer(image, region, "What colour is this?")
-    second = chat.answer(image, region, "What shape is this?", history=[("What colour is this?", first)])
+    first = chat.ask(image, region, "What colour is this?")
+    second = chat.ask(image, region, "What shape is this?", history=[("What colour is this?", first)])
     assert (first, second) == (colour, shape)
 
 

@@ -1,4 +1,4 @@
-"""What the README shows is what happens: its five lines, its commands, its numbers, its picture's answers."""
+"""What the README shows is what happens: its first lines, its commands, its numbers, its picture's answers."""
 
 import ast
 import io
@@ -26,12 +26,16 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_five_lines_run_as_written(monkeypatch, capsys):
+@pytest.mark.parametrize("way", ["RegionChat.from_pretrained()", "mllm.load()"])
+def test_the_first_lines_run_as_written_and_follow_the_region(way, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    (code,) = [body for language, body in BLOCKS if language == "python" and "mllm.load()" in body]
-    assert len(ast.parse(code).body) == 2 + 5  # the first two get an image
+    (code,) = [body for language, body in BLOCKS if language == "python" and way in body]
+    assert len(ast.parse(code).body) <= 6
     exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out.strip().endswith("ASSISTANT: a large striped orange diamond")
+    assert capsys.readouterr().out.strip().endswith("a large striped orange diamond")
+    other = code.replace("22, 8, 48, 42", "62, 59, 92, 86").replace("22,8,48,42", "62,59,92,86")
+    exec(compile(other, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip().endswith("a large plain pink star")
 
 
 def test_tower_and_model_run_as_written(tmp_path, monkeypatch):

@@ -16,8 +16,8 @@ from transformers import LlavaForConditionalGeneration
 from eval.cli import main as region_eval
 from eval.region_text import DescribedPicture, embed_regions
 from mllm import chat
-from mllm.answering import RegionChat
 from mllm.export import export
+from mllm.inference import RegionChat
 from tests.tiny import build_tiny_blip2, build_tiny_clip, build_tiny_llava, noise_picture
 from train.collators import ConversationCollator
 from train.region_text_data import RegionTextCollator, RegionTexts
@@ -106,7 +106,7 @@ def test_llava_and_its_export(fed, tmp_path, geometry):
     model, processor = build_tiny_llava(geometry)
     torch.nn.init.normal_(model.model.vision_tower.embeddings.patch_embedding.alpha.weight, std=0.3)
     chat_ = RegionChat(model, processor)
-    chat_.answer(IMAGE, SOFT, "What?", max_new_tokens=1)
+    chat_.ask(IMAGE, SOFT, "What?", max_new_tokens=1)
     chat_.answers([(IMAGE, SOFT, "What?"), (IMAGE, SOFT, None)], max_new_tokens=1)
     conversation = chat_.conversation(IMAGE, SOFT, "What?")
     answer = {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}
@@ -126,7 +126,7 @@ def test_llava_and_its_export(fed, tmp_path, geometry):
 def test_blip2(fed):
     model, processor = build_tiny_blip2("t5")
     model.generate(**processor(images=IMAGE, text="", regions=SOFT, return_tensors="pt"), max_new_tokens=1)
-    RegionChat(model, processor).answer(IMAGE, SOFT, "What?", max_new_tokens=1)
+    RegionChat(model, processor).ask(IMAGE, SOFT, "What?", max_new_tokens=1)
     assert len(fed) == 2
     check(fed, "stretch")
 

@@ -88,13 +88,13 @@ def batch(world, out, ranks=1):
 # In the process: each step, each batch takes its time, so that the run is there to be met.
 SLOW = """
 import time
-from mllm.answering import RegionChat
+from mllm.inference import RegionChat
 from transformers import TrainerCallback
 from train import trainer
-def answers(self, *args, original=RegionChat.answers, **kwargs):
+def answer_each(self, *args, original=RegionChat.answer_each, **kwargs):
     time.sleep(0.2)
     return original(self, *args, **kwargs)
-RegionChat.answers = answers
+RegionChat.answer_each = answer_each
 trainer.StopOnSignal.on_step_begin = lambda self, *args, **kwargs: time.sleep(0.3)
 """
 # command -> the files that must be equal

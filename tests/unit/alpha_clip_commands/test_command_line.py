@@ -104,9 +104,10 @@ def test_json_says_the_same_without_control_characters():
 @pytest.mark.parametrize(
     ("main", "arguments", "message"),
     [
-        (chat.main, ["--image", "x", "--box", "24", "3", "60", "39"], "--box=24,3,60,39"),
-        (chat.main, ["--image", "x", "--box", "-5,3,60,39"], "--box=-5,3,60,39"),
-        (chat.main, ["--image", "x", "--point", "-5,3@6"], "--point=-5,3,60,39"),
+        (chat.main, ["--image", "x", "--box", "--ask", "x"], "argument --box: expected one argument"),
+        (chat.main, ["--image", "x", "--ask", "-what"], "is written with an equals sign: --ask=-..."),
+        (chat.main, ["--image", "x", "--strength", "0.5", "0.6"], "unrecognized arguments: 0.6"),
+        (chat.main, ["--box", "1", "2", "3", "4", "--point", "1,2@3"], "not allowed with argument"),
         (chat.main, ["--nonsense"], "unrecognized arguments: --nonsense; see --help"),
         (chat.main, ["--batch-size", "x"], "invalid int value: 'x'"),
         (chat.main, ["--dtype", EVIL], "invalid choice"),

@@ -15,9 +15,9 @@ from eval.generate import Processes, Settings
 from eval.page import Picture
 from eval.predictions import read_predictions
 from eval.score import measure
-from mllm.answering import Answer, RegionChat
 from mllm.data import shapes
 from mllm.files import locked
+from mllm.inference import Answer, RegionChat
 
 RECORD = {"protocol": {"limited to": None}, "region_input": "box"}
 
@@ -88,7 +88,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("error", [Killed(), OSError(errno.ENOSPC, "No space left on device")], ids=["killed", "full"])
 def test_stopped_at_any_moment_and_rerun_it_gives_the_same_bytes(embedded, plan, monkeypatch, error):
     """At every system call that writes: predictions and metrics are those of an uninterrupted run."""
-    monkeypatch.setattr(RegionChat, "answers", say_something)
+    monkeypatch.setattr(RegionChat, "answer_each", say_something)
     monkeypatch.setattr("mllm.batch.fingerprint", lambda *arguments: "same")  # a tenth of a second each
     monkeypatch.setattr("mllm.batch.added_weights", lambda model: "same")
     monkeypatch.setattr("eval.report.picture_of", lambda *arguments: Picture(problem="not drawn"))
@@ -128,7 +128,7 @@ def test_stopped_at_any_moment_and_rerun_it_gives_the_same_bytes(embedded, plan,
 
 
 def test_a_second_process_is_refused_before_it_loads_a_model(embedded, plan, monkeypatch):
-    monkeypatch.setattr(RegionChat, "answers", say_something)
+    monkeypatch.setattr(RegionChat, "answer_each", say_something)
     plan.out.mkdir()
     with (
         locked(plan.out, inside=True),
@@ -139,7 +139,7 @@ def test_a_second_process_is_refused_before_it_loads_a_model(embedded, plan, mon
 
 
 def test_what_others_wrote_is_never_an_output(embedded, plan, data, monkeypatch):
-    monkeypatch.setattr(RegionChat, "answers", say_something)
+    monkeypatch.setattr(RegionChat, "answer_each", say_something)
     thesis = plan.out / "thesis.tex"
     thesis.parent.mkdir()
     thesis.write_text("mine")
@@ -151,7 +151,7 @@ def test_what_others_wrote_is_never_an_output(embedded, plan, data, monkeypatch)
 
 
 def test_a_run_of_an_earlier_version_is_ours(embedded, plan, monkeypatch):
-    monkeypatch.setattr(RegionChat, "answers", say_something)
+    monkeypatch.setattr(RegionChat, "answer_each", say_something)
     evaluate(plan, lambda: RegionChat(*embedded), "embedded")
     (plan.out / ".made_by.json").unlink()
     evaluate(plan, lambda: RegionChat(*embedded), "embedded")

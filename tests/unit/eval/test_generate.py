@@ -10,9 +10,9 @@ import mllm
 from eval.controls import with_wrong_region
 from eval.evaluate import answers_blind
 from eval.generate import Settings, generate, run
-from mllm.answering import RegionChat
 from mllm.data import shapes
 from mllm.data.visual_genome import read_region_questions, read_regions
+from mllm.inference import RegionChat
 from tests.tiny import build_tiny_blip2
 from vision_tower.image_processing_alpha_clip import ALPHA_MEAN, ALPHA_STD
 
@@ -104,7 +104,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(chat, samples, data, tmp_
     settings = Settings("box", None, batch_size=4)
     run(chat, samples, tmp_path / "whole", settings, data=data)
     asked = []
-    real = RegionChat.answers
+    real = RegionChat.answer_each
 
     def dying(self, requests, **kwargs):
         if len(asked) == 2:
@@ -112,7 +112,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(chat, samples, data, tmp_
         asked.append(len(requests))
         return real(self, requests, **kwargs)
 
-    monkeypatch.setattr(RegionChat, "answers", dying)
+    monkeypatch.setattr(RegionChat, "answer_each", dying)
     with pytest.raises(KeyboardInterrupt):
         run(chat, samples, tmp_path / "killed", settings, data=data)
     part = tmp_path / "killed" / "parts" / "0.jsonl"
@@ -194,13 +194,13 @@ def test_a_torn_part_of_another_process_is_no_damage(chat, samples, data, tmp_pa
 
 def test_an_image_deleted_in_the_middle_is_the_error_of_its_samples(chat, samples, data, tmp_path, monkeypatch):
     gone = Path(samples[-1].image)
-    content, real = gone.read_bytes(), RegionChat.answers
+    content, real = gone.read_bytes(), RegionChat.answer_each
 
     def deleting(self, requests, **options):
         gone.unlink(missing_ok=True)
         return real(self, requests, **options)
 
-    monkeypatch.setattr(RegionChat, "answers", deleting)
+    monkeypatch.setattr(RegionChat, "answer_each", deleting)
     try:
         failed = run(chat, samples, tmp_path, Settings(batch_size=4, max_new_tokens=2), data=data)
     finally:

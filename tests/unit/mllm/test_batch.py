@@ -11,7 +11,7 @@ from PIL import Image
 
 import mllm
 from mllm import chat
-from mllm.answering import RegionChat
+from mllm.inference import RegionChat
 from tests.batch_files import (  # noqa: F401, pytest finds the fixtures here
     BOX,
     answers,
@@ -220,13 +220,13 @@ def test_a_last_line_without_newline_is_a_request(tiny_llava, folder):
 
 def test_an_image_deleted_in_the_middle_is_the_error_of_its_requests(tiny_llava, folder, monkeypatch):
     write(folder, good(10))
-    real = RegionChat.answers
+    real = RegionChat.answer_each
 
     def deleting(self, requests, **options):
         (folder / "b.png").unlink(missing_ok=True)
         return real(self, requests, **options)
 
-    monkeypatch.setattr(RegionChat, "answers", deleting)
+    monkeypatch.setattr(RegionChat, "answer_each", deleting)
     assert batch(tiny_llava, folder) == 3
     assert [a["id"] for a in answers(folder) if "error" in a] == [5, 7, 9]
     assert all("b.png" in a["error"] for a in answers(folder) if "error" in a)

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from mllm import chat
-from mllm.answering import RegionChat
 from mllm.batch import read_requests, run_batch
 from mllm.batch_output import BatchOutput
-from mllm.data.samples import load_image
+from mllm.data.jsonl import region_in
 from mllm.files import locked
+from mllm.inference import RegionChat
 from tests.batch_files import (  # noqa: F401, pytest finds the fixtures here
     BOX,
     answers,
@@ -248,14 +248,14 @@ def test_an_error_of_ours_ends_the_run_and_keeps_the_answers(tiny_llava_dir, fol
     write(folder, good(8))
     assert chat.main(arguments(tiny_llava_dir, folder, "undisturbed.jsonl")) == 0
 
-    def wrong(path):
+    def wrong(*arguments):
         if asked:  # in the second batch
             raise TypeError("ours")
-        return load_image(path)
+        return region_in(*arguments)
 
     asked.clear()
     with monkeypatch.context() as patch, pytest.raises(TypeError, match="ours"):
-        patch.setattr("mllm.batch.load_image", wrong)
+        patch.setattr("mllm.batch.region_in", wrong)
         chat.main(arguments(tiny_llava_dir, folder))
     assert len(answers(folder)) == 4
     assert chat.main(arguments(tiny_llava_dir, folder)) == 0

@@ -9,8 +9,8 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration
 
 import mllm
 from mllm import chat
-from mllm.answering import RegionChat
 from mllm.blip2 import AlphaBlip2Processor
+from mllm.inference import RegionChat
 from mllm.processing_blip2 import conversation_prompt
 from tests.tiny import build_tiny_blip2, noise_picture, tiny_blip2_parts, tiny_vision_config
 from vision_tower import AlphaCLIPVisionModel, Region
@@ -46,14 +46,14 @@ def test_answers_equal_generate_called_by_hand(loaded):
             output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
         start = inputs["input_ids"].shape[1] if decoder_only else 0
         expected = processor.decode(output[0, start:], skip_special_tokens=True).strip()
-        assert talk.answer(IMAGE, LEFT, question, max_new_tokens=6) == expected
+        assert talk.ask(IMAGE, LEFT, question, max_new_tokens=6) == expected
 
 
 def test_region_reaches_the_model_through_chat(loaded):
     model, processor = loaded
     fed = []
     handle = model.vision_model.register_forward_pre_hook(lambda _, args, kwargs: fed.append(args[0]), with_kwargs=True)
-    RegionChat(model, processor).answer_batch([(IMAGE, LEFT, "What?"), (IMAGE, RIGHT, None)], max_new_tokens=2)
+    RegionChat(model, processor).answers([(IMAGE, LEFT, "What?"), (IMAGE, RIGHT, None)], max_new_tokens=2)
     handle.remove()
     alpha = fed[0][:, 3] * ALPHA_STD + ALPHA_MEAN
     for drawn, region in zip(alpha > 0.5, (LEFT, RIGHT), strict=True):
@@ -92,7 +92,9 @@ def test_a_question_cannot_add_query_tokens(loaded):
 def test_batch_rows_equal_single_answers(loaded):
     talk = RegionChat(*loaded)
     requests = [(IMAGE, LEFT, "What is this?"), (IMAGE, RIGHT, None), (IMAGE, Region.whole(), "A longer question?")]
-    assert talk.answer_batch(requests, max_new_tokens=5) == [talk.answer(*r, max_new_tokens=5) for r in requests]
+    assert talk.ask_batch(*zip(*requests, strict=True), max_new_tokens=5) == [
+        talk.ask(*r, max_new_tokens=5) for r in requests
+    ]
 
 
 def test_encode_conversation_is_what_the_model_gets(loaded):
@@ -114,7 +116,7 @@ def test_command_line(folder, tmp_path, capsys):
     IMAGE.save(tmp_path / "a.png")
     flags = ["--model", str(folder), "--image", str(tmp_path / "a.png"), "--max-new-tokens", "4"]
     assert chat.main([*flags, "--box", "0,0,30,40", "--ask", "What?", "--json"]) == 0
-    expected = RegionChat(*mllm.load(folder, device="cpu")).answer(IMAGE, LEFT, "What?", max_new_tokens=4)
+    expected = RegionChat(*mllm.load(folder, device="cpu")).ask(IMAGE, LEFT, "What?", max_new_tokens=4)
     assert json.loads(capsys.readouterr().out)["answer"] == expected
     requests = [
         {"id": i, "image": "a.png", "region": {"box": box}} for i, box in enumerate(([0, 0, 30, 40], [0, 0, 9, 9]))
@@ -173,7 +175,7 @@ def test_only_the_language_model_is_quantised(folder, load_in):
     inside = {name for name in kinds if name.startswith("language_model.") and not name.endswith("lm_head")}
     assert quantised and quantised <= inside
     talk = RegionChat(model, processor)
-    assert len(talk.answer_batch([(IMAGE, LEFT, None), (IMAGE, RIGHT, None)], max_new_tokens=3)) == 2
+    assert len(talk.answers([(IMAGE, LEFT, None), (IMAGE, RIGHT, None)], max_new_tokens=3)) == 2
 
 
 def test_half_precision_keeps_the_region(folder):
@@ -184,7 +186,7 @@ def test_half_precision_keeps_the_region(folder):
         with torch.no_grad():
             features = model.vision_model(pixels).last_hidden_state
         assert str(features.dtype) == f"torch.{dtype}" and (features[0] - features[1]).abs().max() > 0.05
-        assert RegionChat(model, processor).answer(IMAGE, LEFT, max_new_tokens=3) is not None
+        assert RegionChat(model, processor).describe(IMAGE, LEFT, max_new_tokens=3) is not None
 
 
 def test_a_region_in_every_place(loaded):

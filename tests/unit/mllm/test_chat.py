@@ -1,16 +1,22 @@
 """`region-chat`: every region option reaches the model, every mistake is one line and exit code 2."""
 
+import base64
 import io
 import json
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from alpha_clip_commands.chat import build_parser
 from mllm import chat
+from tests.drawn_back import fed_pixels  # noqa: F401, a fixture
 from tests.tiny import noise_picture
 from vision_tower import Region
+from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
+from vision_tower.image_processing_alpha_clip import place_alpha
 
 
 @pytest.fixture
@@ -38,20 +44,15 @@ REGIONS = {
     "--box": ("2,2,30,30", Region.from_box(2, 2, 30, 30)),
     "--nbox": ("0.1,0.1,0.5,0.5", Region.from_box(0.1, 0.1, 0.5, 0.5, normalized=True)),
     "--polygon": ("2,2,40,2,20,30", Region.from_polygon([2, 2, 40, 2, 20, 30])),
+    "--box-xywh": ("2,2,28,28", Region.from_box(2, 2, 30, 30)),
+    "--points": ("20,20@6", Region.from_points([[20, 20]], radius=6)),
     "--point": ("20,20@6", Region.from_points([[20, 20]], radius=6)),
     "--stroke": ("5,5;40,30@4", Region.from_stroke([[5, 5], [40, 30]], width=4)),
 }
 
 
 @pytest.mark.parametrize("option", [*REGIONS, "--mask", "--rle", "--whole"])
-def test_every_region_option_reaches_the_model(tiny_llava_dir, picture, files, option, monkeypatch, capsys):
-    from mllm.answering import RegionChat
-
-    fed = []
-    generate = RegionChat._generate
-    monkeypatch.setattr(
-        RegionChat, "_generate", lambda self, *a, **k: fed.append((self, a[0])) or generate(self, *a, **k)
-    )
+def test_every_region_option_reaches_the_model(tiny_llava_dir, picture, files, option, fed, capsys):
     masked = Region.from_mask(files / "mask.png")
     values = {**REGIONS, "--mask": (files / "mask.png", masked), "--rle": (files / "rle.json", masked)}
     value, region = values.get(option, (None, Region.whole()))
@@ -60,7 +61,7 @@ def test_every_region_option_reaches_the_model(tiny_llava_dir, picture, files, o
     record = json.loads(capsys.readouterr().out)
     assert Region.from_json(record["region"]) == region
     assert record["question"] == "What?" and isinstance(record["answer"], str)
-    assert fed[0][1][0][0]["content"][0]["region"] == region
+    assert np.allclose(fed[0][3] * ALPHA_STD + ALPHA_MEAN, place_alpha(region, 40, 60, 32, "pad"), atol=1e-5)
 
 
 def test_two_regions_give_two_answers_and_strength_counts(tiny_llava_dir, picture, capsys):
@@ -191,48 +192,80 @@ def test_an_unknown_hub_id_fails_at_once_without_network(picture, monkeypatch, c
     assert "without network" in capsys.readouterr().err
 
 
-CONVERSATION = """\
-What is this?
-/box 0,0,20,20
-What is it?
-
-/box 100,100,120,120
-/nonsense
-/strength 0.5
-/overlay {folder}/overlay.png
-/save {folder}/turns.json
-/image {folder}/missing.png
-And now?
-/save {folder}/again.json
-/image {folder}/picture.png
-hello?
-/whole
-/reset
-/help
-/quit
-"""
-
-
-def test_a_conversation(tiny_llava_dir, picture, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO(CONVERSATION.format(folder=tmp_path)))
-    assert run(tiny_llava_dir, "--image", picture) == 2  # lines of a pipe failed
-    captured = capsys.readouterr()
-    errors = [line for line in captured.err.splitlines() if line.startswith("error:")]
-    expected = ["no region yet", "outside the picture", "unknown command /nonsense", "no image file", "no region yet"]
-    assert all(part in line for part, line in zip(expected, errors, strict=True))
-    assert Image.open(tmp_path / "overlay.png").width >= 384
-    saved, again = (json.loads((tmp_path / name).read_text()) for name in ("turns.json", "again.json"))
-    assert saved["turns"] == [] and saved["region"] == {"box": [0, 0, 20, 20], "strength": 0.5}
-    assert [turn["question"] for turn in again["turns"]] == ["And now?"]
-    assert again["region"] == saved["region"]  # a picture that cannot be opened changes nothing
-    assert "/strength S" in captured.err and f"wrote {tmp_path}/turns.json: 0 turns" in captured.err
-    assert "(still about region box:0,0,20,20)" in errors[1] and "still" not in errors[0]
-
-
-@pytest.mark.parametrize("flags, noted", [(["--point", "20,20@6"], True), (["--box", "2,2,30,30"], False)])
+@pytest.mark.parametrize("flags, noted", [(["--points", "20,20@6"], True), (["--box", "2,2,30,30"], False)])
 def test_what_the_embedded_model_never_learned_is_noted(picture, capsys, flags, noted):
     assert chat.main(["--image", str(picture), *flags, "--ask", "What is this?", "--max-new-tokens", "1"]) == 0
     assert ("learned from boxes and masks" in capsys.readouterr().err) == noted
+
+
+WORDS = [
+    (["--box", "24", "3", "60", "39"], Region.from_box(24, 3, 60, 39)),
+    (["--box", "24,", "3,", "60,", "39"], Region.from_box(24, 3, 60, 39)),
+    (["--box", "24,3", "60,39"], Region.from_box(24, 3, 60, 39)),
+    (["--box", "24, 3, 60, 39"], Region.from_box(24, 3, 60, 39)),
+    (["--box", "24 3 60 39"], Region.from_box(24, 3, 60, 39)),
+    (["--box=24", "3", "60", "39"], Region.from_box(24, 3, 60, 39)),
+    (["--box=-5,3,60,39"], Region.from_box(-5, 3, 60, 39)),
+    (["--box", "-5,3,60,39"], Region.from_box(-5, 3, 60, 39)),
+    (["--box", "-5", "3", "60", "39"], Region.from_box(-5, 3, 60, 39)),
+    (["--box", "-.5", "-3", "60", "+39"], Region.from_box(-0.5, -3, 60, 39)),
+    (["--box", "24", "3", "60", "39", "*0.5"], Region.from_box(24, 3, 60, 39, strength=0.5)),
+    (["--box-xywh", "-5", "3", "65", "36"], Region.from_box(-5, 3, 60, 39)),
+    (["--nbox", ".1", "0.2", "1", "6e-1"], Region.from_box(0.1, 0.2, 1, 0.6, normalized=True)),
+    (["--nbox", "-0.0005,0,.5,1"], Region.from_box(-0.0005, 0, 0.5, 1, normalized=True)),
+    (["--polygon", "-2,2", "40,2", "20,30"], Region.from_polygon([-2, 2, 40, 2, 20, 30])),
+    (["--polygon", "2 2 40 2 20 30;", "1 1 9 1 9 9"], Region.from_polygon([[2, 2, 40, 2, 20, 30], [1, 1, 9, 1, 9, 9]])),
+    (["--points", "-5,3", "20", "20", "@6"], Region.from_points([[-5, 3], [20, 20]], radius=6)),
+    (["--point", "-5,3@6"], Region.from_points([[-5, 3]], radius=6)),
+    (["--stroke", "-5,5", ";", "40,30", "@", "4"], Region.from_stroke([[-5, 5], [40, 30]], width=4)),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "region"), WORDS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_numbers_are_understood_as_they_come(words, region):
+    for arguments in ([*words, "--ask", "x"], ["--ask", "x", *words], ["--ask", "x", *words, "--json"]):
+        args = build_parser().parse_args(["--image", "p.png", *arguments])
+        assert chat.region_from_arguments(args) == region and args.ask == "x"
+
+
+def test_a_box_that_reaches_over_the_image_is_clipped_with_a_warning(tiny_llava_dir, picture, fed, caplog):
+    for box in (["-5,3,60,39"], ["-5", "3", "60", "39"]):
+        assert run(tiny_llava_dir, "--image", picture, "--box", *box, "--ask", "x") == 0
+        assert caplog.text.count("reaches over") == 1
+        caplog.clear()
+    clipped = place_alpha(Region.from_box(0, 3, 60, 39), 40, 60, 32, "pad")
+    assert all(np.allclose(pixels[3] * ALPHA_STD + ALPHA_MEAN, clipped, atol=1e-5) for pixels in fed)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--box", "0.1", "0.1", "0.5", "0.5"], "fractions of the image are nbox"),
+        (["--box-xywh", "0.1,0.1,0.5,0.5"], "fractions of the image are nbox"),
+        (["--nbox", "2", "2", "30", "30"], "a box in pixels is box"),
+        (["--points", "0.5,0.5@6"], "multiplied by its width and height"),
+        (["--stroke", "0.5,0.5;0.7,0.7@6"], "multiplied by its width and height"),
+        (["--polygon", "0.1,0.1,0.9,0.1,0.5,0.5"], "multiplied by its width and height"),
+        (["--box", "700", "700", "900", "900"], "divide them by 1000"),
+        (["--box", "24", "3", "60"], "expected 4 numbers, got 3"),
+        (["--box", "24", "3", "10", "10"], "x,y,width,height is xywh"),
+    ],
+)
+def test_a_region_in_the_wrong_unit_is_an_error(picture, flags, message, capsys):
+    assert run("unused", "--image", picture, *flags, "--ask", "x") == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and len(error.splitlines()) == 1
+
+
+def test_images_come_from_data_urls_too(tiny_llava_dir, picture, fed, tmp_path, capsys):
+    url = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+    assert run(tiny_llava_dir, "--image", picture, "--whole", "--ask", "x") == 0
+    assert run(tiny_llava_dir, "--image", url, "--whole", "--ask", "x") == 0
+    (tmp_path / "r.jsonl").write_text(json.dumps({"id": 1, "image": url, "region": {"xywh": [2, 2, 20, 20]}}))
+    assert run(tiny_llava_dir, "--batch", tmp_path / "r.jsonl", "--output", tmp_path / "a.jsonl") == 0
+    assert torch.equal(fed[0], fed[1]) and torch.equal(fed[0][:3], fed[2][:3]) and not torch.equal(fed[0], fed[2])
 
 
 def test_version(capsys):
@@ -274,29 +307,6 @@ def test_interrupts_end_quietly_and_bugs_keep_their_traceback(picture, monkeypat
     stop(TypeError("a bug"))
     with pytest.raises(TypeError, match="a bug"):
         run("unused", "--image", picture, "--whole", "--ask", "x")
-
-
-def test_a_conversation_goes_on_after_a_refused_output(tiny_llava_dir, picture, tmp_path, monkeypatch, capsys):
-    (tmp_path / "thesis.json").write_text("years of work")
-    picture_before = picture.read_bytes()
-    lines = f"""\
-/whole
-/save {tmp_path}/thesis.json
-/overlay {picture}
-/overlay {tmp_path}
-/save {tmp_path}/turns.json
-/save {tmp_path}/turns.json
-/overlay {tmp_path}/turns.json
-/overlay {tmp_path}/\x1b[31mo.png
-"""
-    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    assert run(tiny_llava_dir, "--image", picture) == 2
-    said = capsys.readouterr().err
-    errors = [line for line in said.splitlines() if line.startswith("error:")]
-    parts = ["was not written by", "is read by this command", "is a folder", "was not written by"]
-    assert len(errors) == len(parts) and all(part in line for part, line in zip(parts, errors, strict=True))
-    assert (tmp_path / "thesis.json").read_text() == "years of work" and picture.read_bytes() == picture_before
-    assert said.count("turns.json: 0 turns") == 2 and "[31mo.png" in said and "\x1b" not in said
 
 
 def test_an_answer_is_shown_without_what_a_terminal_obeys(tiny_llava, capsys):

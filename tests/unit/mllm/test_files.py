@@ -449,3 +449,19 @@ def test_a_folder_killed_while_it_was_claimed_is_claimed_again(tmp_path):
     (out / ".mine.0123abcd.tmp").write_text("x")
     with pytest.raises(ValueError, match="not written by this command"):
         claim_folder(out, "evaluation")
+
+
+def test_what_a_killed_writer_left_is_removed_under_the_lock_and_nothing_else(tmp_path):
+    left = [".answers.jsonl.0123abcd.tmp", "..answers.jsonl.lock.json.0123abcd.tmp"]
+    others = [".answers.jsonl.tmp", ".answers.0123abcd.tmp", ".other.jsonl.0123abcd.tmp", "answers.jsonl.0123abcd.tmp"]
+    for name in [*left, *others]:
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".answers.jsonl.89abcdef.tmp").mkdir()
+    with locked(tmp_path / "answers.jsonl"):
+        assert not any((tmp_path / name).exists() for name in left)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*others, ".answers.jsonl.89abcdef.tmp"])
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "..lock.json.0123abcd.tmp").write_text("half")
+    with locked(run, inside=True):
+        assert sorted(file.name for file in run.iterdir()) == [".lock", ".lock.json"]

@@ -11,7 +11,7 @@ from torch import nn
 
 import mllm
 from mllm import chat
-from mllm.answering import RegionChat
+from mllm.inference import RegionChat
 from mllm.loading import EMBEDDED_MODEL
 from scripts import merge_adapter
 from tests.tiny import noise_picture, prompt
@@ -57,7 +57,7 @@ def test_adapter_gives_the_logits_it_was_saved_with(tiny_llava, tiny_llava_dir, 
         torch.testing.assert_close(logits(model, processor, region), saved)
         assert (logits(*tiny_llava, region) - saved).abs().max() > 1e-2
     assert (expected[0] - expected[1]).abs().max() > 1e-3
-    assert RegionChat(model, processor).answer(noise_picture(60, 40), LEFT, "What?", max_new_tokens=2) is not None
+    assert RegionChat(model, processor).ask(noise_picture(60, 40), LEFT, "What?", max_new_tokens=2) is not None
 
 
 def test_merged_adapter_needs_no_peft(tiny_llava_dir, adapter, tmp_path, capsys):
@@ -113,7 +113,7 @@ def test_only_the_language_model_is_quantised(embedded, load_in):
     image = Image.open(SCENES / "scene_2.png")
     for region in json.loads((SCENES / "scene_2.json").read_text()):
         asked = image, Region.from_json({"box": region["box"]}), "Describe this region."
-        assert RegionChat(model, processor).answer(*asked) == RegionChat(whole, processor).answer(*asked)
+        assert RegionChat(model, processor).ask(*asked) == RegionChat(whole, processor).ask(*asked)
 
 
 def test_load_in_and_adapter_on_the_command_line(tiny_llava_dir, adapter, tmp_path, capsys):

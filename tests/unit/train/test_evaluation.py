@@ -7,9 +7,9 @@ import itertools
 import pytest
 
 from eval.metrics.captions import freeze_document_frequency
-from mllm.answering import RegionChat
 from mllm.data import shapes
 from mllm.data.visual_genome import read_region_questions, read_regions
+from mllm.inference import RegionChat
 from train.evaluation import AnswerScorer
 
 

@@ -15,17 +15,23 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from vision_tower import regions as regions_module
+from vision_tower.region_points import ROUNDING
 from vision_tower.regions import Region
 
 coordinates = st.floats(-50, 150, allow_nan=False).map(lambda v: round(v, 3))
 strengths = st.floats(0, 1, allow_nan=False)
 
 
+def first_pixel(values):
+    """Within it coordinates are taken for fractions."""
+    return np.min(values) >= -ROUNDING and np.max(values) <= 1 + ROUNDING
+
+
 @st.composite
 def boxes(draw):
     x0, y0 = draw(coordinates), draw(coordinates)
     x1, y1 = x0 + draw(st.floats(0.01, 80)), y0 + draw(st.floats(0.01, 80))
-    assume(min(x0, y0) < 0 or max(x1, y1) > 1)  # within the first pixel they are taken for fractions
+    assume(not first_pixel((x0, y0, x1, y1)))
     return Region.from_box(x0, y0, x1, y1, strength=draw(strengths))
 
 
@@ -55,12 +61,11 @@ def polygons(draw):
         x, y = draw(coordinates), draw(coordinates)
         right, down, left, up = (draw(st.floats(0.05, 40)) for _ in range(4))
         parts.append([[x + right, y], [x, y + down], [x - left, y], [x, y - up]])
-    values = np.array(parts)
-    assume(values.min() < 0 or values.max() > 1)  # within the first pixel they are taken for fractions
+    assume(not first_pixel(parts))
     return Region.from_polygon(parts, strength=draw(strengths))
 
 
-points = st.lists(st.tuples(coordinates, coordinates), min_size=1, max_size=5)
+points = st.lists(st.tuples(coordinates, coordinates), min_size=1, max_size=5).filter(lambda p: not first_pixel(p))
 regions = st.one_of(
     boxes(),
     normalized_boxes(),
@@ -335,19 +340,6 @@ def test_rounding_gives_no_warning(caplog):
 def test_bounding_box_is_cut_off_at_the_picture():
     assert Region.from_box(-5, 2, 5.5, 90).bounding_box(50, 60) == (0, 2, 5.5, 50)
     assert Region.from_mask(np.eye(4)[:3]).bounding_box(3, 4) == (0, 0, 3, 3)
-
-
-def test_fractions_given_as_pixels_are_refused():
-    Region.from_box(0, 0, 1, 1)  # the first pixel
-    Region.from_box(0.1, 0.1, 0.5, 0.5, normalized=True)
-    for make in (
-        lambda: Region.from_box(0.1, 0.1, 0.5, 0.5),
-        lambda: Region.from_polygon([[0.1, 0.1], [0.9, 0.1], [0.9, 0.9]]),
-        lambda: Region.parse("polygon:0,0,1,0,1,0.5"),
-        lambda: Region.from_json({"box": [0, 0, 1, 0.5]}),
-    ):
-        with pytest.raises(ValueError, match="in pixels, got .*fractions"):
-            make()
 
 
 SQUARE = [[10, 10], [14, 10], [14, 14], [10, 14]]

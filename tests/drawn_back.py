@@ -1,0 +1,32 @@
+"""What a tower is given, and how well its alpha, drawn back onto the image, covers the region."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD, AlphaPatchEmbedding
+
+
+@pytest.fixture(name="fed")
+def fed_pixels(monkeypatch):
+    """Every image (4, S, S) that reaches a tower, whoever makes it."""
+    seen, forward = [], AlphaPatchEmbedding.forward
+
+    def noting(self, pixel_values):
+        seen.extend(pixel_values.detach().clone())
+        return forward(self, pixel_values)
+
+    monkeypatch.setattr(AlphaPatchEmbedding, "forward", noting)
+    return seen
+
+
+def overlap(pixel_values, region, height, width):
+    """IoU of the alpha (4, S, S) that was fed, drawn back onto the padded image, with the region."""
+    side = max(height, width)
+    alpha = pixel_values[3].float().numpy() * ALPHA_STD + ALPHA_MEAN
+    drawn = np.asarray(Image.fromarray(alpha).resize((side, side), Image.Resampling.BILINEAR)) >= 0.5
+    top, left = (side - height) // 2, (side - width) // 2
+    assert not drawn[:top].any() and not drawn[:, :left].any()
+    drawn = drawn[top : top + height, left : left + width]
+    wanted = region.mask(height, width) >= 0.5
+    return (drawn & wanted).sum() / (drawn | wanted).sum()
