@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from eval.metrics import captions, java, questions, similarity
-from eval.metrics.exact_match import exactly_right_each
+from eval.metrics.exactly_right import exactly_right_each
 from eval.metrics.intervals import (
     RESAMPLES,
     Difference,

@@ -21,7 +21,7 @@ from build_shapes_clip import RECIPES, ROOT, claim_work
 import mllm
 from eval.controls import references_of_shown_region, with_whole_image, with_wrong_region
 from eval.generate import generate
-from eval.metrics.exact_match import exactly_right
+from eval.metrics.exactly_right import exactly_right
 from mllm.answering import RegionChat
 from mllm.command_line import ArgumentParser, exit_code
 from mllm.data import shapes

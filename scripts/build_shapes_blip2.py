@@ -19,7 +19,7 @@ from transformers import Blip2QFormerConfig, OPTConfig, set_seed
 import mllm
 from eval.controls import with_whole_image
 from eval.generate import generate
-from eval.metrics.exact_match import exactly_right
+from eval.metrics.exactly_right import exactly_right
 from mllm.answering import RegionChat
 from mllm.blip2 import (
     AlphaBlip2Config,

@@ -10,7 +10,7 @@ from PIL import Image
 import mllm
 from eval.controls import references_of_shown_region, with_whole_image, with_wrong_region
 from eval.generate import generate
-from eval.metrics.exact_match import exactly_right
+from eval.metrics.exactly_right import exactly_right
 from mllm import chat as region_chat
 from mllm.answering import RegionChat
 from mllm.data import shapes
