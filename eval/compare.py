@@ -15,7 +15,7 @@ from eval.metrics.intervals import RESAMPLES, Difference
 from eval.page import ordering_metric, p_value, picture_of, write_page
 from eval.predictions import read_predictions
 from eval.score import measure, picture_of_each
-from eval.tasks import CAPTION_METRICS, QUESTION_METRICS
+from eval.tasks import metrics_for
 from mllm.files import check_replaceable
 
 _PAGE = "compare.html"
@@ -124,8 +124,8 @@ def compare(
 
     Args:
         paths: Run folders or files of predictions, two or more; the first is the base.
-        metrics: Names; None takes those of the first run's metrics.json, and without one those for questions if every
-            sample has a question, else those for captions.
+        metrics: Names; None takes those of the first run's metrics.json, and without one those of the kind of the
+            samples, questions or descriptions.
         resamples: Of the paired bootstrap; over pictures where every sample's `meta` names its picture.
         seed: Of the bootstrap.
         changed: So many samples that changed are kept.
@@ -223,7 +223,10 @@ def _metric_names(path: Path, records: Sequence[Mapping[str, Any]]) -> list[str]
     file = (path if path.is_dir() else path.parent) / "metrics.json"
     if file.is_file():
         return list(_read_json(file)["metrics"])
-    return list(QUESTION_METRICS if all(record.get("question") for record in records) else CAPTION_METRICS)
+    try:
+        return list(metrics_for([record.get("question") for record in records]))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error} (region-eval score --metrics), then compare the folders of scores") from None
 
 
 def _changed_most(files: list[list[dict]], scores: list[np.ndarray], count: int) -> list[Changed]:

@@ -20,7 +20,7 @@ from eval.generate import Processes, Settings, run
 from eval.predictions import image_name, read_predictions
 from eval.report import write_report
 from eval.score import Measured, check_metrics, measure, picture_of_each, score
-from eval.tasks import Task
+from eval.tasks import Task, metrics_for
 from mllm.answering import RegionChat
 from mllm.batch import model_record
 from mllm.command_line import too_many_errors
@@ -48,7 +48,7 @@ class Plan:
         controls: Whether the other inputs of `eval.controls` are run too, on the same samples.
         strength: Of the regions, 0 to 1.
         limit: Only so many samples, or None.
-        metrics: Names; the task's.
+        metrics: Names; none takes the task's, or those of the kind of its samples.
         sentence_model: Directory for semantic similarity, or None.
         intervals: Whether 95 % intervals are made.
         allow_missing: Whether samples without a prediction may be left out.
@@ -95,8 +95,12 @@ def evaluate(plan: Plan, load: Callable[[], RegionChat], model_name: str) -> dic
     """
     processes = Processes.start()
     with processes.together():
-        check_metrics(plan.metrics, plan.sentence_model)
+        check_metrics(plan.metrics or plan.task.metrics, plan.sentence_model)  # before minutes of reading
         samples = read_samples(plan)
+        questions = [sample.question for sample in samples]
+        names = metrics_for(questions, plan.task, plan.metrics, plan.sentence_model)
+        check_metrics(names, plan.sentence_model)
+        plan = dataclasses.replace(plan, metrics=names)
     with contextlib.ExitStack() as held:
         with processes.together():  # before the model is loaded
             if processes.rank == 0:
