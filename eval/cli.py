@@ -209,23 +209,19 @@ def _write_scores(
     """Score predictions and write them, with metrics and report; the content of metrics.json."""
     from eval.evaluate import write_results
     from eval.predictions import write_predictions
-    from eval.score import score
+    from eval.report import Results
+    from eval.score import measure, score
 
-    metrics = score(
-        records,
-        names,
-        with_intervals=not args.no_intervals,
-        seed=args.seed,
-        sentence_model=args.sentence_model,
-    )
+    measured = measure(records, names, args.sentence_model)
+    metrics = score(records, names, with_intervals=not args.no_intervals, seed=args.seed, measured=measured)
     metrics["notes"] = notes + metrics["notes"]
     about = {"item": task.item, "references": task.references} if task else {}
     protocol = {**about, "items": len(records), "predictions": str(args.predictions)}
     metrics = {"task": args.task, "protocol": protocol, **metrics, "inputs": {}}
     write_predictions(args.out / "predictions.jsonl", records)  # joined with their references, to compare with
     record = {"task": args.task, "protocol": protocol, "model": str(args.predictions)}
-    write_results(args.out, task, metrics, record, records, {}, args.command_line, args.seed, args.data)
-    return metrics
+    results = Results(metrics, record, records, measured)
+    return write_results(args.out, task, results, args.command_line, args.seed, args.data)
 
 
 def _compare(args: argparse.Namespace) -> int:
