@@ -123,6 +123,18 @@ def test_another_systems_results(tmp_path, capsys):
     assert "4,896 items" in fails(capsys, *score, "--task", "refcocog-umd-val/ungrouped")
 
 
+def test_an_export_is_not_written_into_a_run(finished, tmp_path, capsys):
+    before = sorted(finished.rglob("*"))
+    assert "reads; choose another folder" in fails(capsys, "export", finished, "--out", finished)
+    assert "reads" in fails(capsys, "export", finished / "predictions.jsonl", "--out", finished)
+    assert "reads" in fails(capsys, "export", finished, "--out", finished.parent)
+    assert main(["export", str(finished), "--out", str(tmp_path / "coco")]) == 0
+    other = tmp_path / "coco" / "p.jsonl"
+    other.write_bytes((finished / "predictions.jsonl").read_bytes())
+    assert "written by another command (evaluation)" in fails(capsys, "export", other, "--out", finished)
+    assert sorted(finished.rglob("*")) == before
+
+
 def test_compare(finished, tmp_path, capsys):
     whole = finished / "controls" / "whole"
     assert main(["compare", str(finished), str(whole), "--html", str(tmp_path / "c.html")]) == 0
