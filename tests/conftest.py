@@ -27,6 +27,9 @@ from tests.tiny import build_tiny_llava
 ROOT = Path(__file__).resolve().parent.parent
 # A shell's background jobs ignore Ctrl-C, and what they start would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Nor one started with nohup; a handler of ours, which what we start does not inherit, so that it heeds SIGHUP.
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 def pytest_collection_finish():

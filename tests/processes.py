@@ -239,6 +239,8 @@ def run_request(request, torch):
     """Become the process that was asked for; returns its exit code."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with open(request["output"], "ab", buffering=0) as output, open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
         os.dup2(output.fileno(), 1)

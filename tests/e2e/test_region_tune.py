@@ -184,6 +184,7 @@ def test_gradient_checkpointing_changes_nothing(world, undisturbed, tmp_path):
     assert_same(undisturbed, tmp_path, 1e-6)
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(world, undisturbed, tmp_path):
     tune(world, tmp_path, "--dataloader_num_workers", 2)
     assert_same(undisturbed, tmp_path, 0)
@@ -248,7 +249,7 @@ def test_a_signal_to_all_processes_ends_with_a_checkpoint(world, tmp_path, proce
     assert int(last_whole_checkpoint(tmp_path).name.partition("-")[2]) >= 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_the_same_command_goes_on(world, undisturbed, tmp_path, monkeypatch, number):
     original = StopOnSignal.on_step_end
 

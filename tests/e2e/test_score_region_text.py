@@ -36,7 +36,7 @@ def score(folder, *flags):
     return score_region_text.main([str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("form", ["mask", "box"])
+@pytest.mark.parametrize("form", ["mask", pytest.param("box", marks=pytest.mark.slow)])
 def test_shares_are_those_of_one_pass_for_each_region(folder, capsys, form):
     assert score(folder, "--region-input", form) == 0
     printed = capsys.readouterr().out

@@ -56,7 +56,14 @@ def untrainable(monkeypatch):
 
 
 @pytest.mark.parametrize("program", BOTH)
-@pytest.mark.parametrize("flags", [(), ("--save_strategy", "no"), ("--max_steps", -1, "--num_train_epochs", 1.5)])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        pytest.param(("--save_strategy", "no"), marks=pytest.mark.slow),
+        pytest.param(("--max_steps", -1, "--num_train_epochs", 1.5), marks=pytest.mark.slow),
+    ],
+)
 def test_a_finished_run_stays_what_it_is(recipes, tmp_path, monkeypatch, capsys, program, flags):
     assert train(recipes, program, tmp_path, *flags) == 0
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
@@ -87,7 +94,7 @@ def lose_weights_after_the_end(out, weights):
 
 
 @pytest.mark.parametrize("program", BOTH)
-@pytest.mark.parametrize("damage", [damage_nothing, cut_weights])
+@pytest.mark.parametrize("damage", [damage_nothing, pytest.param(cut_weights, marks=pytest.mark.slow)])
 def test_a_run_killed_in_its_last_save_saves_again(recipes, undisturbed, tmp_path, monkeypatch, program, damage):
     with monkeypatch.context() as patch:
         patch.setattr(train_run, "write_record", killed)

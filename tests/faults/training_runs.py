@@ -94,6 +94,13 @@ def run_until_it_ends(command: list, limit: float, fault_time: Path, **environme
     return Ended(started.returncode, seconds, output)
 
 
+def note_time(path: str) -> None:
+    """Write the present time to a file, whole: a worker may be killed meanwhile."""
+    own = f"{path}.{os.getpid()}"
+    Path(own).write_text(str(time.time()))
+    os.replace(own, path)
+
+
 def processes_of(mark: str) -> list[int]:
     """The processes that carry a mark in their environment."""
     found = []

@@ -208,6 +208,7 @@ def test_captions_by_the_reference_scorers(tmp_path):
     assert len(found.changed) == 5 and found.changed[0].records[0]["id"] == "8"
 
 
+@pytest.mark.slow
 def test_the_interval_of_bleu_is_that_of_files_drawn_by_hand(tmp_path):
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 

@@ -153,7 +153,7 @@ ERRORS = {"killed": Killed(), "full disk": OSError(errno.ENOSPC, "No space left 
 
 
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
-@pytest.mark.parametrize("retry", [False, True], ids=["", "--retry-failed"])
+@pytest.mark.parametrize("retry", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "--retry-failed"])
 def test_stopped_at_any_moment_and_rerun_it_gives_the_same_bytes(tiny_llava, folder, asked, retry, error):
     """At every system call, of a first run and of a retry after an edit; the batches are the same ones, too."""
     missing = [{"id": f"late {n}", "image": "late.png", "region": BOX} for n in range(3)]

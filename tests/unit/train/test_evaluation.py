@@ -34,7 +34,7 @@ def scorer(embedded, samples, regions=None, frequency=None):
     return AnswerScorer(embedded[1], conversations, [sample.question is None for sample in samples], frequency)
 
 
-@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_shares_of_several_processes_make_the_whole(embedded, held_out, world):
     asked = scorer(embedded, held_out, frequency=freeze_document_frequency([s.references for s in held_out]))
     answered = [answer for rank in reversed(range(world)) for answer in asked.answer(embedded[0], rank, world)]

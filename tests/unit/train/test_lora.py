@@ -83,7 +83,7 @@ def test_exactly_these_weights_of_llava_move(starts, data, tmp_path, parts):
     assert moved(starts["llava"], tmp_path) == expected
 
 
-@pytest.mark.parametrize("family", ["opt", "t5"])
+@pytest.mark.parametrize("family", [pytest.param("opt", marks=pytest.mark.slow), "t5"])
 def test_exactly_the_language_model_of_blip2_moves(starts, data, tmp_path, family):
     assert tune(starts[family], data, tmp_path) == 0
     names = adapted(starts[family], ["language_model"])
@@ -182,6 +182,7 @@ def test_nf4_trains_and_the_adapter_loads(starts, data, tmp_path):
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == 14
 
 
+@pytest.mark.slow
 def test_t5_with_qformer_checkpointed(starts, data, tmp_path):
     """As in the recipe blip2_flant5xl_lora."""
     flags = "--train_parts", "qformer", "language_projection", "--lora_targets", "q", "v", "--gradient_checkpointing"

@@ -79,6 +79,7 @@ LORA, FULL = {"lora_r": 8, "lora_dropout": 0.0}, {"train_parts": ["language_mode
         *(pytest.param(*other, marks=pytest.mark.slow) for other in [(LORA, False), (FULL, True), (FULL, False)]),
     ],
 )
+@pytest.mark.slow
 def test_planned_memory_is_what_a_step_takes(arguments, checkpointing):
     arguments = ModelArguments(**arguments)
     with torch.device("meta"):

@@ -366,7 +366,7 @@ def test_chunks_are_all_pairs_in_order_with_their_texts(count):
         assert sorted(set(chunk["text_of"].tolist())) == list(range(len(chunk["input_ids"])))
 
 
-@pytest.mark.parametrize("epoch", [0, 1])
+@pytest.mark.parametrize("epoch", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_two_ranks_of_two_workers_share_an_epoch(grit, tmp_path, epoch):
     """Each picture once, and together the very batches of one rank."""
 

@@ -49,7 +49,7 @@ def measured_peak(checkpointing):
 
 
 # planned / measured: 1.05 without, 0.82 with checkpointing (beside the kept, a block makes passing ones)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_activations_are_those_of_a_real_step(checkpointing):
     planned = tower_activations(on_meta(), PAIRS, 4, checkpointing).all
     ratio = planned / measured_peak(checkpointing)

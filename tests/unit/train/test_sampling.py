@@ -72,7 +72,7 @@ def test_conversations_are_true_and_varied(root, tmp_path):
     samples = dataset(root, tmp_path, region_input="mixed", max_turns=2, turn_weights=["description=3"])
     facts = samples.indexes[0].read(range(len(samples)))
     lengths, forms, described = Counter(), Counter(), 0
-    for epoch in range(30):
+    for epoch in range(12):
         for row, entry in enumerate(facts):
             (messages,) = samples[epoch * len(samples) + row]
             lengths[len(messages) // 2] += 1

@@ -45,7 +45,7 @@ def test_what_is_not_read_off_the_tensors_is_clips_own(original):
 
 
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
-@pytest.mark.parametrize("prefix", ["", "module.", "visual.", "module.visual."])
+@pytest.mark.parametrize("prefix", ["", "module.", "visual.", "module.visual.", "visual.module."])
 def test_files_and_prefixes(original, tmp_path, ending, prefix):
     file = tmp_path / f"weights{ending}"
     named = {prefix + key: tensor for key, tensor in original.items()}

@@ -289,6 +289,8 @@ def test_parse(text, region):
         (lambda: Region.from_mask(np.zeros((4, 4), bool)), "empty"),
         (lambda: Region.from_mask(np.full((4, 4), 7)), "expected a mask of"),
         (lambda: Region.from_mask(np.full((4, 4), np.nan)), "expected a mask of"),
+        (lambda: Region.from_mask(np.array([[-0.5, 1.0]])), "expected a mask of"),
+        (lambda: Region.from_mask(np.array([[-1, 0]])), "expected a mask of"),
         (lambda: Region.from_mask(np.ones((4, 4), complex)), "expected a mask of"),
         (lambda: Region.from_mask(np.array([[None, 1]])), "expected a mask of"),
         (lambda: Region.from_mask(np.ones((4, 4, 3))), "expected a mask \\(H, W\\)"),
