@@ -63,9 +63,10 @@ mutations: setup ## which of COUNT (200) drawn changes of the sources the tests 
 mutations-known: setup ## the changes that the tests must notice (tests/mutations/known.json)
 	$(BIN)/python -m tests.mutations --known
 
-check: setup ## style, read only
+check: setup ## style and types, read only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 style: setup ## style, mended
 	$(BIN)/ruff check --fix .

@@ -270,7 +270,7 @@ def _content(path: Path, unique_keys: bool = False) -> Any:
             row = None  # an object over several lines
         if row is not None and (second is not None or _is_line(row)):
             return _lines(path)
-    lines.close()
+    lines.close()  # type: ignore[attr-defined]
     try:
         content = read_json(path, object, unique_keys=unique_keys)
     except NotWholeError:

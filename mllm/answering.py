@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import BatchFeature, PreTrainedModel
 
 from mllm.loading import AlphaProcessor
-from mllm.processing import image_items
+from mllm.messages import image_items
 from vision_tower import Region
 
 Turn = tuple[str, str]  # question, answer

@@ -8,168 +8,28 @@
 import os
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoModelForSeq2SeqLM,
     AutoProcessor,
     AutoTokenizer,
     Blip2Config,
-    Blip2ForConditionalGeneration,
-    Blip2QFormerModel,
-    Blip2VisionConfig,
-    Blip2VisionModel,
-    PreTrainedConfig,
 )
-from transformers import initialization as init
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from mllm.modeling_alpha_blip2 import (
+    AlphaBlip2Config,
+    AlphaBlip2ForConditionalGeneration,
+    AlphaBlip2VisionConfig,
+    AlphaBlip2VisionModel,
+    AlphaCLIPBlip2VisionConfig,
+    AlphaCLIPBlip2VisionModel,
+)
 from mllm.processing_blip2 import AlphaBlip2Processor
-from vision_tower import (
-    AlphaCLIPImageProcessor,
-    AlphaCLIPVisionConfig,
-    AlphaCLIPVisionModel,
-    AlphaConv2d,
-    AlphaPatchEmbedding,
-)
+from vision_tower import AlphaCLIPImageProcessor
 from vision_tower.conversion import read_tower_for
-from vision_tower.modeling_alpha_clip import check_loaded
-
-
-class AlphaBlip2VisionConfig(Blip2VisionConfig):
-    """Configuration of the EVA tower: every field is BLIP-2's."""
-
-    model_type = "alpha_blip2_vision_model"
-
-
-class AlphaCLIPBlip2VisionConfig(AlphaCLIPVisionConfig):
-    """Configuration of the CLIP tower as BLIP-2 uses it: 23 blocks for ViT-L, LAVIS drops the last one."""
-
-    model_type = "alpha_clip_blip2_vision_model"
-
-
-_TOWERS = {config.model_type: config for config in (AlphaBlip2VisionConfig, AlphaCLIPBlip2VisionConfig)}
-
-
-class AlphaBlip2Config(Blip2Config):
-    """Configuration of BLIP-2 with an alpha tower. A stock BLIP-2 directory is accepted: its tower becomes ours."""
-
-    model_type = "alpha_blip2"
-
-    def __post_init__(self, **kwargs) -> None:
-        vision = self.vision_config
-        if not isinstance(vision, PreTrainedConfig):  # a dict under another type would silently become the EVA tower
-            fields = dict(vision or {})
-            found = fields.pop("model_type", Blip2VisionConfig.model_type)
-            if found == Blip2VisionConfig.model_type:
-                found = AlphaBlip2VisionConfig.model_type
-            if found not in _TOWERS:
-                raise ValueError(f"expected a vision tower out of {sorted(_TOWERS)}, got {found!r}")
-            self.vision_config = _TOWERS[found](**fields)
-        elif type(vision) is Blip2VisionConfig:
-            fields = vision.to_dict()
-            fields.pop("model_type")
-            self.vision_config = AlphaBlip2VisionConfig(**fields)
-        elif type(vision) not in _TOWERS.values():
-            raise ValueError(f"expected a vision tower out of {sorted(_TOWERS)}, got {vision.model_type!r}")
-        super().__post_init__(**kwargs)
-
-    @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """Read a config file; stock BLIP-2's is taken as ours.
-
-        Raises:
-            ValueError: If the directory holds another kind of model.
-        """
-        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        found = config.get("model_type", Blip2Config.model_type)
-        if config and found not in (cls.model_type, Blip2Config.model_type):
-            raise ValueError(
-                f"expected a BLIP-2 directory, got model_type {found!r} in {pretrained_model_name_or_path}"
-            )
-        return {**config, "model_type": cls.model_type}, kwargs
-
-
-class AlphaBlip2VisionModel(Blip2VisionModel):
-    """BLIP-2's EVA tower with an alpha channel; its patch convolution has a bias.
-
-    `forward` takes `pixel_values` (B, 4, H, W) or (B, 3, H, W) and returns what `Blip2VisionModel` returns.
-    """
-
-    config: AlphaBlip2VisionConfig
-
-    def __init__(self, config: AlphaBlip2VisionConfig) -> None:
-        super().__init__(config)
-        self.embeddings.patch_embedding = AlphaPatchEmbedding(config.hidden_size, config.patch_size, bias=True)
-        self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, AlphaConv2d):
-            init.zeros_(module.weight)
-
-
-class AlphaCLIPBlip2VisionModel(AlphaCLIPVisionModel):
-    """An Alpha-CLIP tower whose last hidden state is normalised over all tokens, as BLIP-2's Q-Former expects.
-
-    LAVIS keeps that norm beside the tower (`ln_vision`); here it is the tower's `post_layernorm`.
-    Source: `Blip2Base.init_vision_encoder` in salesforce/LAVIS, lavis/models/blip2_models/blip2.py at 506965b.
-    """
-
-    config: AlphaCLIPBlip2VisionConfig
-
-    def forward(self, pixel_values: torch.Tensor | None = None, **kwargs) -> BaseModelOutputWithPooling:
-        """As in `AlphaCLIPVisionModel`, with `last_hidden_state` (B, 1 + P, D) after `post_layernorm`."""
-        output = super().forward(pixel_values, **kwargs)
-        output.last_hidden_state = self.post_layernorm(output.last_hidden_state)
-        return output
-
-
-class AlphaBlip2ForConditionalGeneration(Blip2ForConditionalGeneration):
-    """BLIP-2 whose `vision_model` is one of ours; forward, loss and `generate` are BLIP-2's.
-
-    `pixel_values` is (B, 4, H, W); build them with `AlphaBlip2Processor`.
-    """
-
-    config: AlphaBlip2Config
-
-    def __init__(self, config: AlphaBlip2Config) -> None:
-        # BLIP-2's own lines, but for the first: there the tower's class is fixed
-        super(Blip2ForConditionalGeneration, self).__init__(config)
-        self.vision_model = AutoModel.from_config(config.vision_config)
-        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.qformer_config.hidden_size))
-        self.qformer = Blip2QFormerModel._from_config(config.qformer_config)
-        self.language_projection = nn.Linear(config.qformer_config.hidden_size, config.text_config.hidden_size)
-        decoder_only = config.use_decoder_only_language_model
-        self.language_model = (AutoModelForCausalLM if decoder_only else AutoModelForSeq2SeqLM).from_config(
-            config.text_config
-        )
-        self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """Load as in Transformers, from our directory or a stock BLIP-2's.
-
-        Raises:
-            ValueError: If a weight other than the alpha convolution is missing, left over, or of another shape.
-        """
-        if "config" not in kwargs and not args:
-            names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-            hub = {name: kwargs[name] for name in names if name in kwargs}
-            kwargs["config"] = AlphaBlip2Config.from_pretrained(pretrained_model_name_or_path, **hub)
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the report names mismatches
-        model, report = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        check_loaded(cls.__name__, pretrained_model_name_or_path, report)
-        return (model, report) if output_loading_info else model
-
 
 # full names, as Transformers 5 wants them; a list of one's own drops the default lm_head
 NEVER_QUANTISED = ("vision_model", "qformer", "language_projection", "language_model.lm_head")
@@ -195,14 +55,11 @@ def load_model(name: str | os.PathLike, config: Blip2Config, **kwargs: Any) -> A
             shape.
     """
     try:
-        model, report = AlphaBlip2ForConditionalGeneration.from_pretrained(name, output_loading_info=True, **kwargs)
+        return AlphaBlip2ForConditionalGeneration.from_pretrained(name, **kwargs)
     except SafetensorError as error:
         raise ValueError(
             f"the weights in {name} are damaged ({error}); were they copied or downloaded whole?"
         ) from error
-    if report["missing_keys"] and isinstance(config, AlphaBlip2Config):
-        raise ValueError(f"the weights in {name} lack the alpha weight, which its config.json promises")
-    return model
 
 
 def load_alpha_weights(model: AlphaBlip2ForConditionalGeneration, source: str | os.PathLike) -> None:
@@ -256,10 +113,3 @@ for _config, _model in (
     AutoModel.register(_config, _model, exist_ok=True)
 AutoModelForImageTextToText.register(AlphaBlip2Config, AlphaBlip2ForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(AlphaBlip2Config, AlphaBlip2Processor, exist_ok=True)
-# Stock renamings (older key layouts) hold for ours too; Transformers applies them to stock classes only.
-for _ours, _stock in (
-    ("AlphaCLIPBlip2VisionModel", "CLIPVisionModel"),
-    ("AlphaBlip2ForConditionalGeneration", "Blip2ForConditionalGeneration"),
-):
-    if _mapping := get_checkpoint_conversion_mapping(_stock):
-        register_checkpoint_conversion_mapping(_ours, _mapping, overwrite=True)

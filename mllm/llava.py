@@ -6,12 +6,21 @@ import os
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+)
 
-from mllm.processing import AlphaLlavaProcessor
+from mllm.fused import is_fused, load_fused
+from mllm.processing_llava import AlphaLlavaProcessor
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel
-from vision_tower.conversion import fuse, read_tower_for
-from vision_tower.modeling_alpha_clip import check_loaded
+from vision_tower.conversion import read_tower_for
+from vision_tower.loading import load_checked
 
 # Full names: since Transformers 5 a bare "vision_tower" skips nothing. A list of one's own drops the default lm_head.
 NEVER_QUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
@@ -30,7 +39,8 @@ def vision_tower(model: LlavaForConditionalGeneration) -> AlphaCLIPVisionModel:
 
 
 def with_alpha_tower(config: LlavaConfig) -> LlavaConfig:
-    """`config` with our tower in place of CLIP's; a config that has it already is returned as it is.
+    """`config` with our tower in place of CLIP's, of three channels or four (`mllm.export`); a config that has it
+    already is returned as it is.
 
     Raises:
         ValueError: If the tower is neither CLIP nor ours.
@@ -38,16 +48,19 @@ def with_alpha_tower(config: LlavaConfig) -> LlavaConfig:
     vision = config.vision_config
     if isinstance(vision, AlphaCLIPVisionConfig):
         return config
-    if type(vision) is not CLIPVisionConfig:
-        raise ValueError(f"expected a LLaVA with a CLIP vision tower, got {vision.model_type!r}")
+    if type(vision) is not CLIPVisionConfig or vision.num_channels not in (3, 4):
+        channels = getattr(vision, "num_channels", "unknown")
+        raise ValueError(
+            f"expected a LLaVA with a CLIP vision tower of 3 or 4 channels, got {vision.model_type!r} of {channels}"
+        )
     fields = vision.to_dict()
     fields.pop("model_type")
-    config.vision_config = AlphaCLIPVisionConfig(**fields)
+    config.vision_config = AlphaCLIPVisionConfig(**{**fields, "num_channels": 3})
     return config
 
 
 def load_model(name: str | os.PathLike, config: LlavaConfig, **kwargs: Any) -> LlavaForConditionalGeneration:
-    """Load a LLaVA-1.5 checkpoint, with CLIP's tower or ours, in any key layout.
+    """Load a LLaVA-1.5 checkpoint, with CLIP's tower, ours, or that of an export, in any key layout.
 
     Args:
         name: Directory or hub id.
@@ -58,20 +71,13 @@ def load_model(name: str | os.PathLike, config: LlavaConfig, **kwargs: Any) -> L
         ValueError: If a weight is missing (CLIP's tower has no alpha weight, ours must), left over, or of another
             shape.
     """
-    # mismatches are let through to the report, which names them
-    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    alpha_expected = isinstance(config.vision_config, AlphaCLIPVisionConfig)
-    config = with_alpha_tower(config)
+    load = load_fused if is_fused(config) else LlavaForConditionalGeneration.from_pretrained
     try:
-        model, report = LlavaForConditionalGeneration.from_pretrained(name, config=config, **kwargs)
+        return load_checked(load, name, config=with_alpha_tower(config), **kwargs)
     except SafetensorError as error:
         raise ValueError(
             f"the weights in {name} are damaged ({error}); were they copied or downloaded whole?"
         ) from error
-    check_loaded("LLaVA with an alpha tower", name, report)
-    if alpha_expected and report["missing_keys"]:
-        raise ValueError(f"the weights in {name} lack the alpha weight, which its config.json promises")
-    return model
 
 
 def load_alpha_weights(model: LlavaForConditionalGeneration, source: str | os.PathLike) -> None:
@@ -89,20 +95,6 @@ def load_alpha_weights(model: LlavaForConditionalGeneration, source: str | os.Pa
     tower.load_state_dict(read_tower_for(tower.config, source))  # strict; casts to the tower's dtype and device
 
 
-def fused_llava(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
-    """A stock LLaVA with the same answers, whose tower is stock CLIP of four channels: it needs no code of ours.
-
-    Its `pixel_values` must be (B, 4, H, W): stock CLIP does not take three for the whole image.
-    """
-    fields = model.config.to_dict()
-    vision = {key: value for key, value in fields["vision_config"].items() if key not in ("model_type", "auto_map")}
-    fields["vision_config"] = CLIPVisionConfig(**{**vision, "num_channels": 4})
-    fused = LlavaForConditionalGeneration(LlavaConfig(**fields)).to(model.dtype)
-    fused.load_state_dict(fuse(model.state_dict()))  # strict
-    fused.generation_config = model.generation_config
-    return fused
-
-
 def load_processor(name: str | os.PathLike, config: LlavaConfig, **hub: Any) -> AlphaLlavaProcessor:
     """The processor of a LLaVA-1.5 directory that knows nothing of regions: its tokenizer and image settings, in our
     format.
@@ -115,10 +107,7 @@ def load_processor(name: str | os.PathLike, config: LlavaConfig, **hub: Any) -> 
 
 
 def build_llava_processor(image_processor: AlphaCLIPImageProcessor, tokenizer: Any, config: LlavaConfig):
-    """An `AlphaLlavaProcessor` whose token count fits `config`; the tokenizer is set to pad on the left, for
-    batches.
-    """
-    tokenizer.padding_side = "left"
+    """An `AlphaLlavaProcessor` whose token count fits `config`."""
     return AlphaLlavaProcessor(
         image_processor,
         tokenizer,
@@ -126,3 +115,15 @@ def build_llava_processor(image_processor: AlphaCLIPImageProcessor, tokenizer: A
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1,  # CLIP's class token
     )
+
+
+class _AlphaLlavaProcessorKey(PreTrainedConfig):
+    """AutoProcessor finds a class by a config; LlavaConfig is taken by LlavaProcessor, which our models keep as their
+    config.
+    """
+
+    model_type = "alpha_llava_processor"
+
+
+# Not beside the class: a remote copy of it must not register itself, least of all in place of this one.
+AutoProcessor.register(_AlphaLlavaProcessorKey, AlphaLlavaProcessor, exist_ok=True)

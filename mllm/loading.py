@@ -38,8 +38,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 import vision_tower
 from mllm import blip2, llava
 from mllm.files import one_line
-from mllm.processing import AlphaLlavaProcessor
 from mllm.processing_blip2 import AlphaBlip2Processor
+from mllm.processing_llava import AlphaLlavaProcessor
 from vision_tower import AlphaCLIPImageProcessor
 from vision_tower.conversion import MAX_BLOCKS
 

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
 
+from mllm.fused import is_fused
 from vision_tower import AlphaCLIPVisionConfig, Region
 
 # what a directory can be built from -> licence id (the hub's, or a name where the hub has none), and in words
@@ -37,6 +38,8 @@ _KINDS = {  # model_type -> title, pipeline tag
     "llava": ("LLaVA-1.5 with an Alpha-CLIP tower", "image-text-to-text"),
     "alpha_blip2": ("BLIP-2 with an alpha tower", "image-text-to-text"),
 }
+_EXPORTED = "exported llava"  # stock classes (mllm/export.py), which the model type does not tell
+_KINDS[_EXPORTED] = _KINDS["llava"]
 _EXAMPLES = {
     "alpha_clip_vision_model": """\
 from transformers import AutoImageProcessor, AutoModel
@@ -58,13 +61,28 @@ import mllm
 from vision_tower import Region
 
 model, processor = mllm.load("{name}")
-inputs = processor(images=image, regions=Region.{region}, text="What is this?", return_tensors="pt")
+item = {{"type": "image", "image": image, "region": Region.{region}}}
+message = {{"role": "user", "content": [item, {{"type": "text", "text": "What is this?"}}]}}
+inputs = processor.apply_chat_template(
+    [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
 print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))""",
 }
-_EXAMPLES["alpha_blip2"] = _EXAMPLES["llava"].replace('"What is this?"', '"Question: What is this? Answer:"')
+_EXAMPLES["alpha_blip2"] = _EXAMPLES["llava"]
+_EXAMPLES[_EXPORTED] = """\
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{name}")
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+item = {{"type": "image", "image": image, "region": "box:40,60,220,200"}}
+message = {{"role": "user", "content": [item, {{"type": "text", "text": "What is this?"}}]}}
+inputs = processor.apply_chat_template(
+    [message], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))"""
 _ABOUT = """\
 CLIP with a fourth input channel, alpha, that says where to look ([Alpha-CLIP](https://arxiv.org/abs/2312.03818)). A
-region is the fourth channel of `pixel_values`, which is (B, 4, H, W); three channels mean the whole image."""
+region is the fourth channel of `pixel_values`, which is (B, 4, H, W)."""
 _SHAPES_ONLY = "**It knows only drawn scenes of the Shapes world: no photographs, no people, no other questions.**"
 _FILES = {
     "config.json": "the architecture",
@@ -77,7 +95,7 @@ _FILES = {
     "chat_template.jinja": "the conversation format",
     "scores.json": "the scores below",
     "training_scenes.bin": "hashes of the Shapes scenes that it was trained on, so that none is scored",
-    "*.py": "source files of the tower: a directory of the tower alone runs them with `trust_remote_code=True`",
+    "*.py": "source files, run by `trust_remote_code=True` where alpha-clip-mllm is not installed",
 }
 _TOLD = (  # what of the training arguments is told
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "weight_decay"),
@@ -117,7 +135,7 @@ def model_card(
     config = None if adapter else _read_config(folder)
     if adapter or base_model:
         base_model = check_base_model(base_model or adapter.get("base_model_name_or_path"))
-    kind = config.model_type if config else _kind_of_adapter(adapter)
+    kind = _kind_of_adapter(adapter) if config is None else _EXPORTED if is_fused(config) else config.model_type
     title, pipeline = _KINDS[kind]
     runs = _read_scores(folder / "scores.json")
     data = ModelCardData(
@@ -185,7 +203,8 @@ def _read_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"cannot read {folder / 'config.json'}: {str(error).strip().splitlines()[0]}") from error
     if config.model_type not in _KINDS:
         raise ValueError(f"expected a model out of {', '.join(_KINDS)}, got {config.model_type!r} in {folder}")
-    if config.model_type == "llava" and config.vision_config.model_type != AlphaCLIPVisionConfig.model_type:
+    ours = AlphaCLIPVisionConfig.model_type
+    if config.model_type == "llava" and config.vision_config.model_type != ours and not is_fused(config):
         found = config.vision_config.model_type
         raise ValueError(f"expected a LLaVA with our tower, got a tower {found!r}; save what mllm.load({folder}) gives")
     if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
@@ -209,7 +228,8 @@ def _example(kind: str, repo_id: str, base_model: str | None) -> str:
     if base_model:  # an adapter: `mllm.load` takes it as a directory
         code = code.replace("import mllm\n", "import mllm\nfrom huggingface_hub import snapshot_download\n")
         code = code.replace(f'load("{base_model}"', f'load("{base_model}", adapter=snapshot_download("{repo_id}")')
-    return f"## Use\n\nWith alpha-clip-mllm installed, and a picture `image` (PIL):\n\n```python\n{code}\n```"
+    needed = "With Transformers 5.23 or newer" if kind == _EXPORTED else "With alpha-clip-mllm installed"
+    return f"## Use\n\n{needed}, and a picture `image` (PIL):\n\n```python\n{code}\n```"
 
 
 def _architecture(config: PreTrainedConfig, folder: Path) -> str:

@@ -8,12 +8,12 @@ from typing import Any
 from transformers import BatchFeature, Blip2Processor
 from transformers.image_utils import ImageInput
 
-from mllm.processing import Message, as_region, check_messages, image_items
-from vision_tower import Region
-from vision_tower.image_processing_alpha_clip import check_processor_call
+from mllm.messages import Message, as_batch, check_messages, give_regions, image_items, image_source, set_default
+from mllm.remote_code import SavedWithSources
+from vision_tower.region_arguments import check_call, check_names, flat_pairs, match_regions, take_regions
 
 
-class AlphaBlip2Processor(Blip2Processor):
+class AlphaBlip2Processor(SavedWithSources, Blip2Processor):
     """BLIP-2's text with its query tokens, and `AlphaCLIPImageProcessor` (geometry "stretch") behind one call.
 
     Two ways in:
@@ -32,16 +32,16 @@ class AlphaBlip2Processor(Blip2Processor):
         self,
         images: ImageInput | None = None,
         text: str | list[str] | None = None,
-        regions: Region | str | list | None = None,
+        regions: Any = None,
         **kwargs,
     ) -> BatchFeature:
         """Prepare images with their regions and prompts.
 
         Args:
-            images: One image or a list.
-            text: One prompt or a list: "" to describe, "Question: What is this? Answer:" to ask. "<image>" in it is
-                plain text.
-            regions: One `Region`, its text, or None (the whole image) for each image.
+            images: One image or a list, one for each prompt.
+            text: The whole prompt, or a list of them: "" to describe, "Question: What is this? Answer:" to ask. Without
+                `<image>`: as in `Blip2Processor`, the query tokens are put before it.
+            regions: For each image a `Region`, its JSON, its text, or None, the whole image.
             **kwargs: As in `Blip2Processor`.
 
         Returns:
@@ -49,22 +49,31 @@ class AlphaBlip2Processor(Blip2Processor):
             with the image's query tokens.
 
         Raises:
-            ValueError: If there are regions without images, or a region does not fit its image.
+            ValueError: If prompts, images and regions do not match, an image has several regions, a region does not fit
+                its image, or an argument would be ignored.
         """
+        regions = take_regions(regions, kwargs)
+        check_call(self, images, regions, kwargs)
         if images is not None:
-            check_processor_call(self.image_processor, kwargs)
-        if regions is not None:
-            if images is None:
-                raise ValueError("got regions without images; pass the images that they lie in")
-            kwargs["regions"] = regions
+            pairs = list(flat_pairs(match_regions(images, regions)))
+            if most := max((len(entry) for _, entry in pairs if len(entry) > 1), default=0):
+                raise ValueError(f"BLIP-2 reads one image and one region a prompt, got {most} regions of one image")
+            images, kwargs["regions"] = [image for image, _ in pairs], [entry[0] for _, entry in pairs]
         if text is None:
             return super().__call__(images=images, **kwargs)
         texts = [text] if isinstance(text, str) else text
+        self._check_texts(texts, images)
         settings = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
         inputs = self._encode(texts, [] if images is None else self._query_ids, **settings)
         if images is not None:
             inputs["pixel_values"] = super().__call__(images=images, **kwargs)["pixel_values"]
         return inputs
+
+    def _check_texts(self, texts: Any, images: list | None) -> None:
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("expected text as a string, or a list of strings")
+        if images is not None and len(texts) != len(images):
+            raise ValueError(f"BLIP-2 reads one image a prompt, got {len(images)} images for {len(texts)} prompts")
 
     def _encode(
         self,
@@ -77,11 +86,16 @@ class AlphaBlip2Processor(Blip2Processor):
         pad_to_multiple_of: int | None = None,
         **settings,
     ) -> BatchFeature:
-        """Texts behind the query tokens. In `Blip2Processor` "<image>" in a question is one query token more, and
-        padding stands between query tokens and text, where it is the last token of a row without text.
+        """Texts behind the query tokens. In `Blip2Processor` padding on the left stands between query tokens and text,
+        where it is the last token of a row without text.
         """
         length = None if max_length is None else max_length - len(before)
-        rows = self.tokenizer(texts, split_special_tokens=True, max_length=length, **settings)["input_ids"]
+        rows = self.tokenizer(texts, max_length=length, **settings)["input_ids"]
+        if any(token in row for row in rows for token in self._query_ids[:1]):
+            raise ValueError(
+                "expected text without <image>, since the processor puts the query tokens before it; what a user "
+                "writes goes through processor.apply_chat_template"
+            )
         padded = self.tokenizer.pad(
             {"input_ids": [before + row for row in rows]},
             padding=padding,
@@ -96,35 +110,62 @@ class AlphaBlip2Processor(Blip2Processor):
         self,
         conversation: Sequence[Message] | Sequence[Sequence[Message]],
         *,
+        regions: Any = None,
         add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
         tokenize: bool = False,
         return_dict: bool = True,
         return_tensors: str | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs,
     ) -> str | list[str] | BatchFeature:
         """A conversation about one image, or a batch of them, as prompts (`tokenize` False) or as the model's inputs.
 
-        A message is Transformers' `{"role", "content"}`; the first holds the image item, which takes a `region`:
-        `{"type": "image", "image": picture, "region": Region.from_box(...)}`.
+        A message is Transformers' `{"role", "content"}`; one holds the image item, which takes a `region`: `{"type":
+        "image", "image": image, "region": Region.from_box(...)}`. Control tokens in anybody's text are plain text.
+
+        Args:
+            conversation: A list of messages, or a list of these.
+            regions: In place of the regions in image items, here or in `processor_kwargs`: that of the conversation's
+                image; in a batch, a list of these.
+            add_generation_prompt: Whether the prompt ends with "Answer:".
+            continue_final_message: Whether the last message is an answer to be continued.
+            tokenize: Whether to return the model's inputs, not the prompt.
+            return_dict: BLIP-2's inputs are always a dict.
+            return_tensors: "pt", "np" or None, lists.
+            processor_kwargs: Arguments of `__call__`.
+            **kwargs: More of these.
 
         Raises:
-            ValueError: If a message is malformed, there is not exactly one image, or the inputs are asked for as
-                something else than a dict.
+            ValueError: If a message is malformed, there is not exactly one image with one region, an argument or a key
+                of an item would be ignored, or the inputs are asked for as something else than a dict.
         """
-        batched = bool(conversation) and not isinstance(conversation[0], Mapping)
-        conversations = [check_messages(turns) for turns in (conversation if batched else [conversation])]
-        prompts = [conversation_prompt(turns, add_generation_prompt) for turns in conversations]
+        conversations, batched = as_batch(conversation)
+        conversations = [check_messages(messages) for messages in conversations]
+        settings = {**(processor_kwargs or {}), **kwargs}
+        regions = take_regions(regions, settings)
+        if regions is not None:
+            give_regions(conversations, regions, batched)
+        check_names(self, settings)
+        if continue_final_message and add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        prompts = [conversation_prompt(messages, add_generation_prompt) for messages in conversations]
         if not tokenize:
             return prompts if batched else prompts[0]
         if not return_dict:
             raise ValueError("BLIP-2's inputs are a dict (pixel_values, input_ids, ...): expected return_dict=True")
-        items = [_only_image(turns) for turns in conversations]
+        items = [_only_image(messages) for messages in conversations]
+        set_default(settings, "padding", True)
+        set_default(
+            settings, "padding_side", "left"
+        )  # whatever the tokenizer says: answers begin where the prompt ends
+        settings["text_kwargs"] = {"split_special_tokens": True, **settings.get("text_kwargs", {})}
         return self(
-            images=[item["image"] for item in items],
+            images=[image_source(item) for item in items],
             text=prompts,
-            regions=[as_region(item.get("region")) for item in items],
-            padding=True,
-            padding_side="left",  # whatever the tokenizer says: answers begin where the prompt ends
+            regions=[item.get("region") for item in items],
             return_tensors=return_tensors,
+            **settings,
         )
 
     def encode_conversation(self, conversation: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
@@ -170,6 +211,6 @@ def conversation_prompt(messages: Sequence[Mapping[str, Any]], add_generation_pr
 
 def _only_image(messages: Sequence[Mapping]) -> Mapping:
     items = image_items(messages)
-    if len(items) != 1 or "image" not in items[0]:
-        raise ValueError(f"BLIP-2 reads one image a conversation, given as 'image'; got {len(items)} image items")
+    if len(items) != 1:
+        raise ValueError(f"BLIP-2 reads one image a conversation, got {len(items)} image items")
     return items[0]

@@ -29,7 +29,7 @@ from mllm.command_line import ArgumentParser, exit_code
 from mllm.data.index import RegionIndex
 from mllm.data.prepare import index_visual_genome
 from mllm.llava import build_llava_processor
-from mllm.processing import image_items
+from mllm.messages import image_items
 from train.arguments import DataArguments, ModelArguments
 from train.collators import ConversationCollator
 from train.lora import prepare_model

@@ -46,7 +46,7 @@ from mllm.data.templates import DESCRIBE_REGION_WORDINGS
 from mllm.files import claim_folder, write_file, write_json
 from mllm.llava import build_llava_processor
 from mllm.loading import EMBEDDED_MODEL
-from mllm.processing import VICUNA_V1_SYSTEM
+from mllm.processing_llava import VICUNA_V1_SYSTEM
 from train import finetune
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel, Region
 

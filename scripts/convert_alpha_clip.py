@@ -20,14 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPVisionConfig
 
 import mllm
 from mllm.command_line import ArgumentParser, exit_code, say
+from mllm.export import export
 from mllm.files import check_new, locked, replacing_file, replacing_folder, work_folder
-from mllm.llava import fused_llava
 from mllm.loading import hub_lookup
 from vision_tower import (
     AlphaCLIPConfig,
@@ -41,13 +40,6 @@ from vision_tower import (
 from vision_tower.conversion import RELEASED_CHECKPOINTS, StateDict, fuse, read_original, to_original
 
 PROGRAM = "convert_alpha_clip.py"
-# names in memory -> llava-hf's
-_HUB_PREFIXES = {
-    "model.vision_tower.": "vision_tower.vision_model.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
-    "model.language_model.": "language_model.model.",
-    "lm_head.": "language_model.lm_head.",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,9 +71,7 @@ def _run(argv: Sequence[str] | None) -> int:
 def convert(args: argparse.Namespace) -> None:
     """Read, convert and write what the arguments ask for."""
     if args.fused and _model_type(args.source) == "llava":
-        model, processor = mllm.load(args.source, device="cpu")
-        with _whole(args) as out:
-            save_fused_llava(model, processor, out)
+        export(*mllm.load(args.source, device="cpu"), args.out)
         return
     config, weights = read_source(args.source)
     with _whole(args) as out:
@@ -168,28 +158,7 @@ def save_fused(config: AlphaCLIPVisionConfig, weights: StateDict, out: Path) -> 
     stock.dtype = next(iter(weights.values())).dtype
     stock.save_pretrained(out)
     save_file(fuse(weights), out / "model.safetensors", metadata={"format": "pt"})
-    side = config.image_size  # for the picture's three channels; alpha is the caller's (docs/fused.md)
-    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(out)
-
-
-def save_fused_llava(model: torch.nn.Module, processor, out: Path) -> None:
-    """A whole LLaVA whose tower is stock CLIP of four channels; picture settings and tokenizer beside it.
-
-    `save_pretrained` would leave `vision_model.` out of the tower's names, and Transformers before 5 would leave the
-    tower random: the names are those of llava-hf, which every version reads.
-    """
-    fused = fused_llava(model)
-    fused.config.architectures = [type(fused).__name__]
-    fused.config.dtype = fused.dtype
-    fused.config.save_pretrained(out)
-    fused.generation_config.save_pretrained(out)
-    weights = {}
-    for key, tensor in fused.state_dict().items():
-        prefix = next(prefix for prefix in _HUB_PREFIXES if key.startswith(prefix))
-        weights[_HUB_PREFIXES[prefix] + key.removeprefix(prefix)] = tensor
-    save_torch_state_dict(weights, out, max_shard_size="5GB")
-    processor.tokenizer.save_pretrained(out)
-    side = model.config.vision_config.image_size
+    side = config.image_size  # for the picture's three channels; alpha is the caller's (docs/export.md)
     CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(out)
 
 

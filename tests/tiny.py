@@ -68,6 +68,11 @@ def noise_picture(width, height, seed=0):
     return Image.fromarray(pixels)
 
 
+def prompt(question):
+    """LLaVA's prompt of one question about one image, as `apply_chat_template` writes it."""
+    return f"<s>USER: <image>\n{question} ASSISTANT:"
+
+
 def tiny_tokenizer():
     """A Llama tokenizer of bytes and the most common letters, with LLaVA's <image> and <pad>."""
     alphabet = [chr(code) for code in range(33, 127)]

@@ -270,7 +270,8 @@ def held_out(dataset: RegionTextDataset, count: int) -> list[DescribedPicture]:
             f"{splits_of(dataset.indexes)}"
         )
     spaced = np.linspace(0, len(pictures) - 1, min(len(pictures), count)).astype(int)
-    usable = [held_out_samples(dataset, *pictures[n], position) for position, n in enumerate(spaced.tolist())]
+    chosen = [pictures[n] for n in spaced.tolist()]
+    usable = [held_out_samples(dataset, index, picture, at) for at, (index, picture) in enumerate(chosen)]
     if not any(usable):
         raise ValueError(f"no image for evaluation can be used; all are {dataset.skipped.listed}")
     return described_pictures(sample for samples in usable for sample in samples)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from mllm.loading import AlphaProcessor
-from mllm.processing import Message, image_items
+from mllm.messages import Message, image_items
 from vision_tower import AlphaCLIPImageProcessor, Region
 from vision_tower.image_processing_alpha_clip import place_alpha
+from vision_tower.region_arguments import region_list
 
 IGNORE_INDEX = -100  # the loss skips these labels: torch's and Transformers' default
 
@@ -50,7 +50,8 @@ class ConversationCollator:
         """Raise ValueError if a conversation is too long, or a region does not fit its image."""
         self._check_length(self.encode(self.processor, conversation))
         for item in image_items(conversation):
-            check_region(item.get("region") or Region.whole(), item["image"].size, self.processor.image_processor)
+            for region in region_list(item.get("region")):
+                check_region(region, item["image"].size, self.processor.image_processor)
 
     def _check_length(self, encoded: Sequence[Sequence[int]]) -> None:
         longest = max(map(len, encoded))
@@ -74,15 +75,9 @@ class ConversationCollator:
         return {**batch, "labels": labels}
 
     def pixels(self, items: Sequence[Mapping]) -> torch.Tensor:
-        """`pixel_values` of image items: one that stands beside itself, with other regions, is resized and normalised
-        once.
-        """
-        pictures = [list(group) for _, group in itertools.groupby(items, key=lambda item: id(item["image"]))]
-        return self.processor.image_processor(
-            [group[0]["image"] for group in pictures],
-            [[item.get("region") or Region.whole() for item in group] for group in pictures],
-            return_tensors="pt",
-        )["pixel_values"]
+        """`pixel_values` of image items, in order, one for each region."""
+        images, regions = [item["image"] for item in items], [item.get("region") for item in items]
+        return self.processor.image_processor(images, regions, return_tensors="pt")["pixel_values"]
 
 
 def check_region(region: Region, size: tuple[int, int], image_processor: AlphaCLIPImageProcessor) -> None:

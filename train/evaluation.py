@@ -12,7 +12,7 @@ from eval.metrics.captions import FROZEN, DocumentFrequency, score_captions
 from eval.metrics.exactly_right import exactly_right
 from mllm.answering import RegionChat
 from mllm.loading import AlphaProcessor
-from mllm.processing import image_items
+from mllm.messages import image_items
 
 _MAX_NEW_TOKENS = 64
 _BATCH = 32

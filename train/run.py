@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import traceback
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
@@ -257,8 +256,6 @@ def save(trainer: RegionTrainer, processor: ProcessorMixin) -> None:
 
 def log_on_one_process(args: TrainingArguments) -> None:
     """Log what the first process says; of the others only errors."""
-    # DeepSpeed's calls, thousands of times
-    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     log_to_terminal(logging.INFO if args.process_index == 0 else logging.ERROR)
 
 

@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from mllm.data.index import RegionFacts, RegionIndex
 from mllm.data.samples import describe_source
-from mllm.processing import Message
+from mllm.messages import Message
 from train.arguments import DataArguments, RegionArguments
 from train.skipped import SkippedItems
 from vision_tower import Region

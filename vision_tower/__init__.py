@@ -12,9 +12,10 @@ from transformers import (
     AutoProcessor,
 )
 
-from .alpha_embedding import AlphaConv2d, AlphaPatchEmbedding, add_alpha_channel, load_with_alpha
+from .alpha_embedding import AlphaConv2d, AlphaPatchEmbedding, add_alpha_channel
 from .configuration_alpha_clip import AlphaCLIPConfig, AlphaCLIPVisionConfig
 from .image_processing_alpha_clip import AlphaCLIPImageProcessor
+from .loading import load_with_alpha
 from .modeling_alpha_clip import AlphaCLIPModel, AlphaCLIPVisionModel, AlphaCLIPVisionModelWithProjection
 from .processing_alpha_clip import AlphaCLIPProcessor
 from .regions import Region
@@ -35,10 +36,14 @@ __all__ = [
 ]
 
 # exist_ok: importing the package twice (a notebook's reload, a remote-code copy beside it) is fine.
-for _config in (AlphaCLIPVisionConfig, AlphaCLIPConfig):
+# The processor of a tower alone is its image processor.
+for _config, _processor in (
+    (AlphaCLIPVisionConfig, AlphaCLIPImageProcessor),
+    (AlphaCLIPConfig, AlphaCLIPProcessor),
+):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoImageProcessor.register(_config, image_processor_classes={"pil": AlphaCLIPImageProcessor}, exist_ok=True)
-    AutoProcessor.register(_config, AlphaCLIPProcessor, exist_ok=True)
+    AutoProcessor.register(_config, _processor, exist_ok=True)
 AutoModel.register(AlphaCLIPVisionConfig, AlphaCLIPVisionModel, exist_ok=True)
 AutoModel.register(AlphaCLIPConfig, AlphaCLIPModel, exist_ok=True)
 AutoModelForZeroShotImageClassification.register(AlphaCLIPConfig, AlphaCLIPModel, exist_ok=True)

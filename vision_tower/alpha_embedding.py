@@ -4,19 +4,9 @@ ViTs.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
-import os
-from collections.abc import Iterator
-from typing import Any
-
 import torch
-import transformers
-from safetensors import safe_open
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers import PreTrainedModel
 
 ALPHA_MEAN, ALPHA_STD = 0.5, 0.26  # Source: `transforms.Normalize(0.5, 0.26)` in SunzeY/AlphaCLIP, README.md at e5676c9
 WHOLE_IMAGE = (1.0 - ALPHA_MEAN) / ALPHA_STD  # 1.923: alpha 1 after normalisation
@@ -96,8 +86,6 @@ _PATCH_CONVOLUTIONS = {
     "Dinov2Model": "embeddings.patch_embeddings.projection",
 }
 
-_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only")
-
 
 def add_alpha_channel(model: PreTrainedModel) -> PreTrainedModel:
     """Give a loaded ViT, or a model that holds one, an alpha channel: in place, at exactly zero, so that nothing
@@ -144,65 +132,3 @@ def _patch_convolution(model: PreTrainedModel) -> str:
             f"expected a model with one {', '.join(_PATCH_CONVOLUTIONS)}, got {type(model).__name__} with {len(found)}"
         )
     return found[0]
-
-
-def load_with_alpha(name: str | os.PathLike, model_class: Any = None, **kwargs: Any) -> PreTrainedModel:
-    """Load a model that `add_alpha_channel` has changed and `save_pretrained` has saved. `from_pretrained` alone would
-    drop the alpha weight: the stock class has no place for it.
-
-    Args:
-        name: Directory or hub id.
-        model_class: Its class, or an Auto class; the one that its config names when not given.
-        **kwargs: As in `from_pretrained`.
-
-    Raises:
-        ValueError: If there is no alpha weight, a weight is missing, of another shape, or left over; or as
-            `add_alpha_channel`.
-    """
-    hub = {option: kwargs[option] for option in _HUB_OPTIONS if option in kwargs}
-    if model_class is None:
-        config, _ = PreTrainedConfig.get_config_dict(name, **hub)
-        architecture = (config.get("architectures") or [None])[0]
-        model_class = getattr(transformers, str(architecture), None)
-        if model_class is None:
-            raise ValueError(f"expected a Transformers model class in {name}'s config, got {architecture}; give it")
-    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the report names mismatches
-    with _without_load_report():
-        model, report = model_class.from_pretrained(name, **kwargs)
-    add_alpha_channel(model)
-    key = next(key for key, module in model.named_modules() if isinstance(module, AlphaConv2d)) + ".weight"
-    left_over = sorted(set(report["unexpected_keys"]) - {key})
-    problems = sorted(report["missing_keys"]) + left_over + sorted(str(key) for key in report["mismatched_keys"])
-    if problems:
-        raise ValueError(f"the weights in {name} do not fit {type(model).__name__} (first: {problems[0]})")
-    if key not in report["unexpected_keys"]:
-        raise ValueError(
-            f"{name} has no alpha weight ({key}): every region would be ignored. To begin with a stock model, load it "
-            "with from_pretrained and give it to add_alpha_channel"
-        )
-    model.get_parameter(key).data.copy_(_stored_alpha(name, key, hub))
-    return model
-
-
-@contextlib.contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Transformers' report would call the alpha weight unexpected; it is read afterwards, and the rest is checked."""
-    report = logging.getLogger("transformers.modeling_utils")
-    level = report.level
-    report.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        report.setLevel(level)
-
-
-def _stored_alpha(name: str | os.PathLike, key: str, hub: dict) -> torch.Tensor:
-    """The alpha weight of a checkpoint, where names may begin otherwise than in the model."""
-    ending = ".".join(key.split(".")[-4:])
-    index = cached_file(name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **hub)
-    files = ["model.safetensors"]
-    if index is not None:
-        with open(index, encoding="utf-8") as file:
-            files = [shard for stored, shard in json.load(file)["weight_map"].items() if stored.endswith(ending)]
-    with safe_open(cached_file(name, files[0], **hub), "pt") as tensors:
-        return tensors.get_tensor(next(stored for stored in tensors.keys() if stored.endswith(ending)))  # noqa: SIM118

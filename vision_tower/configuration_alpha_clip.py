@@ -24,8 +24,9 @@ class AlphaCLIPVisionConfig(CLIPVisionConfig):
         super().__post_init__(**kwargs)
         if self.num_channels != 3:
             raise ValueError(
-                f"expected num_channels 3 (RGB; alpha is extra), got {self.num_channels}: a fused export is for use "
-                "without this package, load what it was made from (docs/fused.md)"
+                f"expected num_channels 3 (RGB; alpha is extra), got {self.num_channels}: an exported tower is for use "
+                "without this package, load what it was made from (docs/export.md); an exported LLaVA loads with "
+                "mllm.load"
             )
 
     @classmethod

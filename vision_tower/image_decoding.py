@@ -105,7 +105,7 @@ def image_size(source: Any, *, name: str | None = None) -> tuple[int, int]:
     """
     name = describe(source) if name is None else name
     with _opened(source, name) as image:
-        _check_pixels(*image.size, name, MAX_PIXELS)  # PIL reads a whole PNG to find its EXIF
+        _check_pixels(image.width, image.height, name, MAX_PIXELS)  # PIL reads a whole PNG to find its EXIF
         turned = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)  # PIL has turned a TIFF's size already
         return image.size[::-1] if turned else image.size
 
@@ -197,10 +197,10 @@ def _loaded(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     """The image with its pixels read and turned as its EXIF says."""
     if image.format == "EPS":
         raise ValueError(f"{name} is an EPS file, which is a program; convert it to PNG")
-    _check_pixels(*image.size, name, max_pixels)
+    _check_pixels(image.width, image.height, name, max_pixels)
     with reading(name), _unnamed(image):
         image.load()
-    _check_pixels(*image.size, name, max_pixels)  # an ICO's head may state another size
+    _check_pixels(image.width, image.height, name, max_pixels)  # an ICO's head may state another size
     turn = _TURNS.get(_orientation(image))
     if turn is None:
         return image

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import enum
-import http.client
 import logging
 import math
-import os
-import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BatchFeature, PilBackend
+from transformers import (
+    BatchFeature,
+    ImageProcessingMixin,  # noqa: F401, a saved diffusers pipeline looks for this name here
+    PilBackend,
+)
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
@@ -27,12 +26,14 @@ from transformers.processing_utils import ImagesKwargs
 
 from .alpha_embedding import ALPHA_MEAN, ALPHA_STD
 from .image_decoding import MAX_PIXELS, decode_image
+from .image_sources import fetch
+from .region_arguments import flat_pairs, match_regions
 from .regions import Region
 
 GEOMETRIES = ("crop", "pad", "stretch")
 
 
-class AlphaCLIPImageProcessorKwargs(ImagesKwargs, total=False):
+class AlphaCLIPImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Image settings and their regions; the same names may be given to the processors built on this one.
 
     geometry: How a picture becomes a square, see `AlphaCLIPImageProcessor`.
@@ -54,24 +55,6 @@ logger = logging.getLogger(__name__)
 _NOT_IN_A_CALL = {"size", "crop_size", "do_resize", "do_center_crop", "do_pad", "pad_size"}
 _NOT_IN_A_CALL |= {"do_rescale", "rescale_factor"}
 _STRIP = 4_000_000  # pixels of a padded image that are held at a time
-_TIMEOUT = 30  # seconds, of a download
-_LARGEST_DOWNLOAD = 256 * 2**20  # bytes
-_MISSPELT = {"region", "mask", "masks", "alpha", "alphas", "alpha_values"}
-
-
-def check_processor_call(image_processor: object, names: Iterable[str]) -> None:
-    """For the processors around this one: Transformers drops an argument that nobody takes, and with it the region.
-
-    Raises:
-        ValueError: If a region was passed under another name than `regions`, or the image processor takes none.
-    """
-    if misspelt := sorted(_MISSPELT & set(names)):
-        raise ValueError(f"unknown argument {', '.join(misspelt)}: regions are passed as regions=")
-    if not hasattr(image_processor, "geometry"):
-        raise ValueError(
-            f"{type(image_processor).__name__} would drop every region; make the processor with an "
-            "AlphaCLIPImageProcessor"
-        )
 
 
 class AlphaCLIPImageProcessor(PilBackend):
@@ -95,9 +78,9 @@ class AlphaCLIPImageProcessor(PilBackend):
     resample = PILImageResampling.BICUBIC
     image_mean = OPENAI_CLIP_MEAN
     image_std = OPENAI_CLIP_STD
-    size = {"shortest_edge": 224}
+    size: Any = {"shortest_edge": 224}  # in an instance a `SizeDict`, as `crop_size` is
     default_to_square = False
-    crop_size = {"height": 224, "width": 224}
+    crop_size: Any = {"height": 224, "width": 224}
     do_resize = True
     do_center_crop = True
     do_rescale = True
@@ -137,10 +120,12 @@ class AlphaCLIPImageProcessor(PilBackend):
         return cls(size={"shortest_edge": side}, crop_size=crop_size, geometry=geometry, **colours)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in `PilBackend`, without the file of a processor around this one: Transformers writes it in here too."""
+        """As in `PilBackend`; `auto_map` names this class for `AutoProcessor` too, which then raises an error where it
+        may not run the code. (A processor around this one says what it is in its own file.)
+        """
         fields = super().to_dict()
-        if "auto_map" in fields:
-            fields["auto_map"] = {name: of for name, of in fields["auto_map"].items() if name == "AutoImageProcessor"}
+        if reference := fields.get("auto_map", {}).get("AutoImageProcessor"):
+            fields["auto_map"] = {"AutoImageProcessor": reference, "AutoProcessor": reference}
         return fields
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
@@ -156,12 +141,12 @@ class AlphaCLIPImageProcessor(PilBackend):
         if isinstance(images, list | tuple):
             return [self.fetch_images(image) for image in images]
         known = isinstance(images, Image.Image) or isinstance(images, np.ndarray | torch.Tensor) and images.ndim != 2
-        return images if known or images is None else decode_image(_fetch(images), max_pixels=self.max_pixels)
+        return images if known or images is None else decode_image(fetch(images), max_pixels=self.max_pixels)
 
     def preprocess(
         self,
         images: ImageInput,
-        regions: Region | str | list | None = None,
+        regions: Any = None,
         *,
         geometry: str | None = None,
         return_tensors: str | None = None,
@@ -174,9 +159,8 @@ class AlphaCLIPImageProcessor(PilBackend):
                 is a path, a URL, base64 text, the bytes of a file, a PIL image, a numpy array or a torch tensor; see
                 `image_decoding` for values, transparency and EXIF.
             regions: For one image: a `Region`, or a list of N regions, which gives N outputs for one decoding and
-                resizing. For a list of images: a list of the same length, each entry a `Region`, None, or a list of
-                regions of that image. None means the whole image. In place of a `Region` its text may stand
-                ("box:40,60,220,200", `Region.parse`).
+                resizing. For images in a list: a list nested like it, with such an entry for each image. None means the
+                whole image. In place of a `Region`, its JSON or its text ("box:40,60,220,200") will do.
             geometry: "crop", "pad" or "stretch"; the processor's own when not given.
             return_tensors: "pt" or "np"; lists of arrays when not given.
             **kwargs: Colour settings of CLIP's image processor (`do_normalize`, `image_mean`, ...), `max_side`,
@@ -194,24 +178,23 @@ class AlphaCLIPImageProcessor(PilBackend):
         geometry = self.geometry if geometry is None else geometry
         if geometry not in GEOMETRIES:
             raise ValueError(f"expected geometry out of {', '.join(GEOMETRIES)}, got {geometry!r}")
-        sources = flat_list(images)
-        regions_by_picture = _match_regions(regions, len(sources), images)
+        grouped = _grouped(flat_pairs(match_regions(images, regions)))
         side = self.crop_size.height
         limits = {name: kwargs.pop(name, None) or getattr(self, name) for name in ("max_pixels", "max_side")}
         layout, resample = kwargs.pop("input_data_format", None), _resampling(kwargs.pop("resample", self.resample))
         mean = self.image_mean
         sizes, small = [], []
-        for source in sources:  # one at a time, so that only one is held in full
-            picture = decode_image(_fetch(source), max_pixels=limits["max_pixels"], input_data_format=layout)
+        for source, _ in grouped:  # one at a time, so that only one is held in full
+            picture = decode_image(fetch(source), max_pixels=limits["max_pixels"], input_data_format=layout)
             sizes.append(picture.size)
             _check_side(picture.size, side, geometry, limits["max_side"])
             small.append(_resize(picture, side, geometry, tuple(int(channel * 255) for channel in mean), resample))
         del picture  # a large one need not be held while alpha maps are made
         rgb = super().preprocess(small, do_resize=False, do_center_crop=False, **kwargs)["pixel_values"]
-        output = np.empty((sum(map(len, regions_by_picture)), 4, side, side), np.float32)
+        output = np.empty((sum(len(regions) for _, regions in grouped), 4, side, side), np.float32)
         row = 0
-        for (width, height), pixels, picture_regions in zip(sizes, rgb, regions_by_picture, strict=True):
-            for region in picture_regions:
+        for (width, height), pixels, (_, image_regions) in zip(sizes, rgb, grouped, strict=True):
+            for region in image_regions:
                 output[row, :3] = pixels
                 alpha = place_alpha(region, height, width, side, geometry)
                 # in float64: alpha 1 must become the very float32 that AlphaPatchEmbedding fills in for the whole image
@@ -222,58 +205,21 @@ class AlphaCLIPImageProcessor(PilBackend):
         return BatchFeature({"pixel_values": data}, tensor_type=None if return_tensors == "pt" else return_tensors)
 
 
-def flat_list(images: Any) -> list:
-    """The single images in a list of lists or an array of images, in order.
+def _grouped(pairs: Iterable[tuple[Any, list[Region]]]) -> list[tuple[Any, list[Region]]]:
+    """Pairs of an image and its regions; an image that stands beside itself becomes one pair with all its regions.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no pair.
     """
-    singles = list(_singles(images))
-    if not singles:
+    grouped: list[tuple[Any, list[Region]]] = []
+    for image, regions in pairs:
+        if grouped and grouped[-1][0] is image:
+            grouped[-1][1].extend(regions)
+        else:
+            grouped.append((image, [*regions]))
+    if not grouped:
         raise ValueError("got no image: pass one image or a list of them as images=")
-    return singles
-
-
-def _singles(images: Any) -> Iterator[Any]:
-    if images is None:
-        raise ValueError("got no image: pass one image or a list of them as images=")
-    if isinstance(images, list | tuple) or isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
-        for image in images:
-            yield from _singles(image)
-    else:
-        yield images
-
-
-def _fetch(image: Any) -> Any:
-    """What a URL or base64 text holds, as bytes; anything else is what the decoder takes.
-
-    Not through `load_image` of Transformers, whose conversion to RGB turns 16-bit images white and transparent pixels
-    into whatever color they have.
-    """
-    if not isinstance(image, str) or os.path.isfile(image):
-        return image
-    if image.startswith(("http://", "https://")):
-        return _download(image)
-    head, comma, body = image.partition(",")
-    try:
-        content = base64.b64decode(body if comma and head.startswith("data:image/") else image, validate=True)
-    except (binascii.Error, ValueError):
-        content = b""
-    # a short file name is valid base64 too
-    return content if len(content) > 32 else image
-
-
-def _download(url: str) -> bytes:
-    """The bytes of an image on the web."""
-    try:
-        request = urllib.request.Request(url, headers={"User-Agent": "alpha-clip"})
-        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-            content = response.read(_LARGEST_DOWNLOAD + 1)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ValueError(f"cannot download the image {url[:200]}: {' '.join(str(error).split())}") from error
-    if len(content) > _LARGEST_DOWNLOAD:
-        raise ValueError(f"cannot download the image {url[:200]}: it has over {_LARGEST_DOWNLOAD:,} bytes")
-    return content
+    return grouped
 
 
 def _resampling(resample: Any) -> Image.Resampling:
@@ -381,39 +327,3 @@ def _resize_padded(pixels: Image.Image | np.ndarray, side: int, fill: Any, resam
             strip = padded
         resized.paste(strip.resize((side, end - start), resample), (0, top + start))
     return resized.resize((side, side), resample)
-
-
-def _match_regions(regions: Region | str | list | None, count: int, images: ImageInput) -> list[list[Region]]:
-    """For each image the list of its regions; None becomes the whole image."""
-    batch = isinstance(images, list | tuple) or isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4
-    if not batch:  # one image: its region or regions
-        entries = [regions]
-    elif regions is None:
-        entries = [None] * count
-    elif isinstance(regions, Region | str):
-        entries = [regions]
-    elif isinstance(regions, list | tuple):
-        entries = list(regions)
-    else:
-        entries = [_region(regions)]
-    if len(entries) != count:
-        raise ValueError(f"expected one entry of regions for each of {count} images, got {len(entries)}")
-    lists = [list(entry) if isinstance(entry, list | tuple) else [entry] for entry in entries]
-    for entry in lists:
-        if not entry:
-            raise ValueError("got an image with an empty list of regions; None means the whole image")
-    return [[_region(value) for value in entry] for entry in lists]
-
-
-def _region(value: Any) -> Region:
-    """A `Region`, the text of one, or None for the whole image."""
-    if value is None:
-        return Region.whole()
-    if isinstance(value, str):
-        return Region.parse(value)
-    if not isinstance(value, Region):
-        raise ValueError(
-            f"expected a Region, its text ('box:40,60,220,200') or None, got {type(value).__name__}; see "
-            "Region.from_box and its kin"
-        )
-    return value

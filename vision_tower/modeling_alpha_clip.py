@@ -4,15 +4,23 @@
 """
 
 import torch
-from transformers import CLIPModel, CLIPPreTrainedModel, CLIPVisionModel, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPModel,
+    CLIPPreTrainedModel,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    PreTrainedConfig,
+    PreTrainedModel,  # noqa: F401, a saved diffusers pipeline looks for this name here, to know how the model is loaded
+)
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from .alpha_embedding import AlphaConv2d, AlphaPatchEmbedding
 from .configuration_alpha_clip import AlphaCLIPConfig, AlphaCLIPVisionConfig
+from .loading import load_checked
 
 ALPHA_WEIGHT = "embeddings.patch_embedding.alpha.weight"
-# What a full CLIP checkpoint holds besides the tower, and an index buffer that old files carry.
+# What a full CLIP checkpoint holds besides the tower.
 _NOT_THE_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 
 
@@ -22,6 +30,19 @@ class AlphaCLIPPreTrainedModel(CLIPPreTrainedModel):
     config: AlphaCLIPConfig
     base_model_prefix = "alpha_clip"
 
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs) -> None:
+        """Check the configuration, then CLIP's.
+
+        Raises:
+            ValueError: If it is CLIP's own: saved under that, the model would load as a CLIP without alpha channel.
+        """
+        if not type(config).model_type.startswith("alpha_"):  # of the class: what is saved
+            raise ValueError(
+                f"expected an {self.config_class.__name__}, got a {type(config).__name__}; "
+                f"{self.config_class.__name__}.from_pretrained reads CLIP directories too"
+            )
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: torch.nn.Module) -> None:
         super()._init_weights(module)
@@ -29,45 +50,15 @@ class AlphaCLIPPreTrainedModel(CLIPPreTrainedModel):
             init.zeros_(module.weight)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load as in Transformers, from an Alpha-CLIP or a CLIP directory or hub id.
 
         Raises:
-            ValueError: If a weight other than the alpha convolution is missing, has another shape, or is not ours: it
-                would stay random (or unused) and the answers would still read well.
+            ValueError: If a weight is missing, has another shape, or is not ours (vision_tower/loading.py); only the
+                alpha weight may be missing, from a CLIP.
         """
-        if "config" not in kwargs and not args:  # by our config class: a plain CLIP directory becomes ours
-            names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-            hub = {name: kwargs[name] for name in names if name in kwargs}
-            kwargs["config"] = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub)
-        # mismatches are let through to the report, which names them; Transformers' own error does not
-        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, report = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        check_loaded(cls.__name__, pretrained_model_name_or_path, report)
-        return (model, report) if output_loading_info else model
-
-
-def check_loaded(class_name: str, source: object, report: dict) -> None:
-    """Raise ValueError unless everything but the alpha weight came from the checkpoint and everything in it was
-    used.
-    """
-    missing = sorted(key for key in report["missing_keys"] if not key.endswith(ALPHA_WEIGHT))
-    unexpected = sorted(
-        key
-        for key in report["unexpected_keys"]
-        if not key.startswith(_NOT_THE_TOWER) and not key.endswith(".position_ids")
-    )
-    mismatched = sorted(str(key) for key in report["mismatched_keys"])
-    problems = [
-        f"{len(keys)} {what} (first: {keys[0]})"
-        for what, keys in (("missing", missing), ("not of this model", unexpected), ("of another shape", mismatched))
-        if keys
-    ]
-    if problems:
-        raise ValueError(
-            f"the weights in {source} do not fit {class_name}: {', '.join(problems)}; only "
-            f"{ALPHA_WEIGHT} may be missing. Is it the checkpoint of another model or size?"
-        )
+        load = super().from_pretrained
+        return load_checked(load, pretrained_model_name_or_path, *args, ignored=_NOT_THE_TOWER, **kwargs)
 
 
 class AlphaCLIPVisionModel(AlphaCLIPPreTrainedModel, CLIPVisionModel):

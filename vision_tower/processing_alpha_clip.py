@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import BatchFeature, CLIPProcessor
 from transformers.image_utils import ImageInput
 
-from .image_processing_alpha_clip import check_processor_call
-from .regions import Region
+from .region_arguments import check_call, take_regions
 
 
 class AlphaCLIPProcessor(CLIPProcessor):
@@ -16,7 +17,7 @@ class AlphaCLIPProcessor(CLIPProcessor):
         self,
         images: ImageInput | None = None,
         text: str | list[str] | None = None,
-        regions: Region | str | list | None = None,
+        regions: Any = None,
         **kwargs,
     ) -> BatchFeature:
         """Prepare images with their regions, texts, or both.
@@ -35,10 +36,8 @@ class AlphaCLIPProcessor(CLIPProcessor):
             ValueError: If an argument would be dropped with its region, there are regions without images, or a region
                 does not fit its image.
         """
-        if images is not None:
-            check_processor_call(self.image_processor, kwargs)
+        regions = take_regions(regions, kwargs)
+        check_call(self, images, regions, kwargs)
         if regions is not None:
-            if images is None:
-                raise ValueError("got regions without images; pass the images that they lie in")
             kwargs["regions"] = regions
         return super().__call__(images=images, text=text, **kwargs)

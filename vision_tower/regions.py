@@ -52,7 +52,7 @@ FORMS = (
     "box:1,2,3,4*0.5"
 )
 _STRENGTH = re.compile(r"(.*)\*([\d.eE+-]+)", re.DOTALL)
-_MAX_PIXELS = 200_000_000  # of a mask, which takes 4 bytes a pixel; a few bytes of runs could ask for all memory
+MAX_MASK_PIXELS = 200_000_000  # of a mask, which takes 4 bytes a pixel; a few bytes of runs could ask for all memory
 _ROUNDING = 1e-3  # pixels that a region may reach over the picture without a warning; of a fraction, an error
 
 
@@ -464,9 +464,9 @@ _PARSERS: dict[str, Callable] = {
 
 
 def _check_pixels(height: int, width: int) -> None:
-    if height < 1 or width < 1 or height * width > _MAX_PIXELS:
+    if height < 1 or width < 1 or height * width > MAX_MASK_PIXELS:
         raise ValueError(
-            f"expected an image of at most {_MAX_PIXELS:,} pixels for a region, got {shortened(width)} x "
+            f"expected an image of at most {MAX_MASK_PIXELS:,} pixels for a region, got {shortened(width)} x "
             f"{shortened(height)}"
         )
 

@@ -197,7 +197,7 @@ def _members(path: Path) -> Iterator[tuple[str, str, bytes | TarMember | None] |
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as archive:
             length = os.fstat(file.fileno()).st_size
             while (member := archive.next()) is not None:
-                archive.members.clear()  # it would keep them all
+                archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
                 end = member.offset_data + member.size
                 if member.size < 0 or end > length or archive.offset <= position:
                     yield position

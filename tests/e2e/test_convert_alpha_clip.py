@@ -24,7 +24,7 @@ import mllm
 from mllm import chat
 from mllm.llava import build_llava_processor
 from scripts import convert_alpha_clip
-from tests.tiny import noise_picture, tiny_clip_config, tiny_llava_config, tiny_tokenizer
+from tests.tiny import noise_picture, prompt, tiny_clip_config, tiny_llava_config, tiny_tokenizer
 from vision_tower import (
     AlphaCLIPImageProcessor,
     AlphaCLIPModel,
@@ -174,7 +174,7 @@ def test_fused_tower_is_stock_clip(checkpoint, with_projection, tmp_path, measur
         torch.testing.assert_close(projected(pixels).image_embeds, expected.image_embeds, rtol=1e-5, atol=1e-5)
     with pytest.raises(RuntimeError, match="channels"):
         tower(pixels[:, :3])
-    with pytest.raises(ValueError, match="a fused export is for use without this package"):
+    with pytest.raises(ValueError, match="an exported tower is for use without this package"):
         AlphaCLIPVisionModel.from_pretrained(tmp_path / "fused")
 
 
@@ -186,8 +186,7 @@ def test_alpha_weights_replace_the_llava_tower(checkpoint, original, clip_llava,
         model, processor = mllm.load(clip_llava, device="cpu", alpha_weights=weights)
         assert all(torch.equal(t, expected[key]) for key, t in model.model.vision_tower.state_dict().items())
         inputs = [
-            processor(images=noise_picture(60, 40), regions=region, text="What?", return_tensors="pt")
-            for region in (LEFT, RIGHT)
+            processor(noise_picture(60, 40), prompt("What?"), region, return_tensors="pt") for region in (LEFT, RIGHT)
         ]
         with torch.no_grad():
             left, right = (model(**one).logits[:, -1] for one in inputs)
@@ -226,7 +225,7 @@ def test_fused_llava_is_stock_llava(checkpoint, clip_llava, tmp_path, measured, 
         "torch.save((model(**inputs).logits.detach(), model.generate(**inputs, max_new_tokens=8)), 'out.pt')\n"
     )
     for region in (LEFT, RIGHT):
-        inputs = processor(images=noise_picture(60, 40), regions=region, text="What is this?", return_tensors="pt")
+        inputs = processor(noise_picture(60, 40), prompt("What is this?"), region, return_tensors="pt")
         torch.save(dict(inputs), tmp_path / "in.pt")
         processes.run(code, cwd=tmp_path, checkout=False)
         logits, generated = torch.load(tmp_path / "out.pt")
@@ -234,15 +233,16 @@ def test_fused_llava_is_stock_llava(checkpoint, clip_llava, tmp_path, measured, 
             measured((logits - model(**inputs).logits).abs().max())
             torch.testing.assert_close(logits, model(**inputs).logits, rtol=1e-4, atol=1e-4)
             assert torch.equal(generated, model.generate(**inputs, max_new_tokens=8))
-    with pytest.raises(ValueError, match="a fused export is for use without this package"):
-        mllm.load(tmp_path / "fused", device="cpu")
+    with torch.no_grad():
+        again = mllm.load(tmp_path / "fused", device="cpu")[0](**inputs).logits
+        assert torch.equal(again, model(**inputs).logits)
 
 
 @pytest.mark.parametrize("width, height", [(64, 40), (45, 64), (65, 40)], ids=["wide", "tall", "odd"])
 def test_the_input_built_by_hand_is_the_processors(checkpoint, tmp_path, width, height):
-    """The lines of docs/fused.md against our image processor, in LLaVA's geometry."""
+    """The lines of docs/export.md against our image processor, in LLaVA's geometry."""
     assert convert(checkpoint, tmp_path / "OUT", "--fused") == 0
-    lines = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "fused.md").read_text(encoding="utf-8"), re.DOTALL)[0]
+    lines = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(encoding="utf-8"), re.DOTALL)[-1]
     image, region = noise_picture(width, height), Region.from_box(8, 5, 30, 33)
     mask = Image.fromarray(region.mask(height, width).astype(np.uint8) * 255)
     names = {"image": image, "mask": mask}

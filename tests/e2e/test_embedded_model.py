@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import pipeline
 
 import mllm
 from eval.controls import references_of_shown_region, with_whole_image, with_wrong_region
@@ -18,7 +19,9 @@ from mllm.data.index import RegionIndex
 from mllm.data.prepare import make_index
 from mllm.data.visual_genome import read_region_questions, read_regions
 from mllm.loading import EMBEDDED_MODEL
+from tests.tiny import prompt
 from train import finetune
+from train.collators import IGNORE_INDEX, encode_with_labels
 from vision_tower import Region
 from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 
@@ -74,11 +77,37 @@ def test_five_lines(samples, fed):
     model, processor = mllm.load()
     outputs = []
     for sample in (first, second):
-        inputs = processor(images=image, regions=sample.regions[0], text="What is this?", return_tensors="pt")
+        inputs = processor(images=image, regions=sample.regions[0], text=prompt("What is this?"), return_tensors="pt")
         text = processor.decode(model.generate(**inputs)[0], skip_special_tokens=True)
         assert text.endswith(f"What is this? ASSISTANT: {sample.references[0]}")
         outputs.append(model(**inputs).logits[0, -1])
     assert not torch.allclose(*outputs)
+
+
+def test_a_pipeline_answers_about_regions(embedded, samples):
+    model, processor = embedded
+    pipe = pipeline("image-text-to-text", model=model, processor=processor, max_new_tokens=24, return_full_text=False)
+    shown = two_objects(samples)
+    image = shown[0].open_image()
+    items = [{"type": "image", "image": image, "region": sample.regions[0]} for sample in shown]
+    question = {"type": "text", "text": "What is this?"}
+    chats = [[{"role": "user", "content": [item, question]}] for item in items]
+    expected = [sample.references[0] for sample in shown]
+    assert [answer[0]["generated_text"].strip() for answer in pipe(chats, batch_size=2)] == expected
+    regions = [sample.regions[0] for sample in shown]
+    answers = pipe([image] * 2, text=[prompt("What is this?")] * 2, regions=regions)
+    assert [answer["generated_text"].strip() for answer in answers] == expected
+
+
+def test_the_mask_of_answers_is_where_labels_are(embedded, samples):
+    _, processor = embedded
+    image, region = samples[0].open_image(), samples[0].regions[0]
+    turns = RegionChat(*embedded).conversation(image, region, "What is this?")
+    turns.append({"role": "assistant", "content": [{"type": "text", "text": samples[0].references[0]}]})
+    inputs = processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    ids, labels = encode_with_labels(processor, turns)
+    assert inputs["input_ids"] == [ids]
+    assert inputs["assistant_masks"] == [[int(label != IGNORE_INDEX) for label in labels]]
 
 
 def test_answers_follow_the_region_also_to_another_object(embedded, samples):

@@ -12,9 +12,10 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModel
+from transformers import AutoModel, CLIPVisionModel
 
 import mllm
+from mllm.export import export
 from scripts import push_to_hub
 from tests.tiny import (
     build_tiny_blip2,
@@ -123,6 +124,16 @@ def test_a_llava_without_what_only_its_machine_can_use(tiny_llava_dir, tmp_path,
     assert card.data.base_model == "llava-hf/llava-1.5-7b-hf" and card.data.library_name == "transformers"
     assert "| data | vg |" in card.text
     run_example(card, {"lab/llava": out})
+
+
+def test_an_export_needs_no_package(tiny_llava, tmp_path, run_example):
+    export(*tiny_llava, tmp_path / "in")
+    assert push(tmp_path / "in", "lab/export", "--to", tmp_path / "out", "--built-from", "llava-1.5") == 0
+    assert {file.name for file in (tmp_path / "in").iterdir()} < {file.name for file in (tmp_path / "out").iterdir()}
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert "import mllm" not in card.text and "trust_remote_code=True" in card.text
+    model = run_example(card, {"lab/export": tmp_path / "out"})["model"]
+    assert type(model.model.vision_tower) is CLIPVisionModel
 
 
 def test_a_blip2_and_a_model_with_text_tower(tmp_path, run_example):

@@ -17,10 +17,24 @@ class Block(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Block())
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+for loader in (AutoModel, AutoImageProcessor, AutoProcessor):
+    try:
+        sys.exit(f"no error: {loader.from_pretrained(sys.argv[1])}")
+    except ValueError as error:
+        assert "trust_remote_code=True" in str(error), error
 model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
 processor = AutoImageProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
-values = processor(Image.open(sys.argv[2]), ["box:4,4,40,30*0.3", "box:44,4,60,50"], return_tensors="pt")
+image, texts = Image.open(sys.argv[2]), ["box:4,4,40,30*0.3", "box:44,4,60,50"]
+values = processor(image, texts, return_tensors="pt")
+copy = get_class_from_dynamic_module("regions.Region", sys.argv[1])
+assert copy is not sys.modules[type(processor).__module__.rpartition(".")[0] + ".regions"].Region
+regions = [copy.parse(text) for text in texts]
+again = AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+for one in (processor, again):
+    for given in (regions, [region.to_json() for region in regions]):
+        assert torch.equal(one(image, given, return_tensors="pt")["pixel_values"], values["pixel_values"])
 pooled = model(**values).pooler_output.detach()
 torch.save({"pixels": values["pixel_values"], "pooled": pooled}, sys.argv[3])
 assert "vision_tower" not in sys.modules

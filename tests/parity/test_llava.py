@@ -18,8 +18,8 @@ from transformers import (
 )
 
 import mllm
-from mllm.processing import VICUNA_V1_SYSTEM, AlphaLlavaProcessor
-from tests.tiny import noise_picture, tiny_llava_config, tiny_tokenizer, tiny_vision_config
+from mllm.processing_llava import VICUNA_V1_SYSTEM, AlphaLlavaProcessor
+from tests.tiny import noise_picture, prompt, tiny_llava_config, tiny_tokenizer, tiny_vision_config
 from vision_tower import AlphaCLIPVisionModel, Region
 
 # The template of llava-hf/llava-1.5-7b-hf, in the part that a first turn uses.
@@ -58,7 +58,7 @@ def test_zero_alpha_gives_stock_logits_and_ids(both):
     stock, ours, processor = both
     assert torch.count_nonzero(dict(ours.model.named_parameters())[ALPHA]) == 0
     image = noise_picture(60, 40)
-    inputs = processor(images=image, regions=Region.from_box(5, 5, 30, 30), text="What is this?", return_tensors="pt")
+    inputs = processor(image, prompt("What is this?"), Region.from_box(5, 5, 30, 30), return_tensors="pt")
     rgb = {**inputs, "pixel_values": inputs["pixel_values"][:, :3]}
     with torch.no_grad():
         assert torch.equal(ours(**inputs).logits, stock(**rgb).logits)
@@ -82,7 +82,7 @@ def test_inputs_equal_the_stock_processor(both, question):
         num_additional_image_tokens=1,
     )
     expected = stock(images=image, text="<s>" + STOCK_PROMPT.format(question), return_tensors="pt")
-    got = processor(images=image, regions=None, text=question, return_tensors="pt")
+    got = processor(image, prompt(question), None, return_tensors="pt")
     assert torch.equal(got["input_ids"], expected["input_ids"])
     assert torch.equal(got["attention_mask"], expected["attention_mask"])
     assert torch.equal(got["pixel_values"][:, :3], expected["pixel_values"])
@@ -124,9 +124,7 @@ def test_576_image_tokens_at_336(both):
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
-    inputs = real(
-        images=noise_picture(64, 48), regions=Region.from_box(1, 1, 20, 20), text="What?", return_tensors="pt"
-    )
+    inputs = real(noise_picture(64, 48), prompt("What?"), Region.from_box(1, 1, 20, 20), return_tensors="pt")
     assert (inputs["input_ids"] == real.image_token_id).sum() == real.num_image_tokens == 576
     assert inputs["pixel_values"].shape == (1, 4, 336, 336)
 
@@ -187,7 +185,12 @@ def test_saved_model_comes_back_bit_for_bit_through_the_auto_classes(tiny_llava,
     assert type(again_processor) is AlphaLlavaProcessor
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     inputs = [
-        p(images=noise_picture(50, 70), regions=Region.from_box(2, 2, 30, 30), text="What?", return_tensors="pt")
+        p(
+            noise_picture(50, 70),
+            prompt("What?"),
+            Region.from_box(2, 2, 30, 30),
+            return_tensors="pt",
+        )
         for p in (processor, again_processor)
     ]
     assert all(torch.equal(inputs[0][key], inputs[1][key]) for key in inputs[0])
@@ -200,11 +203,11 @@ def test_padded_batches_of_different_regions_equal_single_calls(tiny_llava):
     image = noise_picture(60, 40)
     regions = [Region.from_box(2, 2, 20, 20), Region.from_box(30, 10, 58, 38)]
     questions = ["What?", "What is the colour of this?"]
-    batch = processor(images=[image, image], regions=regions, text=questions, return_tensors="pt")
+    batch = processor([image, image], [prompt(question) for question in questions], regions, return_tensors="pt")
     with torch.no_grad():
         together = model(**batch).logits[:, -1]
         for row, (region, question) in enumerate(zip(regions, questions, strict=True)):
-            single = model(**processor(images=image, regions=region, text=question, return_tensors="pt")).logits[0, -1]
+            single = model(**processor(image, prompt(question), region, return_tensors="pt")).logits[0, -1]
             # worst seen 2e-7
             torch.testing.assert_close(together[row], single, atol=1e-5, rtol=0)
     assert not torch.allclose(together[0], together[1])

@@ -8,7 +8,8 @@ from transformers import Blip2QFormerConfig, CLIPConfig, CLIPModel, CLIPVisionMo
 
 import mllm
 from mllm.blip2_conversion import _shorten, qformer_config_from_lavis
-from mllm.llava import fused_llava, with_alpha_tower
+from mllm.fused import fused_config
+from mllm.llava import with_alpha_tower
 from scripts import convert_alpha_clip, merge_adapter
 from tests.tiny import build_tiny_llava, tiny_clip_config, tiny_llava_config, tiny_tokenizer, tiny_vision_config
 from vision_tower import AlphaCLIPVisionConfig, AlphaCLIPVisionModel, conversion
@@ -79,7 +80,7 @@ def test_a_llava_keeps_the_settings_of_its_tower():
     assert {key: value for key, value in after.to_dict().items() if before.get(key) != value} == {
         "model_type": after.model_type
     }
-    fused = fused_llava(build_tiny_llava()[0]).config.vision_config
+    fused = fused_config(build_tiny_llava()[0].config).vision_config
     assert fused.attention_dropout == 0 and fused.num_channels == 4
 
 

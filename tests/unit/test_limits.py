@@ -21,6 +21,7 @@ DOCUMENTED = {  # limit -> its value, and how the page writes it
     "MOST_BRACKETS": (1000, "1,000"),
     "MOST_VALUES": (10_000, "10,000"),
     "MAX_PIXELS": (100_000_000, "100 million"),
+    "MAX_MASK_PIXELS": (200_000_000, "200 million"),
     "MAX_DRAWN": (10**9, "10^9 pixels"),
     "MAX_TENSORS": (5_000, "5,000"),
     "MAX_HEADER": (4_000_000, "4,000,000 bytes"),

@@ -13,13 +13,15 @@ ALLOWED = {
     "mllm/data/shapes.py": {"save"},  # into a folder that replacing_folder has made
     "mllm/data/shapes_grit.py": {"save", "write_bytes"},  # so too; PNG into memory
     "vision_tower/regions.py": {"save"},  # into memory
+    "mllm/export.py": {"save_pretrained", "save_torch_state_dict"},  # into a folder that replacing_folder has made
+    "mllm/remote_code.py": {"write_text"},  # a part of save_pretrained; runs elsewhere too
     "eval/page.py": {"save"},  # into memory
     "scripts/build_embedded_model.py": {"save", "copy", "save_pretrained"},  # into claimed folders
     "scripts/build_shapes_blip2.py": {"save_pretrained"},
     "scripts/build_shapes_clip.py": {"save_pretrained"},
     "scripts/push_to_hub.py": {"copytree"},  # into a folder that replacing_folder has made, or a temporary one
     # into a folder that replacing_folder has made; the original layout into work_folder and replacing_file
-    "scripts/convert_alpha_clip.py": {"save", "replace", "save_file", "save_pretrained", "save_torch_state_dict"},
+    "scripts/convert_alpha_clip.py": {"save", "replace", "save_file", "save_pretrained"},
     "scripts/convert_lavis_blip2.py": {"save", "save_pretrained"},
     "scripts/merge_adapter.py": {"save_pretrained"},
     "scripts/bench_alpha_clip.py": {"save", "write_text"},  # temporary folders

@@ -60,6 +60,14 @@ def test_values_differences_and_what_changed(tmp_path):
     assert compare([b, a], metrics=["exact match"]).differences["exact match"][0].value == pytest.approx(4 / 6)
 
 
+def test_other_forms_of_regions_are_noted(tmp_path):
+    masks = run_of()
+    masks["protocol"]["region form"] = "mask"
+    a, b = write(tmp_path, "a", records(RIGHT), run_of()), write(tmp_path, "b", records(WRONG), masks)
+    assert "the regions are of different form: box, mask" in compare([a, b], metrics=["exact match"]).notes
+    assert not any("form" in note for note in compare([a, a], metrics=["exact match"]).notes)
+
+
 def test_what_changed_most_comes_first(tmp_path, monkeypatch):
     scores = {"a": [0.5, 0.5, 0.5, 0.5, 0.5, 0.5], "b": [0.6, 0.1, 0.5, 1.0, 0.4, 0.3]}
     runs = iter("ab")

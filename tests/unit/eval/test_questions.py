@@ -48,6 +48,7 @@ def test_an_article_alone_is_an_answer():
     """ "A." on a sign; and of marks alone nothing is left to be right with."""
     found = score_answers(["A", "the", "it says a", "?", "B"], [["A."], ["A."], ["red"], ["?"], ["A."]])
     assert found["exact match"].tolist() == [1, 0, 0, 0, 0]
+    assert found["contains"].tolist() == [1, 0, 0, 0, 0]
 
 
 def test_the_best_reference_counts():

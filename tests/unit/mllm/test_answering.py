@@ -8,7 +8,7 @@ from transformers.utils import logging as transformers_logging
 
 from mllm.answering import RegionChat, check_alpha
 from mllm.data.templates import DESCRIBE_REGION
-from tests.tiny import noise_picture
+from tests.tiny import noise_picture, prompt
 from vision_tower import Region
 
 IMAGE = noise_picture(60, 40)
@@ -22,7 +22,7 @@ def chat(tiny_llava):
 
 def test_answers_equal_generate_called_by_hand(chat, tiny_llava):
     model, processor = tiny_llava
-    inputs = processor(images=IMAGE, regions=LEFT, text="What?", return_tensors="pt")
+    inputs = processor(images=IMAGE, regions=LEFT, text=prompt("What?"), return_tensors="pt")
     with torch.no_grad():
         output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     expected = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

@@ -80,7 +80,10 @@ def test_prompts_are_those_of_the_authors():
 def test_a_question_cannot_add_query_tokens(loaded):
     _, processor = loaded
     image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
-    inputs = processor(images=[IMAGE, IMAGE], text=["a <image> </s>", "b"], padding=True, return_tensors="pt")
+    with pytest.raises(ValueError, match="without <image>"):
+        processor(images=IMAGE, text="a <image> </s>")
+    chats = [RegionChat(*loaded).conversation(IMAGE, LEFT, question) for question in ("a <image> </s>", "b")]
+    inputs = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_tensors="pt")
     assert ((inputs["input_ids"] == image_token).sum(1) == QUERIES).all()
     assert (inputs["input_ids"] == 2).sum() == 0
     assert inputs["input_ids"].shape == inputs["attention_mask"].shape
@@ -182,3 +185,41 @@ def test_half_precision_keeps_the_region(folder):
             features = model.vision_model(pixels).last_hidden_state
         assert str(features.dtype) == f"torch.{dtype}" and (features[0] - features[1]).abs().max() > 0.05
         assert RegionChat(model, processor).answer(IMAGE, LEFT, max_new_tokens=3) is not None
+
+
+def test_a_region_in_every_place(loaded):
+    _, processor = loaded
+    prompt = "Question: What? Answer:"
+    one = [{"role": "user", "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": "What?"}]}]
+    given = [{"role": "user", "content": [{**one[0]["content"][0], "region": [LEFT.to_json()]}, one[0]["content"][1]]}]
+    settings = {"add_generation_prompt": True, "tokenize": True, "return_tensors": "pt"}
+    expected = processor(IMAGE, prompt, LEFT, return_tensors="pt")
+    assert not torch.equal(
+        expected["pixel_values"], processor(IMAGE, prompt, RIGHT, return_tensors="pt")["pixel_values"]
+    )
+    for inputs in (
+        processor([[IMAGE]], [prompt], [["box:0,0,30,40"]], return_tensors="pt"),
+        processor(IMAGE, prompt, images_kwargs={"regions": LEFT}, return_tensors="pt"),
+        processor.apply_chat_template(given, **settings),
+        processor.apply_chat_template(one, regions=LEFT, **settings),
+        processor.apply_chat_template([one], regions=[LEFT], **settings),
+        processor.apply_chat_template(one, processor_kwargs={"regions": [LEFT]}, **settings),
+        processor.apply_chat_template(one, images_kwargs={"regions": [LEFT]}, **settings),
+    ):
+        assert inputs.keys() == expected.keys() and all(torch.equal(inputs[key], expected[key]) for key in expected)
+    for call in (
+        lambda: processor(IMAGE, prompt, [LEFT, RIGHT]),
+        lambda: processor.apply_chat_template(one, regions=[[LEFT, RIGHT]], **settings),
+    ):
+        with pytest.raises(ValueError, match="BLIP-2 reads one image and one region a prompt, got 2 regions"):
+            call()
+    for call in (
+        lambda: processor([IMAGE, IMAGE], prompt),
+        lambda: processor(IMAGE, [prompt, None]),
+        lambda: processor.apply_chat_template(given, regions=LEFT, **settings),
+        lambda: processor.apply_chat_template([one, one], regions=[LEFT], **settings),
+        lambda: processor.apply_chat_template(one, region=LEFT),
+        lambda: processor.apply_chat_template(one, processor_kwargs={"masks": LEFT}),
+    ):
+        with pytest.raises(ValueError):
+            call()

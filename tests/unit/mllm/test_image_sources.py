@@ -1,26 +1,19 @@
 """Every processor gives every kind of image source the pixels that the one decoder gives it."""
 
 import dataclasses
-import functools
-import http.server
-import threading
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mllm.processing import as_region
-from tests.tiny import build_tiny_blip2, build_tiny_clip, build_tiny_llava
+from tests.serving import serve
+from tests.tiny import build_tiny_blip2, build_tiny_clip, build_tiny_llava, prompt
 from vision_tower import AlphaCLIPImageProcessor, Region
 from vision_tower.image_decoding import decode_image
+from vision_tower.region_arguments import as_region
 
 KINDS = ["str", "path", "bytes", "pil", "array", "tensor", "url"]
-
-
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +24,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(folder):
     """Of a server on this machine."""
-    handler = functools.partial(_Quiet, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with serve(folder) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +38,8 @@ def processors():
 
     chat = {"tokenize": True, "return_tensors": "pt"}
     return {
-        "llava": lambda image: llava(images=image, text="What?", return_tensors="pt"),
-        "llava batch": lambda image: llava(images=[image], text=["What?"], return_tensors="pt"),
+        "llava": lambda image: llava(images=image, text=prompt("What?"), return_tensors="pt"),
+        "llava batch": lambda image: llava(images=[image], text=[prompt("What?")], return_tensors="pt"),
         "llava chat": lambda image: llava.apply_chat_template(message(image), return_dict=True, **chat),
         "blip2": lambda image: blip2(images=image, text="", return_tensors="pt"),
         "blip2 chat": lambda image: blip2.apply_chat_template(message(image), **chat),
@@ -78,7 +66,8 @@ def test_all_sources_give_the_same_pixels(folder, address, processors, depth):
 def test_a_question_without_an_image_stands_beside_one_with_an_image(processors):
     llava = build_tiny_llava()[1]
     image = Image.new("RGB", (8, 8))
-    assert len(llava(images=[image, None], text=["What?", "Why?"], return_tensors="pt")["pixel_values"]) == 1
+    text = [prompt("What?"), "USER: Why? ASSISTANT:"]
+    assert len(llava(images=[[image], []], text=text, return_tensors="pt")["pixel_values"]) == 1
 
 
 def test_a_url_that_cannot_be_fetched_is_one_line(address):

@@ -14,7 +14,7 @@ from mllm import chat
 from mllm.answering import RegionChat
 from mllm.loading import EMBEDDED_MODEL
 from scripts import merge_adapter
-from tests.tiny import noise_picture
+from tests.tiny import noise_picture, prompt
 from vision_tower import Region
 
 LEFT, RIGHT = Region.from_box(0, 0, 30, 40), Region.from_box(30, 0, 60, 40)
@@ -23,7 +23,7 @@ TARGETS = r".*language_model.*\.(q_proj|v_proj)"
 
 
 def logits(model, processor, region):
-    inputs = processor(images=noise_picture(60, 40), regions=region, text="What is this?", return_tensors="pt")
+    inputs = processor(images=noise_picture(60, 40), regions=region, text=prompt("What is this?"), return_tensors="pt")
     with torch.no_grad():
         return model(**inputs).logits[0, -1]
 

@@ -134,19 +134,16 @@ def test_scores_of_one_run_and_of_runs_that_differ(tower):
 
 
 @pytest.mark.parametrize(
-    ("trained", "title", "question"),
-    [
-        ("LlavaForConditionalGeneration", "LLaVA-1.5", '"What is this?"'),
-        ("AlphaBlip2ForConditionalGeneration", "BLIP-2", '"Question: What is this? Answer:"'),
-    ],
+    ("trained", "title"),
+    [("LlavaForConditionalGeneration", "LLaVA-1.5"), ("AlphaBlip2ForConditionalGeneration", "BLIP-2")],
 )
-def test_an_adapter_is_used_as_its_model_is(tmp_path, trained, title, question):
+def test_an_adapter_is_used_as_its_model_is(tmp_path, trained, title):
     adapter = {"base_model_name_or_path": "lab/base", "r": 3, "modules_to_save": None}
     adapter["auto_mapping"] = {"base_model_class": trained}
     (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
     card = model_card(tmp_path, "lab/lora")
     assert card.data.base_model == "lab/base" and card.data.library_name == "peft" and "lora" in card.data.tags
-    assert f"A LoRA adapter for {title}" in card.text and question in card.text
+    assert f"A LoRA adapter for {title}" in card.text and "What is this?" in card.text
     assert row(card, "rank") == ["`3`"] and "trained in full" not in card.text
 
 

@@ -18,7 +18,7 @@ from mllm.data.index import RegionIndex
 from mllm.data.prepare import make_index
 from mllm.llava import build_llava_processor
 from mllm.loading import EMBEDDED_MODEL
-from tests.tiny import build_tiny_llava, noise_picture, tiny_llava_config, tiny_tokenizer, tiny_vision_config
+from tests.tiny import build_tiny_llava, noise_picture, prompt, tiny_llava_config, tiny_tokenizer, tiny_vision_config
 from train.arguments import DataArguments
 from train.sampling import ConversationDataset
 from vision_tower import AlphaCLIPImageProcessor, Region
@@ -28,15 +28,15 @@ BOX = Region.from_box(2, 2, 30, 30)
 
 @pytest.mark.parametrize("name", ["region", "mask", "masks", "alpha_values"])
 def test_a_misspelt_region_is_an_error(tiny_llava, name):
-    with pytest.raises(ValueError, match="passed as regions="):
-        tiny_llava[1](images=noise_picture(60, 40), text="What?", **{name: BOX})
+    with pytest.raises(ValueError, match="regions are passed as regions="):
+        tiny_llava[1](images=noise_picture(60, 40), text=prompt("What?"), **{name: BOX})
 
 
 def test_a_stock_image_processor_is_refused():
     model, processor = build_tiny_llava()
     stock = build_llava_processor(CLIPImageProcessor(), processor.tokenizer, model.config)
     with pytest.raises(ValueError, match="would drop every region"):
-        stock(images=noise_picture(60, 40), text="What?", regions=BOX)
+        stock(images=noise_picture(60, 40), text=prompt("What?"), regions=BOX)
 
 
 def clip_llava(folder):
@@ -63,7 +63,7 @@ def test_a_lost_alpha_weight_of_ours_is_an_error(tiny_llava_dir, tmp_path):
     kept = {key: tensor for key, tensor in weights.items() if ".alpha." not in key}
     assert len(kept) == len(weights) - 1
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lack the alpha weight"):
+    with pytest.raises(ValueError, match="lacks the alpha weight"):
         mllm.load(tmp_path, device="cpu")
 
 

@@ -158,12 +158,13 @@ def test_lora_and_the_named_parts(start, data, tmp_path, trainers, parts):
     assert moved(before, reloaded.merge_and_unload().state_dict()) == expected
 
 
-def test_a_clip_trained_from_nothing_keeps_its_alpha_at_zero(data, tmp_path):
+def test_a_clip_trained_from_nothing_keeps_its_alpha_at_zero(data, tmp_path, caplog):
     """As in the recipe shapes_clip."""
     start = saved(tmp_path / "start", alpha_std=0)
     parts = "vision_model", "visual_projection", "text_model", "text_projection", "logit_scale"
     flags = "--whole_image_rate", 1, "--regions_per_image", 1, "--optimizer", "muon", "--weight_decay", 0.05
     assert run(start, data, tmp_path / "out", "--train_parts", *parts, *flags) == 0
+    assert "no captions" not in caplog.text
     before, after = weights(start), weights(tmp_path / "out")
     assert of_parts(moved(before, after), "") == of_parts(before, "") - {ALPHA}
     assert torch.equal(after[ALPHA], torch.zeros_like(after[ALPHA])) and after["logit_scale"].ndim == 0

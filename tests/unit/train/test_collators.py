@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mllm.processing import VICUNA_V1_SYSTEM
-from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_picture
+from mllm.processing_llava import VICUNA_V1_SYSTEM
+from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_picture, prompt
 from train.collators import IGNORE_INDEX, ConversationCollator, encode_prompt_and_answer, encode_with_labels
 from vision_tower import Region
 
@@ -56,8 +56,8 @@ def test_blip2_labels_begin_where_generation_begins(question, answer):
     turns = conversation((question, answer))
     ids, labels = encode_with_labels(processor, turns)
     first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
-    prompt = processor.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=True)["input_ids"][0]
-    assert ids[:first] == prompt and labels[first:] == ids[first:]
+    asked = processor.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=True)["input_ids"][0]
+    assert ids[:first] == asked and labels[first:] == ids[first:]
     assert processor.tokenizer.decode(labels[first:]).strip() == "a cat</s>"
     batch = ConversationCollator(processor)([[turns], [turns]])
     with torch.no_grad():
@@ -73,8 +73,8 @@ def test_the_first_label_is_predicted_at_the_end_of_the_prompt():
     turns = conversation(("What?", "a cat"))
     ids, labels = encode_with_labels(PROCESSOR, turns)
     first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
-    prompt = PROCESSOR(images=IMAGE, text="What?", return_tensors="pt")["input_ids"][0].tolist()
-    assert ids[:first] == prompt
+    asked = PROCESSOR(images=IMAGE, text=prompt("What?"), return_tensors="pt")["input_ids"][0].tolist()
+    assert ids[:first] == asked
     assert PROCESSOR.tokenizer.decode(ids[first:]).strip() == "a cat</s>"
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import mllm
 from mllm.data import shapes
 from mllm.loading import load_adapter
-from tests.tiny import build_tiny_blip2, build_tiny_llava
+from tests.tiny import build_tiny_blip2, build_tiny_llava, prompt
 from train import finetune
 from train.arguments import ModelArguments
 from train.lora import linear_layers, original_name, part_of, parts_of, prepare_model, trained_table
@@ -112,9 +112,7 @@ def test_the_adapter_is_complete_small_and_answers_by_region(starts, data, tmp_p
     from mllm.data.visual_genome import read_regions
 
     one, two = list(read_regions(data / "val"))[:2]
-    inputs = [
-        processor(images=one.open_image(), regions=s.regions[0], text="What?", return_tensors="pt") for s in (one, two)
-    ]
+    inputs = [processor(one.open_image(), prompt("What?"), s.regions[0], return_tensors="pt") for s in (one, two)]
     with torch.no_grad():
         logits = [model(**batch).logits for batch in inputs]
     assert not torch.equal(*logits)

@@ -7,6 +7,7 @@ import pytest
 from train import arguments, region_text_arguments
 from train.output import WHOLE, held_output
 from train.run import what_makes_the_run
+from train.skipped import SKIPPED
 
 PARSERS = {"region-tune": arguments.parse_args, "train.alpha_clip": region_text_arguments.parse_args}
 
@@ -35,6 +36,21 @@ def checkpoint(tmp_path):
     folder = tmp_path / "checkpoint-2"
     folder.mkdir()
     return folder
+
+
+@pytest.mark.parametrize("program", PARSERS)
+def test_the_list_of_skipped_items_is_kept_where_a_run_resumes(program, checkpoint):
+    out = checkpoint.parent
+    (out / SKIPPED).write_text("kept\n")
+    store(program, checkpoint)
+    assert resumed(program, out) == checkpoint and (out / SKIPPED).exists()
+
+
+@pytest.mark.parametrize("program", PARSERS)
+def test_the_list_of_skipped_items_is_begun_anew_with_the_run(program, tmp_path):
+    with held_output(*parsed(program, tmp_path / "out")):
+        (tmp_path / "out" / SKIPPED).write_text("of an attempt that saved nothing\n")
+    assert resumed(program, tmp_path / "out") is None and not (tmp_path / "out" / SKIPPED).exists()
 
 
 LEARNED = [

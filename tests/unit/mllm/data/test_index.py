@@ -1,5 +1,6 @@
 """The index: pictures in files and in tars, regions beside the whole image, forms and turns put together."""
 
+import dataclasses
 import json
 import tarfile
 
@@ -80,6 +81,8 @@ def test_the_whole_image_beside_its_regions(tmp_path):
         (("description", None, text),) for text in ("one", "two", "one and two")
     ]
     assert [facts.sample.meta["region_id"] for facts in (one, two, whole)] == [0, 1, None]
+    several = dataclasses.replace(one, forms=(BOX, mask, Region.from_polygon([(1, 1), (5, 1), (3, 5)])))
+    assert several.form("mask") == several.form("available") == mask and several.form("box") == BOX
     assert index.picture_of.tolist() == [0, 0, 0] and whole.sample.id == "a/whole"
 
 

@@ -1,0 +1,106 @@
+"""A LLaVA with our tower -> a directory of stock classes, which Transformers loads without this package; a BLIP-2 -> a
+directory with its source files (docs/export.md).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import save_torch_state_dict
+from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration, PreTrainedModel
+
+from mllm.blip2 import AlphaBlip2ForConditionalGeneration
+from mllm.files import replacing_folder
+from mllm.fused import fused_config
+from mllm.llava import vision_tower
+from mllm.loading import AlphaProcessor, load_adapter
+from vision_tower import AlphaCLIPVisionModel
+from vision_tower.conversion import fuse
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# Names in memory -> llava-hf's, which every version of Transformers reads. What `save_pretrained` writes lacks
+# `vision_model.`, and Transformers before 5 would leave the tower random, with a warning only.
+_HUB_PREFIXES = {
+    "model.vision_tower.": "vision_tower.vision_model.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+}
+
+
+def export(
+    model: PreTrainedModel | PeftModel,
+    processor: AlphaProcessor,
+    directory: str | os.PathLike,
+    *,
+    adapter: str | os.PathLike | None = None,
+) -> None:
+    """Write a directory that works without this package.
+
+    A LLaVA becomes stock `LlavaForConditionalGeneration` with stock `CLIPVisionModel` of four channels, whose
+    `pixel_values` is always (B, 4, S, S): three channels are an error there, not the whole image. Its processor is
+    loaded by `AutoProcessor.from_pretrained(directory, trust_remote_code=True)`. Of a BLIP-2, the model needs
+    `trust_remote_code=True` too.
+
+    Args:
+        model: As `mllm.load` gives it.
+        processor: Its processor.
+        directory: A new directory.
+        adapter: Directory of a LoRA adapter, merged into `model` (in place) first.
+
+    Raises:
+        ValueError: If the model is of another kind, is quantized, has an adapter that is not merged or weights on no
+            device, the adapter is not one for it, or `directory` exists.
+    """
+    check_exportable(model, processor)
+    reads = [] if adapter is None else [adapter]
+    with replacing_folder(directory, "exported model", reads=reads, new=True) as folder:
+        if adapter is not None:
+            model = load_adapter(model, adapter).merge_and_unload()
+        if isinstance(model, AlphaBlip2ForConditionalGeneration):
+            model.save_pretrained(folder)
+        else:
+            _save_fused(model, folder)
+        processor.save_pretrained(folder)
+
+
+def check_exportable(model: PreTrainedModel | PeftModel, processor: AlphaProcessor) -> None:
+    """Raise ValueError unless `model` is one with our tower, whole, not quantized and without an adapter."""
+    if hasattr(model, "peft_config") or any(".base_layer." in name for name, _ in model.named_parameters()):
+        raise ValueError(
+            "the model has an adapter that is not merged; load the model without it, and give its directory as adapter="
+        )
+    llava = isinstance(model, LlavaForConditionalGeneration) and isinstance(vision_tower(model), AlphaCLIPVisionModel)
+    if not (llava or isinstance(model, AlphaBlip2ForConditionalGeneration)):
+        raise ValueError(
+            f"expected a LLaVA-1.5 or BLIP-2 with our tower, as mllm.load gives it, got {type(model).__name__}"
+        )
+    if not isinstance(processor, AlphaProcessor):
+        raise ValueError(f"expected the model's processor, as mllm.load gives it, got {type(processor).__name__}")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError("the model is quantized (load_in); load it without, and export that")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("a part of the model is offloaded; load all of it on one device, such as device='cpu'")
+
+
+def _save_fused(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    """The model as stock classes, and image settings for Transformers before 5, which read no others."""
+    config = fused_config(model.config)
+    config.architectures, config.dtype = [LlavaForConditionalGeneration.__name__], model.dtype
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    weights = {_hub_name(name): tensor.to(model.dtype) for name, tensor in fuse(model.state_dict()).items()}
+    save_torch_state_dict(weights, folder, max_shard_size="5GB")
+    side = config.vision_config.image_size
+    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
+        folder
+    )
+
+
+def _hub_name(name: str) -> str:
+    prefix = next(prefix for prefix in _HUB_PREFIXES if name.startswith(prefix))
+    return _HUB_PREFIXES[prefix] + name.removeprefix(prefix)

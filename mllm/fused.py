@@ -1,0 +1,75 @@
+"""A LLaVA with our tower as stock classes, and back: stock CLIP with four channels has one patch convolution over RGB
+and alpha, where our tower has two, whose sum it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
+from transformers.utils import cached_file
+
+_RGB_WEIGHT = "embeddings.patch_embedding.weight"
+_HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def fused_config(config: LlavaConfig) -> LlavaConfig:
+    """The configuration of a LLaVA with our tower, as stock classes."""
+    fields = config.to_dict()
+    vision = {key: value for key, value in fields["vision_config"].items() if key not in ("model_type", "auto_map")}
+    fields["vision_config"] = CLIPVisionConfig(**{**vision, "num_channels": 4})
+    return LlavaConfig(**fields)
+
+
+def is_fused(config: PreTrainedConfig) -> bool:
+    """Whether it is the configuration of an export."""
+    vision = getattr(config, "vision_config", None)
+    return isinstance(config, LlavaConfig) and type(vision) is CLIPVisionConfig and vision.num_channels == 4
+
+
+def load_fused(
+    name: str | os.PathLike, *, config: LlavaConfig, **kwargs: Any
+) -> tuple[LlavaForConditionalGeneration, dict]:
+    """Load an export with our tower.
+
+    Args:
+        name: Directory or hub id.
+        config: Its configuration, with our tower.
+        **kwargs: As in `from_pretrained`, with `output_loading_info` and `ignore_mismatched_sizes`.
+
+    Returns:
+        The model, and Transformers' loading info without the fused weight.
+
+    Raises:
+        ValueError: If there is no weight of four channels, or the tower is on no device.
+    """
+    model, info = LlavaForConditionalGeneration.from_pretrained(name, config=config, **kwargs)
+    fused = {entry for entry in info["mismatched_keys"] if entry[0].endswith(_RGB_WEIGHT) and entry[1][1:2] == (4,)}
+    if not fused:
+        raise ValueError(f"the weights in {name} lack the alpha channel, which its config.json promises (num_channels)")
+    embedding = model.model.vision_tower.embeddings.patch_embedding
+    if embedding.weight.is_meta or hasattr(embedding.weight, "ds_id"):  # offloaded, or in pieces (DeepSpeed's ZeRO-3)
+        raise ValueError(
+            f"{name} is an export, whose tower must be loaded on one device: load it with mllm.load, save model and "
+            "processor with save_pretrained, and take that directory"
+        )
+    stored = _stored_tensor(name, _RGB_WEIGHT, {key: kwargs[key] for key in _HUB_OPTIONS if kwargs.get(key)})
+    with torch.no_grad():
+        embedding.weight.copy_(stored[:, :3])
+        embedding.alpha.weight.copy_(stored[:, 3:])
+    return model, {**info, "mismatched_keys": info["mismatched_keys"] - fused}
+
+
+def _stored_tensor(name: str | os.PathLike, ending: str, hub: dict) -> torch.Tensor:
+    """The one tensor of a checkpoint whose name ends so."""
+    index = cached_file(name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **hub)
+    files = ["model.safetensors"]
+    if index is not None:
+        with open(index, encoding="utf-8") as file:
+            files = [shard for stored, shard in json.load(file)["weight_map"].items() if stored.endswith(ending)]
+    with safe_open(cached_file(name, files[0], **hub), "pt") as tensors:
+        return tensors.get_tensor(next(stored for stored in tensors.keys() if stored.endswith(ending)))  # noqa: SIM118

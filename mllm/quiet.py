@@ -1,0 +1,51 @@
+"""Drops messages of other libraries that no user can act on: each by its own text, in the logger or the warning that
+speaks it. No level changes, so everything else that these libraries say is still shown.
+"""
+
+import logging
+import warnings
+
+
+class _Drops(logging.Filter):
+    """Drops the records of one logger whose message begins with `start`; and, if given, mentions `cause`."""
+
+    def __init__(self, start: str, cause: str = "") -> None:
+        super().__init__()
+        self.start = start
+        self.cause = cause
+
+    def __eq__(self, other: object) -> bool:
+        """Equal by value: `Logger.addFilter` then adds it once, also after a reload of this module."""
+        return type(other).__name__ == type(self).__name__ and vars(other) == vars(self)
+
+    __hash__ = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is shown."""
+        return not (str(record.msg).startswith(self.start) and self.cause in record.getMessage())
+
+
+# logger -> what it says
+_LOGGED = (
+    # an optional package; PEFT and Transformers import bitsandbytes wherever it is installed, also for models that are
+    # not quantized
+    (
+        "bitsandbytes.backends.cpu.ops",
+        _Drops("Failed to load CPU gemm_4bit_forward", cause="No module named 'kernels'"),
+    ),
+    # our commands name the device in their first line
+    ("DeepSpeed", _Drops("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable")),
+)
+# beginnings of FutureWarnings that are addressed to the authors of PEFT and DeepSpeed
+_FUTURE_WARNINGS = (
+    r"`is_gradient_checkpointing` is deprecated",  # PEFT, in each `PeftModel`
+    r"`torch\.distributed",  # DeepSpeed, thousands of times
+)
+
+
+def silence_other_libraries() -> None:
+    """Drop the messages named in this file from now on; calling it again changes nothing. `import mllm` calls it."""
+    for name, messages in _LOGGED:
+        logging.getLogger(name).addFilter(messages)
+    for message in _FUTURE_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=FutureWarning)
