@@ -163,3 +163,9 @@ def image_source(item: Mapping) -> Any:
         if key in item:
             return item[key]
     raise ValueError(f"expected an image in each image item, as {', '.join(_SOURCE_KEYS)}; got {[*item]}")
+
+
+def set_default(settings: dict[str, Any], name: str, value: Any) -> None:
+    """A setting of the tokenizer, unless the caller has it in one of the places that Transformers reads."""
+    if not any(name in (settings.get(place) or {}) for place in ("text_kwargs", "common_kwargs")):
+        settings.setdefault(name, value)

@@ -204,7 +204,8 @@ def _from_fields(kind: Any, data: Any = (), strength: Any = 1.0) -> Region:
     if kind == "whole" and not parts:
         return Region("whole", strength=strength)
     if kind == "mask" and len(parts) == 4 and isinstance(parts[3], bytes):  # bytes come from a Region, never from JSON
-        return _mask_from_fields(*parts, strength)
+        height, width, depth, packed = parts
+        return _mask_from_fields(height, width, depth, packed, strength)
     raise ValueError(f"expected the fields of a Region, got kind {kind!r:.80} and data {data!r:.80}")
 
 
