@@ -45,7 +45,8 @@ def add_region_options(
         for name, shown in names.items():
             arguments = {"metavar": written, "help": shown, "dest": option.replace("-", "_"), **settings(form)}
             action = container.add_argument(f"--{name}", **arguments)
-            action.takes_numbers = form not in ("mask", "rle")  # `ArgumentParser` then reads "24 3 60 39" as one value
+            # `ArgumentParser` then reads "24 3 60 39" as one value
+            action.takes_numbers = form not in ("mask", "rle")  # type: ignore[attr-defined]
 
 
 def region_in(args: argparse.Namespace) -> tuple[str, str] | None:

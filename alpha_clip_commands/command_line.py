@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
 MAX_ERRORS = 0.5  # share of records, requests or samples that may fail before a reader or a command refuses to proceed
@@ -29,7 +29,7 @@ class ArgumentParser(argparse.ArgumentParser):
     several words ("--box 24 3 60 39"), and beginning with a minus.
     """
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+    def parse_known_args(self, args=None, namespace=None):
         """As in `ArgumentParser`."""
         words = sys.argv[1:] if args is None else list(args)
         actions = self._option_string_actions
@@ -161,8 +161,9 @@ def too_many_errors(failed: int, total: int, max_errors: float = MAX_ERRORS) -> 
 
 def one_line(error: BaseException) -> str:
     """What an error says, in one line; of a file the system's words without its number."""
-    named = isinstance(error, OSError) and error.filename is not None and error.strerror
-    text = f"{error.filename}: {error.strerror}" if named else str(error)
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
     # a file name may hold bytes that are not text; as surrogates they could not be written anywhere
     return " ".join(text.split()).encode("utf-8", "backslashreplace").decode() or type(error).__name__
 

@@ -3,12 +3,13 @@
 region-eval run --task shapes-caption --data DIR --out RUN --controls
 region-eval score predictions.jsonl --out RUN
 region-eval compare RUN_A RUN_B
-region-eval tasks
+region-eval tasks [NAME]
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import shlex
 import sys
@@ -29,6 +30,8 @@ from alpha_clip_commands.progress import STARTING, step
 PROGRAM = "region-eval"
 INPUTS = ("box", "mask", "whole", "wrong", "blind", "crop", "blur", "red-box")  # explained in eval/controls.py
 
+VG_SAMPLE = "vg-test/sample-N-seed-S"  # a name with two numbers of one's own
+_NEAR = 5  # names in a message
 TASKS = (  # the names of `eval.tasks.TASKS`
     "refcocog-umd-val/ungrouped",
     "refcocog-umd-val/grouped",
@@ -51,6 +54,8 @@ TASKS = (  # the names of `eval.tasks.TASKS`
     "vg-test/subset5k",
     "vg-test/full",
     "vg-regionqa/densecap-test",
+    "vg/own",
+    "vg-regionqa/own",
     "shapes-caption",
     "shapes-novel",
     "shapes-vqa",
@@ -76,7 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="folder of results.json, annotations.json"
     )
-    commands.add_parser("tasks", help="list the protocols and what their numbers may be compared with")
+    listed = commands.add_parser("tasks", help="list the tasks, or show one with its published numbers")
+    listed.add_argument("name", nargs="?", metavar="NAME", help="the task to show in full")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('alpha-clip-mllm')}")
     return parser
 
@@ -146,10 +152,36 @@ def _main(argv: Sequence[str]) -> int:
 
 def _check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for an unknown task, and for files that are not there."""
-    task = getattr(args, "task", None)
-    if task is not None and task not in TASKS and not re.fullmatch(r"vg-test/sample-\d+-seed-\d+", task):
-        raise ValueError(f"unknown task {task!r}; expected one out of {', '.join(TASKS)}, vg-test/sample-N-seed-S")
+    for name in ("task", "name"):
+        if getattr(args, name, None) is not None:
+            check_task(getattr(args, name))
     for name in ("data", "predictions", "references"):
         if getattr(args, name, None) is not None:
             check_found(name, getattr(args, name))
     check_found("run", *getattr(args, "runs", ()))
+
+
+def check_task(name: str) -> tuple[int, int] | None:
+    """The size and seed that `VG_SAMPLE` stands for, None for the name of a task.
+
+    Raises:
+        ValueError: If there is no such task; names like it are in the message.
+    """
+    if match := re.fullmatch(r"vg-test/sample-([1-9]\d{0,8})-seed-(\d{1,9})", name):
+        return int(match[1]), int(match[2])
+    if name.startswith("vg-test/sample"):
+        raise ValueError(
+            f"expected {VG_SAMPLE} with numbers for N and S (vg-test/sample-1000-seed-0), got {name!r:.100}"
+        )
+    if name not in TASKS:
+        near = _near(name)
+        meant = f"did you mean {', '.join(near)}? " if near else ""
+        raise ValueError(f"unknown task {name!r:.100}; {meant}`{PROGRAM} tasks` lists all of them")
+    return None
+
+
+def _near(name: str) -> list[str]:
+    """The names that hold a name or part of it, then those that are spelled like it."""
+    names, wanted = [*TASKS, VG_SAMPLE], name.lower().replace("_", "-")
+    holding = [other for other in names if wanted and wanted in other.lower()]
+    return list(dict.fromkeys([*holding, *difflib.get_close_matches(wanted, names, _NEAR)]))[:_NEAR]

@@ -26,7 +26,9 @@ def constant(file: str, name: str) -> Any:
             try:
                 return ast.literal_eval(value)
             except ValueError:
-                return tuple(ast.literal_eval(key) for key in value.keys)
+                if not isinstance(value, ast.Dict):
+                    raise
+                return tuple(ast.literal_eval(key) for key in value.keys if key is not None)
     raise LookupError(f"{file} assigns nothing to {name}")
 
 
@@ -40,8 +42,9 @@ def _assignments(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
     for statement in tree.body:
         if isinstance(statement, ast.Assign):
             target, value = statement.targets[0], statement.value
-            several = isinstance(target, ast.Tuple)
-            pairs = zip(target.elts, value.elts, strict=True) if several else [(target, value)]
+            pairs = [(target, value)]
+            if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+                pairs = list(zip(target.elts, value.elts, strict=True))
             yield from ((target.id, value) for target, value in pairs if isinstance(target, ast.Name))
         elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
             yield statement.target.id, statement.value

@@ -198,7 +198,10 @@ class DataArguments(RegionArguments):
         super().__post_init__()
         check_at_least(self, 1, "max_turns", "regions_per_image", "eval_samples")
         if "exact match" in self.eval_metrics:
-            raise ValueError("eval_metrics: 'exact match' is called 'exactly right' now (letter for letter)")
+            raise ValueError(
+                "eval_metrics: 'exact match' is not measured while training; name 'exactly right' (letter for letter, "
+                "and what 'exact match' meant in recipes of earlier versions)"
+            )
         if unknown := set(self.eval_metrics) - set(EVAL_METRICS):
             raise ValueError(f"eval_metrics: expected names out of {EVAL_METRICS}, got {sorted(unknown)}")
         self.weight_of_kind()

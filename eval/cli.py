@@ -49,7 +49,7 @@ def _run(args: argparse.Namespace) -> int:
         controls=args.controls,
         strength=args.strength,
         limit=args.limit,
-        metrics=_metrics(args, task.metrics),
+        metrics=tuple(args.metrics or ()),
         sentence_model=args.sentence_model,
         intervals=not args.no_intervals,
         allow_missing=args.allow_missing,
@@ -73,14 +73,6 @@ def _region_input(task: Task, asked: str | None) -> str:
     if asked not in (None, task.region_input):
         raise ValueError(f"{task.name} shows the region as {task.region_input}; leave --region-input out")
     return task.region_input
-
-
-def _metrics(args: argparse.Namespace, default: Sequence[str]) -> tuple[str, ...]:
-    """The metrics that are named, or the default; a sentence model adds those of its kind."""
-    from eval.metrics import similarity
-
-    names = tuple(args.metrics or default)
-    return names + tuple(name for name in similarity.METRICS if args.sentence_model and name not in names)
 
 
 def _device_of_rank(local_rank: int) -> str:
@@ -110,7 +102,8 @@ def _score(args: argparse.Namespace) -> int:
     task = tasks.find(args.task) if args.task else None
     if task and task.items not in (None, len(records)) and not args.allow_missing:
         raise ValueError(f"{task.name} has {task.items:,} items, {args.predictions} has {len(records):,}")
-    metrics = _metrics(args, _default_metrics(args, task, records))
+    questions = [record.get("question") for record in records]
+    metrics = tasks.metrics_for(questions, task, args.metrics or (), args.sentence_model)
     check_metrics(metrics, args.sentence_model)
     if (args.out / "run.json").exists():
         raise ValueError(f"{args.out} is a run, whose own metrics would be lost; choose another --out")
@@ -122,18 +115,6 @@ def _score(args: argparse.Namespace) -> int:
     return 0
 
 
-def _default_metrics(args: argparse.Namespace, task: Task | None, records: Sequence[dict]) -> Sequence[str]:
-    """The metrics of the protocol, or of the kind of the samples."""
-    from eval import tasks
-
-    questions = sum(bool(record.get("question")) for record in records)
-    if args.metrics is None and task is None and questions not in (0, len(records)):
-        raise ValueError(
-            f"{questions} of {len(records)} samples are questions, the others captions: name the --metrics"
-        )
-    return task.metrics if task else tasks.QUESTION_METRICS if questions else tasks.CAPTION_METRICS
-
-
 @step("scoring and writing the report")
 def _write_scores(
     args: argparse.Namespace, task: Task | None, records: list[dict], notes: list[str], names: Sequence[str]
@@ -141,23 +122,19 @@ def _write_scores(
     """Score predictions and write them, with metrics and report; the content of metrics.json."""
     from eval.evaluate import write_results
     from eval.predictions import write_predictions
-    from eval.score import score
+    from eval.report import Results
+    from eval.score import measure, score
 
-    metrics = score(
-        records,
-        names,
-        with_intervals=not args.no_intervals,
-        seed=args.seed,
-        sentence_model=args.sentence_model,
-    )
+    measured = measure(records, names, args.sentence_model)
+    metrics = score(records, names, with_intervals=not args.no_intervals, seed=args.seed, measured=measured)
     metrics["notes"] = notes + metrics["notes"]
     about = {"item": task.item, "references": task.references} if task else {}
     protocol = {**about, "items": len(records), "predictions": str(args.predictions)}
     metrics = {"task": args.task, "protocol": protocol, **metrics, "inputs": {}}
     write_predictions(args.out / "predictions.jsonl", records)  # joined with their references, to compare with
     record = {"task": args.task, "protocol": protocol, "model": str(args.predictions)}
-    write_results(args.out, task, metrics, record, records, {}, args.command_line, args.seed, args.data)
-    return metrics
+    results = Results(metrics, record, records, measured)
+    return write_results(args.out, task, results, args.command_line, args.seed, args.data)
 
 
 @step("comparing")
@@ -184,24 +161,9 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _tasks(args: argparse.Namespace) -> int:
-    from eval import published, tasks
+    from eval import task_list, tasks
 
-    print("numbers of different protocols are never comparable, not even of the same predictions")
-    for task in tasks.TASKS.values():
-        items = f"{task.items:,}" if task.items else "as many as the data has"
-        print(f"{task.name}\n  items: {items} ({task.item}); references: {task.references}")
-        print(f"  region: {task.region_input or 'box or mask'}; metrics: {', '.join(task.metrics)}")
-        print(f"  data: {task.files}")
-        rows = published.rows(task.name) if task.comparable else []
-        print(f"  may stand beside: {', '.join(row['system'] for row in rows) or 'no published number'}")
-        for row in published.not_comparable(task.name):
-            print(f"  not beside {row['system']}: {row['reason']}")
-        read = (
-            "a record published by its authors was read"
-            if task.verified
-            else "UNVERIFIED: no published record was read"
-        )
-        print(f"  reader: {read}")
+    say(task_list.all_tasks() if args.name is None else task_list.one_task(tasks.find(args.name)))
     return 0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mllm.files import check_file, check_replaceable, check_unread, locked, made_by, write_json
+from mllm.files import check_file, check_replaceable, check_shared_folder, check_unread, locked, made_by, write_json
 
 RESULTS, ANNOTATIONS = "results.json", "annotations.json"
 _KIND = "COCO export"
@@ -43,13 +43,13 @@ def write_coco(out: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 def check_coco(out: Path, *, reads: Iterable[str | os.PathLike] = ()) -> None:
     """Raise ValueError unless the two files may be written into a folder: they are not there, or this wrote them, and
-    the command does not read them.
+    the folder is neither what the command reads, nor a parent of it, nor one of another command (a run).
 
     COCO's results are a list, which has no room for a marker: they are replaced only beside annotations that have it.
     """
+    reads = list(reads)
+    check_shared_folder(out, _KIND, reads=reads)
     if not out.is_dir():
-        if os.path.lexists(out):
-            raise ValueError(f"cannot write {out}: it is not a folder")
         return
     check_replaceable(out / ANNOTATIONS, reads=reads, kind=_KIND)
     check_unread(check_file(out / RESULTS), reads)

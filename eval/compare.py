@@ -14,8 +14,8 @@ import numpy as np
 from eval.metrics.intervals import RESAMPLES, Difference
 from eval.page import ordering_metric, p_value, picture_of, write_page
 from eval.predictions import read_predictions
-from eval.score import measure, picture_of_each
-from eval.tasks import CAPTION_METRICS, QUESTION_METRICS
+from eval.score import Measured, measure, picture_of_each
+from eval.tasks import metrics_for
 from mllm.files import check_replaceable
 
 _PAGE = "compare.html"
@@ -30,10 +30,13 @@ _SAID = ("model", "weights", "alpha and adapter", "region_input", "strength", "g
 
 @dataclasses.dataclass(frozen=True)
 class Changed:
-    """A sample on which the runs differ: its record in each run, and its score in each."""
+    """A sample on which the runs differ: its record in each run, its score in each, and whether it is right in each
+    (None where no metric says).
+    """
 
     records: list[dict[str, Any]]
     scores: list[float]
+    right: list[bool | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Comparison:
         values: Of each metric, in each run; as the reference scorers give them, METEOR .195.
         differences: Of each metric, of each run but the first to the first.
         ordering: The metric by which samples changed.
+        verdict: The metric that calls an answer right or wrong, or None.
         changed: The samples that changed most, most first.
         notes: What else the runs differ in, and how the differences were made.
         image_root: Folder of the pictures, where a run says it.
@@ -56,6 +60,7 @@ class Comparison:
     values: dict[str, list[float]]
     differences: dict[str, list[Difference]]
     ordering: str
+    verdict: str | None
     changed: list[Changed]
     notes: list[str]
     image_root: str | None
@@ -124,8 +129,8 @@ def compare(
 
     Args:
         paths: Run folders or files of predictions, two or more; the first is the base.
-        metrics: Names; None takes those of the first run's metrics.json, and without one those for questions if every
-            sample has a question, else those for captions.
+        metrics: Names; None takes those of the first run's metrics.json, and without one those of the kind of the
+            samples, questions or descriptions.
         resamples: Of the paired bootstrap; over pictures where every sample's `meta` names its picture.
         seed: Of the bootstrap.
         changed: So many samples that changed are kept.
@@ -155,7 +160,8 @@ def compare(
         values={metric: [found.values[metric] for found in measured] for metric in metrics},
         differences=differences,
         ordering=ordering,
-        changed=_changed_most(files, [found.items[ordering] for found in measured], changed),
+        verdict=measured[0].verdict,
+        changed=_changed_most(files, measured, ordering, changed),
         notes=_notes(runs, metrics, groups is not None),
         image_root=next((run["data"] for run in runs if run.get("data")), None),
     )
@@ -223,15 +229,24 @@ def _metric_names(path: Path, records: Sequence[Mapping[str, Any]]) -> list[str]
     file = (path if path.is_dir() else path.parent) / "metrics.json"
     if file.is_file():
         return list(_read_json(file)["metrics"])
-    return list(QUESTION_METRICS if all(record.get("question") for record in records) else CAPTION_METRICS)
+    try:
+        return list(metrics_for([record.get("question") for record in records]))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error} (region-eval score --metrics), then compare the folders of scores") from None
 
 
-def _changed_most(files: list[list[dict]], scores: list[np.ndarray], count: int) -> list[Changed]:
+def _changed_most(files: list[list[dict]], measured: list[Measured], ordering: str, count: int) -> list[Changed]:
     """The samples whose score is furthest from the first run's, in any of the others; none that stayed the same."""
-    table = np.stack(scores)  # (runs, N)
+    table = np.stack([found.items[ordering] for found in measured])  # (runs, N)
     change = np.abs(table[1:] - table[0]).max(0)
     order = [int(index) for index in np.argsort(-change, kind="stable")[:count] if change[index] > 0]
-    return [Changed([records[i] for records in files], [float(score) for score in table[:, i]]) for i in order]
+    right = [found.right(records) for found, records in zip(measured, files, strict=True)]
+    changed = []
+    for index in order:
+        records = [records[index] for records in files]
+        verdicts = [of_run.get(record["id"]) for of_run, record in zip(right, records, strict=True)]
+        changed.append(Changed(records, [float(score) for score in table[:, index]], verdicts))
+    return changed
 
 
 def _notes(runs: Sequence[Mapping[str, Any]], metrics: Sequence[str], clustered: bool) -> list[str]:

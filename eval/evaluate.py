@@ -20,9 +20,9 @@ from eval import published
 from eval.controls import CONTROLS, with_wrong_region
 from eval.generate import Processes, Settings, run
 from eval.predictions import image_name, read_predictions
-from eval.report import write_report
+from eval.report import OtherInput, Results, write_report
 from eval.score import Measured, check_metrics, measure, picture_of_each, score
-from eval.tasks import Task
+from eval.tasks import Task, metrics_for
 from mllm.batch import model_record
 from mllm.data.records import MAX_ERRORS
 from mllm.data.samples import RegionSample, TarMember
@@ -49,7 +49,7 @@ class Plan:
         controls: Whether the other inputs of `eval.controls` are run too, on the same samples.
         strength: Of the regions, 0 to 1.
         limit: Only so many samples, or None.
-        metrics: Names; the task's.
+        metrics: Names; none takes the task's, or those of the kind of its samples.
         sentence_model: Directory for semantic similarity, or None.
         intervals: Whether 95 % intervals are made.
         allow_missing: Whether samples without a prediction may be left out.
@@ -96,8 +96,12 @@ def evaluate(plan: Plan, load: Callable[[], RegionChat], model_name: str) -> dic
     """
     processes = Processes.start()
     with processes.together():
-        check_metrics(plan.metrics, plan.sentence_model)
+        check_metrics(plan.metrics or plan.task.metrics, plan.sentence_model)  # before minutes of reading
         samples = read_samples(plan)
+        questions = [sample.question for sample in samples]
+        names = metrics_for(questions, plan.task, plan.metrics, plan.sentence_model)
+        check_metrics(names, plan.sentence_model)
+        plan = dataclasses.replace(plan, metrics=names)
     with contextlib.ExitStack() as held:
         with processes.together():  # before the model is loaded
             if processes.rank == 0:
@@ -219,7 +223,7 @@ def finish(plan: Plan, record: dict[str, Any]) -> dict[str, Any]:
         ValueError: If samples have no prediction, and the plan does not allow that.
     """
     metrics: dict[str, Any] = {}
-    others: dict[str, dict[str, str]] = {}
+    others: dict[str, OtherInput] = {}
     for name in plan.inputs:
         if not (plan.folder(name) / "predictions.jsonl").exists():
             continue
@@ -234,7 +238,9 @@ def finish(plan: Plan, record: dict[str, Any]) -> dict[str, Any]:
             main, base = records, found
             metrics = {"task": plan.task.name, "protocol": record["protocol"], **scored, "inputs": {}}
         else:
-            others[name] = {record["id"]: record["prediction"] for record in records}
+            # what was asked about was not shown: the answer is neither right nor wrong
+            right = {} if name == "wrong" else found.right(records)
+            others[name] = OtherInput({record["id"]: record["prediction"] for record in records}, right)
             if plan.intervals:
                 entry["difference"] = _differences(plan, main, base, records, found)
         if name == "wrong":  # what was shown is another region: its own references should be met
@@ -249,8 +255,8 @@ def finish(plan: Plan, record: dict[str, Any]) -> dict[str, Any]:
         metrics["notes"].append(_NOT_BLIND)
     if plan.limit is not None:
         metrics["notes"].insert(0, f"only the first {plan.limit} samples: comparable with nothing")
-    write_results(plan.out, plan.task, metrics, record, main, others, plan.command, plan.seed, _root(plan.data))
-    return metrics
+    results = Results(metrics, record, main, base, others)
+    return write_results(plan.out, plan.task, results, plan.command, plan.seed, _root(plan.data))
 
 
 def _differences(
@@ -265,33 +271,27 @@ def _differences(
 
 
 def write_results(
-    out: Path,
-    task: Task | None,
-    metrics: dict[str, Any],
-    record: dict[str, Any],
-    main: list[dict],
-    others: dict[str, dict[str, str]],
-    command: str,
-    seed: int,
-    data: Path | None,
-) -> None:
+    out: Path, task: Task | None, results: Results, command: str, seed: int, data: Path | None
+) -> dict[str, Any]:
     """Write metrics.json, with what remakes it and the published numbers beside it, and report.html.
 
     Args:
         out: Folder.
         task: The protocol, or None where it is unknown.
-        metrics: As `eval.score.score` gives them, with task, protocol and inputs.
-        record: The content of run.json.
-        main: The records that the metrics are of.
-        others: Predictions by id under each other input.
+        results: What was found.
         command: What makes them again.
         seed: Of the bootstrap.
-        data: Folder of the pictures, or None.
+        data: Folder of the images, or None.
+
+    Returns:
+        The content of metrics.json.
     """
-    metrics["published"] = published.rows(task.name) if task and _is_comparable(task, metrics, record) else []
+    metrics = dict(results.metrics)
+    metrics["published"] = published.rows(task.name) if task and _is_comparable(task, metrics, results.run) else []
     metrics |= {"command": command, "versions": versions(), "seed": seed}
     write_json(out / "metrics.json", metrics)
-    write_report(out / "report.html", record, metrics, main, others, data, seed=seed)
+    write_report(out / "report.html", dataclasses.replace(results, metrics=metrics), data, seed=seed)
+    return metrics
 
 
 def _is_comparable(task: Task, metrics: dict[str, Any], record: dict[str, Any]) -> bool:

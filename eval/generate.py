@@ -24,6 +24,7 @@ from eval.predictions import record_of, write_predictions
 from mllm.data.samples import ImageSource, RegionSample
 from mllm.files import one_line
 from mllm.inference import Asked, RegionChat
+from mllm.lost_process import lost_process
 from mllm.resume import journal, read_journal
 
 
@@ -61,7 +62,8 @@ class Processes(NamedTuple):
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if count > 1 and not torch.distributed.is_initialized():
             # gloo, on a GPU too: nothing is exchanged but "I am here"; the slowest may take its time
-            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+            with _lost_processes_as_os_errors():
+                torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
         return cls(int(os.environ.get("RANK", "0")), count)
 
     @contextlib.contextmanager
@@ -70,6 +72,7 @@ class Processes(NamedTuple):
 
         Raises:
             ValueError: If another process failed.
+            OSError: If another process is gone: killed, say.
         """
         failure: ValueError | OSError | None = None
         try:
@@ -78,12 +81,27 @@ class Processes(NamedTuple):
             failure = error
         problems: list[str | None] = [None] * self.count
         if self.count > 1:
-            torch.distributed.all_gather_object(problems, None if failure is None else one_line(failure))
+            try:
+                with _lost_processes_as_os_errors():
+                    torch.distributed.all_gather_object(problems, None if failure is None else one_line(failure))
+            except OSError:
+                if failure is None:
+                    raise
         if failure is not None:
             raise failure
         for rank, problem in enumerate(problems):
             if problem is not None:
                 raise ValueError(f"process {rank} of this run failed: {problem}")
+
+
+@contextlib.contextmanager
+def _lost_processes_as_os_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if (lost := lost_process(error)) is None:
+            raise
+        raise OSError(f"{lost}; rerun the same command to resume") from error
 
 
 def generate(

@@ -59,9 +59,9 @@ def picture_of(record: Mapping[str, Any], image_root: str | os.PathLike | None) 
         The picture as a data URI. A page is not given up for a picture: what is wrong with it stands in "problem".
     """
     if not record.get("image"):
-        return Picture(problem="the file of predictions names no picture")
+        return Picture(problem="the predictions do not name it")
     if image_root is None:
-        return Picture(problem="the folder of the pictures was not given")
+        return Picture(problem="the folder of the images was not given (--data)")
     try:
         image = load_image(_source(record["image"], Path(image_root)))
         region = Region.from_json(record["region"]) if record.get("region") else Region.whole()
@@ -111,6 +111,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"x100": _x100, "signed": _signed, "interval": _interval, "p_value": p_value, "cut": _cut}
+    environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
     return environment
 
 

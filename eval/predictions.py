@@ -81,7 +81,7 @@ def read_predictions(
     Args:
         path: A run's folder or its `predictions.jsonl`; any JSONL with `id`, `prediction` and `references`; or another
             system's results: JSONL or a JSON list of {"image_id", "caption"} (COCO) or {"annotation_id",
-            "generated_refexp"} (Google Refexp).
+            "generated_refexp"} (Google Refexp), or one JSON object of id: caption.
         references: For files without them: JSONL of {"id", "references"}, COCO caption annotations, or MDETR's and
             GLaMM's JSON with the expression in its images or annotations.
         allow_missing: Leave out samples without a prediction (and say so) instead of refusing the file.
@@ -207,10 +207,16 @@ def _entry(key: str, value: Any) -> dict:
 
 
 def _rows(path: Path) -> Iterable[Any]:
-    content = _content(path)
-    if isinstance(content, dict):
-        raise ValueError(f"{path}: expected a list of predictions or one a line, got an object without an id")
-    return content
+    content = _content(path, unique_keys=True)
+    if not isinstance(content, dict):
+        return content
+    if others := [key for key, value in content.items() if not isinstance(value, str)]:
+        raise ValueError(
+            f"{path}: expected an object of id: caption, or predictions with an id each (a list of {{'image_id', "
+            f"'caption'}}, or one a line), got an object with {reprlib.repr(content[others[0]])} under "
+            f"{reprlib.repr(others[0])}"
+        )
+    return _kept(path, ({"id": key, "prediction": text} for key, text in content.items()))
 
 
 def _by_id(path: Path, rows: Iterable[Any], keys: Sequence[str]) -> dict[str, dict]:
@@ -262,7 +268,7 @@ def _content(path: Path, unique_keys: bool = False) -> Any:
             row = parse_record(first)
         except ValueError:
             row = None  # an object over several lines
-        if row is not None and (second is not None or _first(row, _ID_KEYS) is not None):
+        if row is not None and (second is not None or _is_line(row)):
             return _lines(path)
     lines.close()  # type: ignore[attr-defined]
     try:
@@ -278,7 +284,16 @@ def _content(path: Path, unique_keys: bool = False) -> Any:
     return content
 
 
-def _kept(path: Path, rows: list) -> Iterator[Any]:
+def _is_line(row: dict) -> bool:
+    """Whether the only object of a file is a line of JSONL, and not an object of id: caption: {"id": "a cat"} is one
+    whose id is "id".
+    """
+    named = row.keys() & {*_TEXT_KEYS, *_REFERENCE_KEYS, "error"}
+    captions = all(isinstance(value, str) for value in row.values())
+    return isinstance(_first(row, _ID_KEYS), str | int) and (bool(named) or not captions)
+
+
+def _kept(path: Path, rows: Iterable[Any]) -> Iterator[Any]:
     for number, row in enumerate(rows):
         try:
             check_kept(row)

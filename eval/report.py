@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from eval import published
 from eval.controls import INPUTS
-from eval.page import ordering_metric, picture_of, write_page
-from eval.score import measure
+from eval.page import Picture, ordering_metric, picture_of, write_page
+from eval.score import Measured
 
 # Columns left out of the table of inputs, which would not fit a screen; metrics.json has them.
 _LEFT_OUT = ("BLEU-1", "BLEU-2", "BLEU-3")
-# What heads the page: key of run.json -> what a reader calls it
+# What was asked: key of run.json -> what a reader calls it
 _FACTS = {
     "model": "model",
     "region_input": "shown to the model",
@@ -25,68 +27,84 @@ _FACTS = {
     "geometry": "geometry",
     "decoding": "decoding",
 }
+_SUBTITLE = {"model": "", "region_input": "shown: "}
 _OTHER = "wrong, by the references of the region that was shown"
+
+
+class OtherInput(NamedTuple):
+    """What the model answered when it was shown something else than its region."""
+
+    predictions: Mapping[str, str]  # by id
+    right: Mapping[str, bool]  # by id; empty where no metric says
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What a report is about.
+
+    Attributes:
+        metrics: The content of metrics.json.
+        run: The content of run.json; what is missing is not shown.
+        records: The predictions that `metrics` is about.
+        measured: Their scores.
+        others: Answers under each other input (see `eval.controls.INPUTS`).
+    """
+
+    metrics: Mapping[str, Any]
+    run: Mapping[str, Any]
+    records: Sequence[Mapping[str, Any]]
+    measured: Measured
+    others: Mapping[str, OtherInput] = dataclasses.field(default_factory=dict)
 
 
 def write_report(
     out_html: str | os.PathLike,
-    run: Mapping[str, Any],
-    metrics: Mapping[str, Any],
-    records: Sequence[Mapping[str, Any]],
-    others: Mapping[str, Mapping[str, str]],
+    results: Results,
     image_root: str | os.PathLike | None,
     *,
-    scores: Sequence[float] | None = None,
-    max_pictures: int = 48,
+    max_images: int = 48,
     seed: int = 0,
 ) -> None:
-    """Write one HTML file that opens offline: pictures are inside it, and there is no script.
+    """Write one HTML file that opens offline: images are inside it, and there is no script.
 
     Args:
         out_html: The file.
-        run: The content of run.json; what is missing is not shown.
-        metrics: The content of metrics.json.
-        records: The predictions that `metrics` is about.
-        others: Predictions by id under each other input (see `eval.controls.INPUTS`).
+        results: What it shows. The samples are in the order of their scores by the first of "token F1", "ROUGE-L",
+            "METEOR", "CIDEr", "exact match" that was measured.
         image_root: Folder that the records' images are relative to, or None.
-        scores: One for each record, by the first of "token F1", "ROUGE-L", "METEOR", "CIDEr", "exact match" that is in
-            `metrics`; None computes them. They put the samples in order.
-        max_pictures: So many samples are shown: worst, best and random ones, a third each.
+        max_images: So many samples are shown: worst, best and random ones, a third each.
         seed: Of the random ones.
 
     Raises:
-        ValueError: If there are not as many scores as records, or the file cannot be written.
+        ValueError: If the file cannot be written.
     """
+    run, metrics = results.run, results.metrics
     main_metric = ordering_metric(list(metrics["metrics"]))
-    if scores is None:
-        scores = measure(records, [main_metric]).items[main_metric]
-    if len(scores) != len(records):
-        raise ValueError(f"expected a score for each of the {len(records)} records, got {len(scores)}")
-    right = _right(run, metrics)
-    groups = _groups(records, scores, others, image_root, max_pictures, seed)
-    pictures = [sample["picture"] for group in groups for sample in group["samples"]]
-    task = metrics.get("task")
+    groups = _groups(results, main_metric, image_root, max_images, seed)
+    images = [sample["picture"] for group in groups for sample in group["samples"]]
+    task, beside, by = metrics.get("task"), metrics.get("published", []), metrics.get("by", {})
     write_page(
         out_html,
         "report.html",
         title=f"Region evaluation: {task or 'predictions of unknown protocol'}",
+        subtitle=", ".join(
+            filter(None, (run.get("model"), run.get("region_input") and f"shown: {run['region_input']}"))
+        ),
         protocol=_protocol(run, metrics),
         items=metrics["items"],
         metrics=metrics["metrics"],
-        length=_length(metrics.get("length")),
-        published=metrics.get("published", []),
-        not_comparable=_not_comparable(task, metrics.get("published", [])),
+        about=[*_about_intervals(metrics["metrics"]), *_about_length(metrics.get("length"))],
+        published=beside,
+        not_comparable=_not_comparable(task, beside),
         main_metric=main_metric,
+        verdict=results.measured.verdict,
         input_metrics=_columns(metrics["metrics"]),
-        by_metrics={kind: _columns(next(iter(b.values()), {})) for kind, b in metrics.get("by", {}).items()},
-        by={kind: buckets for kind, buckets in metrics.get("by", {}).items() if buckets},
-        right_input=right,
+        by_metrics={kind: _columns(next(iter(buckets.values()), {})) for kind, buckets in by.items()},
+        by={kind: buckets for kind, buckets in by.items() if buckets},
         groups=groups,
-        shown=len(pictures),
-        without_picture=sum(picture.uri is None for picture in pictures),
-        max_pictures=max_pictures,
-        notes=metrics.get("notes", []),
-        counts=[f"{name}: {count}" for name, count in metrics.get("counts", {}).items() if count],
+        shown=len(images),
+        problems=_problems(images),
+        notes=_notes(metrics),
         command=metrics.get("command"),
         made=_rows({**run, "seed of the intervals": metrics.get("seed")}),
         versions=_rows(metrics.get("versions")),
@@ -110,24 +128,54 @@ def _rows(content: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
     ]
 
 
-def _length(length: Mapping[str, Any] | float | None) -> list[tuple[str, Any]]:
-    """Mean words, of the predictions and whatever else metrics.json says."""
-    length = length if isinstance(length, Mapping) else {} if length is None else {"mean words": length}
-    return [(name, f"{value:.1f}" if isinstance(value, float) else value) for name, value in length.items()]
+def _about_intervals(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One sentence on how the intervals were made."""
+    made: dict[str, list[str]] = {}
+    for name, entry in metrics.items():
+        if entry.get("interval"):
+            made.setdefault(entry["interval"], []).append(name)
+    if not made:
+        return []
+    main, *others = sorted(made, key=len)
+    said = [f"of {', '.join(made[other])} {other.removeprefix(main).lstrip(', ')}" for other in others]
+    return [f"Intervals: {'; '.join([main, *said])}."]
+
+
+def _about_length(length: Mapping[str, float] | None) -> list[str]:
+    """One sentence on the length of the texts."""
+    return [f"Mean length: {', '.join(f'{value:.1f} {name}' for name, value in length.items())}."] if length else []
+
+
+def _notes(metrics: Mapping[str, Any]) -> list[str]:
+    """The notes, and the counts that are not among them."""
+    counts = [f"{count:,} {name}" for name, count in metrics.get("counts", {}).items() if count]
+    return list(dict.fromkeys([*metrics.get("notes", []), *counts]))
+
+
+def _problems(images: Sequence[Picture]) -> dict[str, int]:
+    """Why images are not there, where the reason is that of several: it is said once for all of them."""
+    counts = Counter(image.problem for image in images if image.problem is not None)
+    return {problem: count for problem, count in counts.items() if count > 1}
 
 
 def _columns(metrics: Mapping[str, Any]) -> list[str]:
     return [name for name in metrics if name not in _LEFT_OUT and name != "items"]
 
 
-def _not_comparable(task: str | None, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The published results on the same data that are not among `rows`, each with the reason."""
+def _not_comparable(task: str | None, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The published results on the same data that are not among `rows`, by the reason."""
     if task is None:
-        return []
+        return {}
+    found = published.not_comparable(task)
     if not rows:  # of a part of the task, say: not even those of its own protocol
         reason = "the same protocol, but these numbers are not of all its items, or not of its own"
-        return published.not_comparable(task) + [{**row, "reason": reason} for row in published.rows(task)]
-    return published.not_comparable(task)
+        found += [{**row, "reason": reason} for row in published.rows(task)]
+    by_reason: dict[str, list[dict[str, Any]]] = {}
+    said = set()
+    for row in found:
+        by_reason.setdefault(row["reason"], []).append({**row, "note": None if row["note"] in said else row["note"]})
+        said.add(row["note"])
+    return by_reason
 
 
 def _right(run: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
@@ -185,28 +233,25 @@ def _difference(
 
 
 def _groups(
-    records: Sequence[Mapping[str, Any]],
-    scores: Sequence[float],
-    others: Mapping[str, Mapping[str, str]],
-    image_root: str | os.PathLike | None,
-    count: int,
-    seed: int,
+    results: Results, main_metric: str, image_root: str | os.PathLike | None, count: int, seed: int
 ) -> list[dict[str, Any]]:
     """Worst, best and random samples, none twice; random ones are out of all others."""
-    order = [int(index) for index in np.argsort(np.asarray(scores, dtype=float), kind="stable")]
+    scores, right = results.measured.items[main_metric], results.measured.right(results.records)
+    order = [int(index) for index in np.argsort(scores, kind="stable")]
     third = min(count // 3, len(order) // 3)
     worst, best, rest = order[:third], order[len(order) - third :][::-1], order[third : len(order) - third]
     random_ones = random.Random(seed).sample(rest, min(count - 2 * third, len(rest)))
     groups = []
     for heading, chosen in (("Worst", worst), ("Best", best), (f"Random (seed {seed})", random_ones)):
-        samples = [
-            {
-                "record": records[index],
-                "score": float(scores[index]),
-                "picture": picture_of(records[index], image_root),
-                "others": [(name, found.get(records[index]["id"])) for name, found in others.items()],
-            }
-            for index in chosen
-        ]
+        samples = []
+        for index in chosen:
+            record = results.records[index]
+            others = [
+                {"name": name, "text": other.predictions.get(record["id"]), "right": other.right.get(record["id"])}
+                for name, other in results.others.items()
+            ]
+            picture, verdict = picture_of(record, image_root), right.get(record["id"])
+            score = float(scores[index])
+            samples.append({"record": record, "score": score, "right": verdict, "picture": picture, "others": others})
         groups += [{"name": heading, "samples": samples}] if samples else []
     return groups

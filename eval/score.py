@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from eval.metrics import captions, java, questions, similarity
-from eval.metrics.exact_match import exactly_right_each
+from eval.metrics.exactly_right import exactly_right_each
 from eval.metrics.intervals import (
     RESAMPLES,
     Difference,
@@ -26,6 +26,7 @@ from eval.metrics.intervals import (
 
 LETTERS = "exactly right"  # letter for letter: for the drawn world, whose answers are canonical
 CIDER_OF_PART = "CIDEr (df of all items)"
+RIGHT_OR_WRONG = (LETTERS, "exact match")  # metrics by which an answer is one or the other
 METRICS = (LETTERS, *captions.METRICS, *questions.METRICS, *similarity.METRICS)
 # Upper ends of the buckets of a region's share of its picture. Absolute sizes, as COCO's, would depend on the pictures.
 _AREAS = ((0.01, "under 1 % of the picture"), (0.1, "1 to 10 %"), (float("inf"), "over 10 %"))
@@ -103,6 +104,17 @@ class Measured:
     def notes(self) -> tuple[str, ...]:
         """What a reader must know of the values."""
         return self.captions.notes if self.captions else ()
+
+    @property
+    def verdict(self) -> str | None:
+        """The metric that calls an answer right or wrong, the first of those measured; None without one."""
+        return next((name for name in self.values if name in RIGHT_OR_WRONG), None)
+
+    def right(self, records: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
+        """Whether each of the records measured is right, by id; empty where no metric says so."""
+        if self.verdict is None:
+            return {}
+        return {record["id"]: bool(score) for record, score in zip(records, self.items[self.verdict], strict=True)}
 
     def interval(self, name: str, groups: Sequence | None, seed: int) -> Interval:
         """The 95 % interval of a metric, over groups of items where there are any."""

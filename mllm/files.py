@@ -268,6 +268,16 @@ def check_folder(
     return target
 
 
+def check_shared_folder(path: StrPath, kind: str, *, reads: Iterable[StrPath] = ()) -> None:
+    """Raise ValueError unless files may be written into a folder that may hold others: it is not a folder of another
+    command, and neither one of those that the command `reads` nor a parent of one.
+    """
+    target = _folder(path, reads)
+    marker = _read_marker(target)
+    if marker is not None and marker.get("kind") != kind:
+        raise ValueError(f"{path} was written by another command ({marker.get('kind')}); choose another folder")
+
+
 def claim_folder(
     path: StrPath, kind: str, *, reads: Iterable[StrPath] = (), known: Callable[[Path], bool] | None = None
 ) -> Path:

@@ -319,7 +319,8 @@ def _eval_results(runs: dict) -> list[EvalResult]:
             dataset_type="shapes",
             dataset_name=f"Shapes: {measure}",
             dataset_config=measure,  # without it the results would be taken for one
-            metric_type="exact_match",
+            metric_type="exactly_right",
+            metric_name="exactly right, letter for letter",
             metric_value=round(entry["score"], 4),
         )
         for measure, entry in first.items()

@@ -15,11 +15,13 @@ from vision_tower import Region
 _DIMMED = 0.35  # brightness outside the region
 _OUTLINE = (255, 60, 200)
 _KIND = "overlay"
+_SMALL, _RADIUS = 0.04, 0.05  # of the longer side: a region smaller than this is found by a ring of this radius
 _MIN_SIDE = 384  # pixels; smaller pictures are enlarged
 
 
 def draw_overlay(image: Image.Image, region: Region, caption: str | None = None) -> Image.Image:
-    """The picture with everything outside the region dimmed, an outline around it, and a caption underneath.
+    """The picture with everything outside the region dimmed, an outline around it (a region too small to be seen has a
+    ring around it as well), and a caption underneath.
 
     Args:
         image: RGB.
@@ -34,10 +36,13 @@ def draw_overlay(image: Image.Image, region: Region, caption: str | None = None)
     pixels = np.asarray(image, np.float32).repeat(scale, 0).repeat(scale, 1)
     alpha, mask = (plane.repeat(scale, 0).repeat(scale, 1) for plane in (alpha, mask))
     pixels *= (_DIMMED + (1 - _DIMMED) * alpha)[..., None]
+    width = max(2, max(pixels.shape[:2]) // 250)
+    inside = mask >= 0.5 * mask.max()  # of the mask: at a low strength alpha is above half everywhere
     if not region.is_whole:
-        # of the mask: at a low strength alpha is above half everywhere
-        pixels[_edge(mask >= 0.5 * mask.max(), width=max(2, max(pixels.shape[:2]) // 250))] = _OUTLINE
+        pixels[_edge(inside, width)] = _OUTLINE
     picture = Image.fromarray(np.rint(pixels).astype(np.uint8))
+    if not region.is_whole:
+        _ring_if_small(picture, inside, width)
     return picture if caption is None else _with_caption(picture, caption)
 
 
@@ -78,6 +83,17 @@ def _edge(inside: np.ndarray, width: int) -> np.ndarray:
         padded = np.pad(grown, 1)
         grown = padded[1:-1, 1:-1] | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
     return grown & ~inside
+
+
+def _ring_if_small(picture: Image.Image, inside: np.ndarray, width: int) -> None:
+    """Draw a ring around a region of a few pixels."""
+    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    if max(bottom - top, right - left) >= _SMALL * max(picture.size):
+        return
+    x, y, radius = (left + right) / 2, (top + bottom) / 2, _RADIUS * max(picture.size)
+    ring = (x - radius, y - radius, x + radius, y + radius)
+    ImageDraw.Draw(picture).ellipse(ring, outline=_OUTLINE, width=2 * width)
 
 
 def _with_caption(picture: Image.Image, caption: str) -> Image.Image:

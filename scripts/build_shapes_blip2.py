@@ -20,7 +20,7 @@ import mllm
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from eval.controls import with_whole_image
 from eval.generate import generate
-from eval.metrics.exact_match import exactly_right
+from eval.metrics.exactly_right import exactly_right
 from mllm.blip2 import (
     AlphaBlip2Config,
     AlphaBlip2ForConditionalGeneration,

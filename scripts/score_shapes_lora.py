@@ -20,7 +20,7 @@ import mllm
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from eval.controls import references_of_shown_region, with_whole_image, with_wrong_region
 from eval.generate import generate
-from eval.metrics.exact_match import exactly_right
+from eval.metrics.exactly_right import exactly_right
 from mllm.data import shapes
 from mllm.data.visual_genome import read_region_questions
 from mllm.inference import RegionChat

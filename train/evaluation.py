@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from eval.metrics.captions import FROZEN, DocumentFrequency, score_captions
-from eval.metrics.exact_match import exactly_right
+from eval.metrics.exactly_right import exactly_right
 from mllm.inference import RegionChat
 from mllm.loading import AlphaProcessor
 from mllm.messages import image_items

@@ -28,14 +28,12 @@ from alpha_clip_commands.progress import step
 from mllm.data.index import TRAIN, RegionIndex, index_folder
 from mllm.data.prepare import make_index
 from mllm.files import one_line, write_file
+from mllm.lost_process import lost_process
 from train.output import TRAINING_RECORD, naming_what_cannot_be_written, step_of, write_record
 from train.skipped import keep_skipped, only_once
 from train.trainer import RegionTrainer
 
 logger = logging.getLogger(__name__)
-
-# In the errors of gloo, which are not DistErrors
-_LOST_PEER = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
 
 # What may differ between a run and its continuation: where and how it runs, not what it computes
 _NOT_OF_THE_RUN = {
@@ -109,8 +107,8 @@ def explanation(error: BaseException) -> str | None:
             f"{one_line(error).rstrip('.')}. If the system ran out of memory, lower dataloader_num_workers; rerun the "
             "same command to resume"
         )
-    if isinstance(error, torch.distributed.DistError) or any(sign in text for sign in _LOST_PEER):
-        return f"another process of the run failed; see its error ({one_line(error)[:200]})"
+    if (lost := lost_process(error)) is not None:
+        return lost
     return f"cannot read or write weights: {one_line(error)}" if isinstance(error, SafetensorError) else None
 
 

@@ -151,6 +151,15 @@ def read_free_questions(
     reader.report.finish(f"{root}: free questions")
 
 
+def read_image_files(root: str | os.PathLike) -> dict[int, str]:
+    """Where the file of each image of `image_data.json` is or, if it is missing, should be; by the image's id.
+
+    Raises:
+        ValueError: If `image_data.json` cannot be read, as for `read_regions`.
+    """
+    return {picture.id: picture.path for picture in _Reader(Path(root), None, "box", None).pictures.values()}
+
+
 def _question(
     qa_id: int,
     picture: _Picture,

@@ -11,7 +11,7 @@ from transformers import pipeline
 import mllm
 from eval.controls import references_of_shown_region, with_whole_image, with_wrong_region
 from eval.generate import generate
-from eval.metrics.exact_match import exactly_right
+from eval.metrics.exactly_right import exactly_right
 from mllm import chat as region_chat
 from mllm.data import shapes
 from mllm.data.index import RegionIndex

@@ -1,6 +1,7 @@
 """`region-eval` from files to report, on the drawn world: the command as a user types it."""
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -10,10 +11,10 @@ import sys
 import pytest
 import torch
 
-from eval import tasks
 from eval.cli import main
 from mllm import chat
 from mllm.data import shapes
+from mllm.data.visual_genome import read_region_questions
 from mllm.files import locked
 
 FAST = ["--metrics", "exactly right", "ROUGE-L"]
@@ -122,6 +123,18 @@ def test_another_systems_results(tmp_path, capsys):
     assert "4,896 items" in fails(capsys, *score, "--task", "refcocog-umd-val/ungrouped")
 
 
+def test_an_export_is_not_written_into_a_run(finished, tmp_path, capsys):
+    before = sorted(finished.rglob("*"))
+    assert "reads; choose another folder" in fails(capsys, "export", finished, "--out", finished)
+    assert "reads" in fails(capsys, "export", finished / "predictions.jsonl", "--out", finished)
+    assert "reads" in fails(capsys, "export", finished, "--out", finished.parent)
+    assert main(["export", str(finished), "--out", str(tmp_path / "coco")]) == 0
+    other = tmp_path / "coco" / "p.jsonl"
+    other.write_bytes((finished / "predictions.jsonl").read_bytes())
+    assert "written by another command (evaluation)" in fails(capsys, "export", other, "--out", finished)
+    assert sorted(finished.rglob("*")) == before
+
+
 def test_compare(finished, tmp_path, capsys):
     whole = finished / "controls" / "whole"
     assert main(["compare", str(finished), str(whole), "--html", str(tmp_path / "c.html")]) == 0
@@ -170,6 +183,30 @@ def test_a_file_of_ones_own(data, tmp_path):
     assert read(tmp_path / "o")["items"] == 1
 
 
+def test_questions_of_ones_own_are_scored_as_questions(data, tmp_path, capsys):
+    """Two regions of one image, whose answers differ: a region that is dropped or shifted shows in the score."""
+    own = data / "questions.jsonl"
+    samples = [sample for sample in read_region_questions(data) if sample.question.startswith("What colour")]
+    first, second = next(
+        (one, two)
+        for one, two in itertools.combinations(samples, 2)
+        if one.image == two.image and one.references != two.references
+    )
+    rows = [
+        {"id": s.id, "image": os.path.relpath(s.image, data), "region": s.regions[0].to_json(), "question": s.question}
+        | {"answer": f"{s.references[0].title()}."}
+        for s in (first, second)
+    ]
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = ["run", "--task", "jsonl", "--data", own, "--out", tmp_path / "q"]
+    assert main([str(argument) for argument in run]) == 0
+    found = {name: entry["value"] for name, entry in read(tmp_path / "q")["metrics"].items()}
+    assert found == {"exact match": 1, "contains": 1, "token F1": 1}
+    own.write_text(own.read_text() + json.dumps({**rows[0], "id": "d", "question": None}) + "\n")
+    assert "2 of 3 samples are questions" in fails(capsys, *run[:-1], tmp_path / "mixed")
+    assert not (tmp_path / "mixed").exists()
+
+
 def lines_of(data):
     from mllm.data.visual_genome import read_regions
 
@@ -185,11 +222,14 @@ def test_refcocog_layout_goes_through_the_same_command(data, tmp_path, capsys):
     assert read(tmp_path / "r")["metrics"]["exactly right"]["value"] > 0.6 and not read(tmp_path / "r")["published"]
 
 
-def test_tasks_lists_every_protocol(capsys):
+def test_tasks(capsys):
     assert main(["tasks"]) == 0
     text = capsys.readouterr().out
-    assert all(f"\n{name}\n" in text for name in tasks.TASKS)
+    assert text.startswith("task ") and "\nrefcocog-umd-val/ungrouped " in text and len(text.splitlines()) < 24
+    assert main(["tasks", "refcocog-umd-val/ungrouped"]) == 0
+    text = capsys.readouterr().out
     assert "UNVERIFIED" in text and "Alpha-CLIP + LLaVA-1.5-7B" in text
+    assert "did you mean shapes-caption, shapes-novel, shapes-vqa?" in fails(capsys, "tasks", "shapes")
 
 
 def test_bad_input(data, tmp_path, capsys):

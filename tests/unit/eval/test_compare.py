@@ -273,6 +273,7 @@ def test_as_html(tmp_path):
     parser.feed(page.read_text("utf-8"))
     assert "script" not in {tag for tag, _ in tags}
     assert "<script>alert(1)</script>" in texts
+    assert texts.count("\u2713 right") == 4 == texts.count("\u2717 wrong")  # of A and of B, which differ in four
     sources = [attributes["src"] for tag, attributes in tags if tag == "img"]
     assert len(sources) == 4 and all(source.startswith("data:image/jpeg;base64,") for source in sources)
     assert "\u221266.7" in page.read_text("utf-8")

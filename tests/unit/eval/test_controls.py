@@ -13,7 +13,7 @@ from eval.controls import (
     with_whole_image,
     with_wrong_region,
 )
-from eval.metrics.exact_match import exactly_right
+from eval.metrics.exactly_right import exactly_right
 from mllm.data.samples import RegionSample
 from vision_tower import Region
 

@@ -14,6 +14,7 @@ from eval.evaluate import Plan, _differences, evaluate, write_results
 from eval.generate import Processes, Settings
 from eval.page import Picture
 from eval.predictions import read_predictions
+from eval.report import Results
 from eval.score import measure
 from mllm.data import shapes
 from mllm.files import locked
@@ -38,7 +39,8 @@ def test_published_numbers_stand_beside_their_own_protocol_only(tmp_path, task, 
     entry = {"value": 0.5, "low": None, "high": None, "interval": None}
     records = [{"id": "1", "prediction": "a", "references": ["a"], "meta": {}, "image": "x", "region": None}]
     metrics = {"task": task, "protocol": {}, "items": 1, "metrics": {"ROUGE-L": entry}, "by": {}, "notes": notes}
-    write_results(tmp_path, tasks.find(task), {**metrics, "inputs": {}}, record, records, {}, "region-eval", 0, None)
+    results = Results({**metrics, "inputs": {}}, record, records, measure(records, ["ROUGE-L"]))
+    write_results(tmp_path, tasks.find(task), results, "region-eval", 0, None)
     published = json.loads((tmp_path / "metrics.json").read_text())["published"]
     assert bool(published) == beside
 

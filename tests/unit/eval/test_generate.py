@@ -1,15 +1,17 @@
 """Evaluation runs: what is fed, what is written, and that neither processes nor kills change a byte."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import mllm
 from eval.controls import with_wrong_region
 from eval.evaluate import answers_blind
-from eval.generate import Settings, generate, run
+from eval.generate import Processes, Settings, generate, run
 from mllm.data import shapes
 from mllm.data.visual_genome import read_region_questions, read_regions
 from mllm.inference import RegionChat
@@ -214,3 +216,37 @@ def test_an_error_of_ours_is_no_unreadable_image(chat, samples, data, tmp_path, 
     monkeypatch.setattr("eval.generate.show", lambda *arguments: len(None))
     with pytest.raises(TypeError):
         run(chat, samples[:2], tmp_path, Settings(), data=data)
+
+
+def lose_a_process():
+    """One of two processes dies without a word; the other one waits for it."""
+    from alpha_clip_commands.command_line import exit_code
+
+    def body():
+        processes = Processes.start()
+        if processes.rank == 1:
+            os._exit(9)
+        with processes.together():
+            pass
+        return 0
+
+    return exit_code("region-eval", body)
+
+
+def test_a_killed_process_is_one_line_for_the_others(processes):
+    first, second = processes.start_ranks("tests.unit.eval.test_generate:lose_a_process", [])
+    assert second.wait() == 9, second.output()
+    assert first.wait() == 2, first.output()
+    assert "region-eval: error: another process of the run failed; see its error" in first.output()
+    assert "rerun the same command to resume" in first.output() and "Traceback" not in first.output()
+
+
+def test_an_own_failure_comes_before_a_lost_process(monkeypatch):
+    def gone(*_):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gone)
+    with pytest.raises(ValueError, match="own"), Processes(0, 2).together():
+        raise ValueError("own")
+    with pytest.raises(OSError, match="another process of the run failed"), Processes(0, 2).together():
+        pass

@@ -72,6 +72,52 @@ def test_result_lines_of_the_google_toolkit(tmp_path):
     assert read_predictions(results, references)[0][0]["prediction"] == "tie"
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    "captions, references",
+    [
+        ({"7": "a", "9": "b"}, COCO),
+        ({"7": "a", "9": "b"}, {"7": ["first"], "9": ["third"]}),
+        ({"id": "a cat"}, {"id": ["a dog"]}),
+        ({"": "a", "text": "b"}, [{"id": "", "references": ["c"]}, {"id": "text", "references": ["d"]}]),
+    ],
+    ids=["COCO's whole numbers", "text", "an id called id", "odd ids"],
+)
+def test_an_object_of_captions_by_id(tmp_path, captions, references, indent):
+    (tmp_path / "p.json").write_text(json.dumps(captions, indent=indent))
+    records, _ = read_predictions(tmp_path / "p.json", write(tmp_path / "r.json", references))
+    assert {r["id"]: r["prediction"] for r in records} == captions
+    with pytest.raises(ValueError, match="--references"):
+        read_predictions(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            '{"1": ["a cat"], "2": "a dog"}',
+            "an object of id: caption, .* got an object with .'a cat'. under '1'",
+        ),
+        ('{"": null}', "None under ''"),
+        ('{"1": 5}', "5 under '1'"),
+        ('{"results": [{"image_id": 1, "caption": "a"}]}', "under 'results'"),
+        ('{"1": "a", "1": "b"}', "keys of an object must differ"),
+        ('[{"image_id": 1, "caption": "a", "caption": "b"}]', "keys of an object must differ"),
+        ('{"1": "half a pair \\ud83d"}', "not UTF-8"),
+        ('{"1": "a"}\n{"2": "b"}\n', "expected objects with an id"),
+        ("{}", "is empty"),
+        ('"a cat"', "expected a list, or an object a line"),
+        ('["a cat"]', "expected objects with an id"),
+        ("id,caption\n1,a cat\n", "not whole JSON"),
+    ],
+)
+def test_other_content_is_an_error(tmp_path, text, message):
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as found:
+        read_predictions(tmp_path / "p.json", write(tmp_path / "r.json", {"1": ["a cat"]}))
+    assert "\n" not in str(found.value)
+
+
 @pytest.mark.parametrize(
     "rows, message",
     [

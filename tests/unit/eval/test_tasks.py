@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from eval import published, tasks
+from alpha_clip_commands.evaluation import VG_SAMPLE
+from eval import published, task_list, tasks
 from mllm.data import shapes
 from mllm.data.splits import densecap_split
 from tests.unit.mllm.data.test_refcocog import MDETR
@@ -24,6 +25,7 @@ def test_the_names_of_the_issue_are_there():
     assert {"refcoco-unc-testA/grouped", "refcoco+-unc-val/ungrouped", "shapes-vqa", "jsonl"} <= tasks.TASKS.keys()
     with pytest.raises(ValueError, match="sample-N-seed-S"):
         tasks.find("vg-test")
+    assert {"vg/own", "vg-regionqa/own"} <= tasks.TASKS.keys()
 
 
 def test_only_comparable_protocols_have_published_numbers():
@@ -51,6 +53,107 @@ def test_an_own_sample_of_visual_genome(tmp_path, monkeypatch):
     assert {s.meta["image_id"] for s in first} <= {1, 2, 3, 4, 5} and not task.comparable
     with pytest.raises(ValueError, match="at least 999"):
         tasks.find("vg-test/sample-999-seed-1").samples(tmp_path, "box")
+
+
+def test_images_of_any_split(tmp_path, caplog):
+    """Visual Genome's layout with images of one's own, of which one is not there."""
+    shapes.write(tmp_path, 4, 3, "test", progress=False)
+    (tmp_path / "VG_100K" / "2.png").unlink()
+    for name, kind in (("vg/own", "regions"), ("vg-regionqa/own", "qas")):
+        samples = tasks.find(name).samples(tmp_path, "box")
+        assert {sample.meta["image_id"] for sample in samples} == {1, 3, 4} and not tasks.find(name).comparable
+        assert "1 of 4 images are not in the folder" in caplog.text
+        records = json.loads((tmp_path / f"{FILE_OF[kind]}.json").read_text())
+        of_image = {entry["id"]: len(entry[kind]) for entry in records}
+        assert len(samples) == sum(count for image, count in of_image.items() if image != 2)
+
+
+FILE_OF = {"regions": "region_descriptions", "qas": "question_answers"}
+
+
+def test_why_there_is_no_sample_is_said(tmp_path, monkeypatch):
+    shapes.write(tmp_path, 2, 3, "test", progress=False)
+    monkeypatch.setattr(tasks, "densecap_split", lambda name: frozenset({7, 8}))
+    for name, own in (("vg-test/sample-1-seed-1", "vg/own"), ("vg-regionqa/densecap-test", "vg-regionqa/own")):
+        with pytest.raises(ValueError, match=f"none of the 2 images in .* 2 test images; --task {own} evaluates"):
+            tasks.find(name).samples(tmp_path, "box", limit=1)
+    with pytest.raises(ValueError, match="test.json is missing; .* the tasks vg/own and vg-test/sample"):
+        tasks.find("vg-test/full").samples(tmp_path, "box")
+    monkeypatch.setattr(tasks, "densecap_split", lambda name: frozenset({1, 8}))
+    (tmp_path / "region_descriptions.json").write_text("[]")
+    with pytest.raises(ValueError, match="lists 1 of DenseCap's 2 test images, but nothing"):
+        tasks.find("vg-test/sample-1-seed-1").samples(tmp_path, "box")
+    for image in (1, 2):
+        (tmp_path / "VG_100K" / f"{image}.png").unlink()
+    with pytest.raises(ValueError, match="lists 2 images, none of whose files is in"):
+        tasks.find("vg/own").samples(tmp_path, "box")
+
+
+def test_all_tasks_fit_on_a_screen():
+    """24 lines of 80 columns, the prompt in the last one."""
+    text = task_list.all_tasks()
+    lines = text.splitlines()
+    assert len(lines) <= 23 and max(map(len, lines)) <= 80
+    listed = {line.split()[0] for line in lines}
+    assert {task.family or task.name for task in tasks.TASKS.values()} | {VG_SAMPLE} <= listed
+
+
+@pytest.mark.parametrize("name", [*tasks.TASKS, "vg-test/sample-10-seed-1"])
+def test_one_task_in_full(name):
+    task = tasks.find(name)
+    text = task_list.one_task(task)
+    flat = " ".join(text.split())
+    assert text.startswith(f"{name}\n") and max(map(len, text.splitlines())) <= 80
+    assert " ".join(task.files.split()) in flat and task.references in flat
+    assert ", ".join(task.metrics) in flat and (task.prompt is None or repr(task.prompt) in flat)
+    assert ("UNVERIFIED" in text) == (task.verified is False)
+    for row in published.rows(name):
+        assert f"{row['METEOR'] or '-'}" in text and row["system"] in flat and row["source"] in flat
+    for row in published.not_comparable(name):
+        assert row["system"] in flat and row["reason"] in flat
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("refcocog-umd-val", "did you mean refcocog-umd-val/ungrouped, refcocog-umd-val/grouped"),
+        ("RefCOCOg_umd_val/groupd", "did you mean refcocog-umd-val/grouped"),
+        ("vqa", "did you mean shapes-vqa?"),
+        ("json", "did you mean jsonl?"),
+        ("vg-test/sample-N-seed-S", "numbers for N and S .vg-test/sample-1000-seed-0."),
+        ("vg-test/sample-0-seed-1", "numbers for N and S"),
+        (f"vg-test/sample-{'9' * 5000}-seed-1", "numbers for N and S"),
+        ("\x1b[2J", r"unknown task '\\x1b\[2J'; `region-eval tasks` lists all of them"),
+        ("", "unknown task ''; `region-eval tasks`"),
+    ],
+)
+def test_an_unknown_name_is_one_line_with_names_like_it(name, meant):
+    with pytest.raises(ValueError, match=meant) as found:
+        tasks.find(name)
+    assert "\n" not in str(found.value) and len(str(found.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "questions, task, named, expected",
+    [
+        (["What?", "Where?"], "jsonl", (), tasks.QUESTION_METRICS),
+        ([None, " "], "jsonl", (), tasks.CAPTION_METRICS),
+        (["What?", None], "jsonl", ("CIDEr",), ("CIDEr",)),
+        (["What?", None], "shapes-caption", (), tasks.find("shapes-caption").metrics),
+        (["What?"], None, (), tasks.QUESTION_METRICS),
+    ],
+)
+def test_metrics_are_those_of_the_samples(questions, task, named, expected):
+    assert tasks.metrics_for(questions, task and tasks.find(task), named) == expected
+    assert tasks.metrics_for(questions, task and tasks.find(task), named, "DIR")[len(expected) :] == (
+        "S-IoU",
+        "semantic similarity",
+    )
+
+
+def test_questions_and_descriptions_have_no_metric_in_common():
+    with pytest.raises(ValueError, match="1 of 2 samples are questions, .* name the --metrics"):
+        tasks.metrics_for(["What?", None], tasks.find("jsonl"))
 
 
 def test_visual_genome_questions_of_test_images_only(shared_data, monkeypatch):

@@ -121,6 +121,8 @@ def test_the_embedded_models_scores_are_its_readmes(tower):
     assert "description, box" in results and "description, whole image" not in results
     for measure, value in results.items():
         assert f"{value:.1%}" == row(shipped, measure)[0]
+    # letter for letter: "exact match" is what region-eval calls equality after VQA's normalisation
+    assert {result.metric_type for result in card.data.eval_results} == {"exactly_right"}
 
 
 def test_scores_of_one_run_and_of_runs_that_differ(tower):

@@ -52,6 +52,19 @@ def test_the_outline_is_there_at_every_strength(strength):
     assert not outline[:, 20 * 4 : 60 * 4][10 * 4 : 40 * 4].any()
 
 
+@pytest.mark.parametrize("corner", [(50, 30), (0, 0), (99, 59)])
+def test_a_region_too_small_to_be_seen_has_a_ring(corner):
+    image = Image.new("RGB", (1000, 600), (200, 200, 200))
+    x0, y0 = 10 * corner[0], 10 * corner[1]
+    outline = (np.asarray(draw_overlay(image, Region.from_box(x0, y0, x0 + 4, y0 + 4))) == (255, 60, 200)).all(-1)
+    assert not outline[y0 : y0 + 4, x0 : x0 + 4].any()  # the region itself is not drawn over
+    ring = [(x0 + 2 + dx, y0 + 2 + dy) for dx, dy in ((47, 0), (-47, 0), (0, 47), (0, -47))]
+    found = [outline[y, x] for x, y in ring if 0 <= x < 1000 and 0 <= y < 600]
+    assert found and all(found)
+    large = (np.asarray(draw_overlay(image, Region.from_box(400, 200, 500, 300))) == (255, 60, 200)).all(-1)
+    assert not large[:190].any() and not large[310:].any()
+
+
 def test_a_word_wider_than_the_picture_is_broken():
     one_line, broken = (draw_overlay(GREY, Region.whole(), "w" * count) for count in (3, 300))
     assert broken.height > one_line.height + 60 and broken.width == one_line.width

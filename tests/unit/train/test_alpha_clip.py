@@ -66,8 +66,7 @@ def saved(folder, alpha_std=0.3, **vision):
 def run(start, data, out, *flags):
     arguments = ["--model", start, "--data", data / "train", data / "val", "--output_dir", out, "--max_steps", 2]
     arguments += ["--per_device_train_batch_size", 4, "--dataloader_drop_last", "true", "--regions_per_image", 4]
-    arguments += ["--use_cpu", "true", "--disable_tqdm", "true", "--learning_rate", "1e-2", "--logging_steps", 1]
-    arguments += ["--save_strategy", "no"]
+    arguments += "--use_cpu true --disable_tqdm true --learning_rate 1e-2 --logging_steps 1 --save_strategy no".split()
     return alpha_clip.main([str(argument) for argument in (*arguments, *flags)])
 
 

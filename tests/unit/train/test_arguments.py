@@ -80,7 +80,7 @@ def test_flags_win_over_the_recipe(tmp_path):
         ("min_strength: 2", "min_strength: expected a number from 0 to 1"),
         ("regions_per_image: 0", "regions_per_image: expected 1 or more"),
         ("eval_metrics: [SPICE]", "eval_metrics: expected names out of"),
-        ("eval_metrics: [exact match]", "is called 'exactly right' now"),
+        ("eval_metrics: [exact match]", "name 'exactly right'"),
         ("dtype: int8", "dtype: expected float32"),
         ("load_in: 4bit", "quantised weights cannot be trained; give lora_r"),
         ("lora_tower: true", "no effect without LoRA; give lora_r"),

@@ -1,4 +1,4 @@
-"""Exactly right: is the answer, letter for letter, one of the references? ("exact match" is VQA's: `questions`.)"""
+"""Exactly right: is the answer, letter for letter, one of the references? "exact match" is VQA's (`questions`)."""
 
 from __future__ import annotations
 
