@@ -40,7 +40,7 @@ class Answer(NamedTuple):
 
 
 class RegionChat:
-    """A LLaVA or BLIP-2 that answers questions about regions of images, greedily.
+    """A LLaVA (1.5 or NeXT) or BLIP-2 that answers questions about regions of images, greedily.
 
     An image is whatever the image processor takes (a path, URL, base64 text, the bytes of a file, an array, tensor or
     PIL image); it is decoded once. A region is a `Region`, its JSON or its text ("box:40,60,220,200"), in pixels of the
@@ -301,6 +301,8 @@ class RegionChat:
             if name in padding and len({tensor.shape[1] for tensor in tensors}) > 1:
                 sequences = [tensor[0] for tensor in tensors]
                 batch[name] = pad_sequence(sequences, True, padding[name], padding_side="left")
+            elif tensors[0].ndim == 5:  # tiles of LLaVA-NeXT, which leaves out those that fill up a row
+                batch[name] = pad_sequence([tensor[0] for tensor in tensors], True)
             else:
                 batch[name] = torch.cat(tensors)
         return BatchFeature(batch)
@@ -363,6 +365,6 @@ def check_alpha(inputs: BatchFeature) -> None:
     """Raise ValueError unless the images carry an alpha channel: without it every answer would be about the whole
     image.
     """
-    channels = inputs["pixel_values"].shape[1]
+    channels = inputs["pixel_values"].shape[-3]
     if channels != 4:
         raise ValueError(f"expected pixel_values with 4 channels (RGB + alpha), got {channels}; the region is lost")

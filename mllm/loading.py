@@ -27,8 +27,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
-    Blip2Config,
-    LlavaConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -36,10 +34,11 @@ from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 import vision_tower
-from mllm import blip2, llava
+from mllm import blip2, llava, llava_next
 from mllm.files import one_line
 from mllm.processing_blip2 import AlphaBlip2Processor
 from mllm.processing_llava import AlphaLlavaProcessor
+from mllm.processing_llava_next import AlphaLlavaNextProcessor
 from vision_tower import AlphaCLIPImageProcessor
 from vision_tower.conversion import MAX_BLOCKS
 
@@ -48,8 +47,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-AlphaProcessor = AlphaLlavaProcessor | AlphaBlip2Processor
-FAMILIES = {"llava": llava, "blip-2": blip2, "alpha_blip2": blip2}  # by model_type
+AlphaProcessor = AlphaLlavaProcessor | AlphaLlavaNextProcessor | AlphaBlip2Processor
+FAMILIES = {"llava": llava, "llava_next": llava_next, "blip-2": blip2, "alpha_blip2": blip2}  # by model_type
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "model"
 
 
@@ -67,11 +66,11 @@ def load(
     adapter: str | os.PathLike | None = None,
     compile: bool = False,  # noqa: A002, the name that torch and Transformers use
 ) -> tuple[PreTrainedModel, AlphaProcessor]:
-    """Load a LLaVA-1.5 or BLIP-2 with an alpha tower in evaluation mode, and its processor.
+    """Load a LLaVA-1.5, LLaVA-NeXT or BLIP-2 with an alpha tower in evaluation mode, and its processor.
 
     Args:
-        model: A directory or a hub id of a LLaVA-1.5 or BLIP-2, with its stock tower or ours; None is the embedded
-            model, which knows drawn scenes only (docs/shapes.md).
+        model: A directory or a hub id of a LLaVA-1.5, LLaVA-NeXT or BLIP-2, with its stock tower or ours; None is the
+            embedded model, which knows drawn scenes only (docs/shapes.md).
         device: "auto" (cuda, else mps, else cpu), "cpu", "cuda" or "mps"; ignored with `device_map`.
         device_map: As in `from_pretrained`.
         dtype: "auto" (as stored), a torch dtype, or its name.
@@ -123,7 +122,7 @@ def load(
     return loaded.eval(), _load_processor(name, config, hub)
 
 
-def load_config(model: str | os.PathLike | None = None) -> LlavaConfig | Blip2Config:
+def load_config(model: str | os.PathLike | None = None) -> PreTrainedConfig:
     """The configuration alone; arguments and errors as in `load`."""
     name = EMBEDDED_MODEL if model is None else model
     return _read_config(name, hub_lookup(name))
@@ -275,8 +274,8 @@ def hub_answers() -> bool:
     return True
 
 
-def _read_config(name: str | os.PathLike, hub: dict) -> LlavaConfig | Blip2Config:
-    """The configuration of a LLaVA or BLIP-2, or a ValueError that says what the name stands for instead."""
+def _read_config(name: str | os.PathLike, hub: dict) -> PreTrainedConfig:
+    """The configuration of a model of these families, or a ValueError that says what the name stands for instead."""
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
         raise ValueError(f"expected a model directory, got {name} without a config.json")
     if not os.path.isdir(name) and (os.path.exists(name) or os.path.isabs(name) or str(name).startswith((".", "~"))):
@@ -285,11 +284,13 @@ def _read_config(name: str | os.PathLike, hub: dict) -> LlavaConfig | Blip2Confi
     with reading(name, "cannot load the model", missing if hub.get("local_files_only") else None):
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **hub)
     if config.model_type not in FAMILIES:
-        raise ValueError(f"expected a LLaVA-1.5 or BLIP-2 model, got model_type {config.model_type!r} in {name}")
+        raise ValueError(
+            f"expected a LLaVA-1.5, LLaVA-NeXT or BLIP-2 model, got model_type {config.model_type!r} in {name}"
+        )
     return config
 
 
-def _load_processor(name: str | os.PathLike, config: LlavaConfig | Blip2Config, hub: dict) -> AlphaProcessor:
+def _load_processor(name: str | os.PathLike, config: PreTrainedConfig, hub: dict) -> AlphaProcessor:
     """The model's own processor if it is ours, else one built from its tokenizer and image settings."""
     with reading(name, "cannot load the processor in"):
         processor = AutoProcessor.from_pretrained(name, backend="pil", **hub)
@@ -300,7 +301,7 @@ def _load_processor(name: str | os.PathLike, config: LlavaConfig | Blip2Config, 
         return FAMILIES[config.model_type].load_processor(name, config, **hub)
 
 
-def _check_sizes(name: str | os.PathLike, config: LlavaConfig | Blip2Config) -> None:
+def _check_sizes(name: str | os.PathLike, config: PreTrainedConfig) -> None:
     """Refuse a configuration for more weights than its directory can hold: they would be made up, in memory."""
     parts = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
     for part in (config, *parts):

@@ -1,10 +1,11 @@
-"""Processor of LLaVA with an alpha tower: the one home of the conversation format and the image-token count."""
+"""Processors of LLaVA with an alpha tower: the one home of the conversation format and of the image-token count."""
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import (
@@ -69,19 +70,9 @@ _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 _STOCK_ARGUMENTS = inspect.signature(ProcessorMixin.apply_chat_template).parameters.keys()
 
 
-class AlphaLlavaProcessor(SavedWithSources, LlavaProcessor):
-    """Text + images + regions -> inputs of LLaVA with an alpha tower.
-
-    Called as `LlavaProcessor` is, with `regions` in addition:
-
-    - `processor(images=..., text=prompt, regions=...)`: `text` is the whole prompt, with one `<image>` for each slot.
-      An image has one slot, an image with a list of N regions has N.
-    - `processor.apply_chat_template(conversation, tokenize=True, return_dict=True, ...)`: an image item takes a region
-      or a list of them, `{"type": "image", "image": image, "region": Region.from_box(...)}`.
-
-    A region is a `Region`, its JSON or its text; an image without a region is seen as a whole. `system` is a sentence
-    put before every conversation that has none of its own: None (the Hugging Face LLaVA-1.5 format) or
-    `VICUNA_V1_SYSTEM` (the original code's).
+class RegionPrompts(SavedWithSources, ProcessorMixin):
+    """Text + images + regions, for a processor of the LLaVA kind: what `AlphaLlavaProcessor` and
+    `AlphaLlavaNextProcessor` have in common. Mixed into Transformers' own, which it calls.
     """
 
     description_wordings = DESCRIBE_REGION_WORDINGS  # how a description is asked for; chat uses the first
@@ -115,16 +106,9 @@ class AlphaLlavaProcessor(SavedWithSources, LlavaProcessor):
         )
         self.system = system
 
-    @property
-    def num_image_tokens(self) -> int:
-        """Tokens an image takes: 576 at 336 pixels and patch 14."""
-        side = self.image_processor.crop_size.height // self.patch_size
-        without_cls = self.vision_feature_select_strategy == "default"
-        return side * side + self.num_additional_image_tokens - without_cls
-
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """As in `LlavaProcessor`, which fails on four channels."""
-        return self.image_token * self.num_image_tokens
+    def slot_tokens(self, messages: Sequence[Message]) -> Iterable[int]:
+        """The tokens of each image slot of checked messages, in order."""
+        raise NotImplementedError
 
     def __call__(
         self,
@@ -276,17 +260,23 @@ class AlphaLlavaProcessor(SavedWithSources, LlavaProcessor):
     def encode_conversation(self, conversation: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
         """Token ids of a conversation with its image tokens, without preparing the images: for labels and for
         counting.
+
+        Raises:
+            ValueError: If a text has a control token, and the chat template leaves BOS to the tokenizer.
         """
-        slots, _ = image_slots(self._checked(conversation))
-        ids = self.tokenizer.apply_chat_template(
-            slots,
-            chat_template=self.chat_template,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=True,
-            return_dict=False,
-            sanitize_control_tokens=True,
-        )
-        return [token for token in ids for _ in range(self.num_image_tokens if token == self.image_token_id else 1)]
+        messages = self._checked(conversation)
+        slots, _ = image_slots(messages)
+        settings = {"chat_template": self.chat_template, "add_generation_prompt": add_generation_prompt}
+        if "bos_token" in str(self.chat_template):
+            ids = self.tokenizer.apply_chat_template(
+                slots, tokenize=True, return_dict=False, sanitize_control_tokens=True, **settings
+            )
+        else:  # as in `apply_chat_template`
+            self._refuse_control_tokens([messages])
+            text = self.tokenizer.apply_chat_template(slots, tokenize=False, **settings)
+            ids = self.tokenizer(text, add_special_tokens=not self._begins_with_bos(text))["input_ids"]
+        counts = iter(self.slot_tokens(messages))
+        return [token for token in ids for _ in range(next(counts) if token == self.image_token_id else 1)]
 
     def _checked(self, conversation: Sequence[Message]) -> list[dict]:
         """A checked copy with the system sentence in place."""
@@ -294,6 +284,37 @@ class AlphaLlavaProcessor(SavedWithSources, LlavaProcessor):
         if self.system and messages and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system}]})
         return messages
+
+
+class AlphaLlavaProcessor(RegionPrompts, LlavaProcessor):
+    """Text + images + regions -> inputs of LLaVA with an alpha tower.
+
+    Called as `LlavaProcessor` is, with `regions` in addition:
+
+    - `processor(images=..., text=prompt, regions=...)`: `text` is the whole prompt, with one `<image>` for each slot.
+      An image has one slot, an image with a list of N regions has N.
+    - `processor.apply_chat_template(conversation, tokenize=True, return_dict=True, ...)`: an image item takes a region
+      or a list of them, `{"type": "image", "image": image, "region": Region.from_box(...)}`.
+
+    A region is a `Region`, its JSON or its text; an image without a region is seen as a whole. `system` is a sentence
+    put before every conversation that has none of its own: None (the Hugging Face LLaVA-1.5 format) or
+    `VICUNA_V1_SYSTEM` (the original code's).
+    """
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens an image takes: 576 at 336 pixels and patch 14."""
+        side = self.image_processor.crop_size.height // self.patch_size
+        without_cls = self.vision_feature_select_strategy == "default"
+        return side * side + self.num_additional_image_tokens - without_cls
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """As in `LlavaProcessor`, which fails on four channels."""
+        return self.image_token * self.num_image_tokens
+
+    def slot_tokens(self, messages: Sequence[Message]) -> Iterable[int]:
+        """As in `RegionPrompts`; each has as many."""
+        return itertools.repeat(self.num_image_tokens)
 
 
 def _images(conversations: Sequence[Sequence[dict]], given: Any, batched: bool) -> list[list]:

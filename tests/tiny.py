@@ -11,6 +11,9 @@ from transformers import (
     LlamaTokenizer,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
     OPTConfig,
     T5Config,
 )
@@ -22,6 +25,7 @@ from mllm.blip2 import (
     AlphaCLIPBlip2VisionConfig,
 )
 from mllm.llava import build_llava_processor
+from mllm.llava_next import build_llava_next_processor
 from vision_tower import (
     AlphaCLIPConfig,
     AlphaCLIPImageProcessor,
@@ -134,6 +138,24 @@ def build_tiny_llava(geometry="pad"):
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, geometry=geometry
     )
     return model, build_llava_processor(image_processor, tokenizer, config)
+
+
+def tiny_llava_next_config(tokenizer, vision_config):
+    """That LLaVA config as a LLaVA-NeXT's, with one to four tiles besides the first."""
+    fields = tiny_llava_config(tokenizer, vision_config).to_dict()
+    kept = {name: fields[name] for name in ("text_config", "image_token_index", "image_seq_length")}
+    grid = [[32, 64], [64, 32], [64, 64], [32, 32]]
+    return LlavaNextConfig(vision_config=vision_config, image_grid_pinpoints=grid, **kept)
+
+
+def build_tiny_llava_next(alpha_std=0.3):
+    """A random LLaVA-NeXT with our tower, and its processor."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    config = tiny_llava_next_config(tokenizer, AlphaCLIPVisionConfig(**tiny_vision_config()))
+    model = LlavaNextForConditionalGeneration(config).eval()
+    torch.nn.init.normal_(model.model.vision_tower.embeddings.patch_embedding.alpha.weight, std=alpha_std)
+    return model, build_llava_next_processor(tokenizer, config, like=LlavaNextImageProcessorPil())
 
 
 def tiny_text_config(kind, tokenizer):

@@ -19,8 +19,9 @@ class ConversationCollator:
     """Makes a training batch of samples, each a list of conversations.
 
     Returns `input_ids`, `attention_mask` (B, T) and `labels` (B, L), padded on the right, and `pixel_values`
-    (N, 4, S, S) for all images in order. A label is the token itself inside an answer and its end-of-sequence token,
-    `IGNORE_INDEX` elsewhere; an encoder-decoder (T5) reads the prompt and has labels for the answer alone.
+    (N, 4, S, S) for all images in order (of LLaVA-NeXT (N, tiles, 4, S, S), and `image_sizes`). A label is the token
+    itself inside an answer and its end-of-sequence token, `IGNORE_INDEX` elsewhere; an encoder-decoder (T5) reads the
+    prompt and has labels for the answer alone.
 
     Args:
         processor: Of the model.
@@ -43,7 +44,7 @@ class ConversationCollator:
         conversations = [conversation for sample in samples for conversation in sample]
         batch = self.tokens(conversations)
         if items := [item for conversation in conversations for item in image_items(conversation)]:
-            batch["pixel_values"] = self.pixels(items)
+            batch |= self.pixels(items)
         return batch
 
     def check(self, conversation: Sequence[Message]) -> None:
@@ -74,10 +75,10 @@ class ConversationCollator:
             labels[row, : len(row_labels)] = torch.tensor(row_labels)
         return {**batch, "labels": labels}
 
-    def pixels(self, items: Sequence[Mapping]) -> torch.Tensor:
-        """`pixel_values` of image items, in order, one for each region."""
+    def pixels(self, items: Sequence[Mapping]) -> dict[str, torch.Tensor]:
+        """What the model takes of image items, in order, one for each region."""
         images, regions = [item["image"] for item in items], [item.get("region") for item in items]
-        return self.processor.image_processor(images, regions, return_tensors="pt")["pixel_values"]
+        return dict(self.processor.image_processor(images, regions, return_tensors="pt"))
 
 
 def check_region(region: Region, size: tuple[int, int], image_processor: AlphaCLIPImageProcessor) -> None:
@@ -111,7 +112,7 @@ def encode_with_labels(processor: AlphaProcessor, conversation: Sequence[Message
     write too.
 
     Raises:
-        ValueError: If the tokens up to an answer are not a prefix of the whole.
+        ValueError: If the tokens up to an answer are not a prefix of the whole, or no end-of-sequence token follows it.
     """
     ids = processor.encode_conversation(conversation)
     labels = [IGNORE_INDEX] * len(ids)
@@ -124,6 +125,12 @@ def encode_with_labels(processor: AlphaProcessor, conversation: Sequence[Message
                 f"turn {index} is encoded in another way alone than inside its conversation; cannot place labels"
             )
         # nobody's text can hold the end-of-sequence token: the processor encodes it as plain text there
-        end = ids.index(processor.tokenizer.eos_token_id, len(before)) + 1
+        eos = processor.tokenizer.eos_token_id
+        if eos not in ids[len(before) :]:
+            raise ValueError(
+                f"the chat template writes no {processor.tokenizer.eos_token} after an answer, so that a tuned model "
+                "would never stop; save the model's processor with one that does (chat_template.jinja)"
+            )
+        end = ids.index(eos, len(before)) + 1
         labels[len(before) : end] = ids[len(before) : end]
     return ids, labels

@@ -15,6 +15,7 @@ from transformers import (
 from .alpha_embedding import AlphaConv2d, AlphaPatchEmbedding, add_alpha_channel
 from .configuration_alpha_clip import AlphaCLIPConfig, AlphaCLIPVisionConfig
 from .image_processing_alpha_clip import AlphaCLIPImageProcessor
+from .image_processing_alpha_llava_next import AlphaLlavaNextImageProcessor
 from .loading import load_with_alpha
 from .modeling_alpha_clip import AlphaCLIPModel, AlphaCLIPVisionModel, AlphaCLIPVisionModelWithProjection
 from .processing_alpha_clip import AlphaCLIPProcessor
@@ -29,6 +30,7 @@ __all__ = [
     "AlphaCLIPVisionModel",
     "AlphaCLIPVisionModelWithProjection",
     "AlphaConv2d",
+    "AlphaLlavaNextImageProcessor",
     "AlphaPatchEmbedding",
     "Region",
     "add_alpha_channel",

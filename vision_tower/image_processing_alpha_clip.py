@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 # they would move the picture but not the alpha map, or (rescaling) take its numbers for others than they are
 _NOT_IN_A_CALL = {"size", "crop_size", "do_resize", "do_center_crop", "do_pad", "pad_size"}
-_NOT_IN_A_CALL |= {"do_rescale", "rescale_factor"}
+_NOT_IN_A_CALL |= {"do_rescale", "rescale_factor", "image_grid_pinpoints"}
 _STRIP = 4_000_000  # pixels of a padded image that are held at a time
 
 
@@ -86,6 +86,7 @@ class AlphaCLIPImageProcessor(PilBackend):
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
+    geometries: tuple[str, ...] = GEOMETRIES
     geometry = "crop"
     max_pixels = MAX_PIXELS
     max_side = 20_000
@@ -95,8 +96,7 @@ class AlphaCLIPImageProcessor(PilBackend):
         del self.regions  # an argument of each call, never a setting
         self._valid_kwargs_names.remove("regions")
         side = self.crop_size.height
-        if self.geometry not in GEOMETRIES:
-            raise ValueError(f"expected geometry out of {', '.join(GEOMETRIES)}, got {self.geometry!r}")
+        self._check_geometry(self.geometry)
         if not (self.do_resize and self.do_center_crop and side == self.crop_size.width == self.size.shortest_edge):
             raise ValueError(
                 f"expected one square output size, size {{'shortest_edge': S}}, crop_size {{'height': S, 'width': S}} "
@@ -173,21 +173,14 @@ class AlphaCLIPImageProcessor(PilBackend):
             ValueError: If an image cannot be read or is too large, images and regions do not match, a region does not
                 fit its image, or `kwargs` ask for a geometry that would move the picture but not the alpha map.
         """
-        if moved := sorted(_NOT_IN_A_CALL & kwargs.keys()):
-            raise ValueError(f"{', '.join(moved)}: set them when the image processor is made, not in a call")
         geometry = self.geometry if geometry is None else geometry
-        if geometry not in GEOMETRIES:
-            raise ValueError(f"expected geometry out of {', '.join(GEOMETRIES)}, got {geometry!r}")
-        grouped = _grouped(flat_pairs(match_regions(images, regions)))
+        grouped = self.grouped(images, regions, geometry, kwargs)
         side = self.crop_size.height
-        limits = {name: kwargs.pop(name, None) or getattr(self, name) for name in ("max_pixels", "max_side")}
-        layout, resample = kwargs.pop("input_data_format", None), _resampling(kwargs.pop("resample", self.resample))
+        resample = _resampling(kwargs.pop("resample", self.resample))
         mean = self.image_mean
         sizes, small = [], []
-        for source, _ in grouped:  # one at a time, so that only one is held in full
-            picture = decode_image(fetch(source), max_pixels=limits["max_pixels"], input_data_format=layout)
+        for picture in self.opened(grouped, geometry, kwargs):
             sizes.append(picture.size)
-            _check_side(picture.size, side, geometry, limits["max_side"])
             small.append(_resize(picture, side, geometry, tuple(int(channel * 255) for channel in mean), resample))
         del picture  # a large one need not be held while alpha maps are made
         rgb = super().preprocess(small, do_resize=False, do_center_crop=False, **kwargs)["pixel_values"]
@@ -196,13 +189,43 @@ class AlphaCLIPImageProcessor(PilBackend):
         for (width, height), pixels, (_, image_regions) in zip(sizes, rgb, grouped, strict=True):
             for region in image_regions:
                 output[row, :3] = pixels
-                alpha = place_alpha(region, height, width, side, geometry)
-                # in float64: alpha 1 must become the very float32 that AlphaPatchEmbedding fills in for the whole image
-                output[row, 3] = (alpha.astype(np.float64) - ALPHA_MEAN) / ALPHA_STD
+                output[row, 3] = normalized_alpha(place_alpha(region, height, width, side, geometry))
                 row += 1
         # torch shares the array: no copy
         data = torch.from_numpy(output) if return_tensors == "pt" else output
         return BatchFeature({"pixel_values": data}, tensor_type=None if return_tensors == "pt" else return_tensors)
+
+    def grouped(
+        self, images: ImageInput, regions: Any, geometry: str, settings: Iterable[str]
+    ) -> list[tuple[Any, list[Region]]]:
+        """Each image of a call with its regions, in order.
+
+        Raises:
+            ValueError: If images and regions do not match, or there is no such geometry or setting in a call.
+        """
+        if moved := sorted(_NOT_IN_A_CALL.intersection(settings)):
+            raise ValueError(f"{', '.join(moved)}: set them when the image processor is made, not in a call")
+        self._check_geometry(geometry)
+        return _grouped(flat_pairs(match_regions(images, regions)))
+
+    def opened(
+        self, grouped: Iterable[tuple[Any, list[Region]]], geometry: str, settings: dict[str, Any]
+    ) -> Iterator[Image.Image]:
+        """The images of `grouped`, one at a time, so that only one is held in full; `settings` lose what is used here.
+
+        Raises:
+            ValueError: If an image cannot be read or is too large.
+        """
+        limits = {name: settings.pop(name, None) or getattr(self, name) for name in ("max_pixels", "max_side")}
+        layout = settings.pop("input_data_format", None)
+        for source, _ in grouped:
+            picture = decode_image(fetch(source), max_pixels=limits["max_pixels"], input_data_format=layout)
+            _check_side(picture.size, self.crop_size.height, geometry, limits["max_side"])
+            yield picture
+
+    def _check_geometry(self, geometry: str) -> None:
+        if geometry not in self.geometries:
+            raise ValueError(f"expected geometry out of {', '.join(self.geometries)}, got {geometry!r}")
 
 
 def _grouped(pairs: Iterable[tuple[Any, list[Region]]]) -> list[tuple[Any, list[Region]]]:
@@ -254,10 +277,25 @@ def place_alpha(region: Region, height: int, width: int, side: int, geometry: st
             logger.warning("the centre crop cuts %.0f %% off the region %s; geometry='pad' keeps it", 100 * cut, region)
     # bilinear with antialiasing, so that no small region falls between the samples
     mask = np.asarray(_resize(mask, side, geometry, 0, Image.Resampling.BILINEAR))
+    return alpha_of(with_peak(mask, peak), region.strength)
+
+
+def with_peak(mask: np.ndarray, peak: float) -> np.ndarray:
+    """A resized mask, scaled so that its peak stays what it was before."""
     reached = float(mask.max())
-    if 0 < reached < peak:
-        mask = mask * np.float32(peak / reached)
-    return 1 - np.float32(region.strength) * (1 - mask)
+    return mask * np.float32(peak / reached) if 0 < reached < peak else mask
+
+
+def alpha_of(mask: np.ndarray, strength: float) -> np.ndarray:
+    """The alpha map of a mask: float32 in [0, 1], at strength 0 the whole image."""
+    return 1 - np.float32(strength) * (1 - mask)
+
+
+def normalized_alpha(alpha: np.ndarray) -> np.ndarray:
+    """An alpha map as a tower reads it: in float64, since alpha 1 must become the very float32 that
+    `AlphaPatchEmbedding` fills in for the whole image.
+    """
+    return (alpha.astype(np.float64) - ALPHA_MEAN) / ALPHA_STD
 
 
 def _crop_sizes(height: int, width: int, side: int) -> tuple[int, int, int, int]:
