@@ -21,8 +21,9 @@ from tests.compatibility import (  # noqa: F401, pytest finds hooks and fixtures
     pytest_runtest_makereport,
     pytest_sessionfinish,
 )
+from tests.drawn_back import fed_pixels  # noqa: F401, a fixture
 from tests.processes import ForkServer
-from tests.tiny import build_tiny_llava
+from tests.tiny import build_tiny_llava, build_tiny_llava_next
 
 ROOT = Path(__file__).resolve().parent.parent
 # A shell's background jobs ignore Ctrl-C, and what they start would too.
@@ -86,3 +87,9 @@ def tiny_llava(tiny_llava_dir):
     import mllm
 
     return mllm.load(tiny_llava_dir, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_llava_next():
+    """A random tiny LLaVA-NeXT with our tower (alpha weight not zero), and its processor."""
+    return build_tiny_llava_next()
