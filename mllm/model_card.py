@@ -36,6 +36,7 @@ _KINDS = {  # model_type -> title, pipeline tag
     "alpha_clip_vision_model": ("An Alpha-CLIP vision tower", "image-feature-extraction"),
     "alpha_clip": ("Alpha-CLIP with its text tower", "zero-shot-image-classification"),
     "llava": ("LLaVA-1.5 with an Alpha-CLIP tower", "image-text-to-text"),
+    "llava_next": ("LLaVA-NeXT with an Alpha-CLIP tower", "image-text-to-text"),
     "alpha_blip2": ("BLIP-2 with an alpha tower", "image-text-to-text"),
 }
 _EXPORTED = "exported llava"  # stock classes (mllm/export.py), which the model type does not tell
@@ -68,7 +69,7 @@ inputs = processor.apply_chat_template(
 )
 print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))""",
 }
-_EXAMPLES["alpha_blip2"] = _EXAMPLES["llava"]
+_EXAMPLES["llava_next"] = _EXAMPLES["alpha_blip2"] = _EXAMPLES["llava"]
 _EXAMPLES[_EXPORTED] = """\
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -149,7 +150,7 @@ def model_card(
     )
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {f'A LoRA adapter for {title}' if adapter else title}: {repo_id}",
-        _ABOUT,
+        _ABOUT.replace("(B, 4, H, W)", "(B, tiles, 4, H, W)") if kind == "llava_next" else _ABOUT,
         *([_SHAPES_ONLY] if "shapes" in built_from else []),
         _example(kind, repo_id, base_model if adapter else None),
         _architecture(config, folder) if config else _lora(adapter),
@@ -204,7 +205,8 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     if config.model_type not in _KINDS:
         raise ValueError(f"expected a model out of {', '.join(_KINDS)}, got {config.model_type!r} in {folder}")
     ours = AlphaCLIPVisionConfig.model_type
-    if config.model_type == "llava" and config.vision_config.model_type != ours and not is_fused(config):
+    is_llava = config.model_type in ("llava", "llava_next")
+    if is_llava and config.vision_config.model_type != ours and not is_fused(config):
         found = config.vision_config.model_type
         raise ValueError(f"expected a LLaVA with our tower, got a tower {found!r}; save what mllm.load({folder}) gives")
     if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
@@ -215,7 +217,8 @@ def _read_config(folder: Path) -> PreTrainedConfig:
 def _kind_of_adapter(adapter: dict) -> str:
     """Which of `_KINDS` it was trained for; PEFT notes the class where no task type is set."""
     mapping = adapter.get("auto_mapping") or {}
-    return "alpha_blip2" if "Blip2" in mapping.get("base_model_class", "") else "llava"
+    name = mapping.get("base_model_class", "")
+    return "alpha_blip2" if "Blip2" in name else "llava_next" if "LlavaNext" in name else "llava"
 
 
 def _table(title: str, rows: dict[str, Any]) -> str:
@@ -250,6 +253,9 @@ def _architecture(config: PreTrainedConfig, folder: Path) -> str:
     if config.model_type == "llava":
         tokens = side * side + (config.vision_feature_select_strategy == "full")
         rows["image tokens"] = f"{tokens}, from hidden state {config.vision_feature_layer}"
+    if config.model_type == "llava_next":
+        grid = ", ".join(f"{width} x {height}" for height, width in config.image_grid_pinpoints)
+        rows["tiles"] = f"the whole picture, and those of the best of {grid} pixels, padded"
     if config.model_type == "alpha_blip2":
         rows["image tokens"] = f"{config.num_query_tokens}, from a Q-Former"
     return _table("Architecture", rows)

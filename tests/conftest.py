@@ -93,3 +93,12 @@ def tiny_llava(tiny_llava_dir):
 def tiny_llava_next():
     """A random tiny LLaVA-NeXT with our tower (alpha weight not zero), and its processor."""
     return build_tiny_llava_next()
+
+
+@pytest.fixture(scope="session")
+def tiny_llava_next_dir(tiny_llava_next, tmp_path_factory):
+    """Both in a folder."""
+    folder = tmp_path_factory.mktemp("tiny_llava_next")
+    for part in tiny_llava_next:
+        part.save_pretrained(folder)
+    return folder

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import mllm
+from mllm.loading import load_processor
 from mllm.processing_llava_next import AlphaLlavaNextProcessor
 from tests.tiny import noise_picture, prompt, tiny_llava_next_config, tiny_tokenizer, tiny_vision_config
 from vision_tower import AlphaCLIPVisionModel, AlphaLlavaNextImageProcessor, Region
@@ -199,16 +200,14 @@ def test_the_hubs_key_layout_loads(stock_dir, both, tmp_path):
 
 
 @pytest.mark.compatibility("transformers Auto classes", "our LLaVA-NeXT saved and loaded by the Auto classes", "equal")
-def test_saved_model_comes_back_bit_for_bit_through_the_auto_classes(tiny_llava_next, tmp_path):
+def test_saved_model_comes_back_bit_for_bit_through_the_auto_classes(tiny_llava_next, tiny_llava_next_dir):
     model, processor = tiny_llava_next
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
-    processors = [AutoProcessor.from_pretrained(tmp_path), mllm.load(tmp_path, device="cpu")[1]]
+    again = AutoModelForImageTextToText.from_pretrained(tiny_llava_next_dir).eval()
+    processors = [AutoProcessor.from_pretrained(tiny_llava_next_dir), load_processor(tiny_llava_next_dir)]
     assert type(again) is LlavaNextForConditionalGeneration
     assert type(again.model.vision_tower) is AlphaCLIPVisionModel
     assert all(type(loaded) is AlphaLlavaNextProcessor for loaded in processors)
-    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is AlphaLlavaNextImageProcessor
+    assert type(AutoImageProcessor.from_pretrained(tiny_llava_next_dir)) is AlphaLlavaNextImageProcessor
     image, region = noise_picture(50, 70), Region.from_box(2, 2, 30, 30)
     first, *others = [p(image, prompt("What?"), region, return_tensors="pt") for p in (processor, *processors)]
     assert all(torch.equal(first[key], other[key]) for other in others for key in first)
