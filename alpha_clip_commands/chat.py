@@ -97,7 +97,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that every command of this project shares."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", help="directory or hub id of a LLaVA-1.5 or BLIP-2 (default: the embedded model, drawn scenes only)"
+        "--model", help="directory or hub id of a LLaVA or BLIP-2 (default: the embedded model, drawn scenes only)"
     )
     group.add_argument(
         "--alpha-weights",

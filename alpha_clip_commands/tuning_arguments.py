@@ -83,7 +83,7 @@ class ModelArguments(PartArguments):
     """Which LLaVA or BLIP-2, and which of its parts are trained how."""
 
     model: str | None = field(
-        default=None, metadata={"help": "directory or hub id of a LLaVA-1.5 or BLIP-2 (default: the embedded model)"}
+        default=None, metadata={"help": "directory or hub id of a LLaVA or BLIP-2 (default: the embedded model)"}
     )
     alpha_weights: str | None = field(
         default=None, metadata={"help": "Alpha-CLIP checkpoint for the tower; released LLaVA carries plain CLIP"}

@@ -159,7 +159,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ('{"model_type": "bert"}', "expected a LLaVA-1.5 or BLIP-2 model, got model_type 'bert'"),
+        ('{"model_type": "bert"}', "expected a LLaVA-1.5, LLaVA-NeXT or BLIP-2 model, got model_type 'bert'"),
         ("not json", "cannot load the model"),
         (None, "without a config.json"),
     ],
