@@ -321,5 +321,5 @@ def test_what_a_pipeline_drops_itself_is_an_error(request, kind, call):
     item = {"images": ONE, "text": prompt("What?") if kind == "llava" else BLIP2_TEXT}
     with pytest.raises(ValueError, match="the pipeline ignores .*; pass regions="):
         call(pipe, item)
-    for answer in (pipe(item | {"regions": None}), pipe(item, regions=LEFT), pipe(item, processor_kwargs={})):
+    for answer in (pipe(item | {"regions": None, "id": 3}), pipe(item, regions=LEFT), pipe(item, processor_kwargs={})):
         assert len(answer) == 1
