@@ -57,6 +57,7 @@ def test_it_looks_where_it_is_told(finished):
     assert inputs["box"] > 0.8 and inputs["whole"] < 0.3 and inputs["wrong"] < 0.1
     assert found["inputs"]["wrong"]["shown"]["exactly right"]["value"] > 0.8
     assert found["metrics"] == found["inputs"]["box"]["metrics"]
+    assert "<image>" in json.loads((finished / "run.json").read_text())["prompt"]
     assert found["items"] == len(lines(finished)) and "same class" in found["by"]
     assert found["command"].startswith("region-eval run --task shapes-caption")
     assert {"torch", "transformers", "pycocoevalcap"} <= found["versions"].keys()
@@ -128,8 +129,8 @@ def test_an_export_is_not_written_into_a_run(finished, tmp_path, capsys):
     assert "reads; choose another folder" in fails(capsys, "export", finished, "--out", finished)
     assert "reads" in fails(capsys, "export", finished / "predictions.jsonl", "--out", finished)
     assert "reads" in fails(capsys, "export", finished, "--out", finished.parent)
-    assert main(["export", str(finished), "--out", str(tmp_path / "coco")]) == 0
-    other = tmp_path / "coco" / "p.jsonl"
+    assert main(["export", str(finished), "--out", str(tmp_path / "new" / "coco")]) == 0
+    other = tmp_path / "new" / "coco" / "p.jsonl"
     other.write_bytes((finished / "predictions.jsonl").read_bytes())
     assert "written by another command (evaluation)" in fails(capsys, "export", other, "--out", finished)
     assert sorted(finished.rglob("*")) == before

@@ -21,6 +21,7 @@ from transformers import (
 import mllm
 from mllm import blip2, llava
 from mllm.blip2 import AlphaBlip2ForConditionalGeneration, AlphaBlip2VisionConfig, AlphaBlip2VisionModel
+from mllm.export import export
 from mllm.loading import quantization
 from tests.tiny import build_tiny_blip2, tiny_blip2_parts, tiny_llava_config, tiny_tokenizer, tiny_vision_config
 from vision_tower import AlphaConv2d
@@ -87,6 +88,17 @@ def test_from_pretrained_of_the_stock_llava_class_starts_at_zero_too(stock_llava
         assert torch.count_nonzero(alpha_of(model)) == 0
 
 
+def test_a_device_map_is_passed_on(tiny_llava_dir, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        llava,
+        "load_model",
+        lambda *args, original=llava.load_model, **kwargs: given.append(kwargs) or original(*args, **kwargs),
+    )
+    mllm.load(tiny_llava_dir, device_map="cpu")
+    assert given[0]["device_map"] == "cpu"
+
+
 @pytest.mark.parametrize("size", ["1GB", "40KB"])
 def test_a_lost_alpha_raises_for_llava(tiny_llava, tmp_path, size, caplog):
     model, processor = tiny_llava
@@ -101,6 +113,24 @@ def test_a_lost_alpha_raises_for_llava(tiny_llava, tmp_path, size, caplog):
     caplog.clear()
     AutoModelForImageTextToText.from_pretrained(tmp_path)  # the stock class reports, and goes on (README)
     assert "alpha.weight" in caplog.text and "MISSING" in caplog.text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["llava", "export", "blip2"])
+def test_an_alpha_weight_of_nan_raises(tiny_llava, tmp_path, kind, value):
+    model, processor = build_tiny_blip2("opt") if kind == "blip2" else tiny_llava
+    if kind == "export":
+        export(model, processor, tmp_path / "model")
+    else:
+        model.save_pretrained(tmp_path / "model")
+        processor.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    name = "patch_embedding.weight" if kind == "export" else ".alpha.weight"
+    next(tensor for key, tensor in tensors.items() if key.endswith(name))[0, -1, 0, 0] = value
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="the alpha weight .* contains NaN or Inf"):
+        mllm.load(tmp_path / "model", device="cpu")
 
 
 def eva_tower(folder):
