@@ -95,6 +95,9 @@ def test_labels_are_the_answer_and_its_end(tiny_llava_next, template):
     collate = ConversationCollator(processor)
     batch = collate([[turns(IMAGES[0], LEFT, "a cat")], [turns(IMAGES[1], LEFT, "dog")]])
     assert batch["pixel_values"].shape == (2, 5, 4, 32, 32) and batch["image_sizes"].tolist() == [[40, 60], [30, 100]]
+    for row, image in zip(batch["pixel_values"], IMAGES[:2], strict=True):  # each with its own region
+        tiles = like.image_processor(image, LEFT, return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(row[: len(tiles)], tiles) and tiles[:, 3].unique().numel() > 1
     learned = [row[row != IGNORE_INDEX] for row in batch["labels"]]
     assert [processor.decode(row).strip() for row in learned] == ["a cat</s>", "dog</s>"]
     assert model(**batch).loss > 0
