@@ -205,7 +205,7 @@ def _add_training_field(parser: argparse.ArgumentParser, field: TrainingField) -
     options = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
     kinds = {"int": whole_number, "float": finite_number, "bool": switch}
     kind = deepspeed_file if field.name == "deepspeed" else kinds.get(field.kind)
-    more = {"nargs": field.nargs} if field.nargs else {}
+    more: dict[str, Any] = {"nargs": field.nargs} if field.nargs else {}
     if field.nargs == "?":
         more["const"] = True
     parser.add_argument(*options, type=kind, choices=field.choices, help=argparse.SUPPRESS, **more)

@@ -181,7 +181,9 @@ class AlphaLlavaProcessor(SavedWithSources, LlavaProcessor):
             for image, entry in flat_pairs(group):
                 slots[-1][0].extend([self.image_processor.fetch_images(image)] * len(entry))
                 slots[-1][1].extend(entry)
-        return tuple(map(list, zip(*slots, strict=True))) if nested else slots[0]
+        if not nested:
+            return slots[0]
+        return [images for images, _ in slots], [entries for _, entries in slots]
 
     def validate_inputs(self, images: ImageInput | None = None, text: list[str] | None = None, **kwargs) -> None:
         """As in `ProcessorMixin`; also, each prompt has the `<image>` of its own images.

@@ -54,7 +54,7 @@ def _one_value(action: argparse.Action, value: Any) -> Any:
         raise ValueError(f"expected text or a number, got {type(value).__name__}; put text in quotes")
     if action.type is plain_text and not isinstance(value, str):
         raise ValueError(f"expected text, got the number {value}; put it in quotes")
-    found = action.type(value if isinstance(value, str) else repr(value)) if action.type else value
+    found = action.type(value if isinstance(value, str) else repr(value)) if callable(action.type) else value
     if action.choices is not None and found not in action.choices:
         raise ValueError(f"expected one of {', '.join(map(str, action.choices))}, got {value!r}")
     return found
