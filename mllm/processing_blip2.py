@@ -156,9 +156,8 @@ class AlphaBlip2Processor(SavedWithSources, Blip2Processor):
             raise ValueError("BLIP-2's inputs are a dict (pixel_values, input_ids, ...): expected return_dict=True")
         items = [_only_image(messages) for messages in conversations]
         set_default(settings, "padding", True)
-        set_default(
-            settings, "padding_side", "left"
-        )  # whatever the tokenizer says: answers begin where the prompt ends
+        # whatever the tokenizer says: answers begin where the prompt ends
+        set_default(settings, "padding_side", "left")
         settings["text_kwargs"] = {"split_special_tokens": True, **settings.get("text_kwargs", {})}
         return self(
             images=[image_source(item) for item in items],

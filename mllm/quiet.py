@@ -4,21 +4,17 @@ speaks it. No level changes, so everything else that these libraries say is stil
 
 import logging
 import warnings
+from typing import NamedTuple
 
 
-class _Drops(logging.Filter):
-    """Drops the records of one logger whose message begins with `start`; and, if given, mentions `cause`."""
+class _Drops(NamedTuple):
+    """Drops the records of one logger whose message begins with `start` and mentions `cause`.
 
-    def __init__(self, start: str, cause: str = "") -> None:
-        super().__init__()
-        self.start = start
-        self.cause = cause
+    A tuple, since those are equal by value: `Logger.addFilter` then adds it once, even after a reload of this module.
+    """
 
-    def __eq__(self, other: object) -> bool:
-        """Equal by value: `Logger.addFilter` then adds it once, also after a reload of this module."""
-        return type(other).__name__ == type(self).__name__ and vars(other) == vars(self)
-
-    __hash__ = None
+    start: str
+    cause: str = ""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is shown."""
