@@ -14,8 +14,9 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
-from alpha_clip_commands.chat import REGION_OPTIONS, add_region_options
+from alpha_clip_commands.chat import DTYPES, REGION_OPTIONS, add_region_options
 from alpha_clip_commands.command_line import (
     ArgumentParser,
     check_found,
@@ -26,32 +27,33 @@ from alpha_clip_commands.progress import STARTING, step
 from alpha_clip_commands.source_values import constant
 
 PROGRAM = "alpha-clip"
-# subcommand -> module whose `run` does it
-_MODULES = {
-    "convert": "mllm.convert_alpha_clip",
-    "convert-lavis": "mllm.convert_lavis",
-    "prepare": "mllm.data.dataset_check",
-    "shapes": "mllm.data.shapes",
-    "attention-map": "eval.attention_map",
-    "score": "train.score_region_text",
-    "plot": "train.plot",
-    "merge": "mllm.merge",
-    "export": "mllm.export",
-    "publish": "mllm.publish",
-}
-_HAVE_BARS = ("shapes", "score")  # show their own progress
-# subcommand -> arguments that name what must be there
-_READ = {
-    "convert": ("source",),
-    "convert-lavis": ("checkpoint",),
-    "prepare": ("source", "against"),
-    "shapes": (),
-    "attention-map": ("image",),
-    "score": ("data",),
-    "plot": ("runs",),
-    "merge": ("adapter",),
-    "export": ("adapter",),
-    "publish": ("folder",),
+
+
+class Subcommand(NamedTuple):
+    """What `alpha-clip NAME` runs: `run` of a module.
+
+    Attributes:
+        module: The module.
+        reads: Arguments that name files or folders, which must exist.
+        has_bar: Whether it shows progress itself.
+    """
+
+    module: str
+    reads: tuple[str, ...] = ()
+    has_bar: bool = False
+
+
+SUBCOMMANDS = {
+    "convert": Subcommand("mllm.convert_alpha_clip", reads=("source",)),
+    "convert-lavis": Subcommand("mllm.convert_lavis", reads=("checkpoint",)),
+    "prepare": Subcommand("mllm.data.dataset_check", reads=("source", "against")),
+    "shapes": Subcommand("mllm.data.shapes", has_bar=True),
+    "attention-map": Subcommand("eval.attention_map", reads=("image",)),
+    "score": Subcommand("train.score_region_text", reads=("data",), has_bar=True),
+    "plot": Subcommand("train.plot", reads=("runs",)),
+    "merge": Subcommand("mllm.merge", reads=("adapter",)),
+    "export": Subcommand("mllm.export", reads=("adapter",)),
+    "publish": Subcommand("mllm.publish", reads=("folder",)),
 }
 
 
@@ -81,20 +83,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         from alpha_clip_commands.tune import train_alpha_clip
 
         return train_alpha_clip(argv[1:])
-    program = f"{PROGRAM} {argv[0]}" if argv and argv[0] in _MODULES else PROGRAM
+    program = f"{PROGRAM} {argv[0]}" if argv and argv[0] in SUBCOMMANDS else PROGRAM
     return exit_code(program, lambda: _run(build_parser().parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> int:
-    for name in _READ[args.command]:
+    subcommand = SUBCOMMANDS[args.command]
+    for name in subcommand.reads:
         value = getattr(args, name)
         check_found(name, *(value if isinstance(value, list) else [value] if value else []))
     if args.command in _CHECKS:
         _CHECKS[args.command](args)
     leave_current_folder()
     with step(STARTING):
-        run = importlib.import_module(_MODULES[args.command]).run
-    with contextlib.nullcontext() if args.command in _HAVE_BARS else step(f"{PROGRAM} {args.command}"):
+        run = importlib.import_module(subcommand.module).run
+    with contextlib.nullcontext() if subcommand.has_bar else step(f"{PROGRAM} {args.command}"):
         return run(args)
 
 
@@ -283,8 +286,7 @@ A BLIP-2 is saved with its source files: no stock class holds it.""",
     parser.add_argument("out", metavar="OUT", type=Path, help="new directory")
     parser.add_argument("--adapter", metavar="DIR", type=Path, help="a LoRA adapter to merge first")
     parser.add_argument("--alpha-weights", metavar="CKPT|DIR", help="replace the tower's weights first")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", default="auto", choices=dtypes, help="default: as stored")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="default: as stored")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
 
 

@@ -22,6 +22,7 @@ from alpha_clip_commands.command_line import (
 from alpha_clip_commands.progress import STARTING, step
 
 PROGRAM = "region-chat"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 # option -> (form of Region.parse, how its value is written, what it is)
 REGION_OPTIONS = {
     "box": ("box", "X0,Y0,X1,Y1", "box in pixels, half-open"),
@@ -108,9 +109,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--load-in", choices=["4bit", "8bit"], help="quantise the language model (bitsandbytes)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     group.add_argument("--device-map", help="as in from_pretrained, for example auto")
-    group.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="default: as stored"
-    )
+    group.add_argument("--dtype", default="auto", choices=DTYPES, help="default: as stored")
     group.add_argument("--attn-implementation", help="eager, sdpa, ... (default: Transformers' choice)")
     group.add_argument("--compile", action="store_true", help="compile the vision tower: slower start, faster pictures")
     group.add_argument("--seed", type=int, default=0, help="answers are greedy; this seeds whatever else draws numbers")

@@ -26,9 +26,10 @@ from alpha_clip_commands.command_line import (
     leave_current_folder,
 )
 from alpha_clip_commands.progress import STARTING, step
+from alpha_clip_commands.source_values import constant
 
 PROGRAM = "region-eval"
-INPUTS = ("box", "mask", "whole", "wrong", "blind", "crop", "blur", "red-box")  # explained in eval/controls.py
+INPUTS = tuple(constant("eval/controls.py", "INPUTS"))
 
 VG_SAMPLE = "vg-test/sample-N-seed-S"  # a name with two numbers of one's own
 _NEAR = 5  # names in a message

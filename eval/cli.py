@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alpha_clip_commands.command_line import say
-from alpha_clip_commands.evaluation import main
 from alpha_clip_commands.progress import step
 
 if TYPE_CHECKING:
@@ -184,7 +183,3 @@ def print_metrics(metrics: dict, out: Path) -> None:
     for note in metrics["notes"]:
         say(f"note: {note}")
     say(f"report: {out / 'report.html'}")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

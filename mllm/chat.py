@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alpha_clip_commands.chat import PROGRAM, REGION_OPTIONS, main, region_in
+from alpha_clip_commands.chat import PROGRAM, REGION_OPTIONS, region_in
 from alpha_clip_commands.command_line import json_line, say
 
 if TYPE_CHECKING:
@@ -145,7 +145,3 @@ def _batch(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -16,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
 SUBCOMMANDS = {
     "region-eval": ("run", "score", "compare", "export", "tasks"),
-    "alpha-clip": (*alpha_clip._MODULES, "train"),
+    "alpha-clip": (*alpha_clip.SUBCOMMANDS, "train"),
 }
 LARGE = ("torch", "transformers", "numpy", "PIL", "vision_tower", "mllm", "eval", "train")
 # One process runs them all: what one has imported stays.
@@ -178,3 +180,15 @@ assert "{package}" == "vision_tower" or AutoConfig.for_model("alpha_blip2") is n
 @pytest.mark.parametrize("package", ["mllm", "vision_tower"])
 def test_importing_a_package_registers_its_classes(processes, package):
     processes.run(REGISTERED.format(package=package))
+
+
+def test_scripts_of_a_clone_run_their_subcommand(monkeypatch, capsys):
+    text = re.compile(r"As `alpha-clip ([a-z-]+)`")
+    scripts = {path: text.search(path.read_text("utf-8")) for path in sorted((ROOT / "scripts").glob("*.py"))}
+    scripts = {path: found[1] for path, found in scripts.items() if found}
+    assert scripts.keys()
+    for path, subcommand in scripts.items():
+        monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(path), run_name="__main__")
+        assert end.value.code == 0 and f"usage: alpha-clip {subcommand} " in capsys.readouterr().out

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from alpha_clip_commands.chat import build_parser
+from alpha_clip_commands.chat import main as region_chat
 from mllm import chat
 from tests.drawn_back import fed_pixels  # noqa: F401, a fixture
 from tests.tiny import noise_picture
@@ -37,7 +38,7 @@ def files(tmp_path):
 
 
 def run(model, *arguments):
-    return chat.main(["--model", str(model), "--max-new-tokens", "4", *map(str, arguments)])
+    return region_chat(["--model", str(model), "--max-new-tokens", "4", *map(str, arguments)])
 
 
 REGIONS = {
@@ -194,7 +195,7 @@ def test_an_unknown_hub_id_fails_at_once_without_network(picture, monkeypatch, c
 
 @pytest.mark.parametrize("flags, noted", [(["--points", "20,20@6"], True), (["--box", "2,2,30,30"], False)])
 def test_what_the_embedded_model_never_learned_is_noted(picture, capsys, flags, noted):
-    assert chat.main(["--image", str(picture), *flags, "--ask", "What is this?", "--max-new-tokens", "1"]) == 0
+    assert region_chat(["--image", str(picture), *flags, "--ask", "What is this?", "--max-new-tokens", "1"]) == 0
     assert ("learned from boxes and masks" in capsys.readouterr().err) == noted
 
 
@@ -270,7 +271,7 @@ def test_images_come_from_data_urls_too(tiny_llava_dir, picture, fed, tmp_path, 
 
 def test_version(capsys):
     with pytest.raises(SystemExit) as stopped:
-        chat.main(["--version"])
+        region_chat(["--version"])
     assert stopped.value.code == 0 and capsys.readouterr().out.startswith("region-chat 0.1.0")
 
 
@@ -285,7 +286,7 @@ def test_what_can_be_checked_without_the_model_is(picture, monkeypatch, flags):
     monkeypatch.setattr(chat, "load_chat", lambda args: pytest.fail("the model was loaded"))
     region = [] if "--box" in flags else ["--whole"]
     assert run("unused", "--image", picture, "--ask", "x", *region, *flags) == 2
-    assert chat.main(["--batch", str(picture), "--output", "no/o.jsonl"]) == 2
+    assert region_chat(["--batch", str(picture), "--output", "no/o.jsonl"]) == 2
 
 
 def test_the_overlay_is_saved_with_the_answer(tiny_llava_dir, picture, tmp_path):

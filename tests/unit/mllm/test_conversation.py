@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from alpha_clip_commands.chat import FORMER_OPTIONS, REGION_OPTIONS
+from alpha_clip_commands.chat import main as region_chat
 from mllm import chat
 from mllm.data.templates import DESCRIBE_REGION
 from mllm.inference import RegionChat
@@ -27,13 +28,13 @@ def picture(tmp_path):
 
 
 def run(model, *arguments):
-    return chat.main(["--model", str(model), "--max-new-tokens", "4", *map(str, arguments)])
+    return region_chat(["--model", str(model), "--max-new-tokens", "4", *map(str, arguments)])
 
 
 def talk(monkeypatch, model, picture, lines):
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
     models = [] if model is None else ["--model", str(model)]
-    return chat.main([*models, "--image", str(picture), "--max-new-tokens", "2"])
+    return region_chat([*models, "--image", str(picture), "--max-new-tokens", "2"])
 
 
 CONVERSATION = """\
