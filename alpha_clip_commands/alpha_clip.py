@@ -121,7 +121,7 @@ def _add_convert(commands) -> None:
   alpha-clip convert CKPT OUT --text-from CLIP   loads as AlphaCLIPModel, for zero-shot use
   alpha-clip convert CKPT OUT --fused            loads in stock CLIP and LLaVA, 4 input channels
   alpha-clip convert LLAVA_DIR OUT --fused       a whole LLaVA with an alpha tower, the same way
-  alpha-clip convert DIR OUT.pth --original      a directory of ours in the original layout
+  alpha-clip convert DIR OUT.pth --original      a converted directory in the original layout
 
 The released checkpoints:
 
@@ -129,7 +129,7 @@ The released checkpoints:
         + constant("vision_tower/conversion.py", "RELEASED_CHECKPOINTS"),
     )
     parser.add_argument(
-        "source", metavar="CKPT", type=Path, help="original .pth or .safetensors file, or a directory of ours"
+        "source", metavar="CKPT", type=Path, help="original .pth or .safetensors file, or a converted directory"
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="new directory (with --original: new file)")
     kind = parser.add_mutually_exclusive_group()
@@ -298,8 +298,8 @@ def _add_publish(commands) -> None:
         """  alpha-clip publish DIR OWNER/NAME --built-from alpha-clip llava-1.5 --base-model ID
   alpha-clip publish DIR OWNER/NAME --to FOLDER      writes what would be uploaded, without network
 
-A README.md in DIR is somebody's own card: it is kept as it is with --keep-card, and an error without. (The empty form
-that PEFT writes beside an adapter is nobody's.)""",
+A README.md in DIR is an error unless --keep-card publishes it unchanged. (The empty template that PEFT writes beside an
+adapter does not count.)""",
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="model or adapter directory")
     parser.add_argument("repo_id", metavar="OWNER/NAME", help="repository on the hub")
@@ -307,10 +307,10 @@ that PEFT writes beside an adapter is nobody's.)""",
     licences = constant("mllm/model_card.py", "LICENCES")
     licence.add_argument("--built-from", nargs="+", default=[], choices=licences, help="whose licences apply")
     licence.add_argument(
-        "--licence", metavar="ID", help="the hub's id of a licence, where none of these parts is in it"
+        "--licence", metavar="ID", help="the hub's id of the licence, if it was built from none of these"
     )
     parser.add_argument("--base-model", metavar="ID", help="hub id of the model that it was made from")
-    parser.add_argument("--language", nargs="+", default=[], metavar="CODE", help="languages it answers in, as in: en")
+    parser.add_argument("--language", nargs="+", default=[], metavar="CODE", help="languages of its answers: en")
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--keep-card", action="store_true", help="DIR's own README.md is the card")
     parser.add_argument("--to", metavar="FOLDER", type=Path, help="write the files there, upload nothing")

@@ -1,4 +1,4 @@
-"""What `alpha-clip train` can be told about the towers, the pairs and the loss."""
+"""The arguments of `alpha-clip train`: towers, pairs and loss."""
 
 from __future__ import annotations
 

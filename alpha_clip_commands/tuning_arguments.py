@@ -1,4 +1,4 @@
-"""What `region-tune` can be told about model and data; `alpha-clip train` shares some of it."""
+"""The arguments of `region-tune`: model and data. `alpha-clip train` shares some of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EVAL_METRICS = ("exactly right", "CIDEr")
 
 @dataclass(kw_only=True)
 class PartArguments:
-    """Which parts of a model are trained how: what every training can be told about a model."""
+    """Which parts of a model are trained how, in both training commands."""
 
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, ... (Transformers' default)"})
     train_parts: list[str] = field(

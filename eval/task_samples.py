@@ -145,5 +145,5 @@ def shapes_questions(data: Path, form: str) -> Iterable[RegionSample]:
 
 
 def jsonl_lines(data: Path, form: str) -> Iterable[RegionSample]:
-    """The lines of somebody's own file."""
+    """The lines of a JSONL file."""
     return jsonl.read_jsonl(data)

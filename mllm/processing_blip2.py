@@ -122,7 +122,7 @@ class AlphaBlip2Processor(SavedWithSources, Blip2Processor):
         """A conversation about one image, or a batch of them, as prompts (`tokenize` False) or as the model's inputs.
 
         A message is Transformers' `{"role", "content"}`; one holds the image item, which takes a `region`: `{"type":
-        "image", "image": image, "region": Region.from_box(...)}`. Control tokens in anybody's text are plain text.
+        "image", "image": image, "region": Region.from_box(...)}`. Control tokens in message texts are plain text.
 
         Args:
             conversation: A list of messages, or a list of these.

@@ -213,7 +213,7 @@ class AlphaLlavaProcessor(SavedWithSources, LlavaProcessor):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs,
     ):
-        """As in `ProcessorMixin`; image items take a `region`, and control tokens in anybody's text are plain text.
+        """As in `ProcessorMixin`; image items take a `region`, and control tokens in message texts are plain text.
 
         Args:
             conversation: A list of messages, or a list of these.

@@ -96,7 +96,7 @@ def choose_card(args: argparse.Namespace) -> ModelCard | None:
         try:
             ModelCard.load(own)
         except yaml.YAMLError as error:
-            raise ValueError(f"the metadata of {own} is no YAML: {error}") from error
+            raise ValueError(f"the metadata of {own} is not YAML: {error}") from error
         return None
     if own.exists() and not is_empty_form(own.read_text(encoding="utf-8")):
         raise ValueError(f"{args.folder} has a README.md of its own; publish it with --keep-card, or move it away")
