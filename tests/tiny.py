@@ -31,6 +31,12 @@ from vision_tower import (
 )
 
 
+def alpha_of(model):
+    """The weight of the one alpha convolution in a model."""
+    (weight,) = (module.weight for module in model.modules() if isinstance(module, AlphaConv2d))
+    return weight
+
+
 def tiny_vision_config(**changes):
     """Fields of a 3-layer tower: 32 pixels, patch 8, width 32."""
     fields = {
