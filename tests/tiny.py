@@ -28,6 +28,7 @@ from vision_tower import (
     AlphaCLIPModel,
     AlphaCLIPProcessor,
     AlphaCLIPVisionConfig,
+    AlphaConv2d,
 )
 
 
