@@ -189,7 +189,7 @@ def test_a_card_of_ones_own_is_kept_letter_for_letter(tower, tmp_path, capsys):
     )
     (tmp_path / "in" / "README.md").write_text("---\nlicense: [mit\n---\n")
     assert push(tmp_path / "in", "lab/x", "--to", tmp_path / "other", "--keep-card") == 2
-    assert "no YAML" in capsys.readouterr().err
+    assert "not YAML" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line_and_leave_nothing(tower, tmp_path, capsys):
