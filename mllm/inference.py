@@ -230,15 +230,14 @@ class RegionChat:
         the first turn. Without a region there is no image item.
 
         Raises:
-            ValueError: If the question is no text, or not valid Unicode (a terminal's broken bytes arrive as lone
-                surrogates).
+            ValueError: If the question is no text, empty, or not valid Unicode (a terminal's broken bytes arrive as
+                lone surrogates), or a turn of the history is not a question with its answer.
         """
+        if question is not None:
+            _check_question(question)
         question = self.processor.description_wordings[0] if question is None else question
-        if not isinstance(question, str):
-            raise ValueError(f"expected a question as text, or None for a description, got {type(question).__name__}")
-        question.encode()  # UnicodeEncodeError is a ValueError; the tokenizer would raise a TypeError
         messages: list[dict[str, Any]] = []
-        for asked, answered in history:
+        for asked, answered in map(_turn, history):
             messages.append({"role": "user", "content": [{"type": "text", "text": asked}]})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answered}]})
         messages.append({"role": "user", "content": [{"type": "text", "text": question}]})
@@ -345,6 +344,20 @@ class RegionChat:
             finally:
                 closed.set()
             running.result()  # raises what the thread raised
+
+
+def _check_question(question: Any) -> None:
+    if not isinstance(question, str) or not question.strip():
+        got = repr(question) if isinstance(question, str) else type(question).__name__
+        raise ValueError(f"expected a question as text, or None for a description, got {got}")
+    question.encode()  # UnicodeEncodeError is a ValueError; the tokenizer would raise a TypeError
+
+
+def _turn(turn: Any) -> Turn:
+    """A turn of a history, checked: a message ({"role": ..., "content": ...}) would be taken apart as one."""
+    if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+        raise ValueError(f"expected the history as (question, answer) pairs of text, got {turn!r:.80}")
+    return turn[0], turn[1]
 
 
 def _needed(image: Any) -> Any:

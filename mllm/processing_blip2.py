@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import BatchFeature, Blip2Processor
 from transformers.image_utils import ImageInput
 
 from mllm.messages import Message, as_batch, check_messages, give_regions, image_items, image_source, set_default
+from mllm.pipeline_inputs import check_pipeline_inputs
 from mllm.remote_code import SavedWithSources
 from vision_tower.region_arguments import check_call, check_names, flat_pairs, match_regions, take_regions
 
@@ -52,6 +54,7 @@ class AlphaBlip2Processor(SavedWithSources, Blip2Processor):
             ValueError: If prompts, images and regions do not match, an image has several regions, a region does not fit
                 its image, or an argument would be ignored.
         """
+        check_pipeline_inputs(inspect.currentframe().f_back)  # type: ignore[union-attr]
         regions = take_regions(regions, kwargs)
         check_call(self, images, regions, kwargs)
         if images is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from transformers import (
@@ -26,6 +27,7 @@ from mllm.messages import (
     image_source,
     set_default,
 )
+from mllm.pipeline_inputs import check_pipeline_inputs
 from mllm.remote_code import SavedWithSources
 from vision_tower.region_arguments import check_call, check_names, flat_pairs, match_regions, take_regions
 
@@ -153,13 +155,17 @@ class AlphaLlavaProcessor(SavedWithSources, LlavaProcessor):
             ValueError: If prompts, images and regions do not match, a region does not fit its image, or an argument
                 would be ignored.
         """
+        check_pipeline_inputs(inspect.currentframe().f_back)  # type: ignore[union-attr]
         for name in ("videos", "audio"):
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"LLaVA reads images and text, got {name}")
         regions = take_regions(regions, kwargs)
         check_call(self, images, regions, kwargs)
         if images is not None:
-            images, kwargs["regions"] = self._slots(images, regions)
+            images, kwargs["regions"] = self._slots(images, regions, text)
+            if not any(kwargs["regions"]):  # prompts without images, in lists
+                images = None
+                del kwargs["regions"]
         if text is not None and self._begins_with_bos(text):  # as for the prompts that `apply_chat_template` tokenizes
             set_default(kwargs, "add_special_tokens", False)
         if kwargs.get("return_tensors") is not None:
@@ -171,10 +177,16 @@ class AlphaLlavaProcessor(SavedWithSources, LlavaProcessor):
         prompts = [text] if isinstance(text, str) else text
         return bos is not None and all(isinstance(prompt, str) and prompt.startswith(bos) for prompt in prompts)
 
-    def _slots(self, images: ImageInput, regions: Any) -> tuple[list, list]:
-        """Images and regions, one for each slot, in a list for each prompt where `images` are."""
+    def _slots(self, images: ImageInput, regions: Any, text: Any) -> tuple[list, list]:
+        """Images and regions, one for each slot, in a list for each prompt where `images` are.
+
+        Raises:
+            ValueError: As `match_regions`, or if the slots of one of several images belong to two prompts.
+        """
         pairs = match_regions(images, regions)
         nested = isinstance(pairs, list) and any(isinstance(part, list) for part in pairs)
+        if not nested and isinstance(pairs, list) and isinstance(text, list | tuple):
+            self._check_images_stay_whole([len(entry) for _, entry in pairs], text)
         slots: list[tuple[list, list]] = []
         for group in pairs if nested else [pairs]:
             slots.append(([], []))
@@ -184,6 +196,16 @@ class AlphaLlavaProcessor(SavedWithSources, LlavaProcessor):
         if not nested:
             return slots[0]
         return [images for images, _ in slots], [entries for _, entries in slots]
+
+    def _check_images_stay_whole(self, slots: list[int], prompts: Sequence[Any]) -> None:
+        """Raise ValueError if the slots of an image end in another prompt than they begin."""
+        ends = {0, *accumulate(slots)}
+        found = [prompt.count(self.image_token) for prompt in prompts if isinstance(prompt, str)]
+        if len(slots) > 1 and sum(found) == sum(slots) and not ends.issuperset(accumulate(found)):
+            raise ValueError(
+                f"expected the {self.image_token} of an image in one prompt, got images with {_numbers(slots)} slots "
+                f"for prompts with {_numbers(found)}; pass images and regions in a list for each prompt"
+            )
 
     def validate_inputs(self, images: ImageInput | None = None, text: list[str] | None = None, **kwargs) -> None:
         """As in `ProcessorMixin`; also, each prompt has the `<image>` of its own images.

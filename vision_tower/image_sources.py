@@ -8,6 +8,7 @@ import http.client
 import os
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from typing import Any
 
 _TIMEOUT = 30  # seconds, of a download
@@ -17,12 +18,16 @@ _LARGEST_DOWNLOAD = 256 * 2**20  # bytes
 def fetch(image: Any) -> Any:
     """What a URL or base64 text holds, as bytes; anything else is what the decoder takes.
 
+    Also from `{"bytes": ..., "path": ...}`, as `datasets` writes images inside messages.
+
     Not through `load_image` of Transformers, whose conversion to RGB turns 16-bit images white and transparent pixels
     into whatever color they have.
 
     Raises:
         ValueError: If a URL cannot be downloaded, or a `data:` URL is not base64.
     """
+    if isinstance(image, Mapping) and image.keys() <= {"bytes", "path"}:
+        return image.get("bytes") or fetch(image.get("path"))
     if not isinstance(image, str) or os.path.isfile(image):
         return image
     scheme = image[:8].lower()
@@ -49,6 +54,7 @@ def _decoded(text: str) -> bytes:
 
 def _download(url: str) -> bytes:
     """The bytes of an image on the web."""
+    shown = " ".join(url[:200].split())
     try:
         # spaces and letters of other scripts in a path, which browsers quote
         quoted = urllib.parse.quote(url, safe="%!#$&'()*+,/:;=?@[]~")
@@ -56,7 +62,7 @@ def _download(url: str) -> bytes:
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
             content = response.read(_LARGEST_DOWNLOAD + 1)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ValueError(f"cannot download the image {url[:200]}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"cannot download the image {shown}: {' '.join(str(error).split())}") from error
     if len(content) > _LARGEST_DOWNLOAD:
-        raise ValueError(f"cannot download the image {url[:200]}: it has over {_LARGEST_DOWNLOAD:,} bytes")
+        raise ValueError(f"cannot download the image {shown}: it has over {_LARGEST_DOWNLOAD:,} bytes")
     return content

@@ -77,7 +77,17 @@ def load_checked(
             f"{where} lacks the alpha weight {lost[0]}, which its config.json promises: every region would be ignored. "
             "Was the checkpoint saved or converted by something that dropped it?"
         )
+    _check_finite(model, where)
     return (model, info) if output_loading_info else model
+
+
+def _check_finite(model: PreTrainedModel, where: object) -> None:
+    """Raise ValueError if an alpha weight has NaN or Inf: of the region, nothing would be left."""
+    for name, module in model.named_modules():
+        weight = module.weight if isinstance(module, AlphaConv2d) else None
+        # on `meta`, or in pieces (DeepSpeed's ZeRO-3), a weight cannot be looked at
+        if weight is not None and not (weight.is_meta or hasattr(weight, "ds_id") or weight.isfinite().all()):
+            raise ValueError(f"the alpha weight {name}.weight in {where} contains NaN or Inf: the file is damaged")
 
 
 def _raise_if_different(name: str, where: object, missing: set, unexpected: set, mismatched: set) -> None:

@@ -57,6 +57,7 @@ def test_it_looks_where_it_is_told(finished):
     assert inputs["box"] > 0.8 and inputs["whole"] < 0.3 and inputs["wrong"] < 0.1
     assert found["inputs"]["wrong"]["shown"]["exactly right"]["value"] > 0.8
     assert found["metrics"] == found["inputs"]["box"]["metrics"]
+    assert "<image>" in json.loads((finished / "run.json").read_text())["prompt"]
     assert found["items"] == len(lines(finished)) and "same class" in found["by"]
     assert found["command"].startswith("region-eval run --task shapes-caption")
     assert {"torch", "transformers", "pycocoevalcap"} <= found["versions"].keys()

@@ -14,7 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import mllm
+from alpha_clip_commands import alpha_clip
 from mllm.data import shapes
+from mllm.export import export
 from tests.tiny import build_tiny_llava
 from train import finetune
 from train.output import WHOLE, last_whole_checkpoint
@@ -304,3 +307,18 @@ def test_a_full_disk_is_named_and_the_run_goes_on_afterwards(world, undisturbed,
     assert last_whole_checkpoint(tmp_path / "full") is None
     tune(world, tmp_path / "full", *SAVING)
     assert_same(undisturbed, tmp_path / "full", 0)
+
+
+@pytest.mark.slow
+def test_an_export_is_tuned_as_the_model_it_was_made_of(world, undisturbed, tmp_path):
+    """Its adapter fits both, and merged into either gives equal weights."""
+    export(*mllm.load(world / "start", device="cpu"), tmp_path / "export")
+    out = tune(world, tmp_path / "tuned", f"--model={tmp_path / 'export'}")
+    assert_same(out, undisturbed, 0)
+    for name, adapter in (("export", undisturbed), ("start", out)):
+        model = tmp_path / "export" if name == "export" else world / "start"
+        flags = [model, tmp_path / f"merged_{name}", "--adapter", adapter]
+        assert alpha_clip.main(["export", *map(str, flags)]) == 0
+    merged = [load_file(tmp_path / f"merged_{name}" / "model.safetensors") for name in ("export", "start")]
+    assert merged[0].keys() == merged[1].keys()
+    assert all(torch.equal(merged[0][name], merged[1][name]) for name in merged[0])

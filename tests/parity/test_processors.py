@@ -303,3 +303,23 @@ def test_pipelines_refuse_what_would_be_dropped(request, kind, name):
             fed(model, ours, **call, **{name: LEFT})
     with pytest.raises(ValueError, match="each of 1 images, got 2"):  # a pipeline gives each chat all of its arguments
         fed(model, ours, text=[question(), question()], regions=[LEFT, RIGHT])
+
+
+DROPPED = {
+    "a dictionary": lambda pipe, item: pipe(item | {"regions": LEFT}),
+    "a dictionary, another name": lambda pipe, item: pipe(item | {"region": LEFT}),
+    "a generator": lambda pipe, item: list(pipe(row | {"regions": LEFT} for row in [item])),
+    "beside processor_kwargs": lambda pipe, item: pipe(**item, regions=LEFT, processor_kwargs={"padding": True}),
+}
+
+
+@pytest.mark.parametrize("call", DROPPED.values(), ids=DROPPED)
+@pytest.mark.parametrize("kind", ["llava", "blip2"])
+def test_what_a_pipeline_drops_itself_is_an_error(request, kind, call):
+    model, ours, _ = request.getfixturevalue(kind)
+    pipe = pipeline("image-text-to-text", model=model, processor=ours, max_new_tokens=1)
+    item = {"images": ONE, "text": prompt("What?") if kind == "llava" else BLIP2_TEXT}
+    with pytest.raises(ValueError, match="the pipeline ignores .*; pass regions="):
+        call(pipe, item)
+    for answer in (pipe(item | {"regions": None, "id": 3}), pipe(item, regions=LEFT), pipe(item, processor_kwargs={})):
+        assert len(answer) == 1

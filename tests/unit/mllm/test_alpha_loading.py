@@ -21,6 +21,7 @@ from transformers import (
 import mllm
 from mllm import blip2, llava
 from mllm.blip2 import AlphaBlip2ForConditionalGeneration, AlphaBlip2VisionConfig, AlphaBlip2VisionModel
+from mllm.export import export
 from mllm.loading import quantization
 from tests.tiny import (
     alpha_of,
@@ -113,6 +114,24 @@ def test_a_lost_alpha_raises_for_llava(tiny_llava, tmp_path, size, caplog):
     caplog.clear()
     AutoModelForImageTextToText.from_pretrained(tmp_path)  # the stock class reports, and goes on (README)
     assert "alpha.weight" in caplog.text and "MISSING" in caplog.text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["llava", "export", "blip2"])
+def test_an_alpha_weight_of_nan_raises(tiny_llava, tmp_path, kind, value):
+    model, processor = build_tiny_blip2("opt") if kind == "blip2" else tiny_llava
+    if kind == "export":
+        export(model, processor, tmp_path / "model")
+    else:
+        model.save_pretrained(tmp_path / "model")
+        processor.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    name = "patch_embedding.weight" if kind == "export" else ".alpha.weight"
+    next(tensor for key, tensor in tensors.items() if key.endswith(name))[0, -1, 0, 0] = value
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="the alpha weight .* contains NaN or Inf"):
+        mllm.load(tmp_path / "model", device="cpu")
 
 
 def eva_tower(folder):

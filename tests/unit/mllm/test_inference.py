@@ -257,6 +257,9 @@ def test_a_stream_passes_errors_on_and_leaves_no_thread(embedded):
         ((WIDE, {"bbox": [1, 2, 3, 4]}, "What?"), "expected exactly one of box"),
         ((WIDE, ENDS[0], 5), "expected a question as text"),
         ((WIDE, ENDS[0], ["What?"]), "expected a question as text"),
+        ((WIDE, ENDS[0], ""), "expected a question as text, or None for a description, got ''"),
+        ((WIDE, ENDS[0], " \n"), r"for a description, got ' \\n'"),
+        (("http://127.0.0.1:9/a\nb", ENDS[0], "What?"), "cannot download the image http://127.0.0.1:9/a b: "),
         (("missing.png", ENDS[0], "What?"), "no image file missing.png"),
     ],
 )
@@ -270,6 +273,14 @@ def test_mistakes_are_errors_of_one_line_everywhere(chat, arguments, message):
         with pytest.raises(ValueError, match=message) as raised:
             call()
         assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "turn", [{"role": "user", "content": "What?"}, "ab", ("a",), ("a", "b", "c"), ("a", None)], ids=str
+)
+def test_a_history_is_pairs_of_text(chat, turn):
+    with pytest.raises(ValueError, match=r"expected the history as \(question, answer\) pairs of text, got"):
+        chat.ask(WIDE, ENDS[0], "What?", history=[turn])
 
 
 def test_lists_of_a_batch_have_one_length_and_its_errors_a_place(chat):

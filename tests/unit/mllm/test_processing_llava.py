@@ -217,6 +217,21 @@ def test_a_batch_with_and_without_images_is_padded_on_the_left():
     assert right["attention_mask"][0, -1] == 0
 
 
+def test_lists_without_images_are_prompts_alone():
+    """As a collator makes them of samples without an image."""
+    expected = PROCESSOR(text=["Why?", "a"], return_tensors="pt")
+    assert same(PROCESSOR([[], []], ["Why?", "a"], return_tensors="pt"), expected)
+    assert same(PROCESSOR([[], []], ["Why?", "a"], [[], []], return_tensors="pt"), expected)
+    assert same(PROCESSOR([], ["Why?", "a"], return_tensors="pt"), expected)
+    with pytest.raises(ValueError, match="expected 0 <image> in text.* got 1"):
+        PROCESSOR([[], []], ["a", TEXT])
+
+
+def test_an_image_of_several_prompts_has_a_region_for_each():
+    batch = PROCESSOR(IMAGE, [TEXT, TEXT], [BOX, FAR], return_tensors="pt")["pixel_values"]
+    assert all(iou(mask, region) >= 0.95 for mask, region in zip(drawn(batch), (BOX, FAR), strict=True))
+
+
 def test_the_system_sentence_is_saved(tmp_path):
     processor = build_tiny_llava()[1]
     processor.system = VICUNA_V1_SYSTEM
@@ -295,6 +310,10 @@ TEXT = prompt("a")
         (lambda: PROCESSOR([[IMAGE], [IMAGE]], [TEXT, TEXT], [[BOX, FAR], [BOX]]), "each of 1 images, got 2"),
         (lambda: PROCESSOR([IMAGE], TEXT, [BOX, FAR]), "each of 1 images, got 2"),
         (lambda: PROCESSOR([IMAGE, IMAGE], TEXT, BOX), "each of 2 images, got 1"),
+        (
+            lambda: PROCESSOR([IMAGE] * 2, [TEXT, TEXT + "<image>"], [[BOX, FAR], BOX]),
+            "2, 1 slots .* 1, 2; pass images",
+        ),
         (lambda: PROCESSOR(IMAGE, TEXT, []), "empty list of regions"),
         (lambda: PROCESSOR(IMAGE, TEXT, '{"box": '), "as JSON"),
         (lambda: PROCESSOR(IMAGE, TEXT, [4, 4, 20, 20]), "expected a Region, its JSON, its text"),
@@ -386,6 +405,13 @@ def test_a_missing_text_is_no_word(entry):
     for call in (PROCESSOR.apply_chat_template, PROCESSOR.encode_conversation):
         with pytest.raises(ValueError, match="expected a string as the text of a text item"):
             call([{"role": "user", "content": content}])
+
+
+def test_images_inside_the_messages_of_datasets(tmp_path):
+    IMAGE.save(tmp_path / "a.png")
+    rows = [{"bytes": (tmp_path / "a.png").read_bytes(), "path": None}, {"bytes": None, "path": tmp_path / "a.png"}]
+    for row in rows:
+        assert same(encoded(ask(item(BOX, row))), encoded(ask(item(BOX))))
 
 
 def test_messages_may_be_objects():
