@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     image = AlphaCLIPImageProcessor().fetch_images(args.image)
     region = region_from_arguments(args)
     if region is not None:
-        # before the model is loaded: does it fit the image? The processor warns if it is cut off
+        # before the model is loaded: does it fit the image? The processor warns if it is clipped
         region.mask(image.height, image.width, warn=False)
     if args.save_overlay is not None:
         check_overlay(args.save_overlay, reads=reads)
@@ -64,7 +64,7 @@ def region_from_arguments(args: argparse.Namespace) -> Region | None:
     if given is None:
         return Region.whole() if args.whole else None
     option, value = given
-    region = Region.parse(f"{REGION_OPTIONS[option][0]}:{value}")
+    region = Region.parse(f"{REGION_OPTIONS[option][0]}:{value.strip()}")
     if args.strength is None:
         return region
     if region.strength != 1:

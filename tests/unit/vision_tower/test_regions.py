@@ -93,7 +93,7 @@ def test_alpha_is_in_range_and_never_empty(region, height, width):
     try:
         mask = region.mask(height, width)
     except ValueError as error:
-        assert "outside the picture" in str(error)
+        assert "outside the image" in str(error)
         return
     alpha = region.to_alpha(height, width)
     assert alpha.shape == (height, width) and alpha.dtype == np.float32
@@ -152,7 +152,7 @@ def test_many_polygons_equal_one_by_one():
 
 def test_a_polygon_that_passes_a_corner_covers_nothing_there():
     corner = [[-10, 5], [5, -10], [-10, -10]]
-    with pytest.raises(ValueError, match="outside the picture"):
+    with pytest.raises(ValueError, match="outside the image"):
         Region.from_polygon(corner).mask(20, 20)
     square = [[10, 10], [12, 10], [12, 12], [10, 12]]
     assert Region.from_polygon([corner, square]).mask(20, 20).sum() == pytest.approx(4, abs=1e-4)
@@ -271,7 +271,7 @@ def test_parse(text, region):
     ("make", "message"),
     [
         (lambda: Region.parse("circle:1,2,3"), "expected a region box:"),
-        (lambda: Region.parse("box:1,2,3"), "expected 4 numbers, got 3.*polygon:x,y"),
+        (lambda: Region.parse("box:1,2,3"), "expected 4 numbers, got 3; it is written box:x0,y0,x1,y1$"),
         (lambda: Region.parse("box:1,2,3,4*strong"), "could not convert.*polygon:x,y"),
         (lambda: Region.from_json({"box": "1234"}), "expected four numbers"),
         (lambda: Region.from_box(0, 0, 1e12, 1), "finite numbers up to"),
@@ -313,9 +313,9 @@ def test_parse(text, region):
         (lambda: Region.from_json({"points": [[0, 0]]}), "radius"),
         (lambda: Region.from_json({"whole": False}), "'whole': true"),
         (lambda: Region.from_json({"box": 3}), "cannot read 'box'"),
-        (lambda: Region.from_box(100, 100, 120, 120).mask(50, 60), "outside the picture of 60 x 50"),
-        (lambda: Region.from_box(100, 100, 120, 120).bounding_box(50, 60), "outside the picture of 60 x 50"),
-        (lambda: Region.from_points([[-30, 5]], radius=2).mask(50, 50), "outside the picture"),
+        (lambda: Region.from_box(100, 100, 120, 120).mask(50, 60), "outside the image of 60 x 50"),
+        (lambda: Region.from_box(100, 100, 120, 120).bounding_box(50, 60), "outside the image of 60 x 50"),
+        (lambda: Region.from_points([[-30, 5]], radius=2).mask(50, 50), "outside the image"),
     ],
 )
 def test_errors_say_what_was_expected(make, message):
