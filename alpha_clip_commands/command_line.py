@@ -65,7 +65,7 @@ def _with_numbers_joined(words: list[str], options: set[str]) -> list[str]:
             return [*joined, *words[place:]]
         option, equals, value = word.partition("=")
         if open_value and _NUMBERS.fullmatch(word):
-            joined[-1] += f" {word}"
+            joined[-1] += word if joined[-1].endswith("=") else f" {word}"
             continue
         open_value = option in options and bool(equals and _NUMBERS.fullmatch(value))
         if word in options and place + 1 < len(words) and _NUMBERS.fullmatch(words[place + 1]):

@@ -183,7 +183,7 @@ def draw(
     page = Image.new("RGB", (right + _GAP, bottom + _CAPTION + _GAP), "white")
     pen = ImageDraw.Draw(page)
     _write(pen, (_GAP, 18), title, 24, _INK, right - _GAP)
-    headings = ("picture and region", heading, "texts: softmax and cosine")
+    headings = ("image and region", heading, "texts: softmax and cosine")
     for column in range(3 if texts else 2):
         x0, y0, x1, _ = panel_box(0, column, len(texts))
         _write(pen, (x0, y0 - 26), headings[column], 16, _PALE, x1 - x0)

@@ -64,7 +64,7 @@ def region_from_arguments(args: argparse.Namespace) -> Region | None:
     if given is None:
         return Region.whole() if args.whole else None
     option, value = given
-    region = Region.parse(f"{REGION_OPTIONS[option][0]}:{value.strip()}")
+    region = Region.parse(f"{REGION_OPTIONS[option][0]}:{value}")
     if args.strength is None:
         return region
     if region.strength != 1:

@@ -361,10 +361,11 @@ class Region:
             return f"mask of {self.data[1]} x {self.data[0]} pixels"
         if self.kind == "whole":
             return self.kind
-        parts = [self.data[0]] if self.kind in ("points", "stroke") else self.data
-        text = ";".join(_numbers([value for point in part for value in point]) for part in parts)
-        size = f"@{self.data[1]:g}" if self.kind in ("points", "stroke") else ""
-        return f"{self.kind}:{shortened(text)}{size}"
+        if self.kind == "polygon":
+            groups, size = [[value for point in part for value in point] for part in self.data], ""
+        else:
+            groups, size = self.data[0], f"@{self.data[1]:g}"
+        return f"{self.kind}:{shortened(';'.join(map(_numbers, groups)))}{size}"
 
     @classmethod
     def parse(cls, text: str) -> Region:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alpha_clip_commands.chat import build_parser
+from alpha_clip_commands.chat import build_parser, region_in
 from mllm import chat
 from tests.drawn_back import fed_pixels  # noqa: F401, a fixture
 from tests.tiny import noise_picture
@@ -228,6 +228,8 @@ def test_numbers_are_understood_as_they_come(words, region):
     for arguments in ([*words, "--ask", "x"], ["--ask", "x", *words], ["--ask", "x", *words, "--json"]):
         args = build_parser().parse_args(["--image", "p.png", *arguments])
         assert chat.region_from_arguments(args) == region and args.ask == "x"
+        value = region_in(args)[1]
+        assert value == value.strip()  # as it is shown in messages
 
 
 def test_a_box_that_reaches_over_the_image_is_clipped_with_a_warning(tiny_llava_dir, picture, fed, caplog):
