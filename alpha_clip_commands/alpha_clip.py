@@ -19,6 +19,7 @@ from typing import NamedTuple
 from alpha_clip_commands.chat import DTYPES, REGION_OPTIONS, add_region_options
 from alpha_clip_commands.command_line import (
     ArgumentParser,
+    add_command,
     check_found,
     exit_code,
     leave_current_folder,
@@ -101,19 +102,8 @@ def _run(args: argparse.Namespace) -> int:
         return run(args)
 
 
-def _add(commands, name: str, summary: str, example: str) -> argparse.ArgumentParser:
-    """A subcommand whose help shows an example."""
-    return commands.add_parser(
-        name,
-        help=summary,
-        description=summary[:1].upper() + summary[1:] + ".",
-        epilog=f"example:\n{example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
 def _add_convert(commands) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "convert",
         "convert Alpha-CLIP weights to a Hugging Face directory, and back",
@@ -144,7 +134,7 @@ def _check_convert(args: argparse.Namespace) -> None:
 
 
 def _add_convert_lavis(commands) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "convert-lavis",
         "convert LAVIS' BLIP-2 with a CLIP ViT-L to a Hugging Face directory",
@@ -173,7 +163,7 @@ neither the language model nor, as a rule, the frozen tower, so both are given."
 
 
 def _add_prepare(commands) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "prepare",
         "check a data set, report what is wrong with it, and write the index that training reads",
@@ -196,7 +186,7 @@ COCO's images), or the test images in LLaVA-1.5's training mix.""",
 
 
 def _add_attention_map(commands) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "attention-map",
         "draw where an Alpha-CLIP looks for each region, and which text is nearest",
@@ -225,7 +215,7 @@ def _check_attention_map(args: argparse.Namespace) -> None:
 
 
 def _add_score(commands) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "score",
         "score how well a CLIP or Alpha-CLIP tells regions apart by their texts",
@@ -246,7 +236,7 @@ a square.""",
 
 
 def _add_plot(commands) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "plot",
         "draw the loss and the evaluations of training runs",
@@ -259,7 +249,7 @@ def _add_plot(commands) -> None:
 
 
 def _add_merge(commands) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "merge",
         "merge a LoRA adapter into its model: a directory that loads without PEFT",
@@ -272,7 +262,7 @@ def _add_merge(commands) -> None:
 
 
 def _add_export(commands) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "export",
         "export a LLaVA to stock classes, a directory that needs none of this package",
@@ -291,7 +281,7 @@ A BLIP-2 is saved with its source files: no stock class holds it.""",
 
 
 def _add_publish(commands) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "publish",
         "upload a tower, a LLaVA or BLIP-2 with one, or a LoRA adapter, with a model card",
@@ -317,7 +307,7 @@ adapter does not count.)""",
 
 
 def _add_shapes(commands) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "shapes",
         "draw the Shapes world, scenes that the embedded model knows, as a data set",

@@ -1,4 +1,4 @@
-"""The command `region-chat`: point at a part of a picture and ask about it.
+"""The command `region-chat`: point at a part of an image and ask about it.
 
 region-chat --image FILE --box 40,60,220,200 --ask "What is this?"
 region-chat --image FILE --box 40,60,220,200            (a conversation; /help lists its commands)
@@ -62,16 +62,14 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags of the command."""
     parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
-    parser.add_argument("--image", metavar="FILE", help="the picture")
+    parser.add_argument("--image", metavar="FILE", help="the image")
     region = parser.add_argument_group("region", "one of these; between numbers stand commas, spaces or both")
     region = region.add_mutually_exclusive_group()
     add_region_options(region)
     region.add_argument("--whole", action="store_true", help="the whole image")
     parser.add_argument("--strength", type=float, help="1: the region alone, 0: the whole image (default 1)")
     parser.add_argument("--ask", metavar="TEXT", help="one question; without it, a conversation")
-    parser.add_argument(
-        "--save-overlay", metavar="PNG", help="write the picture with its region and answer drawn on it"
-    )
+    parser.add_argument("--save-overlay", metavar="PNG", help="write the image with its region and answer drawn on it")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object; without --ask the region is described"
     )
@@ -111,7 +109,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device-map", help="as in from_pretrained, for example auto")
     group.add_argument("--dtype", default="auto", choices=DTYPES, help="default: as stored")
     group.add_argument("--attn-implementation", help="eager, sdpa, ... (default: Transformers' choice)")
-    group.add_argument("--compile", action="store_true", help="compile the vision tower: slower start, faster pictures")
+    group.add_argument("--compile", action="store_true", help="compile the vision tower: slower start, faster images")
     group.add_argument("--seed", type=int, default=0, help="answers are greedy; this seeds whatever else draws numbers")
     group.add_argument("--revision", help="branch, tag or commit of a hub id")
     group.add_argument("--trust-remote-code", action="store_true", help="allow code from the model directory to run")
@@ -154,7 +152,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
             or args.json
             or args.save_overlay is not None
         ):
-            raise ValueError("--batch takes pictures, regions and questions from its file; leave the other flags out")
+            raise ValueError("--batch takes images, regions and questions from its file; leave the other flags out")
     elif args.output or args.batch_size is not None or args.retry_failed:
         raise ValueError("--output, --batch-size and --retry-failed belong to --batch FILE")
     elif not args.image:

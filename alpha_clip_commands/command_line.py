@@ -45,6 +45,17 @@ class ArgumentParser(argparse.ArgumentParser):
         sys.exit(BAD_INPUT)
 
 
+def add_command(commands, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    """A subcommand whose help shows an example."""
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=summary[:1].upper() + summary[1:] + ".",
+        epilog=f"example:\n{example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def _with_numbers_joined(words: list[str], options: set[str]) -> list[str]:
     """The words of a command line; words of numbers after one of `options` become one value, joined to it by "="."""
     joined: list[str] = []
@@ -54,7 +65,7 @@ def _with_numbers_joined(words: list[str], options: set[str]) -> list[str]:
             return [*joined, *words[place:]]
         option, equals, value = word.partition("=")
         if open_value and _NUMBERS.fullmatch(word):
-            joined[-1] += f" {word}"
+            joined[-1] += word if joined[-1].endswith("=") else f" {word}"
             continue
         open_value = option in options and bool(equals and _NUMBERS.fullmatch(value))
         if word in options and place + 1 < len(words) and _NUMBERS.fullmatch(words[place + 1]):

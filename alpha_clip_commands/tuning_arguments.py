@@ -123,7 +123,7 @@ class RegionArguments:
     )
     max_missing: float = field(
         default=0.001,
-        metadata={"help": "share of pictures that may be missing or damaged; they are listed and left out"},
+        metadata={"help": "share of images that may be missing or damaged; they are listed and left out"},
     )
 
     def __post_init__(self) -> None:
@@ -179,7 +179,7 @@ class DataArguments(RegionArguments):
         metadata={"help": "added to questions; LLaVA: 'Answer the question using a single word or phrase.'"},
     )
     regions_per_image: int = field(
-        default=1, metadata={"help": "a sample is up to this many regions of one picture, each a conversation"}
+        default=1, metadata={"help": "a sample is up to this many regions of one image, each a conversation"}
     )
     eval_samples: int = field(default=200, metadata={"help": "held-out samples (split val) that evaluations use"})
     eval_metrics: list[str] = field(

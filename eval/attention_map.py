@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     image = load_image(args.image)
     regions = [Region.whole(), *map(Region.parse, args.regions)]
     for region in regions:
-        region.mask(image.height, image.width)  # before the model is loaded: does it fit the picture?
+        region.mask(image.height, image.width, warn=False)  # before the model is loaded: does it fit the image?
     model, processor = load(args.model, with_text=bool(args.text), device=args.device, revision=args.revision)
     config = model.config.vision_config if args.text else model.config
     heads = read_heads(args.heads, config.num_attention_heads)
@@ -183,7 +183,7 @@ def draw(
     page = Image.new("RGB", (right + _GAP, bottom + _CAPTION + _GAP), "white")
     pen = ImageDraw.Draw(page)
     _write(pen, (_GAP, 18), title, 24, _INK, right - _GAP)
-    headings = ("picture and region", heading, "texts: softmax and cosine")
+    headings = ("image and region", heading, "texts: softmax and cosine")
     for column in range(3 if texts else 2):
         x0, y0, x1, _ = panel_box(0, column, len(texts))
         _write(pen, (x0, y0 - 26), headings[column], 16, _PALE, x1 - x0)
@@ -245,7 +245,7 @@ def _outlined(image: Image.Image, region: Region) -> Image.Image:
     small = image.resize(size, Image.Resampling.LANCZOS)
     if region.is_whole:
         return draw_overlay(small, Region.whole())
-    mask = Image.fromarray(region.mask(image.height, image.width)).resize(size, Image.Resampling.BILINEAR)
+    mask = Image.fromarray(region.mask(image.height, image.width, warn=False)).resize(size, Image.Resampling.BILINEAR)
     return draw_overlay(small, Region.from_mask(np.asarray(mask).clip(0, 1), strength=region.strength))
 
 

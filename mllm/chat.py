@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     image = AlphaCLIPImageProcessor().fetch_images(args.image)
     region = region_from_arguments(args)
     if region is not None:
-        # before the model is loaded: does it fit the image? The processor warns if it is cut off
+        # before the model is loaded: does it fit the image? The processor warns if it is clipped
         region.mask(image.height, image.width, warn=False)
     if args.save_overlay is not None:
         check_overlay(args.save_overlay, reads=reads)

@@ -171,7 +171,7 @@ class Conversation:
             with_value[command](value)
 
     def _set_region(self, region: Region) -> None:
-        region.mask(self.image.height, self.image.width)  # raises if it does not fit
+        region.mask(self.image.height, self.image.width, warn=False)  # raises if it does not fit; asking warns
         self.region = region
         self._forget(f"now about {self._region_name()}")
         self._note_unknown_form()

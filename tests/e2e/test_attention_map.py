@@ -161,7 +161,7 @@ def test_a_plain_clip_sees_no_region(folder):
     ("extra", "message"),
     [
         ([], "expected a region, one of --box"),
-        (["--box", "60,0,70,9"], "outside the picture of 48 x 24"),
+        (["--box", "60,0,70,9"], "outside the image of 48 x 24"),
         (["--box", "1,2,3"], "expected 4 numbers"),
         (["--mask", "none.png"], "there is no mask file"),
         (["--box", LEFT, "--heads", "0"], "numbers from 1 to 4"),

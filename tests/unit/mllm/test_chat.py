@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alpha_clip_commands.chat import build_parser
+from alpha_clip_commands.chat import build_parser, region_in
 from alpha_clip_commands.chat import main as region_chat
 from mllm import chat
 from tests.drawn_back import fed_pixels  # noqa: F401, a fixture
@@ -101,7 +101,7 @@ def write_cut(path):
         (["--image", "text.png", "--whole", "--ask", "x"], "not an image"),
         (["--image", "cut.jpg", "--whole", "--ask", "x"], "cannot read the image"),
         (["--image", "picture.png", "--ask", "x"], "expected a region, one of --box"),
-        (["--image", "picture.png", "--box", "100,100,120,120", "--ask", "x"], "outside the picture of 60 x 40"),
+        (["--image", "picture.png", "--box", "100,100,120,120", "--ask", "x"], "outside the image of 60 x 40"),
         (["--image", "picture.png", "--box", "9,9,1,1", "--ask", "x"], "x0 < x1"),
         (["--image", "picture.png", "--box", "nan,0,1,1", "--ask", "x"], "finite"),
         (["--image", "picture.png", "--mask", "small.png", "--ask", "x"], "expected equal sizes"),
@@ -229,12 +229,14 @@ def test_numbers_are_understood_as_they_come(words, region):
     for arguments in ([*words, "--ask", "x"], ["--ask", "x", *words], ["--ask", "x", *words, "--json"]):
         args = build_parser().parse_args(["--image", "p.png", *arguments])
         assert chat.region_from_arguments(args) == region and args.ask == "x"
+        value = region_in(args)[1]
+        assert value == value.strip()  # as it is shown in messages
 
 
 def test_a_box_that_reaches_over_the_image_is_clipped_with_a_warning(tiny_llava_dir, picture, fed, caplog):
     for box in (["-5,3,60,39"], ["-5", "3", "60", "39"]):
         assert run(tiny_llava_dir, "--image", picture, "--box", *box, "--ask", "x") == 0
-        assert caplog.text.count("reaches over") == 1
+        assert caplog.text.count("extends beyond") == 1
         caplog.clear()
     clipped = place_alpha(Region.from_box(0, 3, 60, 39), 40, 60, 32, "pad")
     assert all(np.allclose(pixels[3] * ALPHA_STD + ALPHA_MEAN, clipped, atol=1e-5) for pixels in fed)
