@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -19,10 +20,13 @@ from alpha_clip_commands.chat import REGION_OPTIONS, add_region_options
 from alpha_clip_commands.command_line import (
     ArgumentParser,
     check_found,
+    check_model,
     exit_code,
     leave_current_folder,
 )
+from alpha_clip_commands.flag_values import positive_number
 from alpha_clip_commands.progress import STARTING, step
+from alpha_clip_commands.region_syntax import check_region
 from alpha_clip_commands.source_values import constant
 
 PROGRAM = "alpha-clip"
@@ -43,15 +47,24 @@ _HAVE_BARS = ("shapes", "score")  # show their own progress
 # subcommand -> arguments that name what must be there
 _READ = {
     "convert": ("source",),
-    "convert-lavis": ("checkpoint",),
+    "convert-lavis": ("checkpoint", "vision_tower"),
     "prepare": ("source", "against"),
     "shapes": (),
     "attention-map": ("image",),
     "score": ("data",),
     "plot": ("runs",),
-    "merge": ("adapter",),
-    "export": ("adapter",),
+    "merge": ("adapter", "alpha_weights"),
+    "export": ("adapter", "alpha_weights"),
     "publish": ("folder",),
+}
+# subcommand -> the argument that is a model directory or a hub id
+_MODEL = {
+    "convert": "text_from",
+    "convert-lavis": "language_model",
+    "attention-map": "model",
+    "score": "model",
+    "merge": "model",
+    "export": "model",
 }
 
 
@@ -88,7 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     for name in _READ[args.command]:
         value = getattr(args, name)
-        check_found(name, *(value if isinstance(value, list) else [value] if value else []))
+        check_found(name.replace("_", " "), *(value if isinstance(value, list) else [value] if value else []))
+    if (model := getattr(args, _MODEL.get(args.command, ""), None)) is not None:
+        check_model(model)
     if args.command in _CHECKS:
         _CHECKS[args.command](args)
     leave_current_folder()
@@ -159,7 +174,7 @@ neither the language model nor, as a rule, the frozen tower, so both are given."
     )
     parser.add_argument(
         "--blocks",
-        type=int,
+        type=positive_number,
         default=constant("mllm/blip2_conversion.py", "VIT_L_BLOCKS"),
         help="blocks of the tower that the Q-Former was trained behind: %(default)s in LAVIS today, 21 in its first "
         "releases (docs/blip2.md)",
@@ -219,6 +234,8 @@ def _check_attention_map(args: argparse.Namespace) -> None:
         raise ValueError("a --text is empty")
     if Path(args.out).suffix.lower() != ".png":
         raise ValueError(f"expected --out FILE.png, got {args.out}")
+    for region in args.regions:
+        check_region(region)
 
 
 def _add_score(commands) -> None:
@@ -235,7 +252,9 @@ a square.""",
     parser.add_argument("--model", required=True, help="directory or hub id, with text tower and processor")
     parser.add_argument("--data", type=Path, required=True, help="folder or .jsonl that `alpha-clip train` reads")
     parser.add_argument("--split", default="test", help="of the data (default test)")
-    parser.add_argument("--pictures", type=int, default=2000, help="at most, evenly spaced; all are held in memory")
+    parser.add_argument(
+        "--pictures", type=positive_number, default=2000, help="at most, evenly spaced; all are held in memory"
+    )
     parser.add_argument("--region-input", choices=("mask", "box", "available"), default="mask", help="default: mask")
     views = constant("eval/region_text.py", "VIEWS")
     parser.add_argument("--view", choices=views, default="alpha", help="how a region is shown (default alpha)")
@@ -314,6 +333,11 @@ that PEFT writes beside an adapter is nobody's.)""",
     parser.add_argument("--to", metavar="FOLDER", type=Path, help="write the files there, upload nothing")
 
 
+def _check_publish(args: argparse.Namespace) -> None:
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo_id) is None:
+        raise ValueError(f"expected OWNER/NAME, got {args.repo_id!r}")
+
+
 def _add_shapes(commands) -> None:
     parser = _add(
         commands,
@@ -323,17 +347,19 @@ def _add_shapes(commands) -> None:
   alpha-clip shapes --out DIR --images 8000 --seed 1 --layout grit      captions and phrases, for alpha-clip train""",
     )
     parser.add_argument("--out", required=True, help="folder of the data set: new, empty, or one written before")
-    parser.add_argument("--images", type=int, required=True, help="number of scenes")
+    parser.add_argument("--images", type=positive_number, required=True, help="number of scenes")
     parser.add_argument("--seed", type=int, required=True, help="same seed: same scenes")
     parser.add_argument("--split", choices=constant("mllm/data/shapes.py", "SPLITS"), default="train")
     parser.add_argument(
         "--layout", choices=("vg", "grit"), default="vg", help="vg: Visual Genome's and RefCOCOg's (default); grit"
     )
     parser.add_argument("--places", action="store_true", help="vg: also ask where in the image each object is")
-    parser.add_argument("--tars", type=int, help="grit: write so many webdataset tars instead of folders")
+    parser.add_argument("--tars", type=positive_number, help="grit: write so many webdataset tars instead of folders")
     fewest, most = (constant("mllm/data/shapes_world.py", f"{which}_OBJECTS") for which in ("MIN", "MAX"))
-    parser.add_argument("--min-objects", type=int, help=f"grit: fewest objects of a scene (default {fewest})")
-    parser.add_argument("--max-objects", type=int, help=f"grit: most objects of a scene (default {most})")
+    parser.add_argument(
+        "--min-objects", type=positive_number, help=f"grit: fewest objects of a scene (default {fewest})"
+    )
+    parser.add_argument("--max-objects", type=positive_number, help=f"grit: most objects of a scene (default {most})")
 
 
 def _check_shapes(args: argparse.Namespace) -> None:
@@ -344,4 +370,9 @@ def _check_shapes(args: argparse.Namespace) -> None:
         raise ValueError(f"{', '.join(given)}: only with --layout grit")
 
 
-_CHECKS = {"convert": _check_convert, "attention-map": _check_attention_map, "shapes": _check_shapes}
+_CHECKS = {
+    "convert": _check_convert,
+    "attention-map": _check_attention_map,
+    "publish": _check_publish,
+    "shapes": _check_shapes,
+}

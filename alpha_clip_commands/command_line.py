@@ -121,6 +121,21 @@ def check_found(what: str, *paths: str | os.PathLike) -> None:
             raise ValueError(f"{what} not found: {os.fspath(path)}")
 
 
+def check_model(name: str | os.PathLike) -> None:
+    """Raise ValueError for what can be neither a model directory nor a hub id (NAME or OWNER/NAME)."""
+    text = os.fspath(name)
+    if os.path.isdir(text) and not os.path.isfile(os.path.join(text, "config.json")):
+        raise ValueError(f"expected a model directory, got {text} without a config.json")
+    if os.path.isdir(text):
+        return
+    if not text.strip() or "\0" in text:
+        raise ValueError(f"expected a model directory or a hub id, got {text!r}")
+    if os.path.exists(text):
+        raise ValueError(f"expected a model directory or a hub id, got {text}, which is not a directory")
+    if os.path.isabs(text) or text.startswith((".", "~")) or text.count("/") > 1 or "\\" in text:
+        raise ValueError(f"expected a model directory or a hub id; directory not found: {text}")
+
+
 def leave_current_folder() -> None:
     """Take the current folder off the places where Python looks for modules, unless our packages are there: it may have
     a `train.py` of its own. Console scripts do not look there, but DeepSpeed puts it into PYTHONPATH on other nodes.

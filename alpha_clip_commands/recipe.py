@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -144,44 +143,3 @@ def deepspeed_file(name: str) -> Path:
         names = ", ".join(sorted(file.stem for file in _DEEPSPEED.glob("*.json")))
         raise argparse.ArgumentTypeError(f"deepspeed: expected one of {names}, or a JSON file, got {name!r}")
     return path
-
-
-def finite_number(text: str) -> float:
-    """A number that is not NaN or infinite.
-
-    Raises:
-        argparse.ArgumentTypeError: If it is something else.
-    """
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r:.80}")
-    return number
-
-
-def whole_number(text: str) -> int:
-    """A whole number of up to 32 bits.
-
-    Raises:
-        argparse.ArgumentTypeError: If it is something else.
-    """
-    try:
-        number = int(text)
-    except ValueError:
-        number = None
-    if number is None or not -(2**31) <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"expected a whole number of up to 32 bits, got {text!r:.80}")
-    return number
-
-
-def plain_text(text: str) -> str:
-    """Text that can be written and passed to the system.
-
-    Raises:
-        argparse.ArgumentTypeError: If it has NUL characters.
-    """
-    if "\0" in text:
-        raise argparse.ArgumentTypeError(f"expected text without NUL characters, got {text!r:.80}")
-    return text

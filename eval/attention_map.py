@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers.utils import logging as transformers_logging
 
-from alpha_clip_commands.command_line import say
+from alpha_clip_commands.command_line import check_model, say
 from eval.region_text import embed_texts
 from mllm.data.samples import load_image
 from mllm.files import check_replaceable
@@ -102,8 +102,7 @@ def load(name: str, *, with_text: bool, device: str, revision: str | None):
     device = pick_device(device)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    if not os.path.isdir(name) and (os.path.exists(name) or os.path.isabs(name) or name.startswith((".", "~"))):
-        raise ValueError(f"expected a model directory or a hub id, got {name}, which is not a directory")
+    check_model(name)
     hub = {"revision": revision, "local_files_only": os.path.isdir(name) or not hub_answers()}
     model_class, processor_class = (
         (AlphaCLIPModel, AlphaCLIPProcessor) if with_text else (AlphaCLIPVisionModel, AlphaCLIPImageProcessor)

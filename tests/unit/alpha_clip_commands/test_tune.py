@@ -8,7 +8,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from alpha_clip_commands import tune
-from alpha_clip_commands.recipe import RECIPES, finite_number, recipe_names, split_recipe, whole_number
+from alpha_clip_commands.flag_values import finite_number, switch, whole_number
+from alpha_clip_commands.recipe import RECIPES, recipe_names, split_recipe
 from alpha_clip_commands.training_fields import training_fields
 
 PROGRAMS = (tune.TUNE, tune.TRAIN_ALPHA_CLIP)
@@ -27,7 +28,7 @@ def test_flags_are_those_of_huggingface(program):
     assert ours.keys() - {"--version"} == theirs.keys()
     for option, action in theirs.items():
         assert ours[option].nargs == action.nargs or option in ("-h", "--help"), option
-        checked = {int: whole_number, float: finite_number, string_to_bool: tune.switch}
+        checked = {int: whole_number, float: finite_number, string_to_bool: switch}
         assert ours[option].type == checked.get(action.type, ours[option].type), option
         if ours[option].choices is not None:
             assert list(ours[option].choices) == list(action.choices), option
