@@ -140,7 +140,7 @@ def _check_files(values: Mapping[str, Any]) -> None:
     check_found("data", *values["data"])
     if values.get("model") is not None:
         check_model(values["model"])
-    if values.get("alpha_weights") is not None:
+    if values.get("alpha_weights") is not None and not values.get("plan"):  # which reads no weights
         check_found("alpha_weights", values["alpha_weights"])
 
 

@@ -97,8 +97,6 @@ def _set_recipe(parser: HfArgumentParser, path: str) -> None:
 
 def check_optimizer(optimizer: str, learning_rates: Sequence[str], training_args: TrainingArguments) -> None:
     """Raise ValueError where the optimizer does not go with learning rates of parts or with DeepSpeed's settings."""
-    if optimizer not in ("trainer", "muon"):
-        raise ValueError(f"optimizer: expected trainer or muon, got {optimizer!r}")
     if not training_args.deepspeed:
         return
     if learning_rates and "optimizer" in json.loads(Path(training_args.deepspeed).read_text("utf-8")):

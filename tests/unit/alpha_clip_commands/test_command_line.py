@@ -109,7 +109,7 @@ def test_json_says_the_same_without_control_characters():
         (chat.main, ["--image", "x", "--strength", "0.5", "0.6"], "unrecognized arguments: 0.6"),
         (chat.main, ["--box", "1", "2", "3", "4", "--point", "1,2@3"], "not allowed with argument"),
         (chat.main, ["--nonsense"], "unrecognized arguments: --nonsense; see --help"),
-        (chat.main, ["--batch-size", "x"], "invalid int value: 'x'"),
+        (chat.main, ["--batch-size", "x"], "expected a whole number of up to 32 bits, got 'x'"),
         (chat.main, ["--dtype", EVIL], "invalid choice"),
         (cli.main, [], "required"),
         (cli.main, ["nonsense"], "invalid choice"),
