@@ -18,10 +18,12 @@ from pathlib import Path
 
 from alpha_clip_commands.chat import REGION_OPTIONS, add_region_options
 from alpha_clip_commands.command_line import (
+    LAUNCHER_FLAGS,
     ArgumentParser,
     check_found,
     check_model,
     exit_code,
+    hide_loading_bars,
     leave_current_folder,
 )
 from alpha_clip_commands.flag_values import positive_number
@@ -90,10 +92,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, or 2 after an error of one line."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["train"]:
+    if (first := next((arg for arg in argv if not arg.startswith(LAUNCHER_FLAGS)), None)) == "train":
         from alpha_clip_commands.tune import train_alpha_clip
 
-        return train_alpha_clip(argv[1:])
+        argv.remove(first)
+        return train_alpha_clip(argv)
     program = f"{PROGRAM} {argv[0]}" if argv and argv[0] in _MODULES else PROGRAM
     return exit_code(program, lambda: _run(build_parser().parse_args(argv)))
 
@@ -109,6 +112,7 @@ def _run(args: argparse.Namespace) -> int:
     leave_current_folder()
     with step(STARTING):
         run = importlib.import_module(_MODULES[args.command]).run
+        hide_loading_bars()
     with contextlib.nullcontext() if args.command in _HAVE_BARS else step(f"{PROGRAM} {args.command}"):
         return run(args)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from alpha_clip_commands.command_line import one_line
+from alpha_clip_commands.command_line import LAUNCHER_FLAGS, one_line
 from alpha_clip_commands.source_values import PACKAGES
 
 RECIPES = PACKAGES / "train" / "recipes"
@@ -120,14 +121,15 @@ def split_recipe(argv: Sequence[str], known: Collection[str] | None = None) -> t
     if path is not None:
         argv.remove(path)
         return path, argv
-    # a launcher may put its own flags (--local_rank=0) before the recipe
-    place = next((n for n, arg in enumerate(argv) if not arg.startswith(("--local_rank=", "--local-rank="))), None)
+    place = next((n for n, arg in enumerate(argv) if not arg.startswith(LAUNCHER_FLAGS)), None)
     if place is None or argv[place].startswith("-"):
         return None, argv
     name = argv.pop(place)
     shipped = recipe_names(known)
     if name not in shipped:
-        raise ValueError(f"unknown recipe {name!r:.80}; expected a .yaml file, or one of {', '.join(shipped)}")
+        near = difflib.get_close_matches(name, shipped, 1)
+        meant = f"did you mean {near[0]!r}? Expected" if near else "expected"
+        raise ValueError(f"unknown recipe {name!r:.80}; {meant} a .yaml file, or one of {', '.join(shipped)}")
     return str(RECIPES / f"{name}.yaml"), argv
 
 

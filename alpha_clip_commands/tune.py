@@ -13,7 +13,14 @@ from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple, NoReturn, get_type_hints
 
-from alpha_clip_commands.command_line import ArgumentParser, check_found, check_model, exit_code, leave_current_folder
+from alpha_clip_commands.command_line import (
+    ArgumentParser,
+    check_found,
+    check_model,
+    exit_code,
+    hide_loading_bars,
+    leave_current_folder,
+)
 from alpha_clip_commands.contrast_arguments import PairArguments, TowerArguments
 from alpha_clip_commands.flag_values import finite_number, plain_text, switch, whole_number
 from alpha_clip_commands.progress import STARTING, step
@@ -24,9 +31,10 @@ from alpha_clip_commands.tuning_arguments import DataArguments, ModelArguments
 
 
 class Program(NamedTuple):
-    """A training command: its name, what its arguments are, the module whose `run` trains, its help."""
+    """A training command: name, how it is called, what its arguments are, the module whose `run` trains, help."""
 
     name: str
+    usage: str
     kinds: tuple[type, ...]
     module: str
     help: str
@@ -34,11 +42,10 @@ class Program(NamedTuple):
 
 TUNE = Program(
     "region-tune",
+    "region-tune RECIPE --data DIR --output_dir OUT [--key value ...]",
     (ModelArguments, DataArguments),
     "train.finetune",
     """Tune a LLaVA or BLIP-2 with an alpha tower on regions.
-
-region-tune RECIPE --data DIR --output_dir OUT [--key value ...]
 
 examples:
   region-tune shapes_lora --data SHAPES --output_dir OUT
@@ -48,11 +55,10 @@ examples:
 )
 TRAIN_ALPHA_CLIP = Program(
     "alpha-clip train",
+    "alpha-clip train RECIPE --model CLIP --data DIR --output_dir OUT [--key value ...]",
     (TowerArguments, PairArguments),
     "train.alpha_clip",
     """Train an Alpha-CLIP from a CLIP (or a CLIP itself) by contrast of regions and texts.
-
-alpha-clip train RECIPE --model CLIP --data DIR --output_dir OUT [--key value ...]
 
 examples:
   alpha-clip train alpha_clip_l14 --model openai/clip-vit-large-patch14 --data GRIT --output_dir OUT
@@ -79,6 +85,7 @@ def _start(program: Program, argv: Sequence[str]) -> int:
         leave_current_folder()
         with step(STARTING):
             importlib.import_module(program.module)
+            hide_loading_bars()
         return 0
 
     return exit_code(program.name, ready) or sys.modules[program.module].run(argv)
@@ -99,7 +106,11 @@ def check(program: Program, argv: Sequence[str]) -> None:
     required = [field.name for kind in program.kinds for field in dataclasses.fields(kind) if is_required(field)]
     required += [name for name, field in training.items() if field.is_required]
     if missing := [f"--{name}" for name in required if name not in values]:
-        raise ValueError(f"the following arguments are required: {', '.join(missing)}")
+        usage = "the usage is" if path else "without a recipe everything is given by flags; the usage is"
+        raise ValueError(
+            f"the following arguments are required: {', '.join(missing)}; {usage} {program.usage}, and --help shows "
+            "examples and recipes"
+        )
     for kind in program.kinds:
         kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values})
     check_ranges(values)
@@ -155,7 +166,7 @@ def build_parser(program: Program) -> argparse.ArgumentParser:
     """The flags of a training command, as HF's parser makes them of dataclasses; those not given are left out."""
     parser = _Parser(
         prog=program.name,
-        usage=f"{program.name} RECIPE [--key value ...]",
+        usage=program.usage,
         description=program.help,
         epilog="Every field of transformers.TrainingArguments is a flag too: --learning_rate 1e-4, --max_steps 100, "
         "--save_steps 50 ...\nA recipe is a YAML file, given by its path or by the name of a shipped one, with the "

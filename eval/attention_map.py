@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from transformers.utils import logging as transformers_logging
 
 from alpha_clip_commands.command_line import check_model, say
 from eval.region_text import embed_texts
@@ -25,6 +24,7 @@ from mllm.data.samples import load_image
 from mllm.files import check_replaceable
 from mllm.loading import hub_answers, pick_device
 from mllm.overlay import draw_overlay, save_png
+from mllm.quiet import CUT_OFF, dropping
 from vision_tower import (
     AlphaCLIPImageProcessor,
     AlphaCLIPModel,
@@ -82,11 +82,13 @@ def run(args: argparse.Namespace) -> int:
     config = model.config.vision_config if args.text else model.config
     heads = read_heads(args.heads, config.num_attention_heads)
     say(f"model: {args.model} | device: {model.device} | dtype: {model.dtype} | attention: eager", sys.stderr)
-    looks = look(model, processor, image, regions, args.text, heads)
+    with dropping(*CUT_OFF):
+        looks = look(model, processor, image, regions, args.text, heads)
     chosen = "mean of all heads" if args.heads is None else f"heads {', '.join(str(head + 1) for head in heads)}"
     names = ["whole image", *(f"{number}: {text}" for number, text in enumerate(args.regions, 1))]
     title = f"{Path(args.model).name} on {Path(args.image).name}"
-    page = draw(image, looks, names, args.text, title, f"attention of CLS, last block, {chosen}")
+    with dropping(*CUT_OFF):
+        page = draw(image, looks, names, args.text, title, f"attention of CLS, last block, {chosen}")
     save_png(args.out, page, PROGRAM)
     say(f"wrote {args.out}")
     return 0
@@ -100,8 +102,6 @@ def load(name: str, *, with_text: bool, device: str, revision: str | None):
         ValueError: If it is no CLIP or Alpha-CLIP, or cannot be had without network.
     """
     device = pick_device(device)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     check_model(name)
     hub = {"revision": revision, "local_files_only": os.path.isdir(name) or not hub_answers()}
     model_class, processor_class = (

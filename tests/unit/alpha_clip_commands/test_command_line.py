@@ -111,7 +111,7 @@ def test_json_says_the_same_without_control_characters():
         (chat.main, ["--nonsense"], "unrecognized arguments: --nonsense; see --help"),
         (chat.main, ["--batch-size", "x"], "expected a whole number of up to 32 bits, got 'x'"),
         (chat.main, ["--dtype", EVIL], "invalid choice"),
-        (cli.main, [], "required"),
+        (cli.main, [], "expected a command"),
         (cli.main, ["nonsense"], "invalid choice"),
         (cli.main, ["run"], "required: --task"),
         (cli.main, ["compare", "a", "--seed", "x"], "invalid int"),
