@@ -128,8 +128,8 @@ def test_an_export_is_not_written_into_a_run(finished, tmp_path, capsys):
     assert "reads; choose another folder" in fails(capsys, "export", finished, "--out", finished)
     assert "reads" in fails(capsys, "export", finished / "predictions.jsonl", "--out", finished)
     assert "reads" in fails(capsys, "export", finished, "--out", finished.parent)
-    assert main(["export", str(finished), "--out", str(tmp_path / "coco")]) == 0
-    other = tmp_path / "coco" / "p.jsonl"
+    assert main(["export", str(finished), "--out", str(tmp_path / "new" / "coco")]) == 0
+    other = tmp_path / "new" / "coco" / "p.jsonl"
     other.write_bytes((finished / "predictions.jsonl").read_bytes())
     assert "written by another command (evaluation)" in fails(capsys, "export", other, "--out", finished)
     assert sorted(finished.rglob("*")) == before

@@ -87,6 +87,17 @@ def test_from_pretrained_of_the_stock_llava_class_starts_at_zero_too(stock_llava
         assert torch.count_nonzero(alpha_of(model)) == 0
 
 
+def test_a_device_map_is_passed_on(tiny_llava_dir, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        llava,
+        "load_model",
+        lambda *args, original=llava.load_model, **kwargs: given.append(kwargs) or original(*args, **kwargs),
+    )
+    mllm.load(tiny_llava_dir, device_map="cpu")
+    assert given[0]["device_map"] == "cpu"
+
+
 @pytest.mark.parametrize("size", ["1GB", "40KB"])
 def test_a_lost_alpha_raises_for_llava(tiny_llava, tmp_path, size, caplog):
     model, processor = tiny_llava

@@ -61,6 +61,7 @@ def test_a_file_is_written_whole_and_keeps_its_mode(tmp_path):
     assert json.loads(path.read_text("utf-8"))["name"] == "half a pair: \ud800" and "größer" in path.read_text("utf-8")
     assert path.stat().st_mode & 0o777 == 0o666 & ~files._umask()
     path.chmod(0o600)
+    assert path.read_text("utf-8").count("\n") == 5  # to be read by people, too
     write_json(path, {})
     assert path.stat().st_mode & 0o777 == 0o600 and [file.name for file in tmp_path.iterdir()] == ["a.json"]
 

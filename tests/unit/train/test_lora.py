@@ -145,6 +145,7 @@ def test_names_and_table():
     tuned = prepare_model(model, ModelArguments(lora_r=2, train_parts=["multi_modal_projector", "alpha"]))
     of_part = {}
     for name, parameter in tuned.named_parameters():
+        assert "lora_A" not in name or len(parameter) == 2
         if parameter.requires_grad:
             of_part.setdefault(part_of(name, parts), set()).add(original_name(name))
     assert set(of_part) == {"language_model", "multi_modal_projector", "alpha"}

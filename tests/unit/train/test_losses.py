@@ -233,10 +233,11 @@ def test_patches_weigh_what_the_region_covers_of_them(dtype):
     alpha = torch.zeros(2, 1, 40, 60)  # 10 x 15 patches
     alpha[0, 0, 4, 9] = 1  # patch (1, 2)
     alpha[0, 0, 36:38, 58:60] = 1  # patch (9, 14)
-    alpha[1, 0, 20:24, 20:24] = 0.5  # patch (5, 5), by halves: alone, it is the mean
+    alpha[1, 0, 20:24, 20:24] = 0.5  # patch (5, 5), by halves
+    alpha[1, 0, 0:4, 0:4] = 1  # patch (0, 0), wholly
     tokens = torch.randn(2, 150, 5)
     found = region_patch_embeds(tokens, normalised(alpha, dtype), 4)
-    expected = torch.stack([(tokens[0, 17] + 4 * tokens[0, 149]) / 5, tokens[1, 80]])
+    expected = torch.stack([(tokens[0, 17] + 4 * tokens[0, 149]) / 5, (tokens[1, 80] + 2 * tokens[1, 0]) / 3])
     assert (found - expected).abs().max() < 1e-5  # measured: 2.4e-7
     assert region_patch_embeds(tokens.bfloat16(), normalised(alpha, dtype), 4).dtype == torch.bfloat16
 

@@ -182,6 +182,11 @@ def test_points_and_strokes_have_their_areas():
     assert stroke.sum() == pytest.approx(60 * 10 + np.pi * 25, rel=0.02)
 
 
+def test_a_line_from_edge_to_edge_covers_its_rows_wholly():
+    mask = Region.from_stroke([[0, 5], [20, 5]], width=4).mask(10, 20)
+    assert (mask[4:6] == 1).all() and mask[:2].max() == mask[8:].max() == 0
+
+
 @pytest.mark.parametrize(
     "region",
     [
