@@ -155,6 +155,8 @@ The released checkpoints:
 
 
 def _check_convert(args: argparse.Namespace) -> None:
+    if args.source.is_dir():
+        check_model(args.source)
     if args.out.suffix in (".pth", ".pt", ".safetensors") and not args.original:
         raise ValueError(f"OUT is a directory, got {args.out}; add --original to write an original checkpoint file")
 
