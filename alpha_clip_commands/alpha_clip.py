@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -18,13 +19,18 @@ from typing import NamedTuple
 
 from alpha_clip_commands.chat import DTYPES, REGION_OPTIONS, add_region_options
 from alpha_clip_commands.command_line import (
+    LAUNCHER_FLAGS,
     ArgumentParser,
     add_command,
     check_found,
+    check_model,
     exit_code,
+    hide_loading_bars,
     leave_current_folder,
 )
+from alpha_clip_commands.flag_values import positive_number
 from alpha_clip_commands.progress import STARTING, step
+from alpha_clip_commands.region_syntax import check_region
 from alpha_clip_commands.source_values import constant
 
 PROGRAM = "alpha-clip"
@@ -36,24 +42,26 @@ class Subcommand(NamedTuple):
     Attributes:
         module: The module.
         reads: Arguments that name files or folders, which must exist.
+        model: The argument that is a model directory or a hub id.
         has_bar: Whether it shows progress itself.
     """
 
     module: str
     reads: tuple[str, ...] = ()
+    model: str | None = None
     has_bar: bool = False
 
 
 SUBCOMMANDS = {
-    "convert": Subcommand("mllm.convert_alpha_clip", reads=("source",)),
-    "convert-lavis": Subcommand("mllm.convert_lavis", reads=("checkpoint",)),
+    "convert": Subcommand("mllm.convert_alpha_clip", reads=("source",), model="text_from"),
+    "convert-lavis": Subcommand("mllm.convert_lavis", reads=("checkpoint", "vision_tower"), model="language_model"),
     "prepare": Subcommand("mllm.data.dataset_check", reads=("source", "against")),
     "shapes": Subcommand("mllm.data.shapes", has_bar=True),
-    "attention-map": Subcommand("eval.attention_map", reads=("image",)),
-    "score": Subcommand("train.score_region_text", reads=("data",), has_bar=True),
+    "attention-map": Subcommand("eval.attention_map", reads=("image",), model="model"),
+    "score": Subcommand("train.score_region_text", reads=("data",), model="model", has_bar=True),
     "plot": Subcommand("train.plot", reads=("runs",)),
-    "merge": Subcommand("mllm.merge", reads=("adapter",)),
-    "export": Subcommand("mllm.export", reads=("adapter",)),
+    "merge": Subcommand("mllm.merge", reads=("adapter", "alpha_weights"), model="model"),
+    "export": Subcommand("mllm.export", reads=("adapter", "alpha_weights"), model="model"),
     "publish": Subcommand("mllm.publish", reads=("folder",)),
 }
 
@@ -80,10 +88,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, or 2 after an error of one line."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["train"]:
+    if (first := next((arg for arg in argv if not arg.startswith(LAUNCHER_FLAGS)), None)) == "train":
         from alpha_clip_commands.tune import train_alpha_clip
 
-        return train_alpha_clip(argv[1:])
+        argv.remove(first)
+        return train_alpha_clip(argv)
     program = f"{PROGRAM} {argv[0]}" if argv and argv[0] in SUBCOMMANDS else PROGRAM
     return exit_code(program, lambda: _run(build_parser().parse_args(argv)))
 
@@ -92,12 +101,15 @@ def _run(args: argparse.Namespace) -> int:
     subcommand = SUBCOMMANDS[args.command]
     for name in subcommand.reads:
         value = getattr(args, name)
-        check_found(name, *(value if isinstance(value, list) else [value] if value else []))
+        check_found(name.replace("_", " "), *(value if isinstance(value, list) else [value] if value else []))
+    if subcommand.model and (model := getattr(args, subcommand.model)) is not None:
+        check_model(model)
     if args.command in _CHECKS:
         _CHECKS[args.command](args)
     leave_current_folder()
     with step(STARTING):
         run = importlib.import_module(subcommand.module).run
+        hide_loading_bars()
     with contextlib.nullcontext() if subcommand.has_bar else step(f"{PROGRAM} {args.command}"):
         return run(args)
 
@@ -129,6 +141,8 @@ The released checkpoints:
 
 
 def _check_convert(args: argparse.Namespace) -> None:
+    if args.source.is_dir():
+        check_model(args.source)
     if args.out.suffix in (".pth", ".pt", ".safetensors") and not args.original:
         raise ValueError(f"OUT is a directory, got {args.out}; add --original to write an original checkpoint file")
 
@@ -152,7 +166,7 @@ neither the language model nor, as a rule, the frozen tower, so both are given."
     )
     parser.add_argument(
         "--blocks",
-        type=int,
+        type=positive_number,
         default=constant("mllm/blip2_conversion.py", "VIT_L_BLOCKS"),
         help="blocks of the tower that the Q-Former was trained behind: %(default)s in LAVIS today, 21 in its first "
         "releases (docs/blip2.md)",
@@ -212,6 +226,8 @@ def _check_attention_map(args: argparse.Namespace) -> None:
         raise ValueError("a --text is empty")
     if Path(args.out).suffix.lower() != ".png":
         raise ValueError(f"expected --out FILE.png, got {args.out}")
+    for region in args.regions:
+        check_region(region)
 
 
 def _add_score(commands) -> None:
@@ -228,7 +244,9 @@ a square.""",
     parser.add_argument("--model", required=True, help="directory or hub id, with text tower and processor")
     parser.add_argument("--data", type=Path, required=True, help="folder or .jsonl that `alpha-clip train` reads")
     parser.add_argument("--split", default="test", help="of the data (default test)")
-    parser.add_argument("--pictures", type=int, default=2000, help="at most, evenly spaced; all are held in memory")
+    parser.add_argument(
+        "--pictures", type=positive_number, default=2000, help="at most, evenly spaced; all are held in memory"
+    )
     parser.add_argument("--region-input", choices=("mask", "box", "available"), default="mask", help="default: mask")
     views = constant("eval/region_text.py", "VIEWS")
     parser.add_argument("--view", choices=views, default="alpha", help="how a region is shown (default alpha)")
@@ -306,6 +324,11 @@ adapter does not count.)""",
     parser.add_argument("--to", metavar="FOLDER", type=Path, help="write the files there, upload nothing")
 
 
+def _check_publish(args: argparse.Namespace) -> None:
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo_id) is None:
+        raise ValueError(f"expected OWNER/NAME, got {args.repo_id!r}")
+
+
 def _add_shapes(commands) -> None:
     parser = add_command(
         commands,
@@ -315,17 +338,19 @@ def _add_shapes(commands) -> None:
   alpha-clip shapes --out DIR --images 8000 --seed 1 --layout grit      captions and phrases, for alpha-clip train""",
     )
     parser.add_argument("--out", required=True, help="folder of the data set: new, empty, or one written before")
-    parser.add_argument("--images", type=int, required=True, help="number of scenes")
+    parser.add_argument("--images", type=positive_number, required=True, help="number of scenes")
     parser.add_argument("--seed", type=int, required=True, help="same seed: same scenes")
     parser.add_argument("--split", choices=constant("mllm/data/shapes.py", "SPLITS"), default="train")
     parser.add_argument(
         "--layout", choices=("vg", "grit"), default="vg", help="vg: Visual Genome's and RefCOCOg's (default); grit"
     )
     parser.add_argument("--places", action="store_true", help="vg: also ask where in the image each object is")
-    parser.add_argument("--tars", type=int, help="grit: write so many webdataset tars instead of folders")
+    parser.add_argument("--tars", type=positive_number, help="grit: write so many webdataset tars instead of folders")
     fewest, most = (constant("mllm/data/shapes_world.py", f"{which}_OBJECTS") for which in ("MIN", "MAX"))
-    parser.add_argument("--min-objects", type=int, help=f"grit: fewest objects of a scene (default {fewest})")
-    parser.add_argument("--max-objects", type=int, help=f"grit: most objects of a scene (default {most})")
+    parser.add_argument(
+        "--min-objects", type=positive_number, help=f"grit: fewest objects of a scene (default {fewest})"
+    )
+    parser.add_argument("--max-objects", type=positive_number, help=f"grit: most objects of a scene (default {most})")
 
 
 def _check_shapes(args: argparse.Namespace) -> None:
@@ -336,4 +361,9 @@ def _check_shapes(args: argparse.Namespace) -> None:
         raise ValueError(f"{', '.join(given)}: only with --layout grit")
 
 
-_CHECKS = {"convert": _check_convert, "attention-map": _check_attention_map, "shapes": _check_shapes}
+_CHECKS = {
+    "convert": _check_convert,
+    "attention-map": _check_attention_map,
+    "publish": _check_publish,
+    "shapes": _check_shapes,
+}

@@ -16,10 +16,13 @@ from alpha_clip_commands.command_line import (
     ArgumentParser,
     add_max_errors,
     check_found,
+    check_model,
     exit_code,
     leave_current_folder,
 )
+from alpha_clip_commands.flag_values import positive_number
 from alpha_clip_commands.progress import STARTING, step
+from alpha_clip_commands.region_syntax import check_region
 
 PROGRAM = "region-chat"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -73,7 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object; without --ask the region is described"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens (default 128)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive_number, default=128, help="longest answer, in tokens (default 128)"
+    )
     batch = parser.add_argument_group("batch file")
     batch.add_argument(
         "--batch",
@@ -86,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         help='answers {"id", "answer"} or {"id", "error"}, written at the end. Rerun the same command to resume: '
         "answers are kept in OUTPUT.journal.jsonl, and only new, changed and interrupted requests are answered",
     )
-    batch.add_argument("--batch-size", type=int, help="answers made at once (default 16)")
+    batch.add_argument("--batch-size", type=positive_number, help="answers made at once (default 16)")
     batch.add_argument("--retry-failed", action="store_true", help="answer requests again that failed earlier")
     add_max_errors(batch, "requests")
     return parser
@@ -116,6 +121,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('alpha-clip-mllm')}")
 
 
+def check_model_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError for files and folders of `add_model_arguments` that are not there."""
+    if args.model is not None:
+        check_model(args.model)
+    check_found("alpha weights", *([args.alpha_weights] if args.alpha_weights is not None else []))
+    check_found("adapter", *([args.adapter] if args.adapter is not None else []))
+
+
+def check_strength(strength: float | None) -> None:
+    """Raise ValueError unless --strength is left out or from 0 to 1."""
+    if strength is not None and not 0 <= strength <= 1:  # also NaN
+        raise ValueError(f"expected a --strength from 0 to 1, got {strength}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 1 when batch requests failed, 2 for bad input."""
     return exit_code(PROGRAM, lambda: _run(build_parser().parse_args(argv)))
@@ -126,6 +145,10 @@ def _run(args: argparse.Namespace) -> int:
     for what, path in (("image", args.image), ("batch file", args.batch)):
         if path and "://" not in path and not path.startswith("data:"):
             check_found(what, path)
+    check_model_arguments(args)
+    if (given := region_in(args)) is not None:
+        option, value = given
+        check_region(f"{REGION_OPTIONS[option][0]}:{value}")
     leave_current_folder()
     with step(STARTING):
         from mllm.chat import run
@@ -137,10 +160,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that do not go together."""
     options = ", ".join(f"--{option}" for option in (*REGION_OPTIONS, "whole"))
     has_region = args.whole or region_in(args) is not None
-    if args.strength is not None and not 0 <= args.strength <= 1:  # also NaN
-        raise ValueError(f"expected a --strength from 0 to 1, got {args.strength}")
-    if args.max_new_tokens < 1 or (args.batch_size is not None and args.batch_size < 1):
-        raise ValueError("expected --max-new-tokens and --batch-size of at least 1")
+    check_strength(args.strength)
     if args.batch:
         if not args.output:
             raise ValueError("--batch needs --output FILE for the answers")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import shlex
 import sys
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from alpha_clip_commands.chat import add_model_arguments
+from alpha_clip_commands.chat import add_model_arguments, check_model_arguments, check_strength
 from alpha_clip_commands.command_line import (
     ArgumentParser,
     add_command,
@@ -26,6 +27,7 @@ from alpha_clip_commands.command_line import (
     exit_code,
     leave_current_folder,
 )
+from alpha_clip_commands.flag_values import positive_number
 from alpha_clip_commands.progress import STARTING, step
 from alpha_clip_commands.source_values import constant
 
@@ -62,6 +64,23 @@ TASKS = (  # the names of `eval.tasks.TASKS`
     "shapes-novel",
     "shapes-vqa",
     "jsonl",
+)
+
+METRICS = (  # `eval.score.METRICS`
+    "exactly right",
+    "BLEU-1",
+    "BLEU-2",
+    "BLEU-3",
+    "BLEU-4",
+    "METEOR",
+    "ROUGE-L",
+    "CIDEr",
+    "exact match",
+    "contains",
+    "token F1",
+    "VQA accuracy",
+    "S-IoU",
+    "semantic similarity",
 )
 
 
@@ -128,12 +147,16 @@ def _add_run(commands) -> None:
     parser.add_argument(
         "--strength", type=float, default=1.0, help="1: the region alone, 0: the whole image (default 1)"
     )
-    parser.add_argument("--limit", type=int, help="only the first samples; the number is comparable with nothing")
-    parser.add_argument("--batch-size", type=int, default=32, help="answers made at once (default 32)")
+    parser.add_argument(
+        "--limit", type=positive_number, help="only the first samples; the number is comparable with nothing"
+    )
+    parser.add_argument("--batch-size", type=positive_number, default=32, help="answers made at once (default 32)")
     parser.add_argument(
         "--prompt", help='what is asked instead of the task\'s prompt; "{question}" stands for the question'
     )
-    parser.add_argument("--max-new-tokens", type=int, help="longest answer, in tokens (default: the task's)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive_number, help="longest answer, in tokens (default: the task's)"
+    )
     _add_scoring(parser)
 
 
@@ -187,10 +210,25 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for name in ("task", "name"):
         if getattr(args, name, None) is not None:
             check_task(getattr(args, name))
-    for name in ("data", "predictions", "references"):
+    for name in ("data", "predictions", "references", "sentence_model"):
         if getattr(args, name, None) is not None:
-            check_found(name, getattr(args, name))
+            check_found(name.replace("_", " "), getattr(args, name))
     check_found("run", *getattr(args, "runs", ()))
+    if args.command == "run":
+        check_model_arguments(args)
+        check_strength(args.strength)
+        if args.prompt is not None and not args.prompt.strip():
+            raise ValueError("--prompt is empty; leave it out to use the task's prompt")
+    if getattr(args, "metrics", None):
+        check_metric_names(args.metrics, args.sentence_model)
+
+
+def check_metric_names(names: Sequence[str], sentence_model: str | os.PathLike | None) -> None:
+    """Raise ValueError if a metric is unknown, or needs a sentence model and has none."""
+    if unknown := sorted(set(names) - set(METRICS)):
+        raise ValueError(f"expected metrics out of {', '.join(METRICS)}, got {', '.join(unknown)}")
+    if "semantic similarity" in names and sentence_model is None:
+        raise ValueError("semantic similarity needs --sentence-model, a directory of a sentence-transformers model")
 
 
 def check_task(name: str) -> tuple[int, int] | None:

@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from alpha_clip_commands.source_values import constant
+
+_WORDINGS = "mllm/data/templates.py", "WORDINGS"  # file, name
 REGION_INPUTS = ("box", "mask", "mixed", "available")
 EVAL_METRICS = ("exactly right", "CIDEr")
 
@@ -59,6 +62,8 @@ class PartArguments:
         for name in ("lora_alpha", "device_tflops"):
             if (value := vars(self)[name]) is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected a number above 0, got {value}")
+        if self.optimizer not in ("trainer", "muon"):
+            raise ValueError(f"optimizer: expected trainer or muon, got {self.optimizer!r}")
         # not the dropout: its default is not 0
         self._refuse_without_lora("lora_targets", "lora_alpha")
         self.rate_of_part()
@@ -102,6 +107,8 @@ class ModelArguments(PartArguments):
         self._refuse_without_lora("lora_tower")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {self.dtype!r}")
+        if self.load_in not in (None, "4bit", "8bit"):
+            raise ValueError(f"load_in: expected 4bit or 8bit, got {self.load_in!r}")
         if self.load_in and not self.lora_r:
             raise ValueError("load_in: quantised weights cannot be trained; give lora_r")
 
@@ -196,6 +203,8 @@ class DataArguments(RegionArguments):
             ValueError: If a value is out of range.
         """
         super().__post_init__()
+        if self.wordings is not None and self.wordings not in (known := constant(*_WORDINGS)):
+            raise ValueError(f"wordings: expected one of {', '.join(known)}, got {self.wordings!r}")
         check_at_least(self, 1, "max_turns", "regions_per_image", "eval_samples")
         if "exact match" in self.eval_metrics:
             raise ValueError(

@@ -45,8 +45,6 @@ def publish(args: argparse.Namespace) -> None:
         ValueError: If the folder is not whole, has a card of its own, or the hub cannot be reached.
     """
     validate_repo_id(args.repo_id)
-    if args.repo_id.count("/") != 1:
-        raise ValueError(f"expected OWNER/NAME, got {args.repo_id!r}")
     if args.to:
         check_new(args.to)
     check_whole(args.folder)

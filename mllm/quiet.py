@@ -2,8 +2,10 @@
 speaks it. No level changes, so everything else that these libraries say is still shown.
 """
 
+import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 
@@ -29,14 +31,28 @@ _LOGGED = (
         "bitsandbytes.backends.cpu.ops",
         _Drops("Failed to load CPU gemm_4bit_forward", cause="No module named 'kernels'"),
     ),
+    # said at each matrix of models that are not in float16
+    ("bitsandbytes.autograd._functions", _Drops("MatMul8bitLt: inputs will be cast from")),
     # our commands name the device in their first line
     ("DeepSpeed", _Drops("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable")),
 )
+CUT_OFF = "vision_tower.regions", "region %s extends beyond"  # our own: logger, message
 # beginnings of FutureWarnings that are addressed to the authors of PEFT and DeepSpeed
 _FUTURE_WARNINGS = (
     r"`is_gradient_checkpointing` is deprecated",  # PEFT, in each `PeftModel`
     r"`torch\.distributed",  # DeepSpeed, thousands of times
 )
+
+
+@contextlib.contextmanager
+def dropping(name: str, start: str) -> Iterator[None]:
+    """For a while, drop the messages of a logger that begin in this way: they have been shown."""
+    messages = _Drops(start)
+    logging.getLogger(name).addFilter(messages)
+    try:
+        yield
+    finally:
+        logging.getLogger(name).removeFilter(messages)
 
 
 def silence_other_libraries() -> None:

@@ -170,7 +170,7 @@ def test_a_plain_clip_sees_no_region(folder):
         (["--box", LEFT, "--text", "a", " "], "a --text is empty"),
         (["--box", LEFT, "--text", "a" * 30], "32 tokens, the text tower takes 16"),
         (["--box", LEFT, "--image", "none.png"], "image not found: none.png"),
-        (["--box", LEFT, "--model", "./nothing"], "which is not a directory"),
+        (["--box", LEFT, "--model", "./nothing"], "directory not found"),
         (["--box", LEFT, "--device", "abacus"], "expected a device out of"),
         (["--box", LEFT, "--out", "map.jpg"], "expected --out FILE.png"),
         (["--box", LEFT, "--out", "no/folder/map.png"], "folder not found"),

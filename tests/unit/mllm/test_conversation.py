@@ -157,3 +157,9 @@ def test_the_note_about_the_embedded_model_is_said_by_commands_too(embedded, pic
     ):
         assert talk(monkeypatch, None, picture, lines) == 0
         assert capsys.readouterr().err.count("learned from boxes and masks") == notes
+
+
+def test_a_region_that_is_cut_off_is_said_once_when_it_is_set(tiny_llava_dir, picture, tmp_path, monkeypatch, caplog):
+    lines = ["a", f"/overlay {tmp_path / 'o.png'}", "/strength 0.9", "b", "/box -5,0,20,20", "c", "/box 0,0,9,9", "d"]
+    talk(monkeypatch, tiny_llava_dir, picture, lines)
+    assert caplog.text.count("extends beyond") == 1
