@@ -10,48 +10,59 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
-from alpha_clip_commands.chat import REGION_OPTIONS, add_region_options
+from alpha_clip_commands.chat import DTYPES, REGION_OPTIONS, add_region_options
 from alpha_clip_commands.command_line import (
+    LAUNCHER_FLAGS,
     ArgumentParser,
+    add_command,
     check_found,
+    check_model,
     exit_code,
+    hide_loading_bars,
     leave_current_folder,
 )
+from alpha_clip_commands.flag_values import positive_number
 from alpha_clip_commands.progress import STARTING, step
+from alpha_clip_commands.region_syntax import check_region
 from alpha_clip_commands.source_values import constant
 
 PROGRAM = "alpha-clip"
-# subcommand -> module whose `run` does it
-_MODULES = {
-    "convert": "mllm.convert_alpha_clip",
-    "convert-lavis": "mllm.convert_lavis",
-    "prepare": "mllm.data.dataset_check",
-    "shapes": "mllm.data.shapes",
-    "attention-map": "eval.attention_map",
-    "score": "train.score_region_text",
-    "plot": "train.plot",
-    "merge": "mllm.merge",
-    "export": "mllm.export",
-    "publish": "mllm.publish",
-}
-_HAVE_BARS = ("shapes", "score")  # show their own progress
-# subcommand -> arguments that name what must be there
-_READ = {
-    "convert": ("source",),
-    "convert-lavis": ("checkpoint",),
-    "prepare": ("source", "against"),
-    "shapes": (),
-    "attention-map": ("image",),
-    "score": ("data",),
-    "plot": ("runs",),
-    "merge": ("adapter",),
-    "export": ("adapter",),
-    "publish": ("folder",),
+
+
+class Subcommand(NamedTuple):
+    """What `alpha-clip NAME` runs: `run` of a module.
+
+    Attributes:
+        module: The module.
+        reads: Arguments that name files or folders, which must exist.
+        model: The argument that is a model directory or a hub id.
+        has_bar: Whether it shows progress itself.
+    """
+
+    module: str
+    reads: tuple[str, ...] = ()
+    model: str | None = None
+    has_bar: bool = False
+
+
+SUBCOMMANDS = {
+    "convert": Subcommand("mllm.convert_alpha_clip", reads=("source",), model="text_from"),
+    "convert-lavis": Subcommand("mllm.convert_lavis", reads=("checkpoint", "vision_tower"), model="language_model"),
+    "prepare": Subcommand("mllm.data.dataset_check", reads=("source", "against")),
+    "shapes": Subcommand("mllm.data.shapes", has_bar=True),
+    "attention-map": Subcommand("eval.attention_map", reads=("image",), model="model"),
+    "score": Subcommand("train.score_region_text", reads=("data",), model="model", has_bar=True),
+    "plot": Subcommand("train.plot", reads=("runs",)),
+    "merge": Subcommand("mllm.merge", reads=("adapter", "alpha_weights"), model="model"),
+    "export": Subcommand("mllm.export", reads=("adapter", "alpha_weights"), model="model"),
+    "publish": Subcommand("mllm.publish", reads=("folder",)),
 }
 
 
@@ -77,40 +88,34 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, or 2 after an error of one line."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["train"]:
+    if (first := next((arg for arg in argv if not arg.startswith(LAUNCHER_FLAGS)), None)) == "train":
         from alpha_clip_commands.tune import train_alpha_clip
 
-        return train_alpha_clip(argv[1:])
-    program = f"{PROGRAM} {argv[0]}" if argv and argv[0] in _MODULES else PROGRAM
+        argv.remove(first)
+        return train_alpha_clip(argv)
+    program = f"{PROGRAM} {argv[0]}" if argv and argv[0] in SUBCOMMANDS else PROGRAM
     return exit_code(program, lambda: _run(build_parser().parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> int:
-    for name in _READ[args.command]:
+    subcommand = SUBCOMMANDS[args.command]
+    for name in subcommand.reads:
         value = getattr(args, name)
-        check_found(name, *(value if isinstance(value, list) else [value] if value else []))
+        check_found(name.replace("_", " "), *(value if isinstance(value, list) else [value] if value else []))
+    if subcommand.model and (model := getattr(args, subcommand.model)) is not None:
+        check_model(model)
     if args.command in _CHECKS:
         _CHECKS[args.command](args)
     leave_current_folder()
     with step(STARTING):
-        run = importlib.import_module(_MODULES[args.command]).run
-    with contextlib.nullcontext() if args.command in _HAVE_BARS else step(f"{PROGRAM} {args.command}"):
+        run = importlib.import_module(subcommand.module).run
+        hide_loading_bars()
+    with contextlib.nullcontext() if subcommand.has_bar else step(f"{PROGRAM} {args.command}"):
         return run(args)
 
 
-def _add(commands, name: str, summary: str, example: str) -> argparse.ArgumentParser:
-    """A subcommand whose help shows an example."""
-    return commands.add_parser(
-        name,
-        help=summary,
-        description=summary[:1].upper() + summary[1:] + ".",
-        epilog=f"example:\n{example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
 def _add_convert(commands) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "convert",
         "convert Alpha-CLIP weights to a Hugging Face directory, and back",
@@ -118,7 +123,7 @@ def _add_convert(commands) -> None:
   alpha-clip convert CKPT OUT --text-from CLIP   loads as AlphaCLIPModel, for zero-shot use
   alpha-clip convert CKPT OUT --fused            loads in stock CLIP and LLaVA, 4 input channels
   alpha-clip convert LLAVA_DIR OUT --fused       a whole LLaVA with an alpha tower, the same way
-  alpha-clip convert DIR OUT.pth --original      a directory of ours in the original layout
+  alpha-clip convert DIR OUT.pth --original      a converted directory in the original layout
 
 The released checkpoints:
 
@@ -126,7 +131,7 @@ The released checkpoints:
         + constant("vision_tower/conversion.py", "RELEASED_CHECKPOINTS"),
     )
     parser.add_argument(
-        "source", metavar="CKPT", type=Path, help="original .pth or .safetensors file, or a directory of ours"
+        "source", metavar="CKPT", type=Path, help="original .pth or .safetensors file, or a converted directory"
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="new directory (with --original: new file)")
     kind = parser.add_mutually_exclusive_group()
@@ -136,12 +141,14 @@ The released checkpoints:
 
 
 def _check_convert(args: argparse.Namespace) -> None:
+    if args.source.is_dir():
+        check_model(args.source)
     if args.out.suffix in (".pth", ".pt", ".safetensors") and not args.original:
         raise ValueError(f"OUT is a directory, got {args.out}; add --original to write an original checkpoint file")
 
 
 def _add_convert_lavis(commands) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "convert-lavis",
         "convert LAVIS' BLIP-2 with a CLIP ViT-L to a Hugging Face directory",
@@ -159,7 +166,7 @@ neither the language model nor, as a rule, the frozen tower, so both are given."
     )
     parser.add_argument(
         "--blocks",
-        type=int,
+        type=positive_number,
         default=constant("mllm/blip2_conversion.py", "VIT_L_BLOCKS"),
         help="blocks of the tower that the Q-Former was trained behind: %(default)s in LAVIS today, 21 in its first "
         "releases (docs/blip2.md)",
@@ -170,7 +177,7 @@ neither the language model nor, as a rule, the frozen tower, so both are given."
 
 
 def _add_prepare(commands) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "prepare",
         "check a data set, report what is wrong with it, and write the index that training reads",
@@ -193,7 +200,7 @@ COCO's images), or the test images in LLaVA-1.5's training mix.""",
 
 
 def _add_attention_map(commands) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "attention-map",
         "draw where an Alpha-CLIP looks for each region, and which text is nearest",
@@ -219,10 +226,12 @@ def _check_attention_map(args: argparse.Namespace) -> None:
         raise ValueError("a --text is empty")
     if Path(args.out).suffix.lower() != ".png":
         raise ValueError(f"expected --out FILE.png, got {args.out}")
+    for region in args.regions:
+        check_region(region)
 
 
 def _add_score(commands) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "score",
         "score how well a CLIP or Alpha-CLIP tells regions apart by their texts",
@@ -235,7 +244,9 @@ a square.""",
     parser.add_argument("--model", required=True, help="directory or hub id, with text tower and processor")
     parser.add_argument("--data", type=Path, required=True, help="folder or .jsonl that `alpha-clip train` reads")
     parser.add_argument("--split", default="test", help="of the data (default test)")
-    parser.add_argument("--pictures", type=int, default=2000, help="at most, evenly spaced; all are held in memory")
+    parser.add_argument(
+        "--pictures", type=positive_number, default=2000, help="at most, evenly spaced; all are held in memory"
+    )
     parser.add_argument("--region-input", choices=("mask", "box", "available"), default="mask", help="default: mask")
     views = constant("eval/region_text.py", "VIEWS")
     parser.add_argument("--view", choices=views, default="alpha", help="how a region is shown (default alpha)")
@@ -243,7 +254,7 @@ a square.""",
 
 
 def _add_plot(commands) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "plot",
         "draw the loss and the evaluations of training runs",
@@ -256,7 +267,7 @@ def _add_plot(commands) -> None:
 
 
 def _add_merge(commands) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "merge",
         "merge a LoRA adapter into its model: a directory that loads without PEFT",
@@ -269,7 +280,7 @@ def _add_merge(commands) -> None:
 
 
 def _add_export(commands) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "export",
         "export a LLaVA to stock classes, a directory that needs none of this package",
@@ -283,21 +294,20 @@ A BLIP-2 is saved with its source files: no stock class holds it.""",
     parser.add_argument("out", metavar="OUT", type=Path, help="new directory")
     parser.add_argument("--adapter", metavar="DIR", type=Path, help="a LoRA adapter to merge first")
     parser.add_argument("--alpha-weights", metavar="CKPT|DIR", help="replace the tower's weights first")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", default="auto", choices=dtypes, help="default: as stored")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="default: as stored")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
 
 
 def _add_publish(commands) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "publish",
         "upload a tower, a LLaVA or BLIP-2 with one, or a LoRA adapter, with a model card",
         """  alpha-clip publish DIR OWNER/NAME --built-from alpha-clip llava-1.5 --base-model ID
   alpha-clip publish DIR OWNER/NAME --to FOLDER      writes what would be uploaded, without network
 
-A README.md in DIR is somebody's own card: it is kept as it is with --keep-card, and an error without. (The empty form
-that PEFT writes beside an adapter is nobody's.)""",
+A README.md in DIR is an error unless --keep-card publishes it unchanged. (The empty template that PEFT writes beside an
+adapter does not count.)""",
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="model or adapter directory")
     parser.add_argument("repo_id", metavar="OWNER/NAME", help="repository on the hub")
@@ -305,17 +315,22 @@ that PEFT writes beside an adapter is nobody's.)""",
     licences = constant("mllm/model_card.py", "LICENCES")
     licence.add_argument("--built-from", nargs="+", default=[], choices=licences, help="whose licences apply")
     licence.add_argument(
-        "--licence", metavar="ID", help="the hub's id of a licence, where none of these parts is in it"
+        "--licence", metavar="ID", help="the hub's id of the licence, if it was built from none of these"
     )
     parser.add_argument("--base-model", metavar="ID", help="hub id of the model that it was made from")
-    parser.add_argument("--language", nargs="+", default=[], metavar="CODE", help="languages it answers in, as in: en")
+    parser.add_argument("--language", nargs="+", default=[], metavar="CODE", help="languages of its answers: en")
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--keep-card", action="store_true", help="DIR's own README.md is the card")
     parser.add_argument("--to", metavar="FOLDER", type=Path, help="write the files there, upload nothing")
 
 
+def _check_publish(args: argparse.Namespace) -> None:
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo_id) is None:
+        raise ValueError(f"expected OWNER/NAME, got {args.repo_id!r}")
+
+
 def _add_shapes(commands) -> None:
-    parser = _add(
+    parser = add_command(
         commands,
         "shapes",
         "draw the Shapes world, scenes that the embedded model knows, as a data set",
@@ -323,17 +338,19 @@ def _add_shapes(commands) -> None:
   alpha-clip shapes --out DIR --images 8000 --seed 1 --layout grit      captions and phrases, for alpha-clip train""",
     )
     parser.add_argument("--out", required=True, help="folder of the data set: new, empty, or one written before")
-    parser.add_argument("--images", type=int, required=True, help="number of scenes")
+    parser.add_argument("--images", type=positive_number, required=True, help="number of scenes")
     parser.add_argument("--seed", type=int, required=True, help="same seed: same scenes")
     parser.add_argument("--split", choices=constant("mllm/data/shapes.py", "SPLITS"), default="train")
     parser.add_argument(
         "--layout", choices=("vg", "grit"), default="vg", help="vg: Visual Genome's and RefCOCOg's (default); grit"
     )
     parser.add_argument("--places", action="store_true", help="vg: also ask where in the image each object is")
-    parser.add_argument("--tars", type=int, help="grit: write so many webdataset tars instead of folders")
+    parser.add_argument("--tars", type=positive_number, help="grit: write so many webdataset tars instead of folders")
     fewest, most = (constant("mllm/data/shapes_world.py", f"{which}_OBJECTS") for which in ("MIN", "MAX"))
-    parser.add_argument("--min-objects", type=int, help=f"grit: fewest objects of a scene (default {fewest})")
-    parser.add_argument("--max-objects", type=int, help=f"grit: most objects of a scene (default {most})")
+    parser.add_argument(
+        "--min-objects", type=positive_number, help=f"grit: fewest objects of a scene (default {fewest})"
+    )
+    parser.add_argument("--max-objects", type=positive_number, help=f"grit: most objects of a scene (default {most})")
 
 
 def _check_shapes(args: argparse.Namespace) -> None:
@@ -344,4 +361,9 @@ def _check_shapes(args: argparse.Namespace) -> None:
         raise ValueError(f"{', '.join(given)}: only with --layout grit")
 
 
-_CHECKS = {"convert": _check_convert, "attention-map": _check_attention_map, "shapes": _check_shapes}
+_CHECKS = {
+    "convert": _check_convert,
+    "attention-map": _check_attention_map,
+    "publish": _check_publish,
+    "shapes": _check_shapes,
+}

@@ -1,4 +1,4 @@
-"""The command `region-chat`: point at a part of a picture and ask about it.
+"""The command `region-chat`: point at a part of an image and ask about it.
 
 region-chat --image FILE --box 40,60,220,200 --ask "What is this?"
 region-chat --image FILE --box 40,60,220,200            (a conversation; /help lists its commands)
@@ -16,12 +16,16 @@ from alpha_clip_commands.command_line import (
     ArgumentParser,
     add_max_errors,
     check_found,
+    check_model,
     exit_code,
     leave_current_folder,
 )
+from alpha_clip_commands.flag_values import positive_number
 from alpha_clip_commands.progress import STARTING, step
+from alpha_clip_commands.region_syntax import check_region
 
 PROGRAM = "region-chat"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 # option -> (form of Region.parse, how its value is written, what it is)
 REGION_OPTIONS = {
     "box": ("box", "X0,Y0,X1,Y1", "box in pixels, half-open"),
@@ -61,20 +65,20 @@ def build_parser() -> argparse.ArgumentParser:
     """All flags of the command."""
     parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
-    parser.add_argument("--image", metavar="FILE", help="the picture")
+    parser.add_argument("--image", metavar="FILE", help="the image")
     region = parser.add_argument_group("region", "one of these; between numbers stand commas, spaces or both")
     region = region.add_mutually_exclusive_group()
     add_region_options(region)
     region.add_argument("--whole", action="store_true", help="the whole image")
     parser.add_argument("--strength", type=float, help="1: the region alone, 0: the whole image (default 1)")
     parser.add_argument("--ask", metavar="TEXT", help="one question; without it, a conversation")
-    parser.add_argument(
-        "--save-overlay", metavar="PNG", help="write the picture with its region and answer drawn on it"
-    )
+    parser.add_argument("--save-overlay", metavar="PNG", help="write the image with its region and answer drawn on it")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object; without --ask the region is described"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens (default 128)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive_number, default=128, help="longest answer, in tokens (default 128)"
+    )
     batch = parser.add_argument_group("batch file")
     batch.add_argument(
         "--batch",
@@ -87,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         help='answers {"id", "answer"} or {"id", "error"}, written at the end. Rerun the same command to resume: '
         "answers are kept in OUTPUT.journal.jsonl, and only new, changed and interrupted requests are answered",
     )
-    batch.add_argument("--batch-size", type=int, help="answers made at once (default 16)")
+    batch.add_argument("--batch-size", type=positive_number, help="answers made at once (default 16)")
     batch.add_argument("--retry-failed", action="store_true", help="answer requests again that failed earlier")
     add_max_errors(batch, "requests")
     return parser
@@ -108,15 +112,27 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--load-in", choices=["4bit", "8bit"], help="quantise the language model (bitsandbytes)")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     group.add_argument("--device-map", help="as in from_pretrained, for example auto")
-    group.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="default: as stored"
-    )
+    group.add_argument("--dtype", default="auto", choices=DTYPES, help="default: as stored")
     group.add_argument("--attn-implementation", help="eager, sdpa, ... (default: Transformers' choice)")
-    group.add_argument("--compile", action="store_true", help="compile the vision tower: slower start, faster pictures")
+    group.add_argument("--compile", action="store_true", help="compile the vision tower: slower start, faster images")
     group.add_argument("--seed", type=int, default=0, help="answers are greedy; this seeds whatever else draws numbers")
     group.add_argument("--revision", help="branch, tag or commit of a hub id")
     group.add_argument("--trust-remote-code", action="store_true", help="allow code from the model directory to run")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('alpha-clip-mllm')}")
+
+
+def check_model_arguments(args: argparse.Namespace) -> None:
+    """Raise ValueError for files and folders of `add_model_arguments` that are not there."""
+    if args.model is not None:
+        check_model(args.model)
+    check_found("alpha weights", *([args.alpha_weights] if args.alpha_weights is not None else []))
+    check_found("adapter", *([args.adapter] if args.adapter is not None else []))
+
+
+def check_strength(strength: float | None) -> None:
+    """Raise ValueError unless --strength is left out or from 0 to 1."""
+    if strength is not None and not 0 <= strength <= 1:  # also NaN
+        raise ValueError(f"expected a --strength from 0 to 1, got {strength}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,6 +145,10 @@ def _run(args: argparse.Namespace) -> int:
     for what, path in (("image", args.image), ("batch file", args.batch)):
         if path and "://" not in path and not path.startswith("data:"):
             check_found(what, path)
+    check_model_arguments(args)
+    if (given := region_in(args)) is not None:
+        option, value = given
+        check_region(f"{REGION_OPTIONS[option][0]}:{value}")
     leave_current_folder()
     with step(STARTING):
         from mllm.chat import run
@@ -140,10 +160,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError for flags that do not go together."""
     options = ", ".join(f"--{option}" for option in (*REGION_OPTIONS, "whole"))
     has_region = args.whole or region_in(args) is not None
-    if args.strength is not None and not 0 <= args.strength <= 1:  # also NaN
-        raise ValueError(f"expected a --strength from 0 to 1, got {args.strength}")
-    if args.max_new_tokens < 1 or (args.batch_size is not None and args.batch_size < 1):
-        raise ValueError("expected --max-new-tokens and --batch-size of at least 1")
+    check_strength(args.strength)
     if args.batch:
         if not args.output:
             raise ValueError("--batch needs --output FILE for the answers")
@@ -155,7 +172,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
             or args.json
             or args.save_overlay is not None
         ):
-            raise ValueError("--batch takes pictures, regions and questions from its file; leave the other flags out")
+            raise ValueError("--batch takes images, regions and questions from its file; leave the other flags out")
     elif args.output or args.batch_size is not None or args.retry_failed:
         raise ValueError("--output, --batch-size and --retry-failed belong to --batch FILE")
     elif not args.image:

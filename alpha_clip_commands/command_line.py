@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import logging
 import math
@@ -16,9 +17,11 @@ from typing import Any, NoReturn, TextIO
 MAX_ERRORS = 0.5  # share of records, requests or samples that may fail before a reader or a command refuses to proceed
 FEW_ITEMS = 20  # so few never stop it
 FAILED, BAD_INPUT, INTERRUPTED, CLOSED_PIPE = 1, 2, 128 + 2, 128 + 13  # the last two as a shell reports the signals
+LAUNCHER_FLAGS = ("--local_rank=", "--local-rank=")  # what a launcher may put before all other arguments
 _LONGEST = 1500  # characters of an error
 # a word of a region's numbers: "24,", "-5,3,60,39", ";", "10,20@6"; no option
 _NUMBERS = re.compile(r"\s*(?:[-+.]?[.\d]|[,;@*])[-+.\d,;@*eE\s]*")
+_INVALID_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")  # argparse's words
 # C0 without tab and newline, DEL, C1 (an 8-bit escape sequence begins with one), and marks that turn the direction of
 # text around
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -38,11 +41,28 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print what is wrong and end with exit code 2; explain how to write values that look like options or lists."""
+        commands = next((action for action in self._actions if isinstance(action, argparse._SubParsersAction)), None)
+        if commands is not None and message.endswith(f"required: {commands.metavar}"):
+            message = f"expected a command, one of {', '.join(commands.choices)}"
+        if found := _INVALID_CHOICE.search(message):
+            near = difflib.get_close_matches(found[1], re.findall(r"[\w-]+", found[2]), 1)
+            message += f"; did you mean {near[0]!r}" if near else ""
         if "expected one argument" in message:
             option = message.removeprefix("argument ").split(":")[0].split("/")[-1]
             message += f" (one that begins with a minus is written with an equals sign: {option}=-...)"
         say_error(self.prog, f"{message}; see --help")
         sys.exit(BAD_INPUT)
+
+
+def add_command(commands, name: str, summary: str, example: str) -> argparse.ArgumentParser:
+    """A subcommand whose help shows an example."""
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=summary[:1].upper() + summary[1:] + ".",
+        epilog=f"example:\n{example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def _with_numbers_joined(words: list[str], options: set[str]) -> list[str]:
@@ -54,7 +74,7 @@ def _with_numbers_joined(words: list[str], options: set[str]) -> list[str]:
             return [*joined, *words[place:]]
         option, equals, value = word.partition("=")
         if open_value and _NUMBERS.fullmatch(word):
-            joined[-1] += f" {word}"
+            joined[-1] += word if joined[-1].endswith("=") else f" {word}"
             continue
         open_value = option in options and bool(equals and _NUMBERS.fullmatch(value))
         if word in options and place + 1 < len(words) and _NUMBERS.fullmatch(words[place + 1]):
@@ -119,6 +139,28 @@ def check_found(what: str, *paths: str | os.PathLike) -> None:
     for path in paths:
         if "\0" in os.fspath(path) or not os.path.exists(path):
             raise ValueError(f"{what} not found: {os.fspath(path)}")
+
+
+def check_model(name: str | os.PathLike) -> None:
+    """Raise ValueError for what can be neither a model directory nor a hub id (NAME or OWNER/NAME)."""
+    text = os.fspath(name)
+    if os.path.isdir(text) and not os.path.isfile(os.path.join(text, "config.json")):
+        raise ValueError(f"expected a model directory, got {text} without a config.json")
+    if os.path.isdir(text):
+        return
+    if not text.strip() or "\0" in text:
+        raise ValueError(f"expected a model directory or a hub id, got {text!r}")
+    if os.path.exists(text):
+        raise ValueError(f"expected a model directory or a hub id, got {text}, which is not a directory")
+    if os.path.isabs(text) or text.startswith((".", "~")) or text.count("/") > 1 or "\\" in text:
+        raise ValueError(f"expected a model directory or a hub id; directory not found: {text}")
+
+
+def hide_loading_bars() -> None:
+    """Let Transformers draw no bars while it reads or writes weights: a `step` says that this goes on."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def leave_current_folder() -> None:

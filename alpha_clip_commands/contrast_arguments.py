@@ -1,4 +1,4 @@
-"""What `alpha-clip train` can be told about the towers, the pairs and the loss."""
+"""The arguments of `alpha-clip train`: towers, pairs and loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TowerArguments(PartArguments):
     model: str = field(metadata={"help": "directory or hub id of a CLIP (alpha starts at zero) or an Alpha-CLIP"})
     geometry: str = field(
         default="pad",
-        metadata={"help": "how a picture becomes a square: pad, stretch or crop (which cuts regions off)"},
+        metadata={"help": "how an image becomes a square: pad, stretch or crop (which cuts regions off)"},
     )
     train_parts: list[str] = field(
         default_factory=lambda: ["vision_model", "visual_projection", "alpha"],
@@ -78,7 +78,7 @@ class PairArguments(RegionArguments):
         metadata={"help": "box, mask, mixed (one of both at random), or available (masks where there are)"},
     )
     regions_per_image: int = field(
-        default=1, metadata={"help": "up to this many regions of a picture in a batch: each other's hard negatives"}
+        default=1, metadata={"help": "up to this many regions of an image in a batch: each other's hard negatives"}
     )
     whole_image_rate: float = field(
         default=0.1, metadata={"help": "r_s: share of pairs that are the whole image, alpha of ones, with its caption"}
@@ -104,7 +104,7 @@ class PairArguments(RegionArguments):
     cache_chunk: int = field(
         default=0, metadata={"help": "gradient caching: embed so many pairs at a time, contrast all; 0: all at once"}
     )
-    eval_pictures: int = field(default=200, metadata={"help": "held-out pictures (split val) that evaluations use"})
+    eval_pictures: int = field(default=200, metadata={"help": "held-out images (split val) that evaluations use"})
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -121,7 +121,7 @@ class PairArguments(RegionArguments):
         check_shares(self, "whole_image_rate", "max_blur")
         if self.regions_per_image * self.whole_image_rate > 1:
             raise ValueError(
-                f"whole_image_rate: a picture is shown whole once among its {self.regions_per_image} pairs "
+                f"whole_image_rate: an image is shown whole once among its {self.regions_per_image} pairs "
                 f"(regions_per_image), so up to {1 / self.regions_per_image:.3g} of the pairs, got "
                 f"{self.whole_image_rate}"
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import shlex
 import sys
@@ -17,18 +18,21 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from alpha_clip_commands.chat import add_model_arguments
+from alpha_clip_commands.chat import add_model_arguments, check_model_arguments, check_strength
 from alpha_clip_commands.command_line import (
     ArgumentParser,
+    add_command,
     add_max_errors,
     check_found,
     exit_code,
     leave_current_folder,
 )
+from alpha_clip_commands.flag_values import positive_number
 from alpha_clip_commands.progress import STARTING, step
+from alpha_clip_commands.source_values import constant
 
 PROGRAM = "region-eval"
-INPUTS = ("box", "mask", "whole", "wrong", "blind", "crop", "blur", "red-box")  # explained in eval/controls.py
+INPUTS = tuple(constant("eval/controls.py", "INPUTS"))
 
 VG_SAMPLE = "vg-test/sample-N-seed-S"  # a name with two numbers of one's own
 _NEAR = 5  # names in a message
@@ -62,32 +66,72 @@ TASKS = (  # the names of `eval.tasks.TASKS`
     "jsonl",
 )
 
+METRICS = (  # `eval.score.METRICS`
+    "exactly right",
+    "BLEU-1",
+    "BLEU-2",
+    "BLEU-3",
+    "BLEU-4",
+    "METEOR",
+    "ROUGE-L",
+    "CIDEr",
+    "exact match",
+    "contains",
+    "token F1",
+    "VQA accuracy",
+    "S-IoU",
+    "semantic similarity",
+)
+
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags of the command."""
     parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="run|score|compare|export|tasks")
-    _add_run(commands.add_parser("run", help="put a task to a model, score the answers, write a report"))
-    _add_score(commands.add_parser("score", help="score a file of predictions, of any system"))
-    compare = commands.add_parser("compare", help="the difference of two or more runs, with its 95 %% interval")
+    _add_run(commands)
+    _add_score(commands)
+    compare = add_command(
+        commands,
+        "compare",
+        "print the differences between runs, with their intervals",
+        "  region-eval compare RUN_A RUN_B --html differences.html",
+    )
     compare.add_argument(
         "runs", nargs="+", metavar="RUN", help="run folders or prediction files; the first is the base"
     )
-    compare.add_argument("--html", metavar="FILE", help="write the comparison with pictures")
-    compare.add_argument("--data", metavar="DIR", help="folder of the pictures (default: that of the first run)")
+    compare.add_argument("--html", metavar="FILE", help="write the comparison with images")
+    compare.add_argument("--data", metavar="DIR", help="folder of the images (default: that of the first run)")
     compare.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
-    export = commands.add_parser("export", help="predictions and references as COCO caption files")
+    export = add_command(
+        commands,
+        "export",
+        "write predictions and references as COCO caption files",
+        "  region-eval export RUN --out COCO",
+    )
     export.add_argument("predictions", metavar="FILE", help="a run, or JSONL of id, prediction, references")
     export.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="folder of results.json, annotations.json"
     )
-    listed = commands.add_parser("tasks", help="list the tasks, or show one with its published numbers")
+    listed = add_command(
+        commands,
+        "tasks",
+        "list the tasks, or show one with its published numbers",
+        "  region-eval tasks\n  region-eval tasks vg-test/full",
+    )
     listed.add_argument("name", nargs="?", metavar="NAME", help="the task to show in full")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('alpha-clip-mllm')}")
     return parser
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
+def _add_run(commands) -> None:
+    parser = add_command(
+        commands,
+        "run",
+        "run a task on a model, score the answers, and write a report",
+        """  region-eval run --task shapes-caption --data DIR --out RUN --controls
+  region-eval run --task vg-test/full --data VG --model DIR_OR_HUB_ID --out RUN
+  region-eval run --task jsonl --data mine.jsonl --out RUN          rerun the same command to resume""",
+    )
     add_model_arguments(parser)
     parser.add_argument("--task", required=True, help="a protocol; `region-eval tasks` lists them")
     parser.add_argument(
@@ -103,23 +147,34 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strength", type=float, default=1.0, help="1: the region alone, 0: the whole image (default 1)"
     )
-    parser.add_argument("--limit", type=int, help="only the first samples; the number is comparable with nothing")
-    parser.add_argument("--batch-size", type=int, default=32, help="answers made at once (default 32)")
+    parser.add_argument(
+        "--limit", type=positive_number, help="only the first samples; the number is comparable with nothing"
+    )
+    parser.add_argument("--batch-size", type=positive_number, default=32, help="answers made at once (default 32)")
     parser.add_argument(
         "--prompt", help='what is asked instead of the task\'s prompt; "{question}" stands for the question'
     )
-    parser.add_argument("--max-new-tokens", type=int, help="longest answer, in tokens (default: the task's)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive_number, help="longest answer, in tokens (default: the task's)"
+    )
     _add_scoring(parser)
 
 
-def _add_score(parser: argparse.ArgumentParser) -> None:
+def _add_score(commands) -> None:
+    parser = add_command(
+        commands,
+        "score",
+        "score the predictions of any system",
+        """  region-eval score predictions.jsonl --out SCORES
+  region-eval score results.json --references annotations.json --out SCORES""",
+    )
     parser.add_argument("predictions", metavar="FILE", help="JSONL of id, prediction, references; COCO results; a run")
     parser.add_argument("--references", metavar="FILE", help="for files without: JSONL, COCO or MDETR annotations")
     parser.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="folder for metrics.json and report.html"
     )
     parser.add_argument("--task", help="the protocol that made the predictions: checks their number, names comparisons")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the pictures, for the report")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the images, for the report")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
     _add_scoring(parser)
 
@@ -155,10 +210,25 @@ def _check_arguments(args: argparse.Namespace) -> None:
     for name in ("task", "name"):
         if getattr(args, name, None) is not None:
             check_task(getattr(args, name))
-    for name in ("data", "predictions", "references"):
+    for name in ("data", "predictions", "references", "sentence_model"):
         if getattr(args, name, None) is not None:
-            check_found(name, getattr(args, name))
+            check_found(name.replace("_", " "), getattr(args, name))
     check_found("run", *getattr(args, "runs", ()))
+    if args.command == "run":
+        check_model_arguments(args)
+        check_strength(args.strength)
+        if args.prompt is not None and not args.prompt.strip():
+            raise ValueError("--prompt is empty; leave it out to use the task's prompt")
+    if getattr(args, "metrics", None):
+        check_metric_names(args.metrics, args.sentence_model)
+
+
+def check_metric_names(names: Sequence[str], sentence_model: str | os.PathLike | None) -> None:
+    """Raise ValueError if a metric is unknown, or needs a sentence model and has none."""
+    if unknown := sorted(set(names) - set(METRICS)):
+        raise ValueError(f"expected metrics out of {', '.join(METRICS)}, got {', '.join(unknown)}")
+    if "semantic similarity" in names and sentence_model is None:
+        raise ValueError("semantic similarity needs --sentence-model, a directory of a sentence-transformers model")
 
 
 def check_task(name: str) -> tuple[int, int] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import math
+import difflib
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from alpha_clip_commands.command_line import one_line
+from alpha_clip_commands.command_line import LAUNCHER_FLAGS, one_line
 from alpha_clip_commands.source_values import PACKAGES
 
 RECIPES = PACKAGES / "train" / "recipes"
@@ -121,14 +121,15 @@ def split_recipe(argv: Sequence[str], known: Collection[str] | None = None) -> t
     if path is not None:
         argv.remove(path)
         return path, argv
-    # a launcher may put its own flags (--local_rank=0) before the recipe
-    place = next((n for n, arg in enumerate(argv) if not arg.startswith(("--local_rank=", "--local-rank="))), None)
+    place = next((n for n, arg in enumerate(argv) if not arg.startswith(LAUNCHER_FLAGS)), None)
     if place is None or argv[place].startswith("-"):
         return None, argv
     name = argv.pop(place)
     shipped = recipe_names(known)
     if name not in shipped:
-        raise ValueError(f"unknown recipe {name!r:.80}; expected a .yaml file, or one of {', '.join(shipped)}")
+        near = difflib.get_close_matches(name, shipped, 1)
+        meant = f"did you mean {near[0]!r}? Expected" if near else "expected"
+        raise ValueError(f"unknown recipe {name!r:.80}; {meant} a .yaml file, or one of {', '.join(shipped)}")
     return str(RECIPES / f"{name}.yaml"), argv
 
 
@@ -144,44 +145,3 @@ def deepspeed_file(name: str) -> Path:
         names = ", ".join(sorted(file.stem for file in _DEEPSPEED.glob("*.json")))
         raise argparse.ArgumentTypeError(f"deepspeed: expected one of {names}, or a JSON file, got {name!r}")
     return path
-
-
-def finite_number(text: str) -> float:
-    """A number that is not NaN or infinite.
-
-    Raises:
-        argparse.ArgumentTypeError: If it is something else.
-    """
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r:.80}")
-    return number
-
-
-def whole_number(text: str) -> int:
-    """A whole number of up to 32 bits.
-
-    Raises:
-        argparse.ArgumentTypeError: If it is something else.
-    """
-    try:
-        number = int(text)
-    except ValueError:
-        number = None
-    if number is None or not -(2**31) <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"expected a whole number of up to 32 bits, got {text!r:.80}")
-    return number
-
-
-def plain_text(text: str) -> str:
-    """Text that can be written and passed to the system.
-
-    Raises:
-        argparse.ArgumentTypeError: If it has NUL characters.
-    """
-    if "\0" in text:
-        raise argparse.ArgumentTypeError(f"expected text without NUL characters, got {text!r:.80}")
-    return text

@@ -34,15 +34,36 @@ class TrainingField(NamedTuple):
 @functools.cache
 def training_fields() -> dict[str, TrainingField]:
     """The fields by name, with the flags that `HfArgumentParser` makes of them."""
-    folder = Path(importlib.util.find_spec("transformers").origin).parent
-    statements = parsed(folder / "training_args.py").body + parsed(folder / "trainer_utils.py").body
-    classes = {statement.name: statement for statement in statements if isinstance(statement, ast.ClassDef)}
+    classes = _classes()
     assigned = [
         statement
         for statement in classes["TrainingArguments"].body
         if isinstance(statement, ast.AnnAssign) and not _is_left_out(statement.value)
     ]
     return {statement.target.id: _field(statement, classes) for statement in assigned}
+
+
+@functools.cache
+def dictionary_fields() -> tuple[str, ...]:
+    """The fields that a mapping may be given for."""
+    for statement in _classes()["TrainingArguments"].body:
+        if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", None) == "_VALID_DICT_FIELDS":
+            return tuple(ast.literal_eval(statement.value))
+    return ()
+
+
+@functools.cache
+def accelerator_fields() -> tuple[str, ...]:
+    """The keys of `accelerator_config`."""
+    body = _classes()["AcceleratorConfig"].body
+    return tuple(statement.target.id for statement in body if isinstance(statement, ast.AnnAssign))
+
+
+def _classes() -> dict[str, ast.ClassDef]:
+    folder = Path(importlib.util.find_spec("transformers").origin).parent
+    files = ("training_args.py", "trainer_utils.py", "trainer_pt_utils.py")
+    statements = [statement for file in files for statement in parsed(folder / file).body]
+    return {statement.name: statement for statement in statements if isinstance(statement, ast.ClassDef)}
 
 
 def _field(statement: ast.AnnAssign, classes: dict[str, ast.ClassDef]) -> TrainingField:

@@ -9,30 +9,32 @@ import dataclasses
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple, NoReturn, get_type_hints
 
-from alpha_clip_commands.command_line import ArgumentParser, check_found, exit_code, leave_current_folder
-from alpha_clip_commands.contrast_arguments import PairArguments, TowerArguments
-from alpha_clip_commands.progress import STARTING, step
-from alpha_clip_commands.recipe import (
-    deepspeed_file,
-    finite_number,
-    plain_text,
-    read_recipe,
-    recipe_names,
-    split_recipe,
-    whole_number,
+from alpha_clip_commands.command_line import (
+    ArgumentParser,
+    check_found,
+    check_model,
+    exit_code,
+    hide_loading_bars,
+    leave_current_folder,
 )
+from alpha_clip_commands.contrast_arguments import PairArguments, TowerArguments
+from alpha_clip_commands.flag_values import finite_number, plain_text, switch, whole_number
+from alpha_clip_commands.progress import STARTING, step
+from alpha_clip_commands.recipe import deepspeed_file, recipe_names, split_recipe
+from alpha_clip_commands.recipe_values import check_ranges, read_values
 from alpha_clip_commands.training_fields import TrainingField, training_fields
 from alpha_clip_commands.tuning_arguments import DataArguments, ModelArguments
 
 
 class Program(NamedTuple):
-    """A training command: its name, what its arguments are, the module whose `run` trains, its help."""
+    """A training command: name, how it is called, what its arguments are, the module whose `run` trains, help."""
 
     name: str
+    usage: str
     kinds: tuple[type, ...]
     module: str
     help: str
@@ -40,11 +42,10 @@ class Program(NamedTuple):
 
 TUNE = Program(
     "region-tune",
+    "region-tune RECIPE --data DIR --output_dir OUT [--key value ...]",
     (ModelArguments, DataArguments),
     "train.finetune",
     """Tune a LLaVA or BLIP-2 with an alpha tower on regions.
-
-region-tune RECIPE --data DIR --output_dir OUT [--key value ...]
 
 examples:
   region-tune shapes_lora --data SHAPES --output_dir OUT
@@ -54,11 +55,10 @@ examples:
 )
 TRAIN_ALPHA_CLIP = Program(
     "alpha-clip train",
+    "alpha-clip train RECIPE --model CLIP --data DIR --output_dir OUT [--key value ...]",
     (TowerArguments, PairArguments),
     "train.alpha_clip",
     """Train an Alpha-CLIP from a CLIP (or a CLIP itself) by contrast of regions and texts.
-
-alpha-clip train RECIPE --model CLIP --data DIR --output_dir OUT [--key value ...]
 
 examples:
   alpha-clip train alpha_clip_l14 --model openai/clip-vit-large-patch14 --data GRIT --output_dir OUT
@@ -85,6 +85,7 @@ def _start(program: Program, argv: Sequence[str]) -> int:
         leave_current_folder()
         with step(STARTING):
             importlib.import_module(program.module)
+            hide_loading_bars()
         return 0
 
     return exit_code(program.name, ready) or sys.modules[program.module].run(argv)
@@ -97,9 +98,7 @@ def check(program: Program, argv: Sequence[str]) -> None:
     parser, training = build_parser(program), training_fields()
     known = known_keys(program)
     path, flags = split_recipe(argv, known)
-    recipe = read_recipe(path) if path else {}
-    if unknown := sorted(recipe.keys() - known):
-        raise ValueError(f"{path}: unknown keys {', '.join(unknown)}")
+    recipe = read_values(path, _actions(parser, known), _defaults(program)) if path else {}
     given, rest = parser.parse_known_args(flags)
     if rest:
         raise ValueError(f"unknown flags or values without a flag: {' '.join(rest)}; --help lists the flags")
@@ -107,9 +106,14 @@ def check(program: Program, argv: Sequence[str]) -> None:
     required = [field.name for kind in program.kinds for field in dataclasses.fields(kind) if is_required(field)]
     required += [name for name, field in training.items() if field.is_required]
     if missing := [f"--{name}" for name in required if name not in values]:
-        raise ValueError(f"the following arguments are required: {', '.join(missing)}")
+        usage = "the usage is" if path else "without a recipe everything is given by flags; the usage is"
+        raise ValueError(
+            f"the following arguments are required: {', '.join(missing)}; {usage} {program.usage}, and --help shows "
+            "examples and recipes"
+        )
     for kind in program.kinds:
-        _check_values(kind, values)
+        kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values})
+    check_ranges(values)
     _check_files(values)
 
 
@@ -118,28 +122,37 @@ def known_keys(program: Program) -> set[str]:
     return {field.name for kind in program.kinds for field in dataclasses.fields(kind)} | training_fields().keys()
 
 
-def _check_values(kind: type, values: Mapping[str, Any]) -> None:
-    """Let a dataclass check its values, if the recipe's are of its types; else `parse_recipe` says what is wrong."""
-    own = {field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values}
-    hints = get_type_hints(kind)
-    if all(_is_of_type(value, hints[name]) for name, value in own.items()):
-        kind(**own)
+def _actions(parser: argparse.ArgumentParser, known: Collection[str]) -> dict[str, argparse.Action]:
+    """The flag of each key that a recipe may set."""
+    actions = {}
+    for action in parser._actions:
+        if action.dest in known:
+            actions.setdefault(action.dest, action)  # --no_X comes after --X
+    return actions
 
 
-def _is_of_type(value: Any, hint: Any) -> bool:
-    if hint == list[str]:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if isinstance(value, int) and not isinstance(value, bool) and hint in (float, float | None):
-        return True
-    return isinstance(value, hint) and isinstance(value, bool) == (hint is bool)
+def _defaults(program: Program) -> dict[str, Any]:
+    """The defaults of what has one; of HF's training arguments None, which lets null pass: the run checks them."""
+    fields = [field for kind in program.kinds for field in dataclasses.fields(kind) if not is_required(field)]
+    defaults = dict.fromkeys((name for name, field in training_fields().items() if not field.is_required), None)
+    return defaults | {field.name: _default(field) for field in fields}
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _check_files(values: Mapping[str, Any]) -> None:
-    """Raise ValueError if the data is not there; a run that has begun says so itself, as it may be finished."""
-    folders, out = values.get("data"), values.get("output_dir")
-    if isinstance(folders, list) and isinstance(out, str) and not os.path.lexists(out):
-        for folder in folders:
-            check_found("data", str(folder))
+    """Raise ValueError if data, model or weights are not there; a run that has begun says so itself, as it may be
+    finished.
+    """
+    if os.path.lexists(values.get("output_dir") or "trainer_output"):  # Transformers' default
+        return
+    check_found("data", *values["data"])
+    if values.get("model") is not None:
+        check_model(values["model"])
+    if values.get("alpha_weights") is not None and not values.get("plan"):  # which reads no weights
+        check_found("alpha_weights", values["alpha_weights"])
 
 
 class _Parser(ArgumentParser):
@@ -153,7 +166,7 @@ def build_parser(program: Program) -> argparse.ArgumentParser:
     """The flags of a training command, as HF's parser makes them of dataclasses; those not given are left out."""
     parser = _Parser(
         prog=program.name,
-        usage=f"{program.name} RECIPE [--key value ...]",
+        usage=program.usage,
         description=program.help,
         epilog="Every field of transformers.TrainingArguments is a flag too: --learning_rate 1e-4, --max_steps 100, "
         "--save_steps 50 ...\nA recipe is a YAML file, given by its path or by the name of a shipped one, with the "
@@ -182,7 +195,7 @@ def is_required(field: dataclasses.Field) -> bool:
 def help_of(field: dataclasses.Field) -> str:
     """The help of a field, with its default where the help does not say it."""
     text = field.metadata["help"].replace("%", "%%")
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    default = _default(field)
     if is_required(field) or default in (None, False, []) or "default" in text:
         return text
     return f"{text} (default {' '.join(default) if isinstance(default, list) else default})"
@@ -205,7 +218,7 @@ def _add_training_field(parser: argparse.ArgumentParser, field: TrainingField) -
     options = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
     kinds = {"int": whole_number, "float": finite_number, "bool": switch}
     kind = deepspeed_file if field.name == "deepspeed" else kinds.get(field.kind)
-    more = {"nargs": field.nargs} if field.nargs else {}
+    more: dict[str, Any] = {"nargs": field.nargs} if field.nargs else {}
     if field.nargs == "?":
         more["const"] = True
     parser.add_argument(*options, type=kind, choices=field.choices, help=argparse.SUPPRESS, **more)
@@ -216,18 +229,3 @@ def _add_training_field(parser: argparse.ArgumentParser, field: TrainingField) -
 def _add_opposite(group: argparse._ActionsContainer, name: str) -> None:
     options = dict.fromkeys((f"--no_{name}", f"--no-{name.replace('_', '-')}"))
     group.add_argument(*options, action="store_false", dest=name, help=argparse.SUPPRESS)
-
-
-def switch(text: str) -> bool:
-    """True or false in the words that Transformers takes.
-
-    Raises:
-        argparse.ArgumentTypeError: If it is something else.
-    """
-    if text.lower() in ("yes", "true", "t", "y", "1"):
-        return True
-    if text.lower() in ("no", "false", "f", "n", "0"):
-        return False
-    raise argparse.ArgumentTypeError(
-        f"Truthy value expected: got {text} but expected one of yes/no, true/false, t/f, y/n, 1/0 (case insensitive)."
-    )

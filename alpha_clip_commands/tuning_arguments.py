@@ -1,4 +1,4 @@
-"""What `region-tune` can be told about model and data; `alpha-clip train` shares some of it."""
+"""The arguments of `region-tune`: model and data. `alpha-clip train` shares some of them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from alpha_clip_commands.source_values import constant
+
+_WORDINGS = "mllm/data/templates.py", "WORDINGS"  # file, name
 REGION_INPUTS = ("box", "mask", "mixed", "available")
 EVAL_METRICS = ("exactly right", "CIDEr")
 
 
 @dataclass(kw_only=True)
 class PartArguments:
-    """Which parts of a model are trained how: what every training can be told about a model."""
+    """Which parts of a model are trained how, in both training commands."""
 
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, ... (Transformers' default)"})
     train_parts: list[str] = field(
@@ -59,6 +62,8 @@ class PartArguments:
         for name in ("lora_alpha", "device_tflops"):
             if (value := vars(self)[name]) is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected a number above 0, got {value}")
+        if self.optimizer not in ("trainer", "muon"):
+            raise ValueError(f"optimizer: expected trainer or muon, got {self.optimizer!r}")
         # not the dropout: its default is not 0
         self._refuse_without_lora("lora_targets", "lora_alpha")
         self.rate_of_part()
@@ -102,6 +107,8 @@ class ModelArguments(PartArguments):
         self._refuse_without_lora("lora_tower")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {self.dtype!r}")
+        if self.load_in not in (None, "4bit", "8bit"):
+            raise ValueError(f"load_in: expected 4bit or 8bit, got {self.load_in!r}")
         if self.load_in and not self.lora_r:
             raise ValueError("load_in: quantised weights cannot be trained; give lora_r")
 
@@ -123,7 +130,7 @@ class RegionArguments:
     )
     max_missing: float = field(
         default=0.001,
-        metadata={"help": "share of pictures that may be missing or damaged; they are listed and left out"},
+        metadata={"help": "share of images that may be missing or damaged; they are listed and left out"},
     )
 
     def __post_init__(self) -> None:
@@ -179,7 +186,7 @@ class DataArguments(RegionArguments):
         metadata={"help": "added to questions; LLaVA: 'Answer the question using a single word or phrase.'"},
     )
     regions_per_image: int = field(
-        default=1, metadata={"help": "a sample is up to this many regions of one picture, each a conversation"}
+        default=1, metadata={"help": "a sample is up to this many regions of one image, each a conversation"}
     )
     eval_samples: int = field(default=200, metadata={"help": "held-out samples (split val) that evaluations use"})
     eval_metrics: list[str] = field(
@@ -196,6 +203,8 @@ class DataArguments(RegionArguments):
             ValueError: If a value is out of range.
         """
         super().__post_init__()
+        if self.wordings is not None and self.wordings not in (known := constant(*_WORDINGS)):
+            raise ValueError(f"wordings: expected one of {', '.join(known)}, got {self.wordings!r}")
         check_at_least(self, 1, "max_turns", "regions_per_image", "eval_samples")
         if "exact match" in self.eval_metrics:
             raise ValueError(

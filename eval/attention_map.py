@@ -17,14 +17,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from transformers.utils import logging as transformers_logging
 
-from alpha_clip_commands.command_line import say
+from alpha_clip_commands.command_line import check_model, say
 from eval.region_text import embed_texts
 from mllm.data.samples import load_image
 from mllm.files import check_replaceable
 from mllm.loading import hub_answers, pick_device
 from mllm.overlay import draw_overlay, save_png
+from mllm.quiet import CUT_OFF, dropping
 from vision_tower import (
     AlphaCLIPImageProcessor,
     AlphaCLIPModel,
@@ -77,16 +77,18 @@ def run(args: argparse.Namespace) -> int:
     image = load_image(args.image)
     regions = [Region.whole(), *map(Region.parse, args.regions)]
     for region in regions:
-        region.mask(image.height, image.width)  # before the model is loaded: does it fit the picture?
+        region.mask(image.height, image.width)  # before the model is loaded: does it fit the image?
     model, processor = load(args.model, with_text=bool(args.text), device=args.device, revision=args.revision)
     config = model.config.vision_config if args.text else model.config
     heads = read_heads(args.heads, config.num_attention_heads)
     say(f"model: {args.model} | device: {model.device} | dtype: {model.dtype} | attention: eager", sys.stderr)
-    looks = look(model, processor, image, regions, args.text, heads)
+    with dropping(*CUT_OFF):
+        looks = look(model, processor, image, regions, args.text, heads)
     chosen = "mean of all heads" if args.heads is None else f"heads {', '.join(str(head + 1) for head in heads)}"
     names = ["whole image", *(f"{number}: {text}" for number, text in enumerate(args.regions, 1))]
     title = f"{Path(args.model).name} on {Path(args.image).name}"
-    page = draw(image, looks, names, args.text, title, f"attention of CLS, last block, {chosen}")
+    with dropping(*CUT_OFF):
+        page = draw(image, looks, names, args.text, title, f"attention of CLS, last block, {chosen}")
     save_png(args.out, page, PROGRAM)
     say(f"wrote {args.out}")
     return 0
@@ -100,10 +102,7 @@ def load(name: str, *, with_text: bool, device: str, revision: str | None):
         ValueError: If it is no CLIP or Alpha-CLIP, or cannot be had without network.
     """
     device = pick_device(device)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    if not os.path.isdir(name) and (os.path.exists(name) or os.path.isabs(name) or name.startswith((".", "~"))):
-        raise ValueError(f"expected a model directory or a hub id, got {name}, which is not a directory")
+    check_model(name)
     hub = {"revision": revision, "local_files_only": os.path.isdir(name) or not hub_answers()}
     model_class, processor_class = (
         (AlphaCLIPModel, AlphaCLIPProcessor) if with_text else (AlphaCLIPVisionModel, AlphaCLIPImageProcessor)
@@ -183,7 +182,7 @@ def draw(
     page = Image.new("RGB", (right + _GAP, bottom + _CAPTION + _GAP), "white")
     pen = ImageDraw.Draw(page)
     _write(pen, (_GAP, 18), title, 24, _INK, right - _GAP)
-    headings = ("picture and region", heading, "texts: softmax and cosine")
+    headings = ("image and region", heading, "texts: softmax and cosine")
     for column in range(3 if texts else 2):
         x0, y0, x1, _ = panel_box(0, column, len(texts))
         _write(pen, (x0, y0 - 26), headings[column], 16, _PALE, x1 - x0)
@@ -245,7 +244,7 @@ def _outlined(image: Image.Image, region: Region) -> Image.Image:
     small = image.resize(size, Image.Resampling.LANCZOS)
     if region.is_whole:
         return draw_overlay(small, Region.whole())
-    mask = Image.fromarray(region.mask(image.height, image.width)).resize(size, Image.Resampling.BILINEAR)
+    mask = Image.fromarray(region.mask(image.height, image.width, warn=False)).resize(size, Image.Resampling.BILINEAR)
     return draw_overlay(small, Region.from_mask(np.asarray(mask).clip(0, 1), strength=region.strength))
 
 

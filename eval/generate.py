@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import torch.distributed
@@ -50,7 +50,8 @@ class Settings:
         return sample.question if self.prompt is None else self.prompt.replace("{question}", sample.question or "")
 
 
-class Processes(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Processes:
     """This process among those that share a run."""
 
     rank: int = 0

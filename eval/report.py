@@ -27,7 +27,6 @@ _FACTS = {
     "geometry": "geometry",
     "decoding": "decoding",
 }
-_SUBTITLE = {"model": "", "region_input": "shown: "}
 _OTHER = "wrong, by the references of the region that was shown"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from alpha_clip_commands.evaluation import check_metric_names
 from eval.metrics import captions, java, questions, similarity
 from eval.metrics.exactly_right import exactly_right_each
 from eval.metrics.intervals import (
@@ -174,12 +175,9 @@ def measure(
 
 def check_metrics(metrics: Sequence[str], sentence_model: str | os.PathLike | None = None) -> None:
     """Raise ValueError if a metric is unknown, or needs what is not there: before an hour of answers."""
-    if unknown := set(metrics) - set(METRICS):
-        raise ValueError(f"expected metrics out of {', '.join(METRICS)}, got {', '.join(sorted(unknown))}")
+    check_metric_names(metrics, sentence_model)
     if set(metrics) & set(captions.METRICS):
         java.java()
-    if similarity.SEMANTIC in metrics and sentence_model is None:
-        raise ValueError("semantic similarity needs --sentence-model, a directory of a sentence-transformers model")
 
 
 def picture_of_each(records: Sequence[Mapping[str, Any]]) -> list | None:

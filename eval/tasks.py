@@ -8,19 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
-import os
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from alpha_clip_commands.evaluation import VG_SAMPLE, check_task
+from alpha_clip_commands.evaluation import check_task
+from eval import task_samples
 from eval.metrics import similarity
-from mllm.data import coco, jsonl, refcocog, shapes, visual_genome
 from mllm.data.samples import RegionSample
-from mllm.data.splits import densecap_split
-
-logger = logging.getLogger(__name__)
 
 CAPTION_METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 QUESTION_METRICS = ("exact match", "contains", "token F1")
@@ -34,15 +28,6 @@ _VG_OWN_FILES = (
 _VG_OWN_QUESTIONS = _VG_OWN_FILES.replace(" and", ", question_answers.json, qa_to_region_mapping.json and", 1)
 _VG_FILES = f"Visual Genome's region_descriptions.json and image_data.json, {_VG_IMAGES}"
 _REFER_FILES = "{}, instances.json, images in train2014"
-# Copies of RefCOCOg's umd val with an image entry for each expression: MDETR's, Osprey's, GLaMM's
-_JSON_COPIES = (
-    "finetune_refcocog_val.json",
-    "finetune_refcocog_val_with_mask.json",
-    "finetune_refcocog_val_captions.json",
-)
-
-# (data folder, "box" or "mask") -> samples
-Reader = Callable[[Path, str], Iterable[RegionSample]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +54,7 @@ class Task:
 
     name: str
     kind: str
-    read: Reader
+    read: task_samples.Reader
     files: str
     about: str
     references: str
@@ -146,21 +131,14 @@ def _refer_task(data_set: str, split_by: str, split: str, grouped: bool, items: 
     item = "region" if grouped else "expression"
     splits = {"unc": f"{title}; SPLIT: val, testA or testB", "google": f"{title}, Google's split, by {item}"}
 
-    def read(data: Path, form: str) -> Iterable[RegionSample]:
-        copies = [data / name for name in _JSON_COPIES if (data_set, split_by, split) == ("refcocog", "umd", "val")]
-        copy = next((file for file in copies if file.is_file()), None)
-        if copy is not None and not (data / f"refs({split_by}).p").exists():
-            return coco.read_captions(copy, data, grouped=grouped, region_input=form)
-        return refcocog.read_refs(data, split_by=split_by, split=split, grouped=grouped, region_input=form)
-
     return Task(
         name=f"{data_set}-{split_by}-{split}/{'grouped' if grouped else 'ungrouped'}",
         kind="caption",
-        read=read,
+        read=task_samples.refer(data_set, split_by, split, grouped=grouped),
         files=_REFER_FILES.format(f"refs({split_by}).p")
         + (
-            f" (or one of {', '.join(_JSON_COPIES)})"
-            if (data_set, split_by, split) == ("refcocog", "umd", "val")
+            f" (or one of {', '.join(task_samples.JSON_COPIES)})"
+            if (data_set, split_by, split) == task_samples.COPIED
             else ""
         ),
         about=splits.get(split_by, f"{title}, an item per {item}"),
@@ -174,101 +152,8 @@ def _refer_task(data_set: str, split_by: str, split: str, grouped: bool, items: 
 
 def _vg_sample(name: str, count: int, seed: int) -> Task:
     """An own sample of Visual Genome's test images: comparable with nothing but itself."""
-
-    def read(data: Path, form: str) -> Iterable[RegionSample]:
-        regions = _of_test_images(visual_genome.read_regions, "vg/own", data, form)
-        samples = sorted(regions, key=lambda sample: sample.meta["region_id"])
-        if len(samples) < count:
-            raise ValueError(f"{name}: expected at least {count} regions of test images in {data}, got {len(samples)}")
-        return random.Random(seed).sample(samples, count)
-
+    read = task_samples.vg_sample(name, count, seed)
     return Task(name, "caption", read, _VG_FILES, "Visual Genome, N test regions", "1", count, verified=True)
-
-
-def _grit(file: str) -> Reader:
-    def read(data: Path, form: str) -> Iterable[RegionSample]:
-        if not (data / file).exists() and (data / "region_descriptions.json").exists():
-            raise ValueError(
-                f"{data / file} is missing; the folder holds Visual Genome's own files, which the tasks vg/own and "
-                f"{VG_SAMPLE} read"
-            )
-        return coco.read_captions(data / file, data, region_input=form)
-
-    return read
-
-
-def _of_test_images(read: Callable, own: str, data: Path, form: str) -> Iterator[RegionSample]:
-    """The samples of Visual Genome's test images; `own` is the task that reads those of the other images too.
-
-    Raises:
-        ValueError: If there is none, with the reason; and as `read`.
-    """
-    split, empty = densecap_split("test"), True
-    for sample in read(data, image_ids=split, region_input=form):
-        empty = False
-        yield sample
-    if empty:
-        listed = visual_genome.read_image_files(data)
-        of_split = len(split & listed.keys())
-        raise ValueError(
-            f"none of the {len(listed):,} images in {data / 'image_data.json'} is one of DenseCap's "
-            f"{len(split):,} test images; --task {own} evaluates the folder's own images, whatever their split"
-            if not of_split
-            else f"{data} lists {of_split:,} of DenseCap's {len(split):,} test images, but nothing that can be asked "
-            "about them: are the files complete?"
-        )
-
-
-def _of_own_images(read: Callable, data: Path, form: str) -> Iterator[RegionSample]:
-    """The samples of the images whose files are in a folder of Visual Genome's layout, whatever their split.
-
-    Raises:
-        ValueError: If there is none, with the reason; and as `read`.
-    """
-    files = visual_genome.read_image_files(data)
-    there = {image_id for image_id, file in files.items() if os.path.exists(file)}
-    if not there:
-        raise ValueError(
-            f"{data / 'image_data.json'} lists {len(files):,} images, none of whose files is in {data} (in VG_100K, "
-            "VG_100K_2, images, or beside it)"
-        )
-    if len(there) < len(files):
-        logger.warning("%s: %d of %d images are not in the folder, left out", data, len(files) - len(there), len(files))
-    return read(data, image_ids=there, region_input=form)
-
-
-def _vg_questions(data: Path, form: str) -> Iterable[RegionSample]:
-    return _of_test_images(visual_genome.read_region_questions, "vg-regionqa/own", data, form)
-
-
-def _vg_own(data: Path, form: str) -> Iterable[RegionSample]:
-    return _of_own_images(visual_genome.read_regions, data, form)
-
-
-def _vg_own_questions(data: Path, form: str) -> Iterable[RegionSample]:
-    return _of_own_images(visual_genome.read_region_questions, data, form)
-
-
-def _hub_rows(data: Path, form: str) -> Iterable[RegionSample]:
-    return refcocog.read_hub_rows(data)
-
-
-def _shapes(data: Path, form: str, split: str = "test") -> Iterable[RegionSample]:
-    shapes.expect_split(data, split)
-    return shapes.with_same_class(visual_genome.read_regions(data, region_input=form), data)
-
-
-def _shapes_novel(data: Path, form: str) -> Iterable[RegionSample]:
-    return _shapes(data, form, "novel")
-
-
-def _shapes_questions(data: Path, form: str) -> Iterable[RegionSample]:
-    shapes.expect_split(data, "test")
-    return shapes.with_same_class(visual_genome.read_region_questions(data, region_input=form), data)
-
-
-def _jsonl(data: Path, form: str) -> Iterable[RegionSample]:
-    return jsonl.read_jsonl(data)
 
 
 _SHAPES_FILES = "what `alpha-clip shapes --out DIR --images N --seed S --split {}` writes"
@@ -276,7 +161,7 @@ _SHAPES_METRICS = ("exactly right", *CAPTION_METRICS)
 _VG_REGIONQA = Task(
     "vg-regionqa/densecap-test",
     "question",
-    _vg_questions,
+    task_samples.vg_questions,
     f"Visual Genome's image_data, region_descriptions, question_answers and qa_to_region_mapping .json, {_VG_IMAGES}",
     "Visual Genome, test images' questions",
     "1",
@@ -300,7 +185,7 @@ _TASKS = (
     Task(
         "refcocog-lmms-eval",
         "caption",
-        _hub_rows,
+        task_samples.hub_rows,
         "the parquet files of the Hub's lmms-lab-encoder/RefCOCOg, split val",
         "RefCOCOg by lmms-eval, with a red box",
         "all answers of the row",
@@ -311,7 +196,7 @@ _TASKS = (
     Task(
         "vg-test/subset5k",
         "caption",
-        _grit("test_caption.json"),
+        task_samples.grit("test_caption.json"),
         f"GLaMM's test_caption.json, {_VG_IMAGES}",
         "Visual Genome, GLaMM's 5,000 regions",
         "1",
@@ -321,7 +206,7 @@ _TASKS = (
     Task(
         "vg-test/full",
         "caption",
-        _grit("test.json"),
+        task_samples.grit("test.json"),
         f"GRiT's test.json, {_VG_IMAGES}",
         "Visual Genome, GRiT's test regions",
         "1",
@@ -329,18 +214,26 @@ _TASKS = (
         comparable=True,
     ),
     _VG_REGIONQA,
-    Task("vg/own", "caption", _vg_own, _VG_OWN_FILES, "Visual Genome's layout, your images", "1", verified=True),
+    Task(
+        "vg/own",
+        "caption",
+        task_samples.vg_own,
+        _VG_OWN_FILES,
+        "Visual Genome's layout, your images",
+        "1",
+        verified=True,
+    ),
     dataclasses.replace(
         _VG_REGIONQA,
         name="vg-regionqa/own",
-        read=_vg_own_questions,
+        read=task_samples.vg_own_questions,
         files=_VG_OWN_QUESTIONS,
         about="Visual Genome's layout, your questions",
     ),
     Task(
         "shapes-caption",
         "caption",
-        _shapes,
+        task_samples.shapes_captions,
         _SHAPES_FILES.format("test"),
         "drawn scenes, descriptions",
         "1",
@@ -350,7 +243,7 @@ _TASKS = (
     Task(
         "shapes-novel",
         "caption",
-        _shapes_novel,
+        task_samples.shapes_novel,
         _SHAPES_FILES.format("novel"),
         "drawn scenes, unseen pairs",
         "1",
@@ -360,7 +253,7 @@ _TASKS = (
     Task(
         "shapes-vqa",
         "question",
-        _shapes_questions,
+        task_samples.shapes_questions,
         _SHAPES_FILES.format("test"),
         "drawn scenes, questions",
         "1",
@@ -372,7 +265,7 @@ _TASKS = (
     Task(
         "jsonl",
         "either",
-        _jsonl,
+        task_samples.jsonl_lines,
         "a JSONL file of {image, region, question, answer} lines; without questions they ask for descriptions",
         "your file: descriptions or questions",
         "as many as the line has",

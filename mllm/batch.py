@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import Any
 
 import msgspec
 import torch
-from PIL import Image
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -155,9 +155,8 @@ def read_requests(path: str) -> list[Request]:
     requests = [_read_request(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not requests:
         raise ValueError(f"{path} holds no request")
-    seen: set = set()
-    twice = {request.id for request in requests if request.id in seen or seen.add(request.id)}
-    if twice:
+    counts = Counter(request.id for request in requests)
+    if twice := [name for name, count in counts.items() if count > 1]:
         raise ValueError(
             f"{path}: ids must differ, but {', '.join(map(str, sorted(twice, key=str)[:5]))} occur(s) twice"
         )
@@ -195,10 +194,9 @@ def _digest(name: str, content: bytes) -> str:
 def _answer(chat: RegionChat, batch: Sequence[Request], folder: Path, max_new_tokens: int) -> dict[str, Entry]:
     """The answers of a batch by the digests of its requests; a bad request fails alone."""
     asked: list[Asked | ValueError] = []
-    images: dict[str | Path, Image.Image] = {}
     for request in batch:
         try:
-            asked.append(_prepare(chat, request, folder, images))
+            asked.append(_prepare(request, folder))
         except (ValueError, OSError) as error:
             asked.append(ValueError(one_line(error)))
     answers = chat.answer_each(asked, max_new_tokens=max_new_tokens)
@@ -210,14 +208,12 @@ def _answer(chat: RegionChat, batch: Sequence[Request], folder: Path, max_new_to
     }
 
 
-def _prepare(chat: RegionChat, request: Request, folder: Path, images: dict[str | Path, Image.Image]) -> Asked:
-    """What the model is asked; an image is decoded once a batch."""
+def _prepare(request: Request, folder: Path) -> Asked:
+    """What the model is asked; `RegionChat` opens the image."""
     if request.problem:
         raise ValueError(request.problem)
-    source = _image_source(folder, request.record["image"])
-    if source not in images:
-        images[source] = chat.open_image(source)
-    return images[source], region_in(folder, request.record["region"]), request.record.get("question")
+    image = _image_source(folder, request.record["image"])
+    return image, region_in(folder, request.record["region"]), request.record.get("question")
 
 
 def _image_source(folder: Path, image: str) -> str | Path:

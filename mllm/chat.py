@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alpha_clip_commands.chat import PROGRAM, REGION_OPTIONS, main, region_in
-from alpha_clip_commands.command_line import json_line, say
+from alpha_clip_commands.chat import PROGRAM, REGION_OPTIONS, region_in
+from alpha_clip_commands.command_line import hide_loading_bars, json_line, say
 
 if TYPE_CHECKING:
     from vision_tower import Region
@@ -27,8 +27,7 @@ def run(args: argparse.Namespace) -> int:
     image = AlphaCLIPImageProcessor().fetch_images(args.image)
     region = region_from_arguments(args)
     if region is not None:
-        # before the model is loaded: does it fit the image? The processor warns if it is cut off
-        region.mask(image.height, image.width, warn=False)
+        region.mask(image.height, image.width)  # before the model is loaded: does it fit the image?
     if args.save_overlay is not None:
         check_overlay(args.save_overlay, reads=reads)
     chat = load_chat(args)
@@ -81,12 +80,10 @@ def files_read(args: argparse.Namespace) -> list[str]:
 def load_chat(args: argparse.Namespace):
     """Load the model that the flags name, and say in one line what it is."""
     from transformers import set_seed
-    from transformers.utils import logging as transformers_logging
 
     from mllm import RegionChat
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    hide_loading_bars()
     set_seed(args.seed)
     chat = RegionChat.from_pretrained(
         args.model,
@@ -145,7 +142,3 @@ def _batch(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -15,6 +15,7 @@ from alpha_clip_commands.command_line import printable, say
 from mllm.files import check_replaceable, made_by, one_line, write_json
 from mllm.inference import RegionChat, Turn
 from mllm.overlay import check_overlay, save_overlay
+from mllm.quiet import CUT_OFF, dropping
 from vision_tower import Region
 
 
@@ -123,14 +124,15 @@ class Conversation:
             if stream
             else None
         )
-        answer = self.chat.ask(
-            self.image,
-            self.region,
-            question,
-            history=self.history,
-            max_new_tokens=self.max_new_tokens,
-            streamer=streamer,
-        )
+        with dropping(*CUT_OFF):  # said when the region was set
+            answer = self.chat.ask(
+                self.image,
+                self.region,
+                question,
+                history=self.history,
+                max_new_tokens=self.max_new_tokens,
+                streamer=streamer,
+            )
         self.history.append((self.chat.processor.description_wordings[0] if question is None else question, answer))
         self.strengths.append(self.region.strength)
         return answer
@@ -139,7 +141,8 @@ class Conversation:
         """Write the picture with the region and, under it, the last turn."""
         check_overlay(path, reads=self.reads)
         caption = "{} {}".format(*self.history[-1]) if self.history else None
-        save_overlay(path, self.image, self.region or Region.whole(), caption)
+        with dropping(*CUT_OFF):
+            save_overlay(path, self.image, self.region or Region.whole(), caption)
 
     def _line(self, line: str) -> None:
         if not line.startswith("/"):

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel, CLIPVisionConfig
+from transformers import AutoTokenizer, CLIPModel
 
 import mllm
 from alpha_clip_commands.command_line import say
 from mllm.export import export
 from mllm.files import check_new, locked, replacing_file, replacing_folder, work_folder
+from mllm.fused import fused_tower_config, save_stock_image_processor
 from mllm.loading import hub_lookup
 from vision_tower import (
     AlphaCLIPConfig,
@@ -123,13 +124,11 @@ def save_with_text(config: AlphaCLIPVisionConfig, weights: StateDict, text_from:
 
 def save_fused(config: AlphaCLIPVisionConfig, weights: StateDict, out: Path) -> None:
     """A stock `clip_vision_model` of four channels, its names those that every version of Transformers reads."""
-    fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "auto_map")}
-    stock = CLIPVisionConfig(**{**fields, "num_channels": 4, "architectures": ["CLIPVisionModelWithProjection"]})
-    stock.dtype = next(iter(weights.values())).dtype
+    dtype = next(iter(weights.values())).dtype
+    stock = fused_tower_config(config, architectures=["CLIPVisionModelWithProjection"], dtype=dtype)
     stock.save_pretrained(out)
     save_file(fuse(weights), out / "model.safetensors", metadata={"format": "pt"})
-    side = config.image_size  # for the picture's three channels; alpha is the caller's (docs/export.md)
-    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(out)
+    save_stock_image_processor(config.image_size, out)  # alpha is the caller's (docs/export.md)
 
 
 def save_original(weights: StateDict, out: Path) -> None:

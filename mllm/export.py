@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import save_torch_state_dict
-from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from alpha_clip_commands.command_line import say
 from mllm.blip2 import AlphaBlip2ForConditionalGeneration
 from mllm.files import check_new, replacing_folder
-from mllm.fused import fused_config
+from mllm.fused import fused_config, save_stock_image_processor
 from mllm.llava import vision_tower
 from mllm.loading import AlphaProcessor, load, load_adapter
 from vision_tower import AlphaCLIPVisionModel
@@ -108,10 +108,7 @@ def _save_fused(model: LlavaForConditionalGeneration, folder: Path) -> None:
     model.generation_config.save_pretrained(folder)
     weights = {_hub_name(name): tensor.to(model.dtype) for name, tensor in fuse(model.state_dict()).items()}
     save_torch_state_dict(weights, folder, max_shard_size="5GB")
-    side = config.vision_config.image_size
-    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
-        folder
-    )
+    save_stock_image_processor(config.vision_config.image_size, folder)
 
 
 def _hub_name(name: str) -> str:

@@ -10,19 +10,37 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+)
 from transformers.utils import cached_file
 
+from vision_tower import AlphaCLIPVisionConfig
+from vision_tower.loading import hub_options
+
 _RGB_WEIGHT = "embeddings.patch_embedding.weight"
-_HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def fused_config(config: LlavaConfig) -> LlavaConfig:
     """The configuration of a LLaVA with our tower, as stock classes."""
-    fields = config.to_dict()
-    vision = {key: value for key, value in fields["vision_config"].items() if key not in ("model_type", "auto_map")}
-    fields["vision_config"] = CLIPVisionConfig(**{**vision, "num_channels": 4})
-    return LlavaConfig(**fields)
+    return LlavaConfig(**{**config.to_dict(), "vision_config": fused_tower_config(config.vision_config)})
+
+
+def fused_tower_config(config: AlphaCLIPVisionConfig, **changes: Any) -> CLIPVisionConfig:
+    """The configuration of our tower as stock CLIP of four channels, with `changes`."""
+    fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "auto_map")}
+    return CLIPVisionConfig(**{**fields, "num_channels": 4, **changes})
+
+
+def save_stock_image_processor(side: int, folder: str | os.PathLike) -> None:
+    """CLIP's settings for the image's three channels, at the tower's size in pixels."""
+    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
+        folder
+    )
 
 
 def is_fused(config: PreTrainedConfig) -> bool:
@@ -57,7 +75,7 @@ def load_fused(
             f"{name} is an export, whose tower must be loaded on one device: load it with mllm.load, save model and "
             "processor with save_pretrained, and take that directory"
         )
-    stored = _stored_tensor(name, _RGB_WEIGHT, {key: kwargs[key] for key in _HUB_OPTIONS if kwargs.get(key)})
+    stored = _stored_tensor(name, _RGB_WEIGHT, hub_options(kwargs))
     with torch.no_grad():
         embedding.weight.copy_(stored[:, :3])
         embedding.alpha.weight.copy_(stored[:, 3:])

@@ -168,10 +168,11 @@ class RegionChat:
             ValueError: As `ask`, for any of them; or if an image has no region, or the model cannot answer without an
                 image.
         """
-        answers = self.answer_each(requests, max_new_tokens=max_new_tokens)
-        for place, answer in enumerate(answers):
+        answers = []
+        for place, answer in enumerate(self.answer_each(requests, max_new_tokens=max_new_tokens)):
             if isinstance(answer, ValueError):
-                raise ValueError(f"request {place}: {answer}" if len(answers) > 1 else str(answer)) from answer
+                raise ValueError(f"request {place}: {answer}" if len(requests) > 1 else str(answer)) from answer
+            answers.append(answer)
         return answers
 
     def answer_each(
@@ -219,7 +220,8 @@ class RegionChat:
     def prompt(self, question: str | None, *, with_image: bool = True) -> str:
         """The text that the model gets for a question, None asking for a description."""
         conversation = self.conversation(None, Region.whole() if with_image else None, question)
-        return self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        prompt: Any = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        return prompt
 
     def conversation(
         self, image: Image.Image | None, region: Region | None, question: str | None, history: Sequence[Turn] = ()

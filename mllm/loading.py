@@ -34,6 +34,7 @@ from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 import vision_tower
+from alpha_clip_commands.command_line import check_model
 from mllm import blip2, llava, llava_next
 from mllm.files import one_line
 from mllm.processing_blip2 import AlphaBlip2Processor
@@ -276,10 +277,7 @@ def hub_answers() -> bool:
 
 def _read_config(name: str | os.PathLike, hub: dict) -> PreTrainedConfig:
     """The configuration of a model of these families, or a ValueError that says what the name stands for instead."""
-    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
-        raise ValueError(f"expected a model directory, got {name} without a config.json")
-    if not os.path.isdir(name) and (os.path.exists(name) or os.path.isabs(name) or str(name).startswith((".", "~"))):
-        raise ValueError(f"expected a model directory or a hub id, got {name}, which is not a directory")
+    check_model(name)
     missing = "there is no such directory, and without network only models in the hub's cache can be loaded"
     with reading(name, "cannot load the model", missing if hub.get("local_files_only") else None):
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **hub)

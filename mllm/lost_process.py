@@ -1,4 +1,4 @@
-"""How a process of a run says that another one is gone: torch's errors of its connection, in one line."""
+"""Torch's errors after another process of the run has died, as one line."""
 
 from __future__ import annotations
 

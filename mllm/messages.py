@@ -101,7 +101,7 @@ def _from_image_url(item: dict) -> dict:
     return {"type": "image", **outer, **inner}
 
 
-def image_items(conversation: Sequence[Message]) -> list[Mapping]:
+def image_items(conversation: Sequence[Message]) -> list[dict[str, Any]]:
     """The image items of a conversation, in order."""
     return [
         item

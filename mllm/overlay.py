@@ -31,7 +31,8 @@ def draw_overlay(image: Image.Image, region: Region, caption: str | None = None)
     Raises:
         ValueError: If the region does not fit the picture.
     """
-    alpha, mask = region.to_alpha(image.height, image.width), region.mask(image.height, image.width)
+    # the processor warns of a clipped region when the model is shown it
+    alpha, mask = (draw(image.height, image.width, warn=False) for draw in (region.to_alpha, region.mask))
     scale = max(1, -(-_MIN_SIDE // max(image.size)))
     pixels = np.asarray(image, np.float32).repeat(scale, 0).repeat(scale, 1)
     alpha, mask = (plane.repeat(scale, 0).repeat(scale, 1) for plane in (alpha, mask))

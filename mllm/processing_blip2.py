@@ -125,7 +125,7 @@ class AlphaBlip2Processor(SavedWithSources, Blip2Processor):
         """A conversation about one image, or a batch of them, as prompts (`tokenize` False) or as the model's inputs.
 
         A message is Transformers' `{"role", "content"}`; one holds the image item, which takes a `region`: `{"type":
-        "image", "image": image, "region": Region.from_box(...)}`. Control tokens in anybody's text are plain text.
+        "image", "image": image, "region": Region.from_box(...)}`. Control tokens in message texts are plain text.
 
         Args:
             conversation: A list of messages, or a list of these.
@@ -159,9 +159,8 @@ class AlphaBlip2Processor(SavedWithSources, Blip2Processor):
             raise ValueError("BLIP-2's inputs are a dict (pixel_values, input_ids, ...): expected return_dict=True")
         items = [_only_image(messages) for messages in conversations]
         set_default(settings, "padding", True)
-        set_default(
-            settings, "padding_side", "left"
-        )  # whatever the tokenizer says: answers begin where the prompt ends
+        # whatever the tokenizer says: answers begin where the prompt ends
+        set_default(settings, "padding_side", "left")
         settings["text_kwargs"] = {"split_special_tokens": True, **settings.get("text_kwargs", {})}
         return self(
             images=[image_source(item) for item in items],

@@ -176,7 +176,9 @@ class RegionPrompts(SavedWithSources, ProcessorMixin):
             for image, entry in flat_pairs(group):
                 slots[-1][0].extend([self.image_processor.fetch_images(image)] * len(entry))
                 slots[-1][1].extend(entry)
-        return tuple(map(list, zip(*slots, strict=True))) if nested else slots[0]
+        if not nested:
+            return slots[0]
+        return [images for images, _ in slots], [entries for _, entries in slots]
 
     def _check_images_stay_whole(self, slots: list[int], prompts: Sequence[Any]) -> None:
         """Raise ValueError if the slots of an image end in another prompt than they begin."""
@@ -216,7 +218,7 @@ class RegionPrompts(SavedWithSources, ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs,
     ):
-        """As in `ProcessorMixin`; image items take a `region`, and control tokens in anybody's text are plain text.
+        """As in `ProcessorMixin`; image items take a `region`, and control tokens in message texts are plain text.
 
         Args:
             conversation: A list of messages, or a list of these.

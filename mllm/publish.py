@@ -45,8 +45,6 @@ def publish(args: argparse.Namespace) -> None:
         ValueError: If the folder is not whole, has a card of its own, or the hub cannot be reached.
     """
     validate_repo_id(args.repo_id)
-    if args.repo_id.count("/") != 1:
-        raise ValueError(f"expected OWNER/NAME, got {args.repo_id!r}")
     if args.to:
         check_new(args.to)
     check_whole(args.folder)
@@ -96,7 +94,7 @@ def choose_card(args: argparse.Namespace) -> ModelCard | None:
         try:
             ModelCard.load(own)
         except yaml.YAMLError as error:
-            raise ValueError(f"the metadata of {own} is no YAML: {error}") from error
+            raise ValueError(f"the metadata of {own} is not YAML: {error}") from error
         return None
     if own.exists() and not is_empty_form(own.read_text(encoding="utf-8")):
         raise ValueError(f"{args.folder} has a README.md of its own; publish it with --keep-card, or move it away")

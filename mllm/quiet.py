@@ -2,23 +2,21 @@
 speaks it. No level changes, so everything else that these libraries say is still shown.
 """
 
+import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
 
 
-class _Drops(logging.Filter):
-    """Drops the records of one logger whose message begins with `start`; and, if given, mentions `cause`."""
+class _Drops(NamedTuple):
+    """Drops the records of one logger whose message begins with `start` and mentions `cause`.
 
-    def __init__(self, start: str, cause: str = "") -> None:
-        super().__init__()
-        self.start = start
-        self.cause = cause
+    A tuple, since those are equal by value: `Logger.addFilter` then adds it once, even after a reload of this module.
+    """
 
-    def __eq__(self, other: object) -> bool:
-        """Equal by value: `Logger.addFilter` then adds it once, also after a reload of this module."""
-        return type(other).__name__ == type(self).__name__ and vars(other) == vars(self)
-
-    __hash__ = None
+    start: str
+    cause: str = ""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is shown."""
@@ -33,14 +31,28 @@ _LOGGED = (
         "bitsandbytes.backends.cpu.ops",
         _Drops("Failed to load CPU gemm_4bit_forward", cause="No module named 'kernels'"),
     ),
+    # said at each matrix of models that are not in float16
+    ("bitsandbytes.autograd._functions", _Drops("MatMul8bitLt: inputs will be cast from")),
     # our commands name the device in their first line
     ("DeepSpeed", _Drops("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable")),
 )
+CUT_OFF = "vision_tower.regions", "region %s extends beyond"  # our own: logger, message
 # beginnings of FutureWarnings that are addressed to the authors of PEFT and DeepSpeed
 _FUTURE_WARNINGS = (
     r"`is_gradient_checkpointing` is deprecated",  # PEFT, in each `PeftModel`
     r"`torch\.distributed",  # DeepSpeed, thousands of times
 )
+
+
+@contextlib.contextmanager
+def dropping(name: str, start: str) -> Iterator[None]:
+    """For a while, drop the messages of a logger that begin in this way: they have been shown."""
+    messages = _Drops(start)
+    logging.getLogger(name).addFilter(messages)
+    try:
+        yield
+    finally:
+        logging.getLogger(name).removeFilter(messages)
 
 
 def silence_other_libraries() -> None:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from alpha_clip_commands import alpha_clip
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from mllm.files import claim_folder, write_json
 
@@ -56,10 +57,8 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def index(work: Path) -> int:
     """Index in this process; print time and memory."""
-    import prepare_data  # beside this file
-
     start = time.perf_counter()
-    code = prepare_data.main(["vg", "--source", str(work)])
+    code = alpha_clip.main(["prepare", "vg", "--source", str(work)])
     print(f"indexing: {time.perf_counter() - start:.0f} s, {peak_gib():.2f} GiB at most")
     return code
 

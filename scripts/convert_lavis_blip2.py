@@ -1,15 +1,8 @@
 """As `alpha-clip convert-lavis`, from a clone: `python scripts/convert_lavis_blip2.py --help`."""
 
 import sys
-from collections.abc import Sequence
 
-from alpha_clip_commands import alpha_clip
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point."""
-    return alpha_clip.main(["convert-lavis", *(sys.argv[1:] if argv is None else argv)])
-
+from alpha_clip_commands.alpha_clip import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["convert-lavis", *sys.argv[1:]]))

@@ -46,9 +46,11 @@ def asked_batches(monkeypatch):
     real = RegionChat.answer_each
 
     def spy(self, requests, **options):
-        if regions := [request[1] for request in requests if not isinstance(request, ValueError)]:
+        answers = real(self, requests, **options)
+        pairs = zip(requests, answers, strict=True)
+        if regions := [request[1] for request, answer in pairs if not isinstance(answer, ValueError)]:
             batches.append([region.data for region in regions])
-        return real(self, requests, **options)
+        return answers
 
     monkeypatch.setattr(RegionChat, "answer_each", spy)
     return batches

@@ -32,7 +32,14 @@ from vision_tower import (
     AlphaCLIPModel,
     AlphaCLIPProcessor,
     AlphaCLIPVisionConfig,
+    AlphaConv2d,
 )
+
+
+def alpha_of(model):
+    """The weight of the one alpha convolution in a model."""
+    (weight,) = (module.weight for module in model.modules() if isinstance(module, AlphaConv2d))
+    return weight
 
 
 def tiny_vision_config(**changes):

@@ -14,19 +14,14 @@ from typing import Annotated, Any, NoReturn
 import msgspec
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 
-from alpha_clip_commands.recipe import (
-    deepspeed_file,
-    finite_number,
-    plain_text,
-    read_recipe,
-    split_recipe,
-    whole_number,
-)
+from alpha_clip_commands.flag_values import finite_number, plain_text, switch, whole_number
+from alpha_clip_commands.recipe import deepspeed_file, split_recipe
+from alpha_clip_commands.recipe_values import check_ranges, read_values
 from alpha_clip_commands.tuning_arguments import DataArguments, ModelArguments, PartArguments
 from mllm.data.json_files import check_kept, read_json
 from mllm.data.schemas import checked
-from train.recipe_file import check_ranges, recipe_value
 
 
 def refuse_unknown_parts(args: PartArguments, parts: Collection[str]) -> None:
@@ -34,6 +29,10 @@ def refuse_unknown_parts(args: PartArguments, parts: Collection[str]) -> None:
     for setting, named in (("train_parts", args.train_parts), ("learning_rates", args.rate_of_part())):
         if unknown := sorted(set(named) - set(parts)):
             raise ValueError(f"{setting}: expected names out of {', '.join(parts)}, got {unknown}")
+
+
+# of a flag, by HF's type: stricter, with errors of their own
+_TYPES = {int: whole_number, float: finite_number, str: plain_text, string_to_bool: switch}
 
 
 def parse_args(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
@@ -60,7 +59,7 @@ def parse_recipe(prog: str, kinds: Sequence[type], argv: Sequence[str]) -> tuple
     # Trainer would drop what `forward` does not name before our collator sees it
     parser.set_defaults(remove_unused_columns=False, report_to="none")
     for action in parser._actions:
-        action.type = {int: whole_number, float: finite_number, str: plain_text}.get(action.type, action.type)
+        action.type = _TYPES.get(action.type, action.type)
         if action.dest == "deepspeed":
             action.type = _deepspeed_file
     if recipe:
@@ -70,7 +69,7 @@ def parse_recipe(prog: str, kinds: Sequence[type], argv: Sequence[str]) -> tuple
     *arguments, training_args, unknown = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True)
     if unknown:
         raise ValueError(f"unknown flags or values without a flag: {' '.join(unknown)}; --help lists the flags")
-    check_ranges(training_args)
+    check_ranges(vars(training_args))
     return *arguments, training_args
 
 
@@ -87,24 +86,17 @@ def _set_recipe(parser: HfArgumentParser, path: str) -> None:
     Raises:
         ValueError: If the recipe cannot be read, or a key or value is not one that there is.
     """
-    values = read_recipe(path)
     actions = {}
     for action in parser._actions:
         actions.setdefault(action.dest, action)  # --no_X comes after --X
-    if unknown := sorted(values.keys() - actions.keys()):
-        raise ValueError(f"{path}: unknown keys {', '.join(unknown)}")
-    for key, value in values.items():
-        try:
-            parser.set_defaults(**{key: recipe_value(actions[key], value)})
-        except (ValueError, argparse.ArgumentTypeError) as error:
-            raise ValueError(f"{path}: {key}: {error}") from error
+    defaults = {key: action.default for key, action in actions.items() if not action.required}
+    for key, value in read_values(path, actions, defaults).items():
+        parser.set_defaults(**{key: value})
         actions[key].required = False
 
 
 def check_optimizer(optimizer: str, learning_rates: Sequence[str], training_args: TrainingArguments) -> None:
     """Raise ValueError where the optimizer does not go with learning rates of parts or with DeepSpeed's settings."""
-    if optimizer not in ("trainer", "muon"):
-        raise ValueError(f"optimizer: expected trainer or muon, got {optimizer!r}")
     if not training_args.deepspeed:
         return
     if learning_rates and "optimizer" in json.loads(Path(training_args.deepspeed).read_text("utf-8")):

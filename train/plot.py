@@ -49,7 +49,7 @@ def curves(run: Path) -> dict[str, list[tuple[float, float]]]:
     """
     record = run / "training_record.json"
     if not record.exists():
-        raise ValueError(f"{run} is no finished run: it has no training_record.json")
+        raise ValueError(f"{run} is not a finished run: training_record.json not found")
     log = json.loads(record.read_text(encoding="utf-8"))["log"]
     found: dict[str, list[tuple[float, float]]] = {"loss": []}
     for entry in log:

@@ -15,7 +15,6 @@ def parse_args(argv: Sequence[str]) -> tuple[TowerArguments, PairArguments, Trai
 
     Raises:
         ValueError: As `parse_recipe`, and if the settings do not go together.
-        OSError: If the recipe cannot be read.
     """
     tower_args, pair_args, training_args = parse_recipe("alpha-clip train", (TowerArguments, PairArguments), argv)
     check_optimizer(tower_args.optimizer, tower_args.learning_rates, training_args)

@@ -48,12 +48,12 @@ class RegionTextTrainer(RegionTrainer):
         self.frozen_logit_scale = None if temperature.requires_grad else temperature.detach().clone()
         # DeepSpeed rounds the whole model to 16 bits, frozen towers too, and keeps copies of trained weights alone
         self.was_rounded = self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16)
-        self.frozen_weights = {}
+        self.frozen_weights: dict[str, torch.Tensor] = {}
         if self.was_rounded and self.args.should_save and clip_in(self.model) is self.model:  # adapters are saved alone
             frozen = ((name, p) for name, p in self.model.named_parameters() if not p.requires_grad)
             self.frozen_weights = {name: p.detach().to("cpu", copy=True) for name, p in frozen}
         # Trainer would smooth labels of its own
-        self.smoothing, self.label_smoother = self.args.label_smoothing_factor, None
+        self.smoothing, self.label_smoother = self.args.label_smoothing_factor, None  # type: ignore[assignment]
         self.whole_weights: dict[str, torch.Tensor] = {}  # while a rounded model is saved
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:

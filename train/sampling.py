@@ -158,14 +158,14 @@ class ConversationDataset(PictureDataset):
         turns = [turn for turn in facts.turns if not args.turn_kinds or _is_kind(turn[0], args.turn_kinds)]
         weights = np.array([self.weight_of_kind.get(kind, 1.0) for kind, _, _ in turns])
         count = min(int(rng.integers(1, args.max_turns + 1)), len(turns))
-        messages = []
+        messages: list[Message] = []
         for position, turn in enumerate(rng.choice(len(turns), count, replace=False, p=weights / weights.sum())):
             _, question, answer = turns[turn]
             if question is None:
                 question = self.wordings[rng.integers(len(self.wordings))]
             elif args.question_suffix:
                 question = f"{question}\n{args.question_suffix}"
-            content = [{"type": "text", "text": question}]
+            content: list[dict[str, Any]] = [{"type": "text", "text": question}]
             if position == 0:
                 content.insert(0, {"type": "image", "image": image, "region": region})
             messages.append({"role": "user", "content": content})

@@ -16,13 +16,16 @@ import io
 import logging
 import os
 import struct
+import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +79,7 @@ def decode_image(
             that the module's docstring names. The message is one line and names the image.
     """
     name = describe(source) if name is None else name
-    if isinstance(source, np.ndarray | torch.Tensor):
+    if isinstance(source, np.ndarray) or is_tensor(source):
         image = _from_array(source, name, max_pixels, input_data_format)
     else:
         image = open_image(source, name=name, max_pixels=max_pixels)
@@ -117,7 +120,7 @@ def describe(source: Any) -> str:
         return path if len(path) <= 500 else path[:500] + "..."
     if isinstance(source, bytes | bytearray | memoryview):
         return f"image of {len(source)} bytes"
-    if isinstance(source, np.ndarray | torch.Tensor):
+    if isinstance(source, np.ndarray) or is_tensor(source):
         return f"array of shape {tuple(source.shape)} and type {source.dtype}"
     if isinstance(source, Image.Image):
         of = f" of {source.filename}" if getattr(source, "filename", "") else ""
@@ -294,7 +297,7 @@ def _to_8_bits(values: np.ndarray, name: str, deep: bool = False, color: bool = 
 
 
 def _from_array(source: np.ndarray | torch.Tensor, name: str, max_pixels: int, layout: str | None) -> Image.Image:
-    first = isinstance(source, torch.Tensor)
+    first = is_tensor(source)
     array = as_array(source)
     if array.ndim not in (2, 3) or 0 in array.shape:
         raise ValueError(f"expected an image (H, W), (H, W, C) or (C, H, W), got the {name}")
@@ -315,14 +318,22 @@ def _from_array(source: np.ndarray | torch.Tensor, name: str, max_pixels: int, l
     return Image.fromarray(pixels)
 
 
+def is_tensor(value: Any) -> TypeGuard[torch.Tensor]:
+    """Whether a value is a tensor. Without importing torch, which takes seconds: before that there is none."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
 def as_array(values: np.ndarray | torch.Tensor) -> np.ndarray:
     """A tensor of any device and type as a numpy array; bfloat16 and smaller floats become float32.
 
     Raises:
         ValueError: If the tensor is not a dense one of bools, integers or floats.
     """
-    if not isinstance(values, torch.Tensor):
+    if not is_tensor(values):
         return values
+    import torch
+
     dense = values.layout == torch.strided and not (values.is_meta or values.is_quantized or values.is_nested)
     if not dense or str(values.dtype).removeprefix("torch.") not in _TENSOR_TYPES:
         raise ValueError(

@@ -270,8 +270,7 @@ def place_alpha(region: Region, height: int, width: int, side: int, geometry: st
         peak = float(kept.max())
         if peak <= 0:
             raise ValueError(
-                f"the region {region} lies outside the centre crop of the {width} x {height} picture; use "
-                "geometry='pad'"
+                f"the region {region} lies outside the centre crop of the {width} x {height} image; use geometry='pad'"
             )
         if (cut := 1 - float(kept.sum() / mask.sum())) > 0.001:
             logger.warning("the centre crop cuts %.0f %% off the region %s; geometry='pad' keeps it", 100 * cut, region)

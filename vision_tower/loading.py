@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from transformers.utils import cached_file
 
 from .alpha_embedding import AlphaConv2d, add_alpha_channel
 
-# The options of `from_pretrained` that say where files are.
 _HUB_OPTIONS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -127,13 +126,17 @@ def _held_reports() -> Iterator[list[logging.LogRecord]]:
 
 def _alpha_promised(source: str | os.PathLike, options: dict) -> bool:
     """Whether the config.json beside the weights is of one of our models; CLIP's and stock BLIP-2's is not."""
-    hub = {option: options[option] for option in _HUB_OPTIONS if options.get(option) is not None}
-    path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
+    path = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False, **hub_options(options))
     if path is None:
         return False
     config, _ = PreTrainedConfig.get_config_dict(path)
     kinds = (config.get("model_type"), (config.get("vision_config") or {}).get("model_type"))
     return any(str(kind).startswith("alpha_") for kind in kinds)
+
+
+def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments of `from_pretrained` that say where files are, and are given."""
+    return {name: options[name] for name in _HUB_OPTIONS if options.get(name) is not None}
 
 
 def _weights_file(source: str | os.PathLike, subfolder="", variant=None, use_safetensors=None, **_: Any) -> str:
@@ -178,8 +181,10 @@ def _stock_class(name: str | os.PathLike, model_class: Any, options: dict) -> ty
     """The class itself where None or an Auto class is given."""
     if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
         return model_class
-    hub = {option: options[option] for option in (*_HUB_OPTIONS, "trust_remote_code") if option in options}
-    config = options.get("config") or AutoConfig.from_pretrained(name, **hub)
+    trusted = options.get("trust_remote_code")
+    config = options.get("config") or AutoConfig.from_pretrained(
+        name, trust_remote_code=trusted, **hub_options(options)
+    )
     if model_class is not None:
         with torch.device("meta"):
             return type(model_class.from_config(config))

@@ -42,8 +42,8 @@ def as_region(value: Any) -> Region:
     if all(hasattr(value, name) for name in _FIELDS):
         return _from_fields(value.kind, value.data, value.strength)
     raise ValueError(
-        f"expected a Region, its JSON, its text ('box:40,60,220,200') or None, got {type(value).__name__}; a mask is "
-        "Region.from_mask(mask)"
+        f"expected a Region, its JSON, its text ('box:40,60,220,200') or None, got {type(value).__name__}; a box is "
+        "Region.from_box(x0, y0, x1, y1), a mask Region.from_mask(mask)"
     )
 
 
@@ -82,7 +82,8 @@ def match_regions(images: Any, regions: Any) -> Any:
     Args:
         images: One image, an array of images (N, H, W, C), or lists of these, also nested.
         regions: None (whole images), or nested as `images` are, with one entry for each image: a region or a list of
-            them. For a list of one image, its entry alone will do; for nested images, also a list without nesting.
+            them. For one image, in a list or not, its entry alone or in a list will do; for nested images, also a
+            list without nesting.
 
     Returns:
         A pair (image, regions), or lists of pairs, nested as the images are.
@@ -93,7 +94,8 @@ def match_regions(images: Any, regions: Any) -> Any:
     if images is None:
         raise ValueError("got no image: pass one image or a list of them as images=")
     if not _is_batch(images):
-        return images, region_list(regions)
+        is_nested = isinstance(regions, list | tuple) and len(regions) == 1 and isinstance(regions[0], list | tuple)
+        return images, region_list(regions[0] if is_nested else regions)
     if isinstance(regions, list | tuple) and not any(isinstance(entry, list | tuple) for entry in regions):
         if len(regions) == len(list(_singles(images))):
             regions = _nested_like(images, iter(regions))

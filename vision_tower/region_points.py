@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from .image_decoding import as_array
+from .image_decoding import as_array, is_tensor
 
 _LARGEST = 1e9  # of a coordinate: what lies further out only overflows
 ROUNDING = 1e-3  # pixels that a region may reach over the image without a warning; of a fraction, an error
@@ -31,7 +30,7 @@ def plain_lists(values: Any, depth: int = 6) -> Any:
     Raises:
         ValueError: If they are nested deeper than `depth`.
     """
-    if isinstance(values, torch.Tensor | np.ndarray):
+    if isinstance(values, np.ndarray) or is_tensor(values):
         return as_array(values).tolist()
     if not isinstance(values, list | tuple):
         return values

@@ -45,6 +45,7 @@ from .region_points import (
 
 logger = logging.getLogger(__name__)
 
+KINDS = ("box", "nbox", "polygon", "mask", "points", "stroke", "whole")
 _MULTIPLY = "are to be multiplied by its width and height"
 MAX_MASK_PIXELS = 200_000_000  # of a mask, which takes 4 bytes a pixel; a few bytes of runs could ask for all memory
 
@@ -65,11 +66,16 @@ class Region:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the strength.
+        """Check kind and strength.
 
         Raises:
-            ValueError: If it is not a number from 0 to 1.
+            ValueError: If the kind is unknown, or the strength is not a number from 0 to 1.
         """
+        if self.kind not in KINDS:
+            raise ValueError(
+                f"expected a kind of region ({', '.join(KINDS)}), got {shortened(self.kind)}; make regions with "
+                "Region.from_box, Region.parse and the like"
+            )
         number = isinstance(self.strength, numbers.Real) and not isinstance(self.strength, bool)  # numpy's numbers too
         if not (number and 0 <= self.strength <= 1):
             raise ValueError(f"expected a strength from 0 to 1, got {shortened(self.strength)}")
@@ -236,7 +242,7 @@ class Region:
     def mask(self, height: int, width: int, *, warn: bool = True) -> np.ndarray:
         """Coverage of each pixel of a (height, width) picture, before strength: float32 (H, W) in [0, 1].
 
-        What lies outside the picture is cut off, with a warning unless `warn` is false.
+        What lies outside the image is clipped, with a warning unless `warn` is false.
 
         Raises:
             ValueError: If the region lies wholly outside, is a mask of another size, or the picture has more than 200
@@ -250,7 +256,7 @@ class Region:
         x0, y0, x1, y1 = self._extent(height, width)
         if warn and (min(x0, y0) < -ROUNDING or x1 > width + ROUNDING or y1 > height + ROUNDING):
             logger.warning(
-                "the region %s reaches over the picture of %d x %d pixels and is cut off%s",
+                "region %s extends beyond the image of %d x %d pixels and is clipped%s",
                 self,
                 width,
                 height,
@@ -264,16 +270,16 @@ class Region:
         else:
             coverage = box_coverage((x0, y0, x1, y1), height, width)
         if not coverage.any():
-            raise ValueError(f"the region {self} lies outside the picture of {width} x {height} pixels")
+            raise ValueError(f"the region {self} lies outside the image of {width} x {height} pixels")
         return coverage
 
-    def to_alpha(self, height: int, width: int) -> np.ndarray:
+    def to_alpha(self, height: int, width: int, *, warn: bool = True) -> np.ndarray:
         """The alpha map of a (height, width) picture: float32 (H, W) in [0, 1].
 
         Raises:
             ValueError: As `mask`.
         """
-        return 1 - np.float32(self.strength) * (1 - self.mask(height, width))
+        return 1 - np.float32(self.strength) * (1 - self.mask(height, width, warn=warn))
 
     def bounding_box(self, height: int, width: int) -> tuple[float, float, float, float]:
         """Box x0, y0, x1, y1 in pixels around the region, cut off at the edges of a (height, width) picture.
@@ -292,7 +298,7 @@ class Region:
         x0, y0, x1, y1 = self._bounds(height, width)
         if x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height:
             advice = self._unit_advice(height, width)
-            raise ValueError(f"the region {self} lies outside the picture of {width} x {height} pixels{advice}")
+            raise ValueError(f"the region {self} lies outside the image of {width} x {height} pixels{advice}")
         return x0, y0, x1, y1
 
     def _unit_advice(self, height: int, width: int) -> str:
@@ -339,8 +345,8 @@ class Region:
         own_height, own_width, depth, packed = self.data
         if (own_height, own_width) != (height, width):
             raise ValueError(
-                f"the mask has {own_width} x {own_height} pixels, its picture {width} x {height}; "
-                "expected equal sizes. Was the picture resized, or turned by its EXIF orientation?"
+                f"the mask has {own_width} x {own_height} pixels, its image {width} x {height}; "
+                "expected equal sizes. Was the image resized, or turned by its EXIF orientation?"
             )
         pixels = np.frombuffer(zlib.decompress(packed), np.uint8)
         if depth == "binary":
@@ -353,7 +359,13 @@ class Region:
             return f"{self.kind}:{_numbers(self.data)}"
         if self.kind == "mask":
             return f"mask of {self.data[1]} x {self.data[0]} pixels"
-        return self.kind if self.kind == "whole" else f"{self.kind}:{shortened(self.data[0])}"
+        if self.kind == "whole":
+            return self.kind
+        if self.kind == "polygon":
+            groups, size = [[value for point in part for value in point] for part in self.data], ""
+        else:
+            groups, size = self.data[0], f"@{self.data[1]:g}"
+        return f"{self.kind}:{shortened(';'.join(map(_numbers, groups)))}{size}"
 
     @classmethod
     def parse(cls, text: str) -> Region:
@@ -374,10 +386,8 @@ class Region:
         try:
             return dataclasses.replace(TEXT_FORMS[kind](cls, body), strength=float(strength))
         except (ValueError, OSError, RecursionError) as error:
-            of_a_file = kind in ("mask", "softmask", "rle")  # there it is the file that is wrong
-            forms = "" if of_a_file else f". Expected {FORMS}"
             reason = error.strerror if isinstance(error, OSError) else error  # else it repeats the path
-            raise ValueError(f"cannot read the region {shortened(text)!r}: {reason}{forms}") from error
+            raise ValueError(f"cannot read the region {shortened(text)!r}: {reason}{_form_of(kind)}") from error
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` turns back into an equal region."""
@@ -433,6 +443,13 @@ def _check_pixels(height: int, width: int) -> None:
             f"expected an image of at most {MAX_MASK_PIXELS:,} pixels for a region, got {shortened(width)} x "
             f"{shortened(height)}"
         )
+
+
+def _form_of(kind: str) -> str:
+    """How a region of this kind is written, as the end of a message; of a file, it is the file that is wrong."""
+    if kind in ("mask", "softmask", "rle"):
+        return ""
+    return "; it is written " + next(form for form in FORMS.split(" | ") if form.partition(":")[0] == kind)
 
 
 def _numbers(values: Sequence[float]) -> str:

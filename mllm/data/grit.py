@@ -138,9 +138,9 @@ def _size(pair: PicturePair, record: dict[str, Any], masks: dict[int, Region | s
         if isinstance(mask, Region):
             height, width = mask.data[:2]
             return width, height
-    stated = record.get("width"), record.get("height")
-    if all(type(side) is int and 0 < side < 1e9 for side in stated):
-        return stated
+    width, height = record.get("width"), record.get("height")
+    if type(width) is int and type(height) is int and 0 < min(width, height) and max(width, height) < 1e9:
+        return width, height
     try:
         return displayed_size(pair.image)
     except ValueError:

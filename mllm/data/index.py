@@ -393,8 +393,7 @@ class _Writer:
         if (row := self.picture_rows.get(key)) is None:
             if isinstance(sample.image, bytes):
                 raise ValueError(f"sample {sample.id}: an index takes pictures that lie in files, got bytes")
-            in_tar = isinstance(sample.image, TarMember)
-            file, *member = sample.image if in_tar else (sample.image, None, None, None)
+            file, *member = sample.image if isinstance(sample.image, TarMember) else (sample.image, None, None, None)
             path = posixpath.join(*Path(os.path.relpath(file, self.root)).parts)
             size = sample.meta.get("width"), sample.meta.get("height")
             row = self.picture_rows[key] = len(self.picture_rows)

@@ -76,7 +76,8 @@ class _PlainUnpickler(pickle._Unpickler):  # the one in Python
                 raise pickle.UnpicklingError(f"a dict has a {type(items[at]).__name__} as its key")
             target[items[at]] = items[at + 1]
 
-    dispatch |= {pickle.DICT[0]: load_dict, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
+    ours: dict[int, Any] = {pickle.DICT[0]: load_dict, pickle.SETITEM[0]: load_setitem}
+    dispatch |= ours | {pickle.SETITEMS[0]: load_setitems}
 
 
 def read_pickle(path: Path) -> Any:

@@ -19,7 +19,6 @@ import dataclasses
 import hashlib
 import os
 import pickle
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -337,14 +336,3 @@ def run(args: argparse.Namespace) -> int:
     else:
         write(args.out, args.images, args.seed, args.split, places=args.places)
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m mllm.data.shapes`: as `alpha-clip shapes`."""
-    from alpha_clip_commands import alpha_clip
-
-    return alpha_clip.main(["shapes", *(sys.argv[1:] if argv is None else argv)])
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

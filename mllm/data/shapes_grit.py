@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -115,14 +114,3 @@ def _write_tars(out: Path, files: Iterator[tuple[int, dict[str, bytes]]], bounds
                     member = tarfile.TarInfo(f"{number:09d}.{suffix}")
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `python -m mllm.data.shapes_grit`: as `alpha-clip shapes --layout grit`."""
-    from alpha_clip_commands import alpha_clip
-
-    return alpha_clip.main(["shapes", "--layout", "grit", *(sys.argv[1:] if argv is None else argv)])
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

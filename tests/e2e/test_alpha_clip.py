@@ -25,6 +25,7 @@ from vision_tower import AlphaCLIPModel
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", "29613"]
 ALPHA = "vision_model.embeddings.patch_embedding.alpha.weight"
 # 8 pictures of 1 to 6 objects, 4 a step: an epoch is two steps, and two ranks have unequal numbers of pairs
 RECIPE = """
@@ -75,7 +76,7 @@ def train(world, out, *flags):
     return out
 
 
-def launch(world, out, command, *flags):
+def launch(world, out, command, *flags, cwd=ROOT):
     """Run it as a process; returns its exit code and what it said."""
     if "--deepspeed" in flags and shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("DeepSpeed compiles what its ranks on CPUs talk through: no C++ compiler here")
@@ -86,7 +87,7 @@ def launch(world, out, command, *flags):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=ROOT,
+        cwd=cwd,
         start_new_session=True,
     )
     try:
@@ -194,6 +195,26 @@ def test_two_ranks_learn_what_one_does(world, tmp_path, processes, stage, flags)
     assert max((before[name] - after[name]).abs().max().item() for name in before) > 1e-2
     assert (before[ALPHA] - after[ALPHA]).abs().max() > 1e-3
     assert ("logit_scale" in flags) == (before["logit_scale"] != after["logit_scale"]).item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "deepspeed"),
+    [
+        ([*TORCHRUN, "--no-python", "alpha-clip", "train"], ()),
+        ([*DEEPSPEED, "--no_python", "alpha-clip", "train"], ("--deepspeed", "zero1")),
+    ],
+    ids=["torchrun", "deepspeed"],
+)
+def test_the_documented_commands_learn_what_one_process_does(world, tmp_path, command, deepspeed):
+    """From a folder whose own files have the names of our packages."""
+    for name in ("train", "eval", "mllm"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('the wrong file')\n")
+    train(world, tmp_path / "one", *PLAIN)
+    two = ["--per_device_train_batch_size", 2, *deepspeed]
+    code, output = launch(world, tmp_path / "two", command, *PLAIN, *two, cwd=tmp_path)
+    assert code == 0, output[-3000:]
+    assert_same(tmp_path / "one", tmp_path / "two", TOLERANCE, OF_LOSSES)
 
 
 @pytest.mark.slow

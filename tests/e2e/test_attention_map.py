@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
+from alpha_clip_commands import alpha_clip
 from eval import attention_map
 from eval.attention_map import look, panel_box, read_heads
-from scripts.attention_map import main
 from tests.tiny import noise_picture, tiny_clip_config, tiny_clip_tokenizer
 from vision_tower import AlphaCLIPConfig, AlphaCLIPImageProcessor, AlphaCLIPModel, AlphaCLIPProcessor, Region
 
@@ -59,9 +59,8 @@ def folder(model, processor, tmp_path_factory):
 def run(folder, *extra, model="full", out="out.png"):
     """The page as an array, or None where the command ended with 2."""
     (folder / out).unlink(missing_ok=True)
-    code = main(
-        ["--model", str(folder / model), "--image", str(folder / "picture.png"), "--out", str(folder / out), *extra]
-    )
+    given = ["--model", folder / model, "--image", folder / "picture.png", "--out", folder / out]
+    code = alpha_clip.main(["attention-map", *map(str, given), *extra])
     if code == 2:
         assert not (folder / out).exists()
         return None
@@ -162,7 +161,7 @@ def test_a_plain_clip_sees_no_region(folder):
     ("extra", "message"),
     [
         ([], "expected a region, one of --box"),
-        (["--box", "60,0,70,9"], "outside the picture of 48 x 24"),
+        (["--box", "60,0,70,9"], "outside the image of 48 x 24"),
         (["--box", "1,2,3"], "expected 4 numbers"),
         (["--mask", "none.png"], "there is no mask file"),
         (["--box", LEFT, "--heads", "0"], "numbers from 1 to 4"),
@@ -171,7 +170,7 @@ def test_a_plain_clip_sees_no_region(folder):
         (["--box", LEFT, "--text", "a", " "], "a --text is empty"),
         (["--box", LEFT, "--text", "a" * 30], "32 tokens, the text tower takes 16"),
         (["--box", LEFT, "--image", "none.png"], "image not found: none.png"),
-        (["--box", LEFT, "--model", "./nothing"], "which is not a directory"),
+        (["--box", LEFT, "--model", "./nothing"], "directory not found"),
         (["--box", LEFT, "--device", "abacus"], "expected a device out of"),
         (["--box", LEFT, "--out", "map.jpg"], "expected --out FILE.png"),
         (["--box", LEFT, "--out", "no/folder/map.png"], "folder not found"),
@@ -186,5 +185,5 @@ def test_bad_input_is_one_line(folder, capsys, extra, message):
 def test_the_picture_is_not_overwritten(folder, capsys):
     before = (folder / "picture.png").read_bytes()
     arguments = ["--model", str(folder / "full"), "--image", str(folder / "picture.png"), "--box", LEFT]
-    assert main([*arguments, "--out", str(folder / "picture.png")]) == 2
+    assert alpha_clip.main(["attention-map", *arguments, "--out", str(folder / "picture.png")]) == 2
     assert (folder / "picture.png").read_bytes() == before and "is read by this command" in capsys.readouterr().err

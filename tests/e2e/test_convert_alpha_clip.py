@@ -21,9 +21,9 @@ from transformers import (
 )
 
 import mllm
-from mllm import chat
+from alpha_clip_commands import alpha_clip
+from alpha_clip_commands.chat import main as region_chat
 from mllm.llava import build_llava_processor
-from scripts import convert_alpha_clip
 from tests.tiny import noise_picture, prompt, tiny_clip_config, tiny_llava_config, tiny_tokenizer
 from vision_tower import (
     AlphaCLIPImageProcessor,
@@ -74,7 +74,7 @@ def clip_llava(original, tmp_path_factory):
 
 
 def convert(*args):
-    return convert_alpha_clip.main([str(arg) for arg in args])
+    return alpha_clip.main(["convert", *map(str, args)])
 
 
 def pixels_of(processor, region):
@@ -194,8 +194,8 @@ def test_alpha_weights_replace_the_llava_tower(checkpoint, original, clip_llava,
     noise_picture(60, 40).save(tmp_path / "a.png")
     asked = ["--model", clip_llava, "--image", tmp_path / "a.png", "--box", "0,0,30,40", "--ask", "What?"]
     asked = [str(part) for part in [*asked, "--max-new-tokens", 8, "--json"]]
-    assert chat.main([*asked, "--alpha-weights", str(checkpoint)]) == 0
-    assert chat.main([*asked, "--alpha-weights", str(tmp_path / "nowhere.pth")]) == 2
+    assert region_chat([*asked, "--alpha-weights", str(checkpoint)]) == 0
+    assert region_chat([*asked, "--alpha-weights", str(tmp_path / "nowhere.pth")]) == 2
     assert "checkpoint not found" in capsys.readouterr().err
 
 

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 import mllm
+from alpha_clip_commands import alpha_clip
 from mllm.blip2 import AlphaBlip2ForConditionalGeneration, AlphaBlip2Processor, AlphaCLIPBlip2VisionModel
-from scripts import convert_lavis_blip2
 from tests.tiny import noise_picture
 from vision_tower import AlphaCLIPVisionModel, Region
 from vision_tower.conversion import read_tower
@@ -99,7 +99,7 @@ def sources(tmp_path_factory):
 def convert(sources, name, out, language="t5", *more, tower="alpha.pth", blocks=1):
     given = [] if tower is None else ["--vision-tower", sources / tower]
     args = [sources / f"{name}.pth", out, "--language-model", sources / f"{language}_model", "--blocks", blocks]
-    return convert_lavis_blip2.main([str(arg) for arg in [*args, *given, *more]])
+    return alpha_clip.main(["convert-lavis", *map(str, [*args, *given, *more])])
 
 
 @pytest.fixture(scope="module", params=["t5", "opt"])

@@ -9,10 +9,10 @@ from PIL import Image
 from transformers import pipeline
 
 import mllm
+from alpha_clip_commands.chat import main as region_chat
 from eval.controls import references_of_shown_region, with_whole_image, with_wrong_region
 from eval.generate import generate
 from eval.metrics.exactly_right import exactly_right
-from mllm import chat as region_chat
 from mllm.data import shapes
 from mllm.data.index import RegionIndex
 from mllm.data.prepare import make_index
@@ -136,7 +136,7 @@ def test_region_chat_command(samples, fed, tmp_path, capsys):
         box = f"{x0:g},{y0:g},{x1:g},{y1:g}"
         overlay = tmp_path / f"{index}.png"
         assert (
-            region_chat.main(
+            region_chat(
                 ["--image", sample.image, "--box", box, "--ask", "What is this?", "--save-overlay", str(overlay)]
             )
             == 0
@@ -155,7 +155,7 @@ def test_batch_file(samples, tmp_path, capsys):
                 json.dumps({"id": sample.id, "image": sample.image, "region": sample.regions[0].to_json()}) + "\n"
             )
     output = tmp_path / "answers.jsonl"
-    assert region_chat.main(["--batch", str(requests), "--output", str(output), "--batch-size", "4"]) == 0
+    assert region_chat(["--batch", str(requests), "--output", str(output), "--batch-size", "4"]) == 0
     answers = [json.loads(line) for line in output.read_text().splitlines()]
     assert [a["id"] for a in answers] == [s.id for s in samples[:10]]
     right = sum(a["answer"] == s.references[0] for a, s in zip(answers, samples, strict=False))

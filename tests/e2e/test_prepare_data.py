@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
+from alpha_clip_commands import alpha_clip
 from mllm.data import mask_imagenet, shapes, shapes_grit
 from mllm.data.index import RegionIndex
 from mllm.data.splits import densecap_split
-from scripts import prepare_data
 
 
 @pytest.fixture
@@ -18,13 +18,13 @@ def folder(tmp_path):
 
 
 def refused(capsys, *arguments):
-    assert prepare_data.main([str(argument) for argument in arguments]) == 2
+    assert alpha_clip.main(["prepare", *map(str, arguments)]) == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize("kind", ["vg", "refcocog"])
 def test_both_layouts_are_indexed(folder, capsys, kind):
-    assert prepare_data.main([kind, "--source", str(folder)]) == 0
+    assert alpha_clip.main(["prepare", kind, "--source", str(folder)]) == 0
     printed = capsys.readouterr().out
     regions = len(json.loads((folder / "instances.json").read_text())["annotations"])
     assert len(RegionIndex(folder).rows("train", ["description"])) == regions
@@ -33,7 +33,7 @@ def test_both_layouts_are_indexed(folder, capsys, kind):
 
 @pytest.mark.parametrize("kind", ["vg", "refcocog"])
 def test_the_index_may_lie_elsewhere(folder, tmp_path, capsys, kind):
-    assert prepare_data.main([kind, "--source", str(folder), "--out", str(tmp_path / "index")]) == 0
+    assert alpha_clip.main(["prepare", kind, "--source", str(folder), "--out", str(tmp_path / "index")]) == 0
     assert f"training images in the test and validation splits of {folder} itself: 0" in capsys.readouterr().out
     assert not (folder / "region_index").exists() and len(RegionIndex(tmp_path / "index"))
 
@@ -43,15 +43,15 @@ def test_grits_layout_is_indexed(tmp_path, capsys, tars):
     source, held_out = tmp_path / "grit", tmp_path / "held_out"
     shapes_grit.write(source, 3, 1, tars=tars, progress=False)
     shapes_grit.write(held_out, 2, 1, "test", tars=tars, progress=False)
-    prepare_data.main(["grit", "--source", str(held_out)])
-    assert prepare_data.main(["grit", "--source", str(source), "--against", str(held_out)]) == 0
+    alpha_clip.main(["prepare", "grit", "--source", str(held_out)])
+    assert alpha_clip.main(["prepare", "grit", "--source", str(source), "--against", str(held_out)]) == 0
     printed = capsys.readouterr().out
     assert "split train: " in printed and "on 3 pictures" in printed and "missing" not in printed
     assert f"training images in the test and validation splits of {source} itself: 0" in printed
     assert f"training images in the test and validation splits of {held_out}: 0" in printed
     (source / "00000" / "000000002.png" if not tars else source / "00001.tar").unlink()
     if not tars:
-        assert prepare_data.main(["grit", "--source", str(source)]) == 0
+        assert alpha_clip.main(["prepare", "grit", "--source", str(source)]) == 0
         assert "1 with JSON but without a picture, left out (ids 00000/000000002 ...)" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     assert "nothing in" in refused(capsys, "grit", "--source", tmp_path / "empty")
@@ -66,7 +66,7 @@ def test_a_file_of_one_s_own_is_indexed(tmp_path, folder, capsys):
     ]
     file = tmp_path / "mine.jsonl"
     file.write_text("\n".join(map(json.dumps, [line, *others])))
-    assert prepare_data.main(["jsonl", "--source", str(file)]) == 0
+    assert alpha_clip.main(["prepare", "jsonl", "--source", str(file)]) == 0
     printed = capsys.readouterr().out
     assert "lines: 4 read" in printed and "split train: 2 regions on 2 pictures, 1 of them missing" in printed
     shared = f"2 (first: file {tmp_path / 'no.png'}, vg 1)"
@@ -79,7 +79,7 @@ def test_mask_imagenet_needs_its_list(tmp_path, capsys):
     assert f"{mask_imagenet.LIST} (huggingface.co" in refused(capsys, "mask-imagenet", "--source", tmp_path)
     rle = {"size": [4, 4], "counts": [5, 2, 9]}
     (tmp_path / mask_imagenet.LIST).write_text(json.dumps([[0, 0, "x/1.JPEG", rle, [1, 1, 1, 2], 0, "a tench"]]))
-    assert prepare_data.main(["mask-imagenet", "--source", str(tmp_path)]) == 0
+    assert alpha_clip.main(["prepare", "mask-imagenet", "--source", str(tmp_path)]) == 0
     assert "1 of them missing" in capsys.readouterr().out
 
 
@@ -91,7 +91,7 @@ def test_missing_files_are_named_with_where_they_are_published(tmp_path, folder,
     assert "refs(umd).p (github.com/lichengunc/refer" in error
     (folder / "VG_100K" / "2.png").unlink()
     (folder / "question_answers.json").unlink()
-    assert prepare_data.main(["vg", "--source", str(folder)]) == 0
+    assert alpha_clip.main(["prepare", "vg", "--source", str(folder)]) == 0
     printed = capsys.readouterr().out
     assert "question_answers.json is missing" in printed
     assert "1 of them missing" in printed and "2.png" in printed and "images.zip" in printed
@@ -102,7 +102,7 @@ def test_orphans_and_damage(folder, capsys):
     first = next(iter(mapping))
     mapping[first] = 10**6
     (folder / "qa_to_region_mapping.json").write_text(json.dumps(mapping))
-    assert prepare_data.main(["vg", "--source", str(folder)]) == 0
+    assert alpha_clip.main(["prepare", "vg", "--source", str(folder)]) == 0
     assert "1 questions on a region that is not there" in capsys.readouterr().out
     path = folder / "region_descriptions.json"
     whole = path.read_text()
@@ -111,7 +111,7 @@ def test_orphans_and_damage(folder, capsys):
     first["width"], second["phrase"], third["region_id"] = 0, " ", content[1]["regions"][0]["region_id"]
     (folder / "region_masks.json").unlink()
     path.write_text(json.dumps(content))
-    assert prepare_data.main(["vg", "--source", str(folder)]) == 0
+    assert alpha_clip.main(["prepare", "vg", "--source", str(folder)]) == 0
     left = RegionIndex(folder).record["left_out"]["regions"]
     assert {reason.split(",")[0]: entry["count"] for reason, entry in left.items()} == {
         "without area inside the picture": 1,
@@ -143,7 +143,7 @@ def test_training_images_that_are_held_out_elsewhere_are_counted(tmp_path, folde
     (folder / "region_descriptions.json").write_text(json.dumps(regions))
     mix = [{"image": f"vg/VG_100K/{test[0]}.jpg"}, {"image": "coco/train2017/000000000009.jpg"}, {"id": "text only"}]
     (tmp_path / "mix.json").write_text(json.dumps(mix))
-    assert prepare_data.main(["vg", "--source", str(folder), "--against", str(tmp_path / "mix.json")]) == 0
+    assert alpha_clip.main(["prepare", "vg", "--source", str(folder), "--against", str(tmp_path / "mix.json")]) == 0
     printed = capsys.readouterr().out
     assert f"training images in the test and validation splits of {folder} itself: 0" in printed
     line = next(line for line in printed.splitlines() if "mix.json trains on" in line)
@@ -155,7 +155,7 @@ def test_real_records(shared_data, tmp_path, capsys):
     shutil.copytree(shared_data / "visual_genome" / "v1.2.0", source)
     shutil.copy(shared_data / "visual_genome" / "image_data.json", source)
     (source / "question_answers.json").unlink()  # their mapping is not among the published pieces
-    assert prepare_data.main(["vg", "--source", str(source)]) == 0
+    assert alpha_clip.main(["prepare", "vg", "--source", str(source)]) == 0
     index = RegionIndex(source)
     assert len(index) == 1278 and len(index.pictures) == 5
     assert "5 of them missing" in capsys.readouterr().out

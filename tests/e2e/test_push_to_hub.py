@@ -15,9 +15,9 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModel, CLIPVisionModel
 
 import mllm
+from alpha_clip_commands import alpha_clip
 from mllm import publish
 from mllm.export import export
-from scripts import push_to_hub
 from tests.tiny import (
     build_tiny_blip2,
     noise_picture,
@@ -38,7 +38,7 @@ ADDRESS = "http://127.0.0.1:9"  # a port that nobody listens on
 
 
 def push(*arguments):
-    return push_to_hub.main([str(argument) for argument in arguments])
+    return alpha_clip.main(["publish", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_a_card_of_ones_own_is_kept_letter_for_letter(tower, tmp_path, capsys):
     )
     (tmp_path / "in" / "README.md").write_text("---\nlicense: [mit\n---\n")
     assert push(tmp_path / "in", "lab/x", "--to", tmp_path / "other", "--keep-card") == 2
-    assert "no YAML" in capsys.readouterr().err
+    assert "not YAML" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line_and_leave_nothing(tower, tmp_path, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mllm import chat
+from alpha_clip_commands.chat import main as region_chat
 from mllm.loading import EMBEDDED_MODEL
 from tests.tiny import noise_picture, tiny_clip_config, tiny_clip_tokenizer
 from vision_tower import (
@@ -62,7 +62,7 @@ def commands():
 def test_commands_run_as_written(command, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("sys.stdin", io.StringIO("What is this?\n"))
-    assert chat.main(shlex.split(command)[1:]) == 0
+    assert region_chat(shlex.split(command)[1:]) == 0
     assert capsys.readouterr().out.strip()
 
 
@@ -71,7 +71,7 @@ def test_the_demo_says_what_the_readme_says(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     makefile = dict(re.findall(r"^(SCENE|BOX_1|BOX_2) := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for name in ("BOX_1", "BOX_2"):
-        assert chat.main(["--image", makefile["SCENE"], "--box", makefile[name], "--ask", "What is this?"]) == 0
+        assert region_chat(["--image", makefile["SCENE"], "--box", makefile[name], "--ask", "What is this?"]) == 0
         assert f"--- box {makefile[name]}\n{capsys.readouterr().out.strip()}\n" in README
 
 

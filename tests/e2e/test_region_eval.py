@@ -11,8 +11,8 @@ import sys
 import pytest
 import torch
 
-from eval.cli import main
-from mllm import chat
+from alpha_clip_commands.chat import main as region_chat
+from alpha_clip_commands.evaluation import main
 from mllm.data import shapes
 from mllm.data.visual_genome import read_region_questions
 from mllm.files import locked
@@ -91,7 +91,9 @@ def test_two_processes_give_the_same_bytes(data, tmp_path, processes):
         assert main([*run, "--out", str(tmp_path / "one")]) == 0
     finally:
         torch.set_num_threads(threads)
-    for rank in processes.start_ranks("eval.cli:main", [*run, "--out", tmp_path / "two"], cwd=data.parent):
+    for rank in processes.start_ranks(
+        "alpha_clip_commands.evaluation:main", [*run, "--out", tmp_path / "two"], cwd=data.parent
+    ):
         assert rank.wait() == 0, rank.output()
     one, two = ((tmp_path / name / "predictions.jsonl").read_bytes() for name in ("one", "two"))
     assert one == two
@@ -287,9 +289,9 @@ def test_a_full_disk_leaves_the_metrics_that_were_there(data, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("arguments", [["tasks"], ["--help"], ["run", "--help"]], ids=" ".join)
-@pytest.mark.parametrize("command", [main, chat.main], ids=["region-eval", "region-chat"])
+@pytest.mark.parametrize("command", [main, region_chat], ids=["region-eval", "region-chat"])
 def test_a_closed_pipe_ends_quietly(command, arguments, monkeypatch, capsys):
-    if command is chat.main and arguments != ["--help"]:
+    if command is region_chat and arguments != ["--help"]:
         arguments = ["--version"]
     reader, writer = os.pipe()
     os.close(reader)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
+from alpha_clip_commands import alpha_clip
 from mllm.data import shapes_grit
 from mllm.data.grit import read_grit
-from scripts import score_region_text
 from tests.tiny import build_tiny_clip, tiny_clip_config, tiny_clip_tokenizer
 
 
@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 def score(folder, *flags):
     arguments = ["--model", folder / "model", "--data", folder / "data", "--device", "cpu", *flags]
-    return score_region_text.main([str(argument) for argument in arguments])
+    return alpha_clip.main(["score", *map(str, arguments)])
 
 
 @pytest.mark.parametrize("form", ["mask", pytest.param("box", marks=pytest.mark.slow)])

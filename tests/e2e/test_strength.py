@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from eval.cli import main as region_eval
+from alpha_clip_commands.chat import main as region_chat
+from alpha_clip_commands.evaluation import main as region_eval
 from eval.region_text import DescribedPicture, embed_regions
-from mllm import chat
 from mllm.export import export
 from mllm.inference import RegionChat
 from tests.tiny import build_tiny_blip2, build_tiny_clip, build_tiny_llava, noise_picture
@@ -155,7 +155,7 @@ def files(tmp_path):
 def test_region_chat(fed, tiny_llava_dir, files, monkeypatch, flags, lines):
     monkeypatch.chdir(files)
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    assert chat.main(["--model", str(tiny_llava_dir), "--max-new-tokens", "1", "--device", "cpu", *flags]) == 0
+    assert region_chat(["--model", str(tiny_llava_dir), "--max-new-tokens", "1", "--device", "cpu", *flags]) == 0
     check(fed, "pad")
 
 

@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import mllm
+from alpha_clip_commands import alpha_clip
 from mllm import adapter_files, loading
-from scripts import merge_adapter
 from tests.tiny import build_tiny_llava
 from vision_tower.modeling_alpha_clip import ALPHA_WEIGHT
 
@@ -239,7 +239,7 @@ def test_the_adapter_itself_is_good(wrapped, adapter):
 def test_merging_puts_the_adapters_alpha_weight_into_the_model(tiny_llava_dir, adapter, tmp_path):
     """What was trained in full is merged like the matrices: the tower of the new model has the adapter's alpha."""
     out = tmp_path / "merged"
-    assert merge_adapter.main([str(adapter), str(out), "--model", str(tiny_llava_dir)]) == 0
+    assert alpha_clip.main(["merge", str(adapter), str(out), "--model", str(tiny_llava_dir)]) == 0
     tensors = load_file(adapter / "adapter_model.safetensors")
     merged, base = load_file(out / "model.safetensors"), load_file(tiny_llava_dir / "model.safetensors")
     (name,) = (key for key in merged if key.endswith(ALPHA_WEIGHT))

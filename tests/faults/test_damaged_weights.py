@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from alpha_clip_commands import alpha_clip
 from mllm import blip2_conversion
-from scripts import convert_alpha_clip
 from vision_tower import checkpoint_files, conversion
 
 DATA = Path(__file__).parents[1] / "parity" / "data"
@@ -352,6 +352,6 @@ def test_a_mistake_of_our_own_is_not_taken_for_damage(original, tmp_path, monkey
 def test_converters_name_the_file(original, lavis, tmp_path, capsys):
     del original["proj"]
     torch.save(original, tmp_path / "alpha.pth")
-    assert convert_alpha_clip.main([str(tmp_path / "alpha.pth"), str(tmp_path / "out")]) == 2
+    assert alpha_clip.main(["convert", str(tmp_path / "alpha.pth"), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert str(tmp_path / "alpha.pth") in error and "proj" in error and error.count("\n") == 1

@@ -76,13 +76,14 @@ def contrast(world, out, ranks=1):
 def evaluate(world, out, ranks=1):
     task = ["--task", "shapes-caption", "--metrics", "exactly right", "--no-intervals"]
     model = ["--model", world / "llava", "--batch-size", 2, "--max-new-tokens", 16]
-    return "eval.cli:main", ["run", *task, "--data", world / "test", "--out", out, *model]
+    return "alpha_clip_commands.evaluation:main", ["run", *task, "--data", world / "test", "--out", out, *model]
 
 
 def batch(world, out, ranks=1):
     out.mkdir(exist_ok=True)
     files = ["--batch", world / "requests.jsonl", "--output", out / "answers.jsonl"]
-    return "mllm.chat:main", [*files, "--model", world / "llava", "--batch-size", 2, "--max-new-tokens", 24]
+    settings = ["--model", world / "llava", "--batch-size", 2, "--max-new-tokens", 24]
+    return "alpha_clip_commands.chat:main", [*files, *settings]
 
 
 # In the process: each step, each batch takes its time, so that the run is there to be met.

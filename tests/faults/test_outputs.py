@@ -8,23 +8,14 @@ from PIL import Image
 
 import eval.attention_map
 import mllm
+import mllm.chat
 import mllm.convert_alpha_clip
 import mllm.convert_lavis
 import mllm.publish
-from eval import cli
-from mllm import chat
+from alpha_clip_commands import alpha_clip, chat, evaluation
 from mllm.data import shapes, shapes_grit
 from mllm.data.index import RegionIndex
-from scripts import (
-    attention_map,
-    convert_alpha_clip,
-    convert_lavis_blip2,
-    join_pictures,
-    merge_adapter,
-    plot_training,
-    prepare_data,
-    push_to_hub,
-)
+from scripts import join_pictures
 from tests.tiny import noise_picture
 
 
@@ -63,7 +54,7 @@ def place(tmp_path, monkeypatch):
 
     for module, name in (
         (mllm, "load"),
-        (chat, "load_chat"),
+        (mllm.chat, "load_chat"),
         (eval.attention_map, "load"),
         (mllm.convert_alpha_clip, "read_source"),
         (mllm.convert_lavis, "convert"),
@@ -94,22 +85,22 @@ FOREIGN = {
 IMAGE = ["--image", "image.png", "--box", "1,1,9,9"]
 WRITERS = {
     "overlay": (chat.main, [*IMAGE, "--ask", "x", "--save-overlay"]),
-    "attention map": (attention_map.main, ["--model", "m", *IMAGE, "--out"]),
-    "chart": (plot_training.main, ["run", "--out"]),
+    "attention map": (alpha_clip.main, ["attention-map", "--model", "m", *IMAGE, "--out"]),
+    "chart": (alpha_clip.main, ["plot", "run", "--out"]),
     "joined": (join_pictures.main, ["image.png", "mask.png", "--out"]),
-    "comparison": (cli.main, ["compare", "a.jsonl", "b.jsonl", "--html"]),
-    "export": (cli.main, ["export", "a.jsonl", "--out"]),
-    "index of vg": (prepare_data.main, ["vg", "--source", "vg", "--out"]),
-    "index of refcocog": (prepare_data.main, ["refcocog", "--source", "vg", "--out"]),
-    "index of grit": (prepare_data.main, ["grit", "--source", "grit", "--out"]),
-    "index of jsonl": (prepare_data.main, ["jsonl", "--source", "mine.jsonl", "--out"]),
-    "shapes": (shapes.main, ["--images", "1", "--seed", "1", "--out"]),
-    "grit": (shapes_grit.main, ["--images", "1", "--seed", "1", "--out"]),
-    "converted": (convert_alpha_clip.main, ["model.pth"]),
-    "original": (convert_alpha_clip.main, ["adapter", "--original"]),
-    "lavis": (convert_lavis_blip2.main, ["model.pth", "--language-model", "m"]),
-    "merged": (merge_adapter.main, ["adapter"]),
-    "published": (push_to_hub.main, ["adapter", "a/b", "--to"]),
+    "comparison": (evaluation.main, ["compare", "a.jsonl", "b.jsonl", "--html"]),
+    "export": (evaluation.main, ["export", "a.jsonl", "--out"]),
+    "index of vg": (alpha_clip.main, ["prepare", "vg", "--source", "vg", "--out"]),
+    "index of refcocog": (alpha_clip.main, ["prepare", "refcocog", "--source", "vg", "--out"]),
+    "index of grit": (alpha_clip.main, ["prepare", "grit", "--source", "grit", "--out"]),
+    "index of jsonl": (alpha_clip.main, ["prepare", "jsonl", "--source", "mine.jsonl", "--out"]),
+    "shapes": (alpha_clip.main, ["shapes", "--images", "1", "--seed", "1", "--out"]),
+    "grit": (alpha_clip.main, ["shapes", "--layout", "grit", "--images", "1", "--seed", "1", "--out"]),
+    "converted": (alpha_clip.main, ["convert", "model.pth"]),
+    "original": (alpha_clip.main, ["convert", "adapter", "--original"]),
+    "lavis": (alpha_clip.main, ["convert-lavis", "model.pth", "--language-model", "m"]),
+    "merged": (alpha_clip.main, ["merge", "adapter"]),
+    "published": (alpha_clip.main, ["publish", "adapter", "a/b", "--to"]),
 }
 FILES = ("overlay", "attention map", "chart", "joined", "comparison", "original")
 
@@ -177,43 +168,43 @@ def test_what_a_command_wrote_it_replaces(place, name):
 
 def test_another_commands_output_is_not_ones_own(place, capsys):
     assert join_pictures.main(["image.png", "--out", "joined.png"]) == 0
-    assert shapes.main(["--images", "1", "--seed", "1", "--out", "drawn"]) == 0
+    assert alpha_clip.main(["shapes", "--images", "1", "--seed", "1", "--out", "drawn"]) == 0
     before = tree(place)
-    refused(plot_training.main, ["run", "--out", "joined.png"], capsys)
+    refused(alpha_clip.main, ["plot", "run", "--out", "joined.png"], capsys)
     refused(chat.main, [*WRITERS["overlay"][1], "joined.png"], capsys)
-    refused(shapes_grit.main, [*WRITERS["grit"][1], "drawn"], capsys)
-    refused(prepare_data.main, [*WRITERS["index of vg"][1], "drawn"], capsys)
+    refused(alpha_clip.main, [*WRITERS["grit"][1], "drawn"], capsys)
+    refused(alpha_clip.main, [*WRITERS["index of vg"][1], "drawn"], capsys)
     assert tree(place) == before
 
 
 def test_the_index_lies_in_the_data_and_nothing_else_changes(place, capsys):
     before = tree(place / "vg")
     for _ in range(2):
-        assert prepare_data.main(["vg", "--source", "vg"]) == 0
+        assert alpha_clip.main(["prepare", "vg", "--source", "vg"]) == 0
     after = tree(place / "vg")
     assert before.items() <= after.items()
     assert {name.split("/")[0] for name in after.keys() - before.keys()} == {"region_index"}
     (place / "vg" / "region_index" / "notes.txt").touch()
-    assert "holds more than this command wrote" in refused(prepare_data.main, ["vg", "--source", "vg"], capsys)
+    assert "holds more than this command wrote" in refused(alpha_clip.main, ["prepare", "vg", "--source", "vg"], capsys)
 
 
 def test_an_index_of_an_earlier_version_loads_and_is_replaced(place, capsys):
-    assert prepare_data.main(["vg", "--source", "vg"]) == 0
+    assert alpha_clip.main(["prepare", "vg", "--source", "vg"]) == 0
     index = place / "vg" / "region_index"
     (index / ".made_by.json").unlink()
     assert len(RegionIndex(place / "vg"))
     (index / "notes.txt").touch()
-    refused(prepare_data.main, ["vg", "--source", "vg"], capsys)
+    refused(alpha_clip.main, ["prepare", "vg", "--source", "vg"], capsys)
     (index / "notes.txt").unlink()
-    assert prepare_data.main(["vg", "--source", "vg"]) == 0
+    assert alpha_clip.main(["prepare", "vg", "--source", "vg"]) == 0
     (index / ".made_by.json").unlink()
     (index / "index.json").write_text("{}")
-    refused(prepare_data.main, ["vg", "--source", "vg"], capsys)
+    refused(alpha_clip.main, ["prepare", "vg", "--source", "vg"], capsys)
 
 
 def test_two_indexings_at_once(place, capsys):
     from mllm.files import locked
 
     with locked(place / "vg" / "region_index"):
-        error = refused(prepare_data.main, ["vg", "--source", "vg"], capsys)
+        error = refused(alpha_clip.main, ["prepare", "vg", "--source", "vg"], capsys)
     assert f"process {os.getpid()} on {os.uname().nodename}" in error

@@ -7,10 +7,10 @@ from safetensors.torch import load_file
 from transformers import Blip2QFormerConfig, CLIPConfig, CLIPModel, CLIPVisionModelWithProjection, LlavaConfig
 
 import mllm
+from alpha_clip_commands import alpha_clip
 from mllm.blip2_conversion import _shorten, qformer_config_from_lavis
 from mllm.fused import fused_config
 from mllm.llava import with_alpha_tower
-from scripts import convert_alpha_clip, merge_adapter
 from tests.tiny import build_tiny_llava, tiny_clip_config, tiny_llava_config, tiny_tokenizer, tiny_vision_config
 from vision_tower import AlphaCLIPVisionConfig, AlphaCLIPVisionModel, conversion
 
@@ -102,7 +102,7 @@ def plain(tmp_path_factory):
 def test_a_plain_clip_is_not_converted(plain, tmp_path, capsys, source, kind):
     out = tmp_path / ("out.pth" if kind == "--original" else "out")
     flags = [kind, plain / "clip"] if kind == "--text-from" else [kind] if kind else []
-    assert convert_alpha_clip.main(list(map(str, [plain / source, out, *flags]))) == 2
+    assert alpha_clip.main(list(map(str, ["convert", plain / source, out, *flags]))) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "plain CLIP" in error and str(plain / source) in error
     assert not list(tmp_path.iterdir())
@@ -123,7 +123,7 @@ def test_a_merged_adapter_keeps_the_alpha_weights_that_it_was_trained_with(tiny_
     targets = r"model\.language_model\..*q_proj"
     get_peft_model(model, LoraConfig(r=2, target_modules=targets)).save_pretrained(tmp_path / "adapter")
     flags = ["--model", tiny_llava_dir, "--alpha-weights", tmp_path / "tower"]
-    assert merge_adapter.main(list(map(str, [tmp_path / "adapter", tmp_path / "merged", *flags]))) == 0
+    assert alpha_clip.main(list(map(str, ["merge", tmp_path / "adapter", tmp_path / "merged", *flags]))) == 0
     merged = mllm.load(tmp_path / "merged", device="cpu")[0].state_dict()
     for name, weight in tower.state_dict().items():
         assert torch.equal(merged[f"model.vision_tower.{name}"], weight), name

@@ -10,9 +10,9 @@ import os
 import pytest
 
 from alpha_clip_commands import command_line
+from alpha_clip_commands.chat import main as region_chat
 from alpha_clip_commands.command_line import ArgumentParser, exit_code, json_line, printable, say, say_error
-from eval import cli
-from mllm import chat
+from alpha_clip_commands.evaluation import main as region_eval
 
 EVIL = "a\x1b[31mb\x07\x9b2Jc\x7f\u202ed\rz"
 
@@ -50,7 +50,7 @@ def test_programming_errors_keep_their_traceback():
 
 
 @pytest.mark.parametrize(("error", "code"), [(BrokenPipeError(), 141), (OSError(errno.ENOSPC, "full"), 2)])
-@pytest.mark.parametrize("run", [lambda: command_line.say("x") or 0, lambda: chat.main(["--help"])])
+@pytest.mark.parametrize("run", [lambda: command_line.say("x") or 0, lambda: region_chat(["--help"])])
 def test_output_that_cannot_be_flushed(monkeypatch, error, code, run):
     class Closed(io.StringIO):
         def flush(self):
@@ -104,17 +104,17 @@ def test_json_says_the_same_without_control_characters():
 @pytest.mark.parametrize(
     ("main", "arguments", "message"),
     [
-        (chat.main, ["--image", "x", "--box", "--ask", "x"], "argument --box: expected one argument"),
-        (chat.main, ["--image", "x", "--ask", "-what"], "is written with an equals sign: --ask=-..."),
-        (chat.main, ["--image", "x", "--strength", "0.5", "0.6"], "unrecognized arguments: 0.6"),
-        (chat.main, ["--box", "1", "2", "3", "4", "--point", "1,2@3"], "not allowed with argument"),
-        (chat.main, ["--nonsense"], "unrecognized arguments: --nonsense; see --help"),
-        (chat.main, ["--batch-size", "x"], "invalid int value: 'x'"),
-        (chat.main, ["--dtype", EVIL], "invalid choice"),
-        (cli.main, [], "required"),
-        (cli.main, ["nonsense"], "invalid choice"),
-        (cli.main, ["run"], "required: --task"),
-        (cli.main, ["compare", "a", "--seed", "x"], "invalid int"),
+        (region_chat, ["--image", "x", "--box", "--ask", "x"], "argument --box: expected one argument"),
+        (region_chat, ["--image", "x", "--ask", "-what"], "is written with an equals sign: --ask=-..."),
+        (region_chat, ["--image", "x", "--strength", "0.5", "0.6"], "unrecognized arguments: 0.6"),
+        (region_chat, ["--box", "1", "2", "3", "4", "--point", "1,2@3"], "not allowed with argument"),
+        (region_chat, ["--nonsense"], "unrecognized arguments: --nonsense; see --help"),
+        (region_chat, ["--batch-size", "x"], "expected a whole number of up to 32 bits, got 'x'"),
+        (region_chat, ["--dtype", EVIL], "invalid choice"),
+        (region_eval, [], "expected a command"),
+        (region_eval, ["nonsense"], "invalid choice"),
+        (region_eval, ["run"], "required: --task"),
+        (region_eval, ["compare", "a", "--seed", "x"], "invalid int"),
     ],
 )
 def test_usage_errors_are_one_line(main, arguments, message, capsys):

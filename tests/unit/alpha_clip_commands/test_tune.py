@@ -6,16 +6,20 @@ import re
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from alpha_clip_commands import tune
-from alpha_clip_commands.recipe import RECIPES, finite_number, recipe_names, split_recipe, whole_number
-from alpha_clip_commands.training_fields import training_fields
+from alpha_clip_commands.flag_values import finite_number, switch, whole_number
+from alpha_clip_commands.recipe import RECIPES, recipe_names, split_recipe
+from alpha_clip_commands.training_fields import accelerator_fields, dictionary_fields, training_fields
 
 PROGRAMS = (tune.TUNE, tune.TRAIN_ALPHA_CLIP)
 REQUIRED = ["--model", "M", "--data", ".", "--output_dir", "O"]
 
 
 def test_fields_are_those_of_the_class():
+    assert list(dictionary_fields()) == TrainingArguments._VALID_DICT_FIELDS
+    assert list(accelerator_fields()) == [field.name for field in dataclasses.fields(AcceleratorConfig)]
     assert list(training_fields()) == [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
 
 
@@ -27,7 +31,7 @@ def test_flags_are_those_of_huggingface(program):
     assert ours.keys() - {"--version"} == theirs.keys()
     for option, action in theirs.items():
         assert ours[option].nargs == action.nargs or option in ("-h", "--help"), option
-        checked = {int: whole_number, float: finite_number, string_to_bool: tune.switch}
+        checked = {int: whole_number, float: finite_number, string_to_bool: switch}
         assert ours[option].type == checked.get(action.type, ours[option].type), option
         if ours[option].choices is not None:
             assert list(ours[option].choices) == list(action.choices), option
@@ -37,6 +41,7 @@ def test_flags_are_those_of_huggingface(program):
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
 def test_every_recipe_is_of_one_program_and_accepted(program, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "clip_l14_336_grit_20m_4xe.pth").touch()
     names = recipe_names(tune.known_keys(program))
     other = recipe_names(tune.known_keys(PROGRAMS[program is tune.TUNE]))
     assert sorted(names + other) == sorted(path.stem for path in RECIPES.glob("*.yaml")) and len(names) > 5
@@ -74,6 +79,7 @@ def test_where_a_recipe_is(argv, path, rest):
         ["--lr_scheduler_type", "cosine", "--optim", "adamw_torch", "--save_strategy", "no"],
         ["--warmup_steps", "0.5", "--eval_steps", "0.1", "--weight_d", "1"],  # abbreviated
         ["--report_to", "none", "--run_name", "5", "--debug", "underflow_overflow"],
+        ["--plan", "--alpha_weights", "none.pth"],
         ["--deepspeed", "zero2", "--local_rank=0", "--plan", "--lora-r", "4", "--lora_alpha", "8"],
         ["--learning_rates", "alpha=1e-3", "--turn_weights", "left=2"],
     ],
@@ -83,7 +89,7 @@ def test_what_huggingface_takes_is_not_refused(flags, monkeypatch, tmp_path):
     tune.check(tune.TUNE, [*REQUIRED, *flags])
 
 
-def test_a_recipe_whose_values_have_other_types_is_left_to_the_run(tmp_path):
+def test_values_of_a_recipe_are_read_as_flags(tmp_path):
     """As where a number stands in quotes; and LoRA's rank may be in the recipe, its scale on the command line."""
     recipe = tmp_path / "r.yaml"
     recipe.write_text("lora_r: '4'\nlora_dropout: 0.0\ndata: .\n")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from alpha_clip_commands.evaluation import VG_SAMPLE
-from eval import published, task_list, tasks
+from eval import published, task_list, task_samples, tasks
 from mllm.data import shapes
 from mllm.data.splits import densecap_split
 from tests.unit.mllm.data.test_refcocog import MDETR
@@ -45,7 +45,7 @@ def test_a_count_that_differs_is_refused(tmp_path):
 
 def test_an_own_sample_of_visual_genome(tmp_path, monkeypatch):
     shapes.write(tmp_path, 8, 3, "test", progress=False)
-    monkeypatch.setattr(tasks, "densecap_split", lambda name: frozenset({1, 2, 3, 4, 5}))
+    monkeypatch.setattr(task_samples, "densecap_split", lambda name: frozenset({1, 2, 3, 4, 5}))
     task = tasks.find("vg-test/sample-6-seed-1")
     first, again = (task.samples(tmp_path, "box") for _ in range(2))
     other = tasks.find("vg-test/sample-6-seed-2").samples(tmp_path, "box")
@@ -73,13 +73,13 @@ FILE_OF = {"regions": "region_descriptions", "qas": "question_answers"}
 
 def test_why_there_is_no_sample_is_said(tmp_path, monkeypatch):
     shapes.write(tmp_path, 2, 3, "test", progress=False)
-    monkeypatch.setattr(tasks, "densecap_split", lambda name: frozenset({7, 8}))
+    monkeypatch.setattr(task_samples, "densecap_split", lambda name: frozenset({7, 8}))
     for name, own in (("vg-test/sample-1-seed-1", "vg/own"), ("vg-regionqa/densecap-test", "vg-regionqa/own")):
         with pytest.raises(ValueError, match=f"none of the 2 images in .* 2 test images; --task {own} evaluates"):
             tasks.find(name).samples(tmp_path, "box", limit=1)
     with pytest.raises(ValueError, match="test.json is missing; .* the tasks vg/own and vg-test/sample"):
         tasks.find("vg-test/full").samples(tmp_path, "box")
-    monkeypatch.setattr(tasks, "densecap_split", lambda name: frozenset({1, 8}))
+    monkeypatch.setattr(task_samples, "densecap_split", lambda name: frozenset({1, 8}))
     (tmp_path / "region_descriptions.json").write_text("[]")
     with pytest.raises(ValueError, match="lists 1 of DenseCap's 2 test images, but nothing"):
         tasks.find("vg-test/sample-1-seed-1").samples(tmp_path, "box")

@@ -23,8 +23,14 @@ from mllm import blip2, llava
 from mllm.blip2 import AlphaBlip2ForConditionalGeneration, AlphaBlip2VisionConfig, AlphaBlip2VisionModel
 from mllm.export import export
 from mllm.loading import quantization
-from tests.tiny import build_tiny_blip2, tiny_blip2_parts, tiny_llava_config, tiny_tokenizer, tiny_vision_config
-from vision_tower import AlphaConv2d
+from tests.tiny import (
+    alpha_of,
+    build_tiny_blip2,
+    tiny_blip2_parts,
+    tiny_llava_config,
+    tiny_tokenizer,
+    tiny_vision_config,
+)
 
 EVA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 EVA = {**EVA, "image_size": 32, "patch_size": 8}
@@ -34,11 +40,6 @@ EVA = {**EVA, "image_size": 32, "patch_size": 8}
 def default_verbosity(caplog):
     """Commands that ran earlier in this process have changed it."""
     caplog.set_level(logging.WARNING, "transformers")
-
-
-def alpha_of(model):
-    (weight,) = (module.weight for module in model.modules() if isinstance(module, AlphaConv2d))
-    return weight
 
 
 def without_alpha(folder):

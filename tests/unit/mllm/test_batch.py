@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 import mllm
-from mllm import chat
+from alpha_clip_commands.chat import main as region_chat
 from mllm.inference import RegionChat
 from tests.batch_files import (  # noqa: F401, pytest finds the fixtures here
     BOX,
@@ -43,7 +43,7 @@ def test_one_bad_request_never_stops_the_others(tiny_llava_dir, folder, capsys):
         {"id": "whole", "image": "b.png", "region": {"whole": True}},
     ]
     write(folder, records)
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 1
+    assert region_chat(arguments(tiny_llava_dir, folder)) == 1
     written = answers(folder)
     expected = [0, 1, 2, *bad, "line 11", "line 12", "whole"]
     assert [a["id"] for a in written] == expected
@@ -59,33 +59,33 @@ def test_each_request_gets_its_own_region(tiny_llava_dir, folder):
         for i, r in enumerate([BOX, {"box": [40, 10, 60, 40]}, {"whole": True}, BOX])
     ]
     write(folder, records)
-    assert chat.main(arguments(tiny_llava_dir, folder, tokens=24)) == 0
+    assert region_chat(arguments(tiny_llava_dir, folder, tokens=24)) == 0
     texts = [a["answer"] for a in answers(folder)]
     assert texts[0] == texts[3] and len(set(texts)) == 3
 
 
 def test_another_run_is_refused(tiny_llava_dir, folder, capsys):
     write(folder, good(4))
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 0
+    assert region_chat(arguments(tiny_llava_dir, folder)) == 0
     before = (folder / "answers.jsonl").read_bytes()
-    assert chat.main(arguments(tiny_llava_dir, folder, size=2)) == 2
+    assert region_chat(arguments(tiny_llava_dir, folder, size=2)) == 2
     assert "other batch_size" in capsys.readouterr().err
     config = tiny_llava_dir / "generation_config.json"
     saved = config.read_text()
     try:
         config.write_text(saved.replace("{", '{"x_changed": 1,', 1))
-        assert chat.main(arguments(tiny_llava_dir, folder)) == 2
+        assert region_chat(arguments(tiny_llava_dir, folder)) == 2
         assert "other weights" in capsys.readouterr().err
     finally:
         config.write_text(saved)
     (folder / "foreign.jsonl").write_text("mine\n")
-    assert chat.main(arguments(tiny_llava_dir, folder, "foreign.jsonl")) == 2
+    assert region_chat(arguments(tiny_llava_dir, folder, "foreign.jsonl")) == 2
     assert (folder / "foreign.jsonl").read_text() == "mine\n" and (folder / "answers.jsonl").read_bytes() == before
 
 
 def test_duplicate_ids_are_refused_before_anything_runs(tiny_llava_dir, folder, capsys):
     write(folder, [*good(3), {"id": 1, "image": "a.png", "region": BOX}])
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 2
+    assert region_chat(arguments(tiny_llava_dir, folder)) == 2
     assert "ids must differ, but 1" in capsys.readouterr().err
     assert not (folder / "answers.jsonl").exists()
 
@@ -93,7 +93,7 @@ def test_duplicate_ids_are_refused_before_anything_runs(tiny_llava_dir, folder, 
 def test_lines_end_at_line_feeds_alone(tiny_llava_dir, folder):
     text = json.dumps({**good(1)[0], "question": "a\u2028b\x85c"}, ensure_ascii=False)
     (folder / "requests.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n\r\n")
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 0
+    assert region_chat(arguments(tiny_llava_dir, folder)) == 0
     assert [a["id"] for a in answers(folder)] == [0]
 
 
@@ -111,7 +111,7 @@ BROKEN_LINES = {
 def test_a_line_that_cannot_be_read_fails_alone(tiny_llava_dir, folder, line):
     first, last = (json.dumps(record).encode() for record in good(2))
     (folder / "requests.jsonl").write_bytes(b"\n".join([first, line, last]))
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 1
+    assert region_chat(arguments(tiny_llava_dir, folder)) == 1
     written = answers(folder)
     assert [a["id"] for a in written] == [0, "line 2", 1]
     assert ["error" in a for a in written] == [False, True, False]
@@ -158,13 +158,13 @@ def test_whatever_json_a_request_is_it_gets_an_answer_or_an_error(tiny_llava, fo
 
 def test_failed_requests_are_retried_only_when_asked(tiny_llava_dir, folder, capsys):
     write(folder, [*good(3), {"id": "late", "image": "late.png", "region": BOX}])
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 1
+    assert region_chat(arguments(tiny_llava_dir, folder)) == 1
     assert "--retry-failed" in capsys.readouterr().err
     before = answers(folder)
     noise_picture(60, 40).save(folder / "late.png")
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 1
+    assert region_chat(arguments(tiny_llava_dir, folder)) == 1
     assert answers(folder) == before and "error" in before[-1]
-    assert chat.main([*arguments(tiny_llava_dir, folder), "--retry-failed"]) == 0
+    assert region_chat([*arguments(tiny_llava_dir, folder), "--retry-failed"]) == 0
     assert answers(folder)[:-1] == before[:-1] and "answer" in answers(folder)[-1]
 
 
@@ -175,20 +175,20 @@ def test_masks_lie_beside_the_request_file(tiny_llava_dir, folder, tmp_path_fact
     regions = [{"mask": "mask.png"}, {"mask": str(folder / "mask.png")}]
     write(folder, [{"id": i, "image": "a.png", "region": region} for i, region in enumerate(regions)])
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 0
+    assert region_chat(arguments(tiny_llava_dir, folder)) == 0
     assert answers(folder)[0]["answer"] == answers(folder)[1]["answer"]
 
 
 def test_other_alpha_weights_are_another_run(tiny_llava_dir, folder, capsys):
     write(folder, good(2))
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 0
+    assert region_chat(arguments(tiny_llava_dir, folder)) == 0
     tower = mllm.load(tiny_llava_dir, device="cpu")[0].model.vision_tower
     torch.nn.init.normal_(tower.embeddings.patch_embedding.alpha.weight, std=0.3)
     tower.save_pretrained(folder / "tower")
     flags = ["--alpha-weights", str(folder / "tower")]
-    assert chat.main([*arguments(tiny_llava_dir, folder), *flags]) == 2
+    assert region_chat([*arguments(tiny_llava_dir, folder), *flags]) == 2
     assert "other alpha and adapter" in capsys.readouterr().err
-    assert chat.main([*arguments(tiny_llava_dir, folder, "b.jsonl"), *flags]) == 0
+    assert region_chat([*arguments(tiny_llava_dir, folder, "b.jsonl"), *flags]) == 0
 
 
 @pytest.mark.parametrize("saved", [None, ["multi_modal_projector"]], ids=["LoRA", "a whole module"])
@@ -202,10 +202,10 @@ def test_another_adapter_is_another_run(tiny_llava_dir, folder, capsys, saved):
         changed = [p for n, p in tuned.named_parameters() if (".modules_to_save." if saved else ".lora_A.") in n][-1]
         changed += 1
     tuned.save_pretrained(folder / "two")
-    assert chat.main([*arguments(tiny_llava_dir, folder), "--adapter", str(folder / "one")]) == 0
-    assert chat.main([*arguments(tiny_llava_dir, folder), "--adapter", str(folder / "two")]) == 2
+    assert region_chat([*arguments(tiny_llava_dir, folder), "--adapter", str(folder / "one")]) == 0
+    assert region_chat([*arguments(tiny_llava_dir, folder), "--adapter", str(folder / "two")]) == 2
     assert "other alpha and adapter" in capsys.readouterr().err
-    assert chat.main([*arguments(tiny_llava_dir, folder), "--adapter", str(folder / "one")]) == 0
+    assert region_chat([*arguments(tiny_llava_dir, folder), "--adapter", str(folder / "one")]) == 0
 
 
 def test_a_last_line_without_newline_is_a_request(tiny_llava, folder):
@@ -223,8 +223,9 @@ def test_an_image_deleted_in_the_middle_is_the_error_of_its_requests(tiny_llava,
     real = RegionChat.answer_each
 
     def deleting(self, requests, **options):
+        given = real(self, requests, **options)
         (folder / "b.png").unlink(missing_ok=True)
-        return real(self, requests, **options)
+        return given
 
     monkeypatch.setattr(RegionChat, "answer_each", deleting)
     assert batch(tiny_llava, folder) == 3
@@ -235,16 +236,16 @@ def test_an_image_deleted_in_the_middle_is_the_error_of_its_requests(tiny_llava,
 def test_a_run_of_errors_stops(tiny_llava_dir, folder, capsys, asked):
     bad = [{"id": f"bad {n}", "image": "none.png", "region": BOX} for n in range(21)]
     write(folder, [*good(4), *bad, *good(20)[4:]])
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 2
+    assert region_chat(arguments(tiny_llava_dir, folder)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "21 of 41 requests failed" in error and "bad 0" in error and "none.png" in error
     assert len(asked) == 2 and len(answers(folder)) == 28  # up to the batch of the 21st
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 2 and len(asked) == 2
-    assert chat.main([*arguments(tiny_llava_dir, folder), "--max-errors", "0.6"]) == 1
+    assert region_chat(arguments(tiny_llava_dir, folder)) == 2 and len(asked) == 2
+    assert region_chat([*arguments(tiny_llava_dir, folder), "--max-errors", "0.6"]) == 1
     assert len(answers(folder)) == 41
     shutil.copy(folder / "a.png", folder / "none.png")
     for _ in range(2):
-        assert chat.main([*arguments(tiny_llava_dir, folder), "--retry-failed"]) == 0
+        assert region_chat([*arguments(tiny_llava_dir, folder), "--retry-failed"]) == 0
 
 
 def test_few_errors_never_stop_a_run(tiny_llava, folder):

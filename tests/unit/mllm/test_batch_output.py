@@ -8,7 +8,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from mllm import chat
+from alpha_clip_commands.chat import main as region_chat
 from mllm.batch import read_requests, run_batch
 from mllm.batch_output import BatchOutput
 from mllm.data.jsonl import region_in
@@ -29,7 +29,7 @@ from tests.batch_files import (  # noqa: F401, pytest finds the fixtures here
 @pytest.mark.parametrize("kept", ["mid line", "whole lines", "nothing", "all", "no file"])
 def test_the_output_is_written_again_from_the_journal(tiny_llava_dir, folder, kept, asked):
     write(folder, good(10))
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 0
+    assert region_chat(arguments(tiny_llava_dir, folder)) == 0
     output = folder / "answers.jsonl"
     whole = output.read_bytes()
     lines = whole.splitlines(keepends=True)
@@ -38,16 +38,16 @@ def test_the_output_is_written_again_from_the_journal(tiny_llava_dir, folder, ke
     if kept == "no file":
         output.unlink()
     asked.clear()
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 0
+    assert region_chat(arguments(tiny_llava_dir, folder)) == 0
     assert output.read_bytes() == whole and not asked
 
 
 @pytest.mark.parametrize("record", ["[]", "{", "\0", "{}", "", '{"made_by": "somebody", "run": {}}', "[" * 9999])
 def test_a_damaged_journal_is_refused(tiny_llava_dir, folder, record, capsys):
     write(folder, good(1))
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 0
+    assert region_chat(arguments(tiny_llava_dir, folder)) == 0
     (folder / "answers.jsonl.journal.jsonl").write_text(record + "\n")
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 2
+    assert region_chat(arguments(tiny_llava_dir, folder)) == 2
     assert "answers.jsonl.journal.jsonl is" in capsys.readouterr().err
 
 
@@ -192,11 +192,11 @@ def test_a_full_disk_is_one_line_and_exit_code_2(tiny_llava_dir, folder, capsys,
     write(folder, good(4))
     real = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: (_ for _ in ()).throw(ERRORS["full disk"]))
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 2
+    assert region_chat(arguments(tiny_llava_dir, folder)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("region-chat: error: ") and "answers.jsonl.journal.jsonl: No space left" in error
     monkeypatch.setattr(os, "write", real)
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 0
+    assert region_chat(arguments(tiny_llava_dir, folder)) == 0
 
 
 def test_a_second_process_is_refused_and_named(tiny_llava_dir, folder, capsys):
@@ -204,10 +204,10 @@ def test_a_second_process_is_refused_and_named(tiny_llava_dir, folder, capsys):
     (folder / "link.jsonl").symlink_to(folder / "answers.jsonl")
     with locked(folder / "answers.jsonl"):
         for name in ("answers.jsonl", "link.jsonl"):
-            assert chat.main(arguments(tiny_llava_dir, folder, name)) == 2
+            assert region_chat(arguments(tiny_llava_dir, folder, name)) == 2
             assert f"is being written by process {os.getpid()} on " in capsys.readouterr().err
     assert not (folder / "answers.jsonl").exists()
-    assert chat.main(arguments(tiny_llava_dir, folder, "link.jsonl")) == 0
+    assert region_chat(arguments(tiny_llava_dir, folder, "link.jsonl")) == 0
     assert (folder / "link.jsonl").is_symlink() and len(answers(folder)) == 2
 
 
@@ -219,7 +219,7 @@ def test_what_the_command_reads_is_never_its_output(tiny_llava_dir, folder, outp
         if journal:
             (folder / f"{output}.journal.jsonl").write_text('{"made_by": "alpha-clip-mllm", "run": {}}\n')
         before = (folder / output).read_bytes()
-        assert chat.main(arguments(tiny_llava_dir, folder, output)) == 2
+        assert region_chat(arguments(tiny_llava_dir, folder, output)) == 2
         assert "is read by this command" in capsys.readouterr().err
         assert (folder / output).read_bytes() == before
 
@@ -246,7 +246,7 @@ def test_what_others_wrote_is_never_replaced(tiny_llava, folder):
 
 def test_an_error_of_ours_ends_the_run_and_keeps_the_answers(tiny_llava_dir, folder, monkeypatch, asked):
     write(folder, good(8))
-    assert chat.main(arguments(tiny_llava_dir, folder, "undisturbed.jsonl")) == 0
+    assert region_chat(arguments(tiny_llava_dir, folder, "undisturbed.jsonl")) == 0
 
     def wrong(*arguments):
         if asked:  # in the second batch
@@ -256,7 +256,7 @@ def test_an_error_of_ours_ends_the_run_and_keeps_the_answers(tiny_llava_dir, fol
     asked.clear()
     with monkeypatch.context() as patch, pytest.raises(TypeError, match="ours"):
         patch.setattr("mllm.batch.region_in", wrong)
-        chat.main(arguments(tiny_llava_dir, folder))
+        region_chat(arguments(tiny_llava_dir, folder))
     assert len(answers(folder)) == 4
-    assert chat.main(arguments(tiny_llava_dir, folder)) == 0
+    assert region_chat(arguments(tiny_llava_dir, folder)) == 0
     assert (folder / "answers.jsonl").read_bytes() == (folder / "undisturbed.jsonl").read_bytes() and len(asked) == 2

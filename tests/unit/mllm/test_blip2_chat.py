@@ -8,7 +8,7 @@ from torch import nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration
 
 import mllm
-from mllm import chat
+from alpha_clip_commands.chat import main as region_chat
 from mllm.blip2 import AlphaBlip2Processor
 from mllm.inference import RegionChat
 from mllm.processing_blip2 import conversation_prompt
@@ -115,7 +115,7 @@ def test_encode_conversation_is_what_the_model_gets(loaded):
 def test_command_line(folder, tmp_path, capsys):
     IMAGE.save(tmp_path / "a.png")
     flags = ["--model", str(folder), "--image", str(tmp_path / "a.png"), "--max-new-tokens", "4"]
-    assert chat.main([*flags, "--box", "0,0,30,40", "--ask", "What?", "--json"]) == 0
+    assert region_chat([*flags, "--box", "0,0,30,40", "--ask", "What?", "--json"]) == 0
     expected = RegionChat(*mllm.load(folder, device="cpu")).ask(IMAGE, LEFT, "What?", max_new_tokens=4)
     assert json.loads(capsys.readouterr().out)["answer"] == expected
     requests = [
@@ -123,9 +123,9 @@ def test_command_line(folder, tmp_path, capsys):
     ]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(request) + "\n" for request in requests))
     batch = ["--batch", str(tmp_path / "r.jsonl"), "--output", str(tmp_path / "out.jsonl"), "--max-new-tokens", "4"]
-    assert chat.main(["--model", str(folder), *batch]) == 0
+    assert region_chat(["--model", str(folder), *batch]) == 0
     assert all("answer" in json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines())
-    assert chat.main([*flags, "--box", "0,0,30,40", "--ask", "x" * 2000]) == 2
+    assert region_chat([*flags, "--box", "0,0,30,40", "--ask", "x" * 2000]) == 2
     assert "ask a shorter question" in capsys.readouterr().err
 
 

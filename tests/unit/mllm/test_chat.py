@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from alpha_clip_commands.chat import build_parser
+from alpha_clip_commands.chat import build_parser, region_in
+from alpha_clip_commands.chat import main as region_chat
 from mllm import chat
 from tests.drawn_back import fed_pixels  # noqa: F401, a fixture
 from tests.tiny import noise_picture
@@ -37,7 +38,7 @@ def files(tmp_path):
 
 
 def run(model, *arguments):
-    return chat.main(["--model", str(model), "--max-new-tokens", "4", *map(str, arguments)])
+    return region_chat(["--model", str(model), "--max-new-tokens", "4", *map(str, arguments)])
 
 
 REGIONS = {
@@ -100,7 +101,7 @@ def write_cut(path):
         (["--image", "text.png", "--whole", "--ask", "x"], "not an image"),
         (["--image", "cut.jpg", "--whole", "--ask", "x"], "cannot read the image"),
         (["--image", "picture.png", "--ask", "x"], "expected a region, one of --box"),
-        (["--image", "picture.png", "--box", "100,100,120,120", "--ask", "x"], "outside the picture of 60 x 40"),
+        (["--image", "picture.png", "--box", "100,100,120,120", "--ask", "x"], "outside the image of 60 x 40"),
         (["--image", "picture.png", "--box", "9,9,1,1", "--ask", "x"], "x0 < x1"),
         (["--image", "picture.png", "--box", "nan,0,1,1", "--ask", "x"], "finite"),
         (["--image", "picture.png", "--mask", "small.png", "--ask", "x"], "expected equal sizes"),
@@ -194,7 +195,7 @@ def test_an_unknown_hub_id_fails_at_once_without_network(picture, monkeypatch, c
 
 @pytest.mark.parametrize("flags, noted", [(["--points", "20,20@6"], True), (["--box", "2,2,30,30"], False)])
 def test_what_the_embedded_model_never_learned_is_noted(picture, capsys, flags, noted):
-    assert chat.main(["--image", str(picture), *flags, "--ask", "What is this?", "--max-new-tokens", "1"]) == 0
+    assert region_chat(["--image", str(picture), *flags, "--ask", "What is this?", "--max-new-tokens", "1"]) == 0
     assert ("learned from boxes and masks" in capsys.readouterr().err) == noted
 
 
@@ -228,12 +229,14 @@ def test_numbers_are_understood_as_they_come(words, region):
     for arguments in ([*words, "--ask", "x"], ["--ask", "x", *words], ["--ask", "x", *words, "--json"]):
         args = build_parser().parse_args(["--image", "p.png", *arguments])
         assert chat.region_from_arguments(args) == region and args.ask == "x"
+        value = region_in(args)[1]
+        assert value == value.strip()  # as it is shown in messages
 
 
 def test_a_box_that_reaches_over_the_image_is_clipped_with_a_warning(tiny_llava_dir, picture, fed, caplog):
     for box in (["-5,3,60,39"], ["-5", "3", "60", "39"]):
         assert run(tiny_llava_dir, "--image", picture, "--box", *box, "--ask", "x") == 0
-        assert caplog.text.count("reaches over") == 1
+        assert caplog.text.count("extends beyond") == 1
         caplog.clear()
     clipped = place_alpha(Region.from_box(0, 3, 60, 39), 40, 60, 32, "pad")
     assert all(np.allclose(pixels[3] * ALPHA_STD + ALPHA_MEAN, clipped, atol=1e-5) for pixels in fed)
@@ -270,7 +273,7 @@ def test_images_come_from_data_urls_too(tiny_llava_dir, picture, fed, tmp_path, 
 
 def test_version(capsys):
     with pytest.raises(SystemExit) as stopped:
-        chat.main(["--version"])
+        region_chat(["--version"])
     assert stopped.value.code == 0 and capsys.readouterr().out.startswith("region-chat 0.1.0")
 
 
@@ -285,7 +288,7 @@ def test_what_can_be_checked_without_the_model_is(picture, monkeypatch, flags):
     monkeypatch.setattr(chat, "load_chat", lambda args: pytest.fail("the model was loaded"))
     region = [] if "--box" in flags else ["--whole"]
     assert run("unused", "--image", picture, "--ask", "x", *region, *flags) == 2
-    assert chat.main(["--batch", str(picture), "--output", "no/o.jsonl"]) == 2
+    assert region_chat(["--batch", str(picture), "--output", "no/o.jsonl"]) == 2
 
 
 def test_the_overlay_is_saved_with_the_answer(tiny_llava_dir, picture, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from alpha_clip_commands.chat import FORMER_OPTIONS, REGION_OPTIONS
+from alpha_clip_commands.chat import main as region_chat
 from mllm import chat
 from mllm.data.templates import DESCRIBE_REGION
 from mllm.inference import RegionChat
@@ -27,13 +28,13 @@ def picture(tmp_path):
 
 
 def run(model, *arguments):
-    return chat.main(["--model", str(model), "--max-new-tokens", "4", *map(str, arguments)])
+    return region_chat(["--model", str(model), "--max-new-tokens", "4", *map(str, arguments)])
 
 
 def talk(monkeypatch, model, picture, lines):
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
     models = [] if model is None else ["--model", str(model)]
-    return chat.main([*models, "--image", str(picture), "--max-new-tokens", "2"])
+    return region_chat([*models, "--image", str(picture), "--max-new-tokens", "2"])
 
 
 CONVERSATION = """\
@@ -63,7 +64,7 @@ def test_a_conversation(tiny_llava_dir, picture, tmp_path, monkeypatch, capsys):
     assert run(tiny_llava_dir, "--image", picture) == 2  # lines of a pipe failed
     captured = capsys.readouterr()
     errors = [line for line in captured.err.splitlines() if line.startswith("error:")]
-    expected = ["no region yet", "outside the picture", "unknown command /nonsense", "no image file", "no region yet"]
+    expected = ["no region yet", "outside the image", "unknown command /nonsense", "no image file", "no region yet"]
     assert all(part in line for part, line in zip(expected, errors, strict=True))
     assert Image.open(tmp_path / "overlay.png").width >= 384
     saved, again = (json.loads((tmp_path / name).read_text()) for name in ("turns.json", "again.json"))
@@ -156,3 +157,9 @@ def test_the_note_about_the_embedded_model_is_said_by_commands_too(embedded, pic
     ):
         assert talk(monkeypatch, None, picture, lines) == 0
         assert capsys.readouterr().err.count("learned from boxes and masks") == notes
+
+
+def test_a_region_that_is_cut_off_is_said_once_when_it_is_set(tiny_llava_dir, picture, tmp_path, monkeypatch, caplog):
+    lines = ["a", f"/overlay {tmp_path / 'o.png'}", "/strength 0.9", "b", "/box -5,0,20,20", "c", "/box 0,0,9,9", "d"]
+    talk(monkeypatch, tiny_llava_dir, picture, lines)
+    assert caplog.text.count("extends beyond") == 1

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, CLIPVisionModel, LlavaForC
 
 import mllm
 from alpha_clip_commands import alpha_clip
-from mllm import chat
+from alpha_clip_commands.chat import main as region_chat
 from mllm.export import export
 from mllm.loading import load_adapter
 from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_picture
@@ -95,7 +95,7 @@ def test_region_chat_takes_an_export(exported, tiny_llava_dir, tmp_path, capsys)
     asked = ["--image", tmp_path / "a.png", "--box", "0,0,30,40", "--ask", "What?", "--max-new-tokens", 8, "--json"]
     answers = []
     for folder in (exported, tiny_llava_dir):
-        assert chat.main([str(part) for part in ["--model", folder, "--device", "cpu", *asked]]) == 0
+        assert region_chat([str(part) for part in ["--model", folder, "--device", "cpu", *asked]]) == 0
         answers.append(json.loads(capsys.readouterr().out)["answer"])
     assert answers[0] == answers[1]
 

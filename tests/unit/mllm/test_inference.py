@@ -218,7 +218,7 @@ def test_a_stream_is_the_answer_in_pieces(family, embedded):
 
 def test_a_stream_passes_errors_on_and_leaves_no_thread(embedded):
     chat, before, steps = RegionChat(*embedded), threading.active_count(), []
-    with pytest.raises(ValueError, match="outside the picture"):
+    with pytest.raises(ValueError, match="outside the image"):
         chat.stream(SCENE, "box:500,500,600,600", "What?")  # at once, not with the first piece
     hook = chat.model.register_forward_pre_hook(lambda *_: steps.append(time.sleep(0.01 * len(steps))))
     try:

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mllm
-from mllm import chat
+from alpha_clip_commands import alpha_clip
+from alpha_clip_commands.chat import main as region_chat
 from mllm.inference import RegionChat
 from mllm.loading import EMBEDDED_MODEL
-from scripts import merge_adapter
 from tests.tiny import noise_picture, prompt
 from vision_tower import Region
 
@@ -63,12 +63,12 @@ def test_adapter_gives_the_logits_it_was_saved_with(tiny_llava, tiny_llava_dir, 
 def test_merged_adapter_needs_no_peft(tiny_llava_dir, adapter, tmp_path, capsys):
     folder, expected = adapter
     flags = [str(folder), str(tmp_path / "merged"), "--model", str(tiny_llava_dir)]
-    assert merge_adapter.main(flags) == 0
+    assert alpha_clip.main(["merge", *flags]) == 0
     assert not any("lora" in key for key in load_file(tmp_path / "merged" / "model.safetensors"))
     model, processor = mllm.load(tmp_path / "merged", device="cpu")
     for region, saved in zip((LEFT, RIGHT), expected, strict=True):
         torch.testing.assert_close(logits(model, processor, region), saved, rtol=1e-4, atol=1e-4)
-    assert merge_adapter.main(flags) == 2
+    assert alpha_clip.main(["merge", *flags]) == 2
     assert "exists" in capsys.readouterr().err
 
 
@@ -120,13 +120,13 @@ def test_load_in_and_adapter_on_the_command_line(tiny_llava_dir, adapter, tmp_pa
     noise_picture(60, 40).save(tmp_path / "a.png")
     flags = ["--model", tiny_llava_dir, "--image", tmp_path / "a.png", "--box", "0,0,30,40", "--ask", "What?"]
     flags = [str(flag) for flag in [*flags, "--max-new-tokens", 4]]
-    assert chat.main([*flags, "--adapter", str(adapter[0])]) == 0
+    assert region_chat([*flags, "--adapter", str(adapter[0])]) == 0
     capsys.readouterr()
-    assert chat.main([*flags, "--adapter", str(tmp_path)]) == 2
+    assert region_chat([*flags, "--adapter", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "expected a LoRA adapter" in error and error.count("\n") == 1
     scene = ["--image", str(SCENES / "scene_2.png"), "--box", "22,8,48,42", "--ask", "What is this?"]
-    assert chat.main([*scene, "--load-in", "8bit"]) == 0
+    assert region_chat([*scene, "--load-in", "8bit"]) == 0
     assert capsys.readouterr().out
 
 

@@ -318,7 +318,7 @@ TEXT = prompt("a")
         (lambda: PROCESSOR(IMAGE, TEXT, '{"box": '), "as JSON"),
         (lambda: PROCESSOR(IMAGE, TEXT, [4, 4, 20, 20]), "expected a Region, its JSON, its text"),
         (lambda: PROCESSOR(IMAGE, TEXT, np.ones((40, 40))), "expected a Region.*Region.from_mask"),
-        (lambda: PROCESSOR(IMAGE, TEXT, Region.from_box(90, 90, 99, 99)), "outside the picture"),
+        (lambda: PROCESSOR(IMAGE, TEXT, Region.from_box(90, 90, 99, 99)), "outside the image"),
         (lambda: PROCESSOR(IMAGE, TEXT, BOX, images_kwargs={"regions": BOX}), "got regions twice"),
         (lambda: PROCESSOR(text="a", regions=BOX), "regions without images"),
         (lambda: PROCESSOR([None, IMAGE], TEXT), "got no image"),

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.processes import ROOT
+from tests.tiny import noise_picture
 
 TUNING = """
 import mllm
@@ -60,3 +61,20 @@ assert len(backend.filters) == len(deepspeed.filters) == 1
         assert genuine in said, said
     for noise in ("No module named", "Setting accelerator", "checkpointing` is deprecated"):
         assert noise not in said, said
+
+
+def test_commands_change_no_level(tiny_llava_dir, tmp_path, processes):
+    """What Transformers warns of while a command runs is printed."""
+    noise_picture(60, 40).save(tmp_path / "a.png")
+    before = """
+import mllm.inference, transformers
+ask = mllm.inference.RegionChat.ask
+def warned(self, *args, **kwargs):
+    transformers.utils.logging.get_logger("transformers.generation.utils").warning("a genuine warning")
+    return ask(self, *args, **kwargs)
+mllm.inference.RegionChat.ask = warned
+"""
+    arguments = ["--model", tiny_llava_dir, "--image", tmp_path / "a.png", "--box=1,1,20,20", "--ask", "x"]
+    said = lines(processes.run("alpha_clip_commands.chat:main", [*arguments, "--max-new-tokens", 2], before=before))
+    said = [line for line in said if not line.startswith(("importing", "model: "))]
+    assert said[0].endswith("a genuine warning") and len(said) <= 3, said

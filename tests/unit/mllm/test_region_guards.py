@@ -13,6 +13,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, LlavaForCondition
 
 import mllm
 from alpha_clip_commands.chat import build_parser
+from alpha_clip_commands.chat import main as region_chat
 from alpha_clip_commands.tuning_arguments import DataArguments
 from mllm import chat
 from mllm.data import shapes
@@ -114,7 +115,7 @@ def test_numbers_too_large_fail_alone_in_a_batch(tiny_llava_dir, tmp_path):
     lines = [json.dumps({"id": i, "image": "a.png", "region": region}) for i, region in enumerate(regions)]
     (tmp_path / "r.jsonl").write_text("\n".join(lines) + "\n")
     flags = ["--model", tiny_llava_dir, "--batch", tmp_path / "r.jsonl", "--output", tmp_path / "o.jsonl"]
-    assert chat.main([str(flag) for flag in [*flags, "--max-new-tokens", 2]]) == 1
+    assert region_chat([str(flag) for flag in [*flags, "--max-new-tokens", 2]]) == 1
     answers = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert ["answer" in answer for answer in answers] == [True, False, False]
 
@@ -135,7 +136,7 @@ def test_the_picture_is_never_overwritten(tmp_path, capsys):
     noise_picture(60, 40).save(picture)
     before = picture.read_bytes()
     flags = ["--image", str(picture), "--box", "1,1,20,20"]
-    assert chat.main([*flags, "--ask", "x", "--save-overlay", str(picture)]) == 2
+    assert region_chat([*flags, "--ask", "x", "--save-overlay", str(picture)]) == 2
     assert "would be overwritten" in capsys.readouterr().err and picture.read_bytes() == before
 
 
@@ -145,7 +146,7 @@ def test_a_broken_config_is_one_line(tmp_path, capsys):
     config["vision_config"]["hidden_size"] = "abc"
     (tmp_path / "config.json").write_text(json.dumps(config))
     flags = ["--model", str(tmp_path), "--image", str(tmp_path / "a.png"), "--box", "1,1,9,9", "--ask", "x"]
-    assert chat.main(flags) == 2
+    assert region_chat(flags) == 2
     error = capsys.readouterr().err
     assert "cannot load the model" in error and error.count("\n") == 1
 

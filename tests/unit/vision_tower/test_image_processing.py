@@ -173,8 +173,8 @@ def test_any_box_any_geometry(width, height, data):
     [
         (lambda p, i: p([i, i], [Region.whole()]), "each of 2 images, got 1"),
         (lambda p, i: p(i, Region.from_mask(np.ones((5, 5)))), "expected equal sizes"),
-        (lambda p, i: p(i, Region.from_box(500, 500, 600, 600)), "outside the picture"),
-        (lambda p, i: p(i, [[]]), "or None, got list"),
+        (lambda p, i: p(i, Region.from_box(500, 500, 600, 600)), "outside the image"),
+        (lambda p, i: p(i, [[]]), "an empty list of regions"),
         (lambda p, i: p(i, []), "empty list"),
         (lambda p, i: p(i, "box:3,2,1,4"), "cannot read the region"),
         (lambda p, i: p(i, None, geometry="zoom"), "expected geometry"),

@@ -21,7 +21,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from tests.tiny import tiny_clip_config
+from tests.tiny import alpha_of, tiny_clip_config
 from vision_tower import (
     AlphaCLIPImageProcessor,
     AlphaCLIPModel,
@@ -31,7 +31,7 @@ from vision_tower import (
     add_alpha_channel,
     load_with_alpha,
 )
-from vision_tower.alpha_embedding import WHOLE_IMAGE, AlphaConv2d
+from vision_tower.alpha_embedding import WHOLE_IMAGE
 from vision_tower.llava_tower import AlphaCLIPVisionTower
 from vision_tower.modeling_alpha_clip import ALPHA_WEIGHT
 
@@ -42,11 +42,6 @@ CLASSES = (AlphaCLIPVisionModel, AlphaCLIPVisionModelWithProjection, AlphaCLIPMo
 def default_verbosity(caplog):
     """Commands that ran earlier in this process have changed it."""
     caplog.set_level(logging.WARNING, "transformers")
-
-
-def alpha_of(model):
-    (weight,) = (module.weight for module in model.modules() if isinstance(module, AlphaConv2d))
-    return weight
 
 
 def features(model):

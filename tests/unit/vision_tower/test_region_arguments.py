@@ -87,6 +87,7 @@ def test_what_is_no_region_is_one_line(value):
         ("a", None, [None]),
         ("a", BOX, [BOX]),
         ("a", [BOX, FAR], [BOX, FAR]),
+        ("a", [[BOX, FAR]], [BOX, FAR]),
         (["a"], BOX, [BOX]),
         (["a"], [[BOX, FAR]], [BOX, FAR]),
         (["a", "b"], [[BOX, None], FAR], [BOX, None, FAR]),

@@ -52,10 +52,10 @@ def test_pixels_on_the_corners_of_the_first_pixel_are_pixels():
     ids=lambda region: region.kind,
 )
 def test_coordinates_up_to_1000_outside_the_image_are_an_error_that_says_nbox(region, caplog):
-    with pytest.raises(ValueError, match="outside the picture of 640 x 480 .*from 0 to 1000, divide .* nbox"):
+    with pytest.raises(ValueError, match="outside the image of 640 x 480 .*from 0 to 1000, divide .* nbox"):
         region.mask(480, 640)
     region.mask(795, 795)  # partly outside: cut off, with the same advice
-    assert "is cut off; if its coordinates are from 0 to 1000" in caplog.text
+    assert "is clipped; if its coordinates are from 0 to 1000" in caplog.text
     with pytest.raises(ValueError, match="pixels$"):
         Region.from_box(2000, 2000, 2100, 2100).mask(480, 640)
 
@@ -130,3 +130,30 @@ def test_what_is_no_annotation_is_an_error_that_says_so(written, message):
         with pytest.raises(ValueError, match=message) as raised:
             read(written)
         assert len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "box:1,2,30,40",
+        "nbox:0.1,0.2,0.5,0.6",
+        "polygon:1,2,30,2,30,40",
+        "polygon:1,2,30,2,30,40;50,50,60,50,60,60",
+        "points:30,20;5,6@5",
+        "stroke:1,2;30,40@2.5",
+        "whole",
+    ],
+)
+def test_a_region_is_shown_as_it_is_written(text):
+    assert str(Region.parse(text)) == text
+
+
+def test_a_wrong_region_names_the_form_of_its_own_kind_only():
+    with pytest.raises(ValueError, match=r"expected 4 numbers, got 2; it is written nbox:x0,y0,x1,y1$"):
+        Region.parse("nbox:1,2")
+
+
+@pytest.mark.parametrize("kind", ["box:1,2,3,4", [1, 2, 3, 4], None])
+def test_a_region_of_no_kind_is_refused_when_it_is_made(kind):
+    with pytest.raises(ValueError, match="expected a kind of region .* make regions with Region.from_box"):
+        Region(kind)

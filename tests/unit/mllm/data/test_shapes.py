@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from alpha_clip_commands import alpha_clip
 from mllm.data import shapes, shapes_world
 from mllm.data.visual_genome import read_free_questions, read_region_questions, read_regions
 
@@ -159,7 +160,7 @@ def test_questions_about_the_whole_image_are_not_mapped(folders):
 
 def test_command_line(tmp_path, capsys):
     arguments = ["--out", str(tmp_path / "x"), "--images", "2", "--seed", "1", "--split", "novel"]
-    assert shapes.main(arguments) == 0
+    assert alpha_clip.main(["shapes", *arguments]) == 0
     assert json.loads((tmp_path / "x" / "dataset.json").read_text()) == {
         "world": "shapes",
         "split": "novel",
@@ -167,7 +168,7 @@ def test_command_line(tmp_path, capsys):
         "images": 2,
     }
     before = {file.name: file.read_bytes() for file in (tmp_path / "x").rglob("*") if file.is_file()}
-    assert shapes.main(arguments) == 0  # the marker too is the same
+    assert alpha_clip.main(["shapes", *arguments]) == 0  # the marker too is the same
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "x").rglob("*") if file.is_file()}
     (tmp_path / "x" / "VG_100K" / "mine.png").touch()
-    assert shapes.main(arguments) == 2 and "VG_100K/mine.png" in capsys.readouterr().err
+    assert alpha_clip.main(["shapes", *arguments]) == 2 and "VG_100K/mine.png" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from alpha_clip_commands import alpha_clip
 from mllm.data import shapes, shapes_grit
 from mllm.data.grit import read_grit
 from mllm.data.index import RegionIndex
@@ -125,7 +126,7 @@ def test_same_seed_same_bytes(tmp_path):
 def test_command_line(tmp_path, capsys):
     arguments = ["--out", str(tmp_path / "x"), "--images", "2", "--seed", "1", "--tars", "2", "--min-objects", "1"]
     arguments += ["--max-objects", "1"]
-    assert shapes_grit.main(arguments) == 0
+    assert alpha_clip.main(["shapes", "--layout", "grit", *arguments]) == 0
     assert {sample.references[0].count(",") for sample in read_grit(tmp_path / "x")} == {0}  # one object each
     assert sorted(file.name for file in (tmp_path / "x").iterdir()) == [
         ".made_by.json",
@@ -139,4 +140,4 @@ def test_command_line(tmp_path, capsys):
         ([*arguments, "--out", str(tmp_path / "y"), "--tars", "3"], "0 to that many tars, got 2 and 3"),
         ([*arguments, "--out", str(tmp_path / "y"), "--min-objects", "9"], "objects a scene, got 9"),
     ):
-        assert shapes_grit.main(wrong) == 2 and message in capsys.readouterr().err
+        assert alpha_clip.main(["shapes", "--layout", "grit", *wrong]) == 2 and message in capsys.readouterr().err

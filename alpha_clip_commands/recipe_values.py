@@ -1,35 +1,53 @@
-"""The values that a setting takes, of a recipe and of HF's training arguments."""
+"""The values of a recipe as the flags of its keys take them, and the ranges of HF's training arguments."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import enum
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from transformers import TrainingArguments
-from transformers.hf_argparser import string_to_bool
-from transformers.trainer_pt_utils import AcceleratorConfig
-
-from alpha_clip_commands.recipe import plain_text
+from alpha_clip_commands.flag_values import plain_text, switch
+from alpha_clip_commands.recipe import read_recipe
+from alpha_clip_commands.training_fields import accelerator_fields, dictionary_fields
 
 
-def recipe_value(action: argparse.Action, value: Any) -> Any:
-    """A value of a recipe as the flag of its key takes it.
+def read_values(path: str, actions: Mapping[str, argparse.Action], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a recipe by key, each read as its flag would be.
+
+    Args:
+        path: Of the recipe.
+        actions: The flags, by key.
+        defaults: By key; of those that are required there is none.
 
     Raises:
-        ValueError: If the flag does not take it.
+        ValueError: If the recipe cannot be read, or a key or value is not one that there is.
     """
-    if value is None:
-        if action.default is not None or action.required:
-            raise ValueError(f"expected a value, got null; leave the key out for its default, {action.default!r}")
-        return None
+    values = read_recipe(path)
+    if unknown := sorted(values.keys() - actions.keys()):
+        raise ValueError(f"{path}: unknown keys {', '.join(unknown)}")
+    found = {}
+    for key, value in values.items():
+        try:
+            if value is not None:
+                found[key] = _value(actions[key], value)
+            elif key not in defaults:
+                raise ValueError("expected a value, got null")
+            elif defaults[key] is not None:
+                raise ValueError(f"expected a value, got null; leave the key out for its default, {defaults[key]!r}")
+            else:
+                found[key] = None
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"{path}: {key}: {error}") from error
+    return found
+
+
+def _value(action: argparse.Action, value: Any) -> Any:
     if isinstance(value, dict):
-        if action.dest not in TrainingArguments._VALID_DICT_FIELDS or action.dest == "deepspeed":
+        if action.dest not in dictionary_fields() or action.dest == "deepspeed":
             raise ValueError("expected one value or a list, got a mapping")
-        known = {field.name for field in dataclasses.fields(AcceleratorConfig)}
-        if action.dest == "accelerator_config" and (unknown := sorted(value.keys() - known)):
+        known = accelerator_fields()
+        if action.dest == "accelerator_config" and (unknown := sorted(value.keys() - set(known))):
             raise ValueError(f"unknown keys {', '.join(unknown)}; expected {', '.join(sorted(known))}")
         return value
     if action.dest == "report_to" and isinstance(value, list):
@@ -43,18 +61,18 @@ def recipe_value(action: argparse.Action, value: Any) -> Any:
 
 def _one_value(action: argparse.Action, value: Any) -> Any:
     """One value of a recipe as its flag takes it."""
-    is_switch = action.type is string_to_bool
+    is_switch = action.type is switch
     if isinstance(value, bool) and not is_switch:
         raise ValueError(f"expected text or a number, got {'true' if value else 'false'}; put text in quotes")
     if is_switch:
-        return string_to_bool(value if isinstance(value, bool) else str(value))
-    if isinstance(action.type, type) and not issubclass(action.type, enum.Enum):
+        return value if isinstance(value, bool) else switch(str(value))
+    if isinstance(action.type, type):
         raise ValueError("it cannot be set in a recipe")
     if not isinstance(value, str | int | float):
         raise ValueError(f"expected text or a number, got {type(value).__name__}; put text in quotes")
     if action.type is plain_text and not isinstance(value, str):
         raise ValueError(f"expected text, got the number {value}; put it in quotes")
-    found = action.type(value if isinstance(value, str) else repr(value)) if action.type else value
+    found = action.type(value if isinstance(value, str) else repr(value)) if callable(action.type) else value
     if action.choices is not None and found not in action.choices:
         raise ValueError(f"expected one of {', '.join(map(str, action.choices))}, got {value!r}")
     return found
@@ -88,12 +106,13 @@ _RANGES = {
 }
 
 
-def check_ranges(args: TrainingArguments) -> None:
-    """Raise ValueError if one of HF's training arguments is out of range."""
+def check_ranges(values: Mapping[str, Any]) -> None:
+    """Raise ValueError if one of HF's training arguments, by name, is out of range."""
     for name, (least, most) in _RANGES.items():
-        value = getattr(args, name, None)  # HF's names come and go with its versions
-        if value is not None and not least <= value <= most:
+        value = values.get(name)  # HF's names come and go with its versions
+        if isinstance(value, int | float) and not least <= value <= most:
             expected = f"{least} or more" if most == math.inf else f"a number from {least} to {most}"
             raise ValueError(f"{name}: expected {expected}, got {value}")
-    if args.max_steps != -1 and args.max_steps < 1:
-        raise ValueError(f"max_steps: expected 1 or more, or -1 to train for num_train_epochs, got {args.max_steps}")
+    steps = values.get("max_steps", -1)
+    if steps != -1 and steps < 1:
+        raise ValueError(f"max_steps: expected 1 or more, or -1 to train for num_train_epochs, got {steps}")

@@ -1,0 +1,149 @@
+"""What the tasks read (`eval.tasks`): readers of a data folder, each with its errors for a folder of another kind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from alpha_clip_commands.evaluation import VG_SAMPLE
+from mllm.data import coco, jsonl, refcocog, shapes, visual_genome
+from mllm.data.samples import RegionSample
+from mllm.data.splits import densecap_split
+
+logger = logging.getLogger(__name__)
+
+# (data folder, "box" or "mask") -> samples
+Reader = Callable[[Path, str], Iterable[RegionSample]]
+
+COPIED = ("refcocog", "umd", "val")
+# Copies of this split with an image entry for each expression: MDETR's, Osprey's, GLaMM's
+JSON_COPIES = (
+    "finetune_refcocog_val.json",
+    "finetune_refcocog_val_with_mask.json",
+    "finetune_refcocog_val_captions.json",
+)
+
+
+def refer(data_set: str, split_by: str, split: str, *, grouped: bool) -> Reader:
+    """Reads a split of RefCOCO, RefCOCO+ or RefCOCOg in the layout of lichengunc/refer, or a copy of it."""
+
+    def read(data: Path, form: str) -> Iterable[RegionSample]:
+        copies = [data / name for name in JSON_COPIES if (data_set, split_by, split) == COPIED]
+        copy = next((file for file in copies if file.is_file()), None)
+        if copy is not None and not (data / f"refs({split_by}).p").exists():
+            return coco.read_captions(copy, data, grouped=grouped, region_input=form)
+        return refcocog.read_refs(data, split_by=split_by, split=split, grouped=grouped, region_input=form)
+
+    return read
+
+
+def vg_sample(name: str, count: int, seed: int) -> Reader:
+    """Reads a drawn sample of the regions of Visual Genome's test images."""
+
+    def read(data: Path, form: str) -> Iterable[RegionSample]:
+        regions = _of_test_images(visual_genome.read_regions, "vg/own", data, form)
+        samples = sorted(regions, key=lambda sample: sample.meta["region_id"])
+        if len(samples) < count:
+            raise ValueError(f"{name}: expected at least {count} regions of test images in {data}, got {len(samples)}")
+        return random.Random(seed).sample(samples, count)
+
+    return read
+
+
+def grit(file: str) -> Reader:
+    """Reads a file in GRiT's or GLaMM's layout."""
+
+    def read(data: Path, form: str) -> Iterable[RegionSample]:
+        if not (data / file).exists() and (data / "region_descriptions.json").exists():
+            raise ValueError(
+                f"{data / file} is missing; the folder holds Visual Genome's own files, which the tasks vg/own and "
+                f"{VG_SAMPLE} read"
+            )
+        return coco.read_captions(data / file, data, region_input=form)
+
+    return read
+
+
+def _of_test_images(read: Callable, own: str, data: Path, form: str) -> Iterator[RegionSample]:
+    """The samples of Visual Genome's test images; `own` is the task that reads those of the other images too.
+
+    Raises:
+        ValueError: If there is none, with the reason; and as `read`.
+    """
+    split, empty = densecap_split("test"), True
+    for sample in read(data, image_ids=split, region_input=form):
+        empty = False
+        yield sample
+    if empty:
+        listed = visual_genome.read_image_files(data)
+        of_split = len(split & listed.keys())
+        raise ValueError(
+            f"none of the {len(listed):,} images in {data / 'image_data.json'} is one of DenseCap's "
+            f"{len(split):,} test images; --task {own} evaluates the folder's own images, whatever their split"
+            if not of_split
+            else f"{data} lists {of_split:,} of DenseCap's {len(split):,} test images, but nothing that can be asked "
+            "about them: are the files complete?"
+        )
+
+
+def _of_own_images(read: Callable, data: Path, form: str) -> Iterator[RegionSample]:
+    """The samples of the images whose files are in a folder of Visual Genome's layout, whatever their split.
+
+    Raises:
+        ValueError: If there is none, with the reason; and as `read`.
+    """
+    files = visual_genome.read_image_files(data)
+    there = {image_id for image_id, file in files.items() if os.path.exists(file)}
+    if not there:
+        raise ValueError(
+            f"{data / 'image_data.json'} lists {len(files):,} images, none of whose files is in {data} (in VG_100K, "
+            "VG_100K_2, images, or beside it)"
+        )
+    if len(there) < len(files):
+        logger.warning("%s: %d of %d images are not in the folder, left out", data, len(files) - len(there), len(files))
+    return read(data, image_ids=there, region_input=form)
+
+
+def vg_questions(data: Path, form: str) -> Iterable[RegionSample]:
+    """The questions on regions of Visual Genome's test images."""
+    return _of_test_images(visual_genome.read_region_questions, "vg-regionqa/own", data, form)
+
+
+def vg_own(data: Path, form: str) -> Iterable[RegionSample]:
+    """The regions of the images in a folder."""
+    return _of_own_images(visual_genome.read_regions, data, form)
+
+
+def vg_own_questions(data: Path, form: str) -> Iterable[RegionSample]:
+    """The questions on them."""
+    return _of_own_images(visual_genome.read_region_questions, data, form)
+
+
+def hub_rows(data: Path, form: str) -> Iterable[RegionSample]:
+    """The rows of the Hub's parquet files."""
+    return refcocog.read_hub_rows(data)
+
+
+def shapes_captions(data: Path, form: str, split: str = "test") -> Iterable[RegionSample]:
+    """The descriptions of a split of the drawn world."""
+    shapes.expect_split(data, split)
+    return shapes.with_same_class(visual_genome.read_regions(data, region_input=form), data)
+
+
+def shapes_novel(data: Path, form: str) -> Iterable[RegionSample]:
+    """Those of its unseen pairs."""
+    return shapes_captions(data, form, "novel")
+
+
+def shapes_questions(data: Path, form: str) -> Iterable[RegionSample]:
+    """The questions of its test split."""
+    shapes.expect_split(data, "test")
+    return shapes.with_same_class(visual_genome.read_region_questions(data, region_input=form), data)
+
+
+def jsonl_lines(data: Path, form: str) -> Iterable[RegionSample]:
+    """The lines of a JSONL file."""
+    return jsonl.read_jsonl(data)
