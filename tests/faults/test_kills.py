@@ -311,17 +311,15 @@ def test_each_signal_ends_a_run_which_the_same_command_resumes(world, processes,
 DELETE = """
 import os
 from mllm.data.samples import RegionSample
-from mllm import batch
-def open_image(self, original=RegionSample.open_image):
-    if os.path.exists({image!r}):
-        os.rename({image!r}, {image!r} + ".gone")
-    return original(self)
-RegionSample.open_image = open_image
-def load_image(source, original=batch.load_image):
-    if os.path.exists({image!r}):
-        os.rename({image!r}, {image!r} + ".gone")
-    return original(source)
-batch.load_image = load_image
+from mllm.inference import RegionChat
+def without_the_image(original):
+    def open_image(*args):
+        if os.path.exists({image!r}):
+            os.rename({image!r}, {image!r} + ".gone")
+        return original(*args)
+    return open_image
+for kind in (RegionSample, RegionChat):
+    kind.open_image = without_the_image(kind.open_image)
 """
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eval import tasks
-from eval.evaluate import Plan, _differences, evaluate, write_results
+from eval.evaluate import Plan, _differences, evaluate, read_samples, write_results
 from eval.generate import Processes, Settings
 from eval.page import Picture
 from eval.predictions import read_predictions
@@ -57,6 +57,12 @@ def plan(data, tmp_path):
     task = tasks.find("shapes-caption")
     settings = Settings(batch_size=4, max_new_tokens=4)
     return Plan(task, data, tmp_path / "out", settings, limit=9, metrics=("exactly right",), intervals=False)
+
+
+@pytest.mark.parametrize(("shown", "form"), [("box", "box"), ("mask", "mask"), ("crop", "box"), ("whole", "box")])
+def test_regions_are_read_in_the_form_that_is_shown(plan, shown, form):
+    samples = read_samples(dataclasses.replace(plan, settings=dataclasses.replace(plan.settings, region_input=shown)))
+    assert {sample.regions[0].kind for sample in samples} == {form}
 
 
 def say_something(self, requests, **options):

@@ -64,6 +64,14 @@ def test_flags_win_over_the_recipe(tmp_path):
     assert (model.model, training.learning_rate) == ("B", 5e-4)
 
 
+@pytest.mark.parametrize("content", ["deepspeed: zero2\nlearning_rates: [alpha=1.0]", "deepspeed: zero2_offload"])
+def test_an_optimizer_of_deepspeeds_is_in_the_way_of_rates_of_parts_only(tmp_path, content):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(content)
+    *_, training = parse_args([str(recipe), *REQUIRED])
+    assert Path(training.deepspeed).stem == content.split()[1]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
