@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from alpha_clip_commands.alpha_clip import main as alpha_clip
-from eval.cli import main as region_eval
+from alpha_clip_commands.evaluation import main as region_eval
 from mllm import RegionChat
 from mllm.data import shapes
 from tests.tiny import noise_picture
