@@ -215,6 +215,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
             check_found(name.replace("_", " "), getattr(args, name))
     check_found("run", *getattr(args, "runs", ()))
     if args.command == "run":
+        if args.task != "jsonl" and not args.data.is_dir():
+            raise ValueError(f"expected --data with the folder of the task's files, got the file {args.data}")
         check_model_arguments(args)
         check_strength(args.strength)
         if args.prompt is not None and not args.prompt.strip():

@@ -91,6 +91,8 @@ def read_predictions(
         ValueError: If a file cannot be read, is empty, holds an id twice, or its ids are not those of the references.
     """
     path = Path(path)
+    if path.is_dir() and not (path / "predictions.jsonl").exists():
+        raise ValueError(f"{path} is not a run: expected a folder with predictions.jsonl, or a file of predictions")
     path = path / "predictions.jsonl" if path.is_dir() else path
     results = _by_id(path, _rows(path), _TEXT_KEYS)
     if references is None:

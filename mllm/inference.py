@@ -246,6 +246,8 @@ class RegionChat:
         return messages
 
     def _check_tokens(self, tokens: int, max_new_tokens: int) -> None:
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"expected max_new_tokens as a whole number of 1 or more, got {max_new_tokens!r}")
         config = self.model.config.get_text_config()
         if config.is_encoder_decoder:  # prompt and answer are sequences of their own
             limit, needed = _T5_LENGTH, max(tokens, max_new_tokens)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 from transformers.processing_utils import ImagesKwargs
 
 from .regions import MAX_MASK_PIXELS, Region
@@ -183,9 +184,10 @@ def check_names(processor: Any, settings: Mapping[str, Any]) -> None:
         if isinstance(settings[name], Mapping):
             unknown += [f"{name}[{inner!r}]" for inner in settings[name] if inner not in known[name]]
     if unknown:
-        raise ValueError(
-            f"unknown argument {', '.join(unknown)}, which would be ignored; regions are passed as regions="
-        )
+        what = "regions are passed as regions="
+        if vars(GenerationConfig()).keys() & set(unknown):
+            what = "a pipeline takes settings of generate() as generate_kwargs={...}"
+        raise ValueError(f"unknown argument {', '.join(unknown)}, which would be ignored; {what}")
 
 
 def _object(text: str) -> Any:

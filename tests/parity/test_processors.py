@@ -305,6 +305,13 @@ def test_pipelines_refuse_what_would_be_dropped(request, kind, name):
         fed(model, ours, text=[question(), question()], regions=[LEFT, RIGHT])
 
 
+def test_settings_of_generate_are_told_their_place(llava):
+    model, ours, _ = llava
+    pipe = pipeline("image-text-to-text", model=model, processor=ours, max_new_tokens=1)
+    with pytest.raises(ValueError, match="unknown argument do_sample.*generate_kwargs"):
+        pipe(text=[question()], do_sample=False)
+
+
 DROPPED = {
     "a dictionary": lambda pipe, item: pipe(item | {"regions": LEFT}),
     "a dictionary, another name": lambda pipe, item: pipe(item | {"region": LEFT}),

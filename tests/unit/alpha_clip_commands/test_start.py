@@ -110,6 +110,7 @@ USAGE_ERRORS = [
     ),
     (["region-eval", "run", "--task", "nonsense", "--data", ".", "--out", "x"], "unknown task 'nonsense'"),
     (["region-eval", "run", "--task", "jsonl", "--data", "none", "--out", "x"], "data not found: none"),
+    (["region-eval", "run", "--task", "vg/own", "--data", "r.yaml", "--out", "x"], "got the file r.yaml"),
     (["region-eval", "score", "none.jsonl", "--out", "x"], "predictions not found: none.jsonl"),
     (["region-eval", "compare", "none", "none"], "run not found: none"),
     (["region-tune", "nonsense"], "unknown recipe 'nonsense'; expected a .yaml file, or one of blip2_flant5xl_lora"),

@@ -17,6 +17,11 @@ def write(path, content):
 ROWS = [{"id": 1, "prediction": "a cat", "references": ["a cat"]}, {"id": "x", "prediction": "", "references": ["b"]}]
 
 
+def test_a_folder_without_predictions_is_named(tmp_path):
+    with pytest.raises(ValueError, match="is not a run: expected a folder with predictions.jsonl, or a file"):
+        read_predictions(tmp_path)
+
+
 def test_jsonl_with_references(tmp_path):
     records, notes = read_predictions(write(tmp_path / "p.jsonl", ROWS))
     assert [(r["id"], r["prediction"], r["references"]) for r in records] == [

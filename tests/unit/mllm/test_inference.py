@@ -112,6 +112,9 @@ def test_beams_and_sampling_of_a_checkpoint_neither_fail_nor_warn(chat, tiny_lla
 
 
 def test_broken_unicode_is_a_value_error(chat):
+    for tokens in ("8", 2.5, 0):
+        with pytest.raises(ValueError, match="max_new_tokens as a whole number of 1 or more, got"):
+            chat.ask(IMAGE, LEFT, "What?", max_new_tokens=tokens)
     with pytest.raises(ValueError, match="surrogates not allowed"):
         chat.ask(IMAGE, LEFT, "what\udc80", max_new_tokens=2)
 
