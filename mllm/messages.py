@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vision_tower import Region
-from vision_tower.region_arguments import region_entries, region_list
+from vision_tower.region_arguments import means_region, region_entries, region_list
 
 _SOURCE_KEYS = ("image", "url", "path", "base64")
 _ITEM_KEYS = {"text": {"type", "text"}, "image": {"type", "region", *_SOURCE_KEYS}}
@@ -34,10 +34,10 @@ def check_messages(conversation: Sequence[Message]) -> list[dict]:
     """A copy of the messages, each with its role and a list of text and image items.
 
     A key whose value is None counts as missing: `datasets` gives every item of a column the keys of all. A message
-    without content is an empty one, as in Transformers.
+    without content is an empty one, and other keys of a message stay, as in Transformers.
 
     Raises:
-        ValueError: If a message is malformed, a text is missing, or a key would be ignored.
+        ValueError: If a message is malformed, a text is missing, or a key of an item would be ignored.
     """
     messages = []
     for message in map(_as_dict, conversation):
@@ -47,12 +47,11 @@ def check_messages(conversation: Sequence[Message]) -> list[dict]:
             raise ValueError(
                 f"expected messages with a role out of {_ROLES} and content, got {role!r}, {content!r:.80}"
             )
-        if message:
-            raise ValueError(
-                f"unknown {sorted(message)} in a message: it would be ignored; a region is a key of an image item"
-            )
+        if misplaced := sorted(filter(means_region, message)):
+            raise ValueError(f"got {misplaced} in a message; a region is the key 'region' of an image item")
         items = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        messages.append({"role": role, "content": [_item(item) for item in items]})
+        # other keys are the chat template's
+        messages.append({**message, "role": role, "content": [_item(item) for item in items]})
     return messages
 
 

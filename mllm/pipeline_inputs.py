@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from types import FrameType
 
+from vision_tower.region_arguments import means_region
+
 _PIPELINE = "transformers.pipelines.image_text_to_text"
-_REGION = re.compile("region|mask|alpha|box|points|stroke|polygon")  # rows of a dataset have other columns, too
 
 
 def check_pipeline_inputs(caller: FrameType | None) -> None:
@@ -32,7 +32,8 @@ def check_pipeline_inputs(caller: FrameType | None) -> None:
         dropped |= {f"[{name!r}] of the inputs": inputs[name] for name in inputs.keys() - {"images", "text"}}
     if variables.get("processor_kwargs") is not settings:
         dropped |= {f"{name}= beside processor_kwargs": value for name, value in settings.items()}
-    if names := sorted(name for name, value in dropped.items() if value is not None and _REGION.search(name)):
+    # rows of a dataset have other columns, too
+    if names := sorted(name for name, value in dropped.items() if value is not None and means_region(name)):
         raise ValueError(
             f"the pipeline ignores {', '.join(names)}; pass regions= with images= and text=, in processor_kwargs, or "
             "in the image items of messages"

@@ -5,6 +5,7 @@ every spelling that Transformers would drop together with its region.
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from .regions import MAX_MASK_PIXELS, Region
 
+_LIKE_A_REGION = re.compile("region|mask|alpha|box|points|stroke|polygon")
 _FIELDS = ("kind", "data", "strength")
 # Tokenizers take it, the processors' list of settings lacks it.
 _MORE_TEXT_SETTINGS = {"split_special_tokens"}
@@ -161,6 +163,11 @@ def check_call(processor: Any, images: Any, regions: Any, settings: Mapping[str,
             f"{type(processor.image_processor).__name__} would drop every region; make the processor with an "
             "AlphaCLIPImageProcessor"
         )
+
+
+def means_region(name: Any) -> bool:
+    """Whether an argument or a key is named like a region, so that its user must not believe it was used."""
+    return isinstance(name, str) and _LIKE_A_REGION.search(name.lower()) is not None
 
 
 def check_names(processor: Any, settings: Mapping[str, Any]) -> None:

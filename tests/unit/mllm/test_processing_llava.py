@@ -328,7 +328,7 @@ TEXT = prompt("a")
         (lambda: PROCESSOR.apply_chat_template("a"), "expected a list of messages"),
         (lambda: PROCESSOR.apply_chat_template([{"role": "narrator", "content": "x"}]), "role out of"),
         (lambda: PROCESSOR.apply_chat_template([{"role": "user", "content": ["x"]}]), "item of its content as a dict"),
-        (lambda: PROCESSOR.apply_chat_template(ask(item(), region=BOX)), "unknown \\['region'\\] in a message"),
+        (lambda: PROCESSOR.apply_chat_template(ask(item(), region=BOX)), "got \\['region'\\] in a message"),
         (lambda: PROCESSOR.apply_chat_template(ask(item(mask=1))), "unknown \\['mask'\\]"),
         (
             lambda: PROCESSOR.apply_chat_template(ask({"type": "text", "text": "a", "region": BOX})),
@@ -359,6 +359,12 @@ TEXT = prompt("a")
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_other_keys_of_a_message_are_the_templates():
+    template = "{% for message in messages %}{{ message.name }}{% endfor %}"
+    assert PROCESSOR.apply_chat_template(ask(item(BOX), name="Ada"), chat_template=template) == "Ada"
+    assert encoded(ask(item(BOX), name="Ada"))["input_ids"].equal(encoded(ask(item(BOX)))["input_ids"])
 
 
 DROPPED = ["region", "masks", "bbox", "processing_kwargs", "mm_processor_kwargs", "image_kwargs", "alpha_values"]
