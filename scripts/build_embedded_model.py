@@ -36,7 +36,6 @@ from build_shapes_clip import (
     train_stage,
 )
 from PIL import Image
-from plot_training import draw
 from transformers import LlamaConfig, LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration, set_seed
 
 from alpha_clip_commands.command_line import ArgumentParser, exit_code, say
@@ -48,6 +47,7 @@ from mllm.llava import build_llava_processor
 from mllm.loading import EMBEDDED_MODEL
 from mllm.processing_llava import VICUNA_V1_SYSTEM
 from train import finetune
+from train.plot import draw
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel, Region
 
 TRAIN_SCENES, TRAIN_SEED = ALPHA_SCENES, ALPHA_SEED

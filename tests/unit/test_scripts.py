@@ -1,0 +1,33 @@
+"""Scripts are seldom run: what they import is there."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+OURS = ("alpha_clip_commands", "vision_tower", "mllm", "eval", "train")
+
+
+def names_of(module, folder):
+    """The names that may be imported from a module of ours, or from a script next to this one."""
+    if (script := folder / f"{module}.py").exists():
+        body = ast.parse(script.read_text("utf-8")).body
+        bound = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        targets = (target for node in body if isinstance(node, ast.Assign) for target in node.targets)
+        bound |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+        imports = (node for node in body if isinstance(node, ast.Import | ast.ImportFrom))
+        return bound | {alias.asname or alias.name for node in imports for alias in node.names}
+    return dir(importlib.import_module(module))
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda script: script.stem)
+def test_what_a_script_imports_is_there(script):
+    for node in ast.walk(ast.parse(script.read_text("utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or node.module is None:
+            continue
+        if node.module.split(".")[0] in OURS or (SCRIPTS / f"{node.module}.py").exists():
+            missing = {alias.name for alias in node.names} - {*names_of(node.module, SCRIPTS)}
+            for name in missing:  # a module of a package
+                importlib.import_module(f"{node.module}.{name}")
