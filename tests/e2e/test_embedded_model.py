@@ -98,6 +98,7 @@ def test_the_mask_of_answers_is_where_labels_are(embedded, samples):
     assert inputs["assistant_masks"] == [[int(label != IGNORE_INDEX) for label in labels]]
 
 
+@pytest.mark.slow
 def test_answers_follow_the_region_also_to_another_object(embedded, samples):
     chat = RegionChat(*embedded)
     right = generate(chat, samples)

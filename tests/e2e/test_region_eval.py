@@ -86,6 +86,7 @@ def test_an_equal_run_continues_and_another_is_refused(finished, data, capsys):
     assert "samples" in fails(capsys, *run, "--limit", 3)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_bytes(data, tmp_path, processes):
     """The batches are those of one process, so the file is too."""
     run = ["run", "--task", "shapes-caption", "--data", str(data), "--batch-size", "4", *FAST]

@@ -252,6 +252,7 @@ def test_a_killed_run_goes_on_to_the_same_end(world, undisturbed, tmp_path, proc
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_a_signal_to_all_processes_ends_with_a_checkpoint(world, tmp_path, processes, number):
     """As a launcher or a terminal sends it: the workers that read pictures get it too."""
     flags = *SAVING, "--max_steps", 2000, "--dataloader_num_workers", 2, "--dataloader_persistent_workers", "true"

@@ -1,5 +1,6 @@
 """Contrastive training: exactly which weights move, what is saved and goes on, what is refused."""
 
+import functools
 import gc
 import json
 import shutil
@@ -21,6 +22,7 @@ from train.losses import released_learning_rate_factor
 from train.output import last_whole_checkpoint
 from vision_tower import AlphaCLIPModel, AlphaCLIPProcessor, Region
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 ALPHA = "vision_model.embeddings.patch_embedding.alpha.weight"
 SAVING = ("--save_strategy", "steps", "--save_steps", 2)
 PLAIN = ("--optim", "sgd", "--max_grad_norm", 0, "--lr_scheduler_type", "constant")  # moves by the gradient itself
@@ -332,7 +334,7 @@ def write_jsonl(folder, of_scenes):
     return folder / "own.jsonl"
 
 
-@pytest.mark.parametrize("layout", ["Visual Genome", "RefCOCOg", "JSONL", "GRIT folder", "GRIT tar"])
+@pytest.mark.parametrize("layout", ["Visual Genome", *map(slow, ("RefCOCOg", "JSONL", "GRIT folder")), "GRIT tar"])
 def test_every_layout_trains_alpha(start, tmp_path, layout):
     folder, form = tmp_path / "data", "mask"
     if layout.startswith("GRIT"):

@@ -64,7 +64,7 @@ def moved(start, out):
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-@pytest.mark.parametrize("optimizer", ["trainer", "muon"])
+@pytest.mark.parametrize("optimizer", ["trainer", pytest.param("muon", marks=pytest.mark.slow)])
 def test_training_moves_all_that_reaches_the_loss(start, data, tmp_path, optimizer):
     assert run(start, data / "train", tmp_path / "out", "--optimizer", optimizer, "--learning_rate", "1e-2") == 0
     names = moved(start, tmp_path / "out")
