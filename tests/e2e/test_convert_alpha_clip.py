@@ -209,7 +209,6 @@ def test_alpha_weights_of_another_size_are_refused(checkpoint, tiny_llava_dir):
     "fused LLaVA in a fresh process: logits, and equal generated ids",
     "1e-4",
 )
-@pytest.mark.slow
 def test_fused_llava_is_stock_llava(checkpoint, clip_llava, tmp_path, measured, processes):
     model, processor = mllm.load(clip_llava, device="cpu", alpha_weights=checkpoint)
     model.save_pretrained(tmp_path / "ours")
