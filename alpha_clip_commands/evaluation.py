@@ -200,6 +200,7 @@ def _main(argv: Sequence[str]) -> int:
     args.command_line = shlex.join([PROGRAM, *argv])
     leave_current_folder()
     with step(STARTING):
+        import mllm  # noqa: F401, what takes long
         from eval.cli import run
 
     return run(args)

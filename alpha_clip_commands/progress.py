@@ -9,14 +9,14 @@ import threading
 import time
 from collections.abc import Iterator
 
-PATIENCE = 4  # seconds
+PATIENCE = 4  # seconds; for the first line half of it, since the step before may have been silent as long
 STARTING = "importing PyTorch and Transformers"
 _running: list[str] = []  # steps within each other; the innermost is named
 
 
 @contextlib.contextmanager
 def step(what: str) -> Iterator[None]:
-    """Name a step on stderr when it has taken four seconds, and again while it lasts: on a terminal in one line that is
+    """Name a step on stderr when it has taken two seconds, and again while it lasts: on a terminal in one line that is
     removed at the end, else line by line. Of several processes that share a run, the first does so. Also a decorator.
     """
     if os.environ.get("RANK", "0") != "0":
@@ -36,8 +36,9 @@ def step(what: str) -> Iterator[None]:
 
 def _tell(what: str, depth: int, done: threading.Event) -> None:
     start, in_place = time.monotonic(), sys.stderr.isatty()
-    shown = False
-    while not done.wait(1 if in_place and shown else PATIENCE):
+    shown, wait = False, PATIENCE / 2
+    while not done.wait(wait):
+        wait = 1 if in_place and shown else PATIENCE
         if len(_running) == depth:
             text = f"{what} ... {time.monotonic() - start:.0f} s"
             shown = _write(f"\r\033[K{text}" if in_place else f"{text}\n")

@@ -127,7 +127,7 @@ def build_trainer(
 def show_plan(tower_args: TowerArguments, pair_args: PairArguments, training_args: TrainingArguments) -> int:
     """Print what the run takes; its data must be there, its pictures and the model's weights need not."""
     indexes = open_indexes(pair_args.data, training_args)
-    pictures = RegionTextDataset(indexes, pair_args, TRAIN, training_args.seed, Path(SKIPPED))
+    pictures = of_some_length(RegionTextDataset(indexes, pair_args, TRAIN, training_args.seed, Path(SKIPPED)))
     with torch.device("meta"):
         model = prepare_model(AlphaCLIPModel(read_config(tower_args.model)), tower_args)
     print(  # noqa: T201
@@ -245,9 +245,7 @@ def read_data(
         listed = Path(training_args.output_dir) / SKIPPED
         return RegionTextDataset(indexes, pair_args, split, training_args.seed, listed, image_processor)
 
-    train = dataset(TRAIN)
-    if not len(train):
-        raise ValueError(f"expected described regions of the split {TRAIN!r}, the data has only {splits_of(indexes)}")
+    train = of_some_length(dataset(TRAIN))
     logger.info("%s: %d training pictures", ", ".join(pair_args.data), len(train))
     if pair_args.whole_image_rate and not train.has_captions:
         logger.warning("the data has no captions: whole images are never shown (whole_image_rate has no effect)")
@@ -255,6 +253,15 @@ def read_data(
     if training_args.eval_strategy == "no":
         return train, []
     return train, held_out(dataset(HELD_OUT), pair_args.eval_pictures)
+
+
+def of_some_length(train: RegionTextDataset) -> RegionTextDataset:
+    """The training pictures, or ValueError if there is none."""
+    if not len(train):
+        raise ValueError(
+            f"expected described regions of the split {TRAIN!r}, the data has only {splits_of(train.indexes)}"
+        )
+    return train
 
 
 def held_out(dataset: RegionTextDataset, count: int) -> list[DescribedPicture]:

@@ -105,6 +105,7 @@ def show_plan(model_args: ModelArguments, data_args: DataArguments, training_arg
     processor = load_processor(model_args.model)
     indexes = [open_index(folder) for folder in data_args.data]
     train = ConversationDataset(indexes, data_args, TRAIN, processor.description_wordings, 0, Path(SKIPPED))
+    of_some_length(train, TRAIN)
     model = plan.meta_model(model_args)
     drawn = plan.plan(
         model,
@@ -172,9 +173,7 @@ def read_data(
         samples = ConversationDataset(
             indexes, data_args, split, asked, training_args.seed, out / SKIPPED, collate.check
         )
-        if not len(samples):
-            raise ValueError(f"expected regions of the split {split!r}, the data has only {splits_of(indexes)}")
-        return samples
+        return of_some_length(samples, split)
 
     train = dataset(TRAIN)
     logger.info("%s: %d training samples", ", ".join(data_args.data), len(train))
@@ -184,6 +183,13 @@ def read_data(
     held_out = dataset(HELD_OUT)
     spaced = np.linspace(0, len(held_out) - 1, min(len(held_out), data_args.eval_samples)).astype(int)
     return train, Subset(held_out, spaced.tolist())
+
+
+def of_some_length(samples: ConversationDataset, split: str) -> ConversationDataset:
+    """The samples of a split, or ValueError if there is none."""
+    if not len(samples):
+        raise ValueError(f"expected regions of the split {split!r}, the data has only {splits_of(samples.indexes)}")
+    return samples
 
 
 def collator(model: PreTrainedModel, processor: AlphaProcessor) -> ConversationCollator:

@@ -127,4 +127,8 @@ def test_the_command_prints_it_without_reading_weights(tmp_path, capsys):
     assert finetune.main([str(flag) for flag in (*flags, "--use_cpu", "true", "--max_steps", 7)]) == 0
     printed = capsys.readouterr().out
     assert "ZeRO-2, offload" in printed and "steps 7" in printed
+    shapes.write(tmp_path / "test", 4, 1, "test", progress=False)
+    flags[3] = tmp_path / "test"
+    assert finetune.main([str(flag) for flag in (*flags, "--use_cpu", "true")]) == 2
+    assert "expected regions of the split 'train', the data has only test" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
