@@ -157,7 +157,7 @@ def check_model(name: str | os.PathLike) -> None:
 
 
 def hide_loading_bars() -> None:
-    """Let Transformers draw no bars while it reads or writes weights: a `step` says that this goes on."""
+    """Let Transformers draw no bars while it reads or writes weights: a `step` names it."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -42,9 +42,9 @@ from train.region_text_trainer import RegionTextTrainer, clip_in
 from train.run import (
     log_on_one_process,
     open_indexes,
+    refuse_empty,
     refuse_missing_pictures,
     run_command,
-    splits_of,
     train_and_save,
     what_makes_the_run,
 )
@@ -52,6 +52,8 @@ from train.skipped import SKIPPED
 from vision_tower import AlphaCLIPConfig, AlphaCLIPImageProcessor, AlphaCLIPModel, AlphaCLIPProcessor
 
 logger = logging.getLogger(__name__)
+
+_NO_TRAINING = f"expected described regions of the split {TRAIN!r}"
 
 PARTS = {
     "vision_model": "vision_model",
@@ -127,7 +129,8 @@ def build_trainer(
 def show_plan(tower_args: TowerArguments, pair_args: PairArguments, training_args: TrainingArguments) -> int:
     """Print what the run takes; its data must be there, its pictures and the model's weights need not."""
     indexes = open_indexes(pair_args.data, training_args)
-    pictures = of_some_length(RegionTextDataset(indexes, pair_args, TRAIN, training_args.seed, Path(SKIPPED)))
+    pictures = RegionTextDataset(indexes, pair_args, TRAIN, training_args.seed, Path(SKIPPED))
+    refuse_empty(pictures, indexes, _NO_TRAINING)
     with torch.device("meta"):
         model = prepare_model(AlphaCLIPModel(read_config(tower_args.model)), tower_args)
     print(  # noqa: T201
@@ -245,7 +248,8 @@ def read_data(
         listed = Path(training_args.output_dir) / SKIPPED
         return RegionTextDataset(indexes, pair_args, split, training_args.seed, listed, image_processor)
 
-    train = of_some_length(dataset(TRAIN))
+    train = dataset(TRAIN)
+    refuse_empty(train, indexes, _NO_TRAINING)
     logger.info("%s: %d training pictures", ", ".join(pair_args.data), len(train))
     if pair_args.whole_image_rate and not train.has_captions:
         logger.warning("the data has no captions: whole images are never shown (whole_image_rate has no effect)")
@@ -253,15 +257,6 @@ def read_data(
     if training_args.eval_strategy == "no":
         return train, []
     return train, held_out(dataset(HELD_OUT), pair_args.eval_pictures)
-
-
-def of_some_length(train: RegionTextDataset) -> RegionTextDataset:
-    """The training pictures, or ValueError if there is none."""
-    if not len(train):
-        raise ValueError(
-            f"expected described regions of the split {TRAIN!r}, the data has only {splits_of(train.indexes)}"
-        )
-    return train
 
 
 def held_out(dataset: RegionTextDataset, count: int) -> list[DescribedPicture]:
@@ -275,11 +270,7 @@ def held_out(dataset: RegionTextDataset, count: int) -> list[DescribedPicture]:
         for index in dataset.indexes
         for picture in np.flatnonzero(index.split_of_picture == dataset.skipped.split)
     ]
-    if not pictures:
-        raise ValueError(
-            f"evaluation needs pictures of the split {dataset.skipped.split!r}, the data has only "
-            f"{splits_of(dataset.indexes)}"
-        )
+    refuse_empty(pictures, dataset.indexes, f"evaluation needs pictures of the split {dataset.skipped.split!r}")
     spaced = np.linspace(0, len(pictures) - 1, min(len(pictures), count)).astype(int)
     chosen = [pictures[n] for n in spaced.tolist()]
     usable = [held_out_samples(dataset, index, picture, at) for at, (index, picture) in enumerate(chosen)]

@@ -36,9 +36,9 @@ from train.run import (
     log_on_one_process,
     open_index,
     open_indexes,
+    refuse_empty,
     refuse_missing_pictures,
     run_command,
-    splits_of,
     train_and_save,
     what_makes_the_run,
 )
@@ -105,7 +105,7 @@ def show_plan(model_args: ModelArguments, data_args: DataArguments, training_arg
     processor = load_processor(model_args.model)
     indexes = [open_index(folder) for folder in data_args.data]
     train = ConversationDataset(indexes, data_args, TRAIN, processor.description_wordings, 0, Path(SKIPPED))
-    of_some_length(train, TRAIN)
+    refuse_empty(train, indexes, f"expected regions of the split {TRAIN!r}")
     model = plan.meta_model(model_args)
     drawn = plan.plan(
         model,
@@ -173,7 +173,8 @@ def read_data(
         samples = ConversationDataset(
             indexes, data_args, split, asked, training_args.seed, out / SKIPPED, collate.check
         )
-        return of_some_length(samples, split)
+        refuse_empty(samples, indexes, f"expected regions of the split {split!r}")
+        return samples
 
     train = dataset(TRAIN)
     logger.info("%s: %d training samples", ", ".join(data_args.data), len(train))
@@ -183,13 +184,6 @@ def read_data(
     held_out = dataset(HELD_OUT)
     spaced = np.linspace(0, len(held_out) - 1, min(len(held_out), data_args.eval_samples)).astype(int)
     return train, Subset(held_out, spaced.tolist())
-
-
-def of_some_length(samples: ConversationDataset, split: str) -> ConversationDataset:
-    """The samples of a split, or ValueError if there is none."""
-    if not len(samples):
-        raise ValueError(f"expected regions of the split {split!r}, the data has only {splits_of(samples.indexes)}")
-    return samples
 
 
 def collator(model: PreTrainedModel, processor: AlphaProcessor) -> ConversationCollator:

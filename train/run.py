@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -232,9 +232,11 @@ def refuse_missing_pictures(indexes: Sequence[RegionIndex], max_missing: float, 
         logger.warning("%d of %d training images are missing and are skipped; listed in %s", count, pictures, listed)
 
 
-def splits_of(indexes: Sequence[RegionIndex]) -> str:
-    """The splits that the data has, for messages."""
-    return ", ".join(sorted({name for index in indexes for name in index.record["splits"]}))
+def refuse_empty(samples: Sized, indexes: Sequence[RegionIndex], expected: str) -> None:
+    """Raise ValueError where there are no samples: what is expected, and the splits that the data has."""
+    if not len(samples):
+        splits = ", ".join(sorted({name for index in indexes for name in index.record["splits"]}))
+        raise ValueError(f"{expected}, the data has only {splits}")
 
 
 def save(trainer: RegionTrainer, processor: ProcessorMixin) -> None:
