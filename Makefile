@@ -33,7 +33,7 @@ demo: setup ## ask the embedded model about two regions of a drawn scene
 	@$(BIN)/region-chat --image $(SCENE) --box $(BOX_1) --ask "What is this?" --save-overlay build/demo_1.png
 	@echo "--- box $(BOX_2)"
 	@$(BIN)/region-chat --image $(SCENE) --box $(BOX_2) --ask "What is this?" --save-overlay build/demo_2.png
-	@$(BIN)/python scripts/join_pictures.py build/demo_1.png build/demo_2.png --out build/demo.png
+	@$(BIN)/python scripts/join_images.py build/demo_1.png build/demo_2.png --out build/demo.png
 	@echo "the regions as the model saw them: build/demo.png"
 
 test: setup ## the tests, on a CPU
@@ -73,9 +73,9 @@ style: setup ## style, mended
 	$(BIN)/ruff format .
 
 bench: setup ## the benchmarks; their tables are kept in docs/benchmarks.md
-	$(BIN)/python scripts/bench_tower.py
-	$(BIN)/python scripts/bench_chat.py
-	$(BIN)/python scripts/bench_scoring.py
+	$(BIN)/python scripts/bench/tower.py
+	$(BIN)/python scripts/bench/chat.py
+	$(BIN)/python scripts/bench/scoring.py
 
 eval-demo: setup ## evaluate the embedded model on 40 drawn scenes, with every control (under 3 minutes)
 	@test -f build/eval/shapes/dataset.json || $(BIN)/alpha-clip shapes --out build/eval/shapes --images 40 --seed 2 --split test
@@ -86,10 +86,10 @@ compatibility: setup ## write docs/compatibility.md from the tests that compare 
 	$(BIN)/python -m pytest -m compatibility --write-compatibility
 
 embedded-model: setup ## build an embedded model from nothing: CLIP, Alpha-CLIP, LLaVA (two and a half hours on 2 cores)
-	$(BIN)/python scripts/build_embedded_model.py
+	$(BIN)/python scripts/shapes/build_embedded_model.py
 
 embedded-scores: setup ## the README's table: score the embedded model on scenes it never saw
-	$(BIN)/python scripts/score_embedded_model.py
+	$(BIN)/python scripts/shapes/score_embedded_model.py
 
 clean: ## remove what make made
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

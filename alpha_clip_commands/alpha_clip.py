@@ -17,7 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from alpha_clip_commands.chat import DTYPES, REGION_OPTIONS, add_region_options
 from alpha_clip_commands.command_line import (
     LAUNCHER_FLAGS,
     ArgumentParser,
@@ -29,8 +28,9 @@ from alpha_clip_commands.command_line import (
     leave_current_folder,
 )
 from alpha_clip_commands.flag_values import positive_number
+from alpha_clip_commands.model_options import DTYPES
 from alpha_clip_commands.progress import STARTING, step
-from alpha_clip_commands.region_syntax import check_region
+from alpha_clip_commands.region_options import REGION_OPTIONS, add_region_options, check_region
 from alpha_clip_commands.source_values import constant
 
 PROGRAM = "alpha-clip"
@@ -53,15 +53,15 @@ class Subcommand(NamedTuple):
 
 
 SUBCOMMANDS = {
-    "convert": Subcommand("mllm.convert_alpha_clip", reads=("source",), model="text_from"),
-    "convert-lavis": Subcommand("mllm.convert_lavis", reads=("checkpoint", "vision_tower"), model="language_model"),
+    "convert": Subcommand("mllm.convert.alpha_clip", reads=("source",), model="text_from"),
+    "convert-lavis": Subcommand("mllm.convert.lavis", reads=("checkpoint", "vision_tower"), model="language_model"),
     "prepare": Subcommand("mllm.data.dataset_check", reads=("source", "against")),
-    "shapes": Subcommand("mllm.data.shapes", has_bar=True),
+    "shapes": Subcommand("mllm.data.shapes.cli", has_bar=True),
     "attention-map": Subcommand("eval.attention_map", reads=("image",), model="model"),
-    "score": Subcommand("train.score_region_text", reads=("data",), model="model", has_bar=True),
+    "score": Subcommand("train.contrastive.score", reads=("data",), model="model", has_bar=True),
     "plot": Subcommand("train.plot", reads=("runs",)),
-    "merge": Subcommand("mllm.merge", reads=("adapter", "alpha_weights"), model="model"),
-    "export": Subcommand("mllm.export", reads=("adapter", "alpha_weights"), model="model"),
+    "merge": Subcommand("mllm.convert.merge", reads=("adapter", "alpha_weights"), model="model"),
+    "export": Subcommand("mllm.convert.export", reads=("adapter", "alpha_weights"), model="model"),
     "publish": Subcommand("mllm.publish", reads=("folder",)),
 }
 
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, or 2 after an error of one line."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if (first := next((arg for arg in argv if not arg.startswith(LAUNCHER_FLAGS)), None)) == "train":
-        from alpha_clip_commands.tune import train_alpha_clip
+        from alpha_clip_commands.region_tune import train_alpha_clip
 
         argv.remove(first)
         return train_alpha_clip(argv)
@@ -167,7 +167,7 @@ neither the language model nor, as a rule, the frozen tower, so both are given."
     parser.add_argument(
         "--blocks",
         type=positive_number,
-        default=constant("mllm/blip2_conversion.py", "VIT_L_BLOCKS"),
+        default=constant("mllm/convert/lavis_keys.py", "VIT_L_BLOCKS"),
         help="blocks of the tower that the Q-Former was trained behind: %(default)s in LAVIS today, 21 in its first "
         "releases (docs/blip2.md)",
     )
@@ -248,7 +248,7 @@ a square.""",
         "--pictures", type=positive_number, default=2000, help="at most, evenly spaced; all are held in memory"
     )
     parser.add_argument("--region-input", choices=("mask", "box", "available"), default="mask", help="default: mask")
-    views = constant("eval/region_text.py", "VIEWS")
+    views = constant("eval/region_matching.py", "VIEWS")
     parser.add_argument("--view", choices=views, default="alpha", help="how a region is shown (default alpha)")
     parser.add_argument("--device", default="auto", help="cpu, cuda ... (default: what there is)")
 
@@ -340,13 +340,13 @@ def _add_shapes(commands) -> None:
     parser.add_argument("--out", required=True, help="folder of the data set: new, empty, or one written before")
     parser.add_argument("--images", type=positive_number, required=True, help="number of scenes")
     parser.add_argument("--seed", type=int, required=True, help="same seed: same scenes")
-    parser.add_argument("--split", choices=constant("mllm/data/shapes.py", "SPLITS"), default="train")
+    parser.add_argument("--split", choices=constant("mllm/data/shapes/scenes.py", "SPLITS"), default="train")
     parser.add_argument(
         "--layout", choices=("vg", "grit"), default="vg", help="vg: Visual Genome's and RefCOCOg's (default); grit"
     )
     parser.add_argument("--places", action="store_true", help="vg: also ask where in the image each object is")
     parser.add_argument("--tars", type=positive_number, help="grit: write so many webdataset tars instead of folders")
-    fewest, most = (constant("mllm/data/shapes_world.py", f"{which}_OBJECTS") for which in ("MIN", "MAX"))
+    fewest, most = (constant("mllm/data/shapes/world.py", f"{which}_OBJECTS") for which in ("MIN", "MAX"))
     parser.add_argument(
         "--min-objects", type=positive_number, help=f"grit: fewest objects of a scene (default {fewest})"
     )

@@ -15,7 +15,7 @@ def constant(file: str, name: str) -> Any:
     """What a module assigns to a name, a literal; of a dictionary with other values, its keys.
 
     Args:
-        file: Below the folder of the packages: "mllm/data/shapes.py".
+        file: Below the folder of the packages: "mllm/data/shapes/scenes.py".
         name: As it is assigned at the top of the module.
 
     Raises:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from alpha_clip_commands.command_line import check_model, say
-from eval.region_text import embed_texts
+from eval.region_matching import embed_texts
 from mllm.data.samples import load_image
 from mllm.files import check_replaceable
 from mllm.loading import hub_answers, pick_device

@@ -1,4 +1,4 @@
-"""What the command `region-eval` does, once its arguments are read (`alpha_clip_commands.evaluation`)."""
+"""What the command `region-eval` does, once its arguments are read (`alpha_clip_commands.region_eval`)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _run(args: argparse.Namespace) -> int:
     from eval import tasks
     from eval.evaluate import Plan, evaluate
     from eval.generate import Settings
-    from mllm.chat import load_chat
+    from mllm.region_chat.cli import load_chat
 
     task = tasks.find(args.task)
     settings = Settings(

@@ -17,17 +17,17 @@ from typing import Any
 from alpha_clip_commands.command_line import too_many_errors
 from alpha_clip_commands.progress import step
 from eval import published
-from eval.controls import CONTROLS, with_wrong_region
 from eval.generate import Processes, Settings, run
 from eval.predictions import image_name, read_predictions
 from eval.report import OtherInput, Results, write_report
 from eval.score import Measured, check_metrics, measure, picture_of_each, score
 from eval.tasks import Task, metrics_for
-from mllm.batch import model_record
+from eval.views import CONTROLS, with_wrong_region
 from mllm.data.records import MAX_ERRORS
 from mllm.data.samples import RegionSample, TarMember
 from mllm.files import claim_folder, locked, write_json
 from mllm.inference import RegionChat
+from mllm.region_chat.batch import model_record
 from mllm.resume import claim_run
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Plan:
         data: Folder of its files.
         out: Folder of the run.
         settings: How samples are put to the model, the main input among it.
-        controls: Whether the other inputs of `eval.controls` are run too, on the same samples.
+        controls: Whether the other inputs of `eval.views` are run too, on the same samples.
         strength: Of the regions, 0 to 1.
         limit: Only so many samples, or None.
         metrics: Names; none takes the task's, or those of the kind of its samples.

@@ -19,8 +19,8 @@ import torch.distributed
 from PIL import Image
 from tqdm.auto import tqdm
 
-from eval.controls import show
 from eval.predictions import record_of, write_predictions
+from eval.views import show
 from mllm.data.samples import ImageSource, RegionSample
 from mllm.files import one_line
 from mllm.inference import Asked, RegionChat
@@ -33,7 +33,7 @@ class Settings:
     """How samples are put to a model.
 
     Attributes:
-        region_input: One of `eval.controls.INPUTS`.
+        region_input: One of `eval.views.INPUTS`.
         prompt: What is asked; "{question}" in it stands for the sample's question. None: the question as it is, and
             for a description the model's own wording.
         batch_size: Answers made at once.

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eval import published
-from eval.controls import INPUTS
 from eval.page import Picture, ordering_metric, picture_of, write_page
 from eval.score import Measured
+from eval.views import INPUTS
 
 # Columns left out of the table of inputs, which would not fit a screen; metrics.json has them.
 _LEFT_OUT = ("BLEU-1", "BLEU-2", "BLEU-3")
@@ -46,7 +46,7 @@ class Results:
         run: The content of run.json; what is missing is not shown.
         records: The predictions that `metrics` is about.
         measured: Their scores.
-        others: Answers under each other input (see `eval.controls.INPUTS`).
+        others: Answers under each other input (see `eval.views.INPUTS`).
     """
 
     metrics: Mapping[str, Any]

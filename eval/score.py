@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from alpha_clip_commands.evaluation import check_metric_names
+from alpha_clip_commands.task_names import check_metric_names
 from eval.metrics import captions, java, questions, similarity
 from eval.metrics.exactly_right import exactly_right_each
 from eval.metrics.intervals import (

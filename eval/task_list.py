@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from alpha_clip_commands.evaluation import VG_SAMPLE
+from alpha_clip_commands.task_names import VG_SAMPLE
 from eval import published
 from eval.tasks import TASKS, Task
 

@@ -8,9 +8,10 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from alpha_clip_commands.evaluation import VG_SAMPLE
-from mllm.data import coco, jsonl, refcocog, shapes, visual_genome
+from alpha_clip_commands.task_names import VG_SAMPLE
+from mllm.data.readers import coco, jsonl, refcocog, visual_genome
 from mllm.data.samples import RegionSample
+from mllm.data.shapes import scenes
 from mllm.data.splits import densecap_split
 
 logger = logging.getLogger(__name__)
@@ -129,8 +130,8 @@ def hub_rows(data: Path, form: str) -> Iterable[RegionSample]:
 
 def shapes_captions(data: Path, form: str, split: str = "test") -> Iterable[RegionSample]:
     """The descriptions of a split of the drawn world."""
-    shapes.expect_split(data, split)
-    return shapes.with_same_class(visual_genome.read_regions(data, region_input=form), data)
+    scenes.expect_split(data, split)
+    return scenes.with_same_class(visual_genome.read_regions(data, region_input=form), data)
 
 
 def shapes_novel(data: Path, form: str) -> Iterable[RegionSample]:
@@ -140,8 +141,8 @@ def shapes_novel(data: Path, form: str) -> Iterable[RegionSample]:
 
 def shapes_questions(data: Path, form: str) -> Iterable[RegionSample]:
     """The questions of its test split."""
-    shapes.expect_split(data, "test")
-    return shapes.with_same_class(visual_genome.read_region_questions(data, region_input=form), data)
+    scenes.expect_split(data, "test")
+    return scenes.with_same_class(visual_genome.read_region_questions(data, region_input=form), data)
 
 
 def jsonl_lines(data: Path, form: str) -> Iterable[RegionSample]:

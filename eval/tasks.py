@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-from alpha_clip_commands.evaluation import check_task
+from alpha_clip_commands.task_names import check_task
 from eval import task_samples
 from eval.metrics import similarity
 from mllm.data.samples import RegionSample

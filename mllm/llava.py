@@ -39,8 +39,8 @@ def vision_tower(model: LlavaForConditionalGeneration) -> AlphaCLIPVisionModel:
 
 
 def with_alpha_tower(config: LlavaConfig) -> LlavaConfig:
-    """`config` with our tower in place of CLIP's, of three channels or four (`mllm.export`); a config that has it
-    already is returned as it is.
+    """`config` with our tower in place of CLIP's, of three channels or four (`mllm.convert.export`); a config that
+    has it already is returned as it is.
 
     Raises:
         ValueError: If the tower is neither CLIP nor ours.

@@ -39,7 +39,7 @@ _KINDS = {  # model_type -> title, pipeline tag
     "llava_next": ("LLaVA-NeXT with an Alpha-CLIP tower", "image-text-to-text"),
     "alpha_blip2": ("BLIP-2 with an alpha tower", "image-text-to-text"),
 }
-_EXPORTED = "exported llava"  # stock classes (mllm/export.py), which the model type does not tell
+_EXPORTED = "exported llava"  # stock classes (mllm/convert/export.py), which the model type does not tell
 _KINDS[_EXPORTED] = _KINDS["llava"]
 _EXAMPLES = {
     "alpha_clip_vision_model": """\
@@ -299,7 +299,9 @@ def _read_scores(file: Path) -> dict[str, dict[str, dict]]:
         for entry in (entry for run in runs.values() for entry in run.values()):
             entry["score"] + entry["of"] + entry.get("blind", 0)
     except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"expected in {file} what scripts/score_embedded_model.py --json writes: {error!r}") from error
+        raise ValueError(
+            f"expected in {file} what scripts/shapes/score_embedded_model.py --json writes: {error!r}"
+        ) from error
     return runs
 
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from mllm.batch import read_requests, run_batch
-from mllm.batch_output import BatchOutput
 from mllm.inference import RegionChat
+from mllm.region_chat.batch import read_requests, run_batch
+from mllm.region_chat.batch_output import BatchOutput
 from tests.tiny import noise_picture
 
 BOX = {"box": [2, 2, 30, 30]}

@@ -26,19 +26,19 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from alpha_clip_commands.contrast_arguments import PairArguments, TowerArguments
 from alpha_clip_commands.progress import step
-from alpha_clip_commands.tune import train_alpha_clip as main
-from eval.region_text import DescribedPicture, described_pictures
+from alpha_clip_commands.region_tune import train_alpha_clip as main
+from alpha_clip_commands.training.contrastive_arguments import PairArguments, TowerArguments
+from eval.region_matching import DescribedPicture, described_pictures
 from mllm.data.index import HELD_OUT, TRAIN
 from mllm.loading import hub_lookup
 from train.arguments import refuse_unknown_parts
+from train.contrastive.arguments import parse_args
+from train.contrastive.data import RegionTextCollator, RegionTextDataset, held_out_samples
+from train.contrastive.memory_estimate import plan_contrast
+from train.contrastive.trainer import RegionTextTrainer, clip_in
 from train.lora import ALPHA, linear_layers, part_of, pattern, trained_table
 from train.output import held_output
-from train.region_text_arguments import parse_args
-from train.region_text_data import RegionTextCollator, RegionTextDataset, held_out_samples
-from train.region_text_plan import plan_contrast
-from train.region_text_trainer import RegionTextTrainer, clip_in
 from train.run import (
     log_on_one_process,
     open_indexes,

@@ -17,9 +17,9 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from alpha_clip_commands.flag_values import finite_number, plain_text, switch, whole_number
-from alpha_clip_commands.recipe import deepspeed_file, split_recipe
-from alpha_clip_commands.recipe_values import check_ranges, read_values
-from alpha_clip_commands.tuning_arguments import DataArguments, ModelArguments, PartArguments
+from alpha_clip_commands.training.recipe import deepspeed_file, split_recipe
+from alpha_clip_commands.training.recipe_values import check_ranges, read_values
+from alpha_clip_commands.training.tuning_arguments import DataArguments, ModelArguments, PartArguments
 from mllm.data.json_files import check_kept, read_json
 from mllm.data.schemas import checked
 

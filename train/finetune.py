@@ -20,16 +20,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 import mllm
 from alpha_clip_commands.progress import step
-from alpha_clip_commands.tune import main
-from alpha_clip_commands.tuning_arguments import DataArguments, ModelArguments
+from alpha_clip_commands.region_tune import main
+from alpha_clip_commands.training.tuning_arguments import DataArguments, ModelArguments
 from eval.metrics.captions import freeze_document_frequency
 from mllm.data.index import HELD_OUT, TRAIN
 from mllm.data.templates import wordings
 from mllm.loading import AlphaProcessor, load_processor
-from train import plan
 from train.arguments import parse_args
-from train.collators import ConversationCollator
-from train.evaluation import AnswerScorer
 from train.lora import parts_of, prepare_model, trained_table
 from train.output import held_output
 from train.run import (
@@ -45,6 +42,9 @@ from train.run import (
 from train.sampling import ConversationDataset
 from train.skipped import SKIPPED
 from train.trainer import RegionTrainer
+from train.tuning import memory_estimate
+from train.tuning.collators import ConversationCollator
+from train.tuning.evaluation import AnswerScorer
 
 logger = logging.getLogger(__name__)
 
@@ -106,13 +106,13 @@ def show_plan(model_args: ModelArguments, data_args: DataArguments, training_arg
     indexes = [open_index(folder) for folder in data_args.data]
     train = ConversationDataset(indexes, data_args, TRAIN, processor.description_wordings, 0, Path(SKIPPED))
     refuse_empty(train, indexes, f"expected regions of the split {TRAIN!r}")
-    model = plan.meta_model(model_args)
-    drawn = plan.plan(
+    model = memory_estimate.meta_model(model_args)
+    drawn = memory_estimate.plan(
         model,
         model_args,
         training_args,
         data_args.regions_per_image,
-        plan.longest_conversation(train, processor, data_args.max_turns),
+        memory_estimate.longest_conversation(train, processor, data_args.max_turns),
         len(train),
         model_args.device_tflops,
     )

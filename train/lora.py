@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from alpha_clip_commands.tuning_arguments import ModelArguments
+from alpha_clip_commands.training.tuning_arguments import ModelArguments
 from mllm.loading import FAMILIES
 from train.arguments import refuse_unknown_parts
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from alpha_clip_commands.tuning_arguments import DataArguments, RegionArguments
+from alpha_clip_commands.training.tuning_arguments import DataArguments, RegionArguments
 from mllm.data.index import RegionFacts, RegionIndex
 from mllm.data.samples import describe_source
 from mllm.messages import Message

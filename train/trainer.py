@@ -25,12 +25,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from alpha_clip_commands.command_line import stopping_signals
 from mllm.data.index import TRAIN
 from mllm.files import sync_files, write_json
-from train.evaluation import AnswerScorer
 from train.lora import part_of
 from train.optimizers import MuonWithAdamW
 from train.output import WHOLE, naming_what_cannot_be_written, remove_older_checkpoints
 from train.sampling import EpochSampler, PictureDataset
 from train.skipped import SkippedItem
+from train.tuning.evaluation import AnswerScorer
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from alpha_clip_commands.command_line import log_to_terminal, say
-from mllm.data import mask_imagenet, prepare
+from mllm.data import prepare
 from mllm.data.index import TRAIN, RegionIndex, index_folder
 from mllm.data.json_files import stream_json
+from mllm.data.readers import mask_imagenet
 from mllm.data.records import READ
 
 FILES = {

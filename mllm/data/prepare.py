@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mllm.data import refcocog, visual_genome
-from mllm.data.grit import read_grit
 from mllm.data.index import INDEX_FOLDER, TRAIN, index_beside, write_index
 from mllm.data.json_files import read_json
-from mllm.data.jsonl import read_jsonl
-from mllm.data.mask_imagenet import read_mask_imagenet
-from mllm.data.picture_pairs import has_pairs
+from mllm.data.readers import refcocog, visual_genome
+from mllm.data.readers.grit import read_grit
+from mllm.data.readers.jsonl import read_jsonl
+from mllm.data.readers.mask_imagenet import read_mask_imagenet
+from mllm.data.readers.region_text_pairs import has_pairs
 from mllm.data.records import ReadReport
 from mllm.data.samples import RegionSample
 from mllm.data.schemas import DatasetRecord, checked
@@ -162,9 +162,9 @@ def index_mask_imagenet(
 def index_jsonl(
     path: str | os.PathLike, out: str | os.PathLike | None = None, reports: Reports | None = None
 ) -> dict[str, Any]:
-    """Index a JSONL file of one's own (`mllm.data.jsonl`). Lines about one picture, and about one region of it, are put
-    together wherever they stand. A line's meta may state `split` (else it is for training), `width` and `height`. A
-    mask states the size too; a picture of another one is left out of training.
+    """Index a JSONL file of one's own (`mllm.data.readers.jsonl`). Lines about one image, and about one region of it,
+    are put together wherever they are. A line's meta may state `split` (default: train), `width` and `height`. A mask
+    states the size too; an image of another size is left out of training.
 
     Args:
         path: The file, held in memory.

@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alpha_clip_commands.contrast_arguments import PairArguments
-from mllm.data import shapes_grit
+from alpha_clip_commands.training.contrastive_arguments import PairArguments
 from mllm.data.index import TRAIN, RegionIndex
 from mllm.data.prepare import make_index
+from mllm.data.shapes import grit_layout
 from tests.tiny import build_tiny_clip
 from train import alpha_clip
+from train.contrastive.data import RegionTextDataset
 from train.output import last_whole_checkpoint
-from train.region_text_data import RegionTextDataset
 from train.sampling import EpochSampler
 from vision_tower import AlphaCLIPModel
 
@@ -52,7 +52,7 @@ def world(tmp_path_factory):
         model.save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
     for split in ("train", "val"):
-        shapes_grit.write(folder / split, 8, 1, split, min_objects=1, progress=False)
+        grit_layout.write(folder / split, 8, 1, split, min_objects=1, progress=False)
         make_index(folder / split)
     (folder / "recipe.yaml").write_text(RECIPE.format(**{n: folder / n for n in ("start", "train", "val")}))
     return folder
@@ -253,9 +253,10 @@ def test_two_ranks_killed_within_an_epoch_go_on_to_the_same_end(world, tmp_path,
 
 NAN_ON_ONE = """
 import os, sys
-from train import alpha_clip, region_text_trainer
+from train import alpha_clip
+from train.contrastive import trainer as contrastive_trainer
 
-loss_of = region_text_trainer.region_text_loss
+loss_of = contrastive_trainer.region_text_loss
 calls = []
 
 
@@ -264,7 +265,7 @@ def spoiled(*args, **kwargs):
     loss = loss_of(*args, **kwargs)
     return loss * float("nan") if os.environ["RANK"] == "1" and len(calls) == 5 else loss
 
-region_text_trainer.region_text_loss = spoiled
+contrastive_trainer.region_text_loss = spoiled
 sys.exit(alpha_clip.main(sys.argv[1:]))
 """
 

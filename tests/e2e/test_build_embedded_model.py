@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 import mllm
-from mllm.data import shapes
 from mllm.data.samples import load_image
+from mllm.data.shapes import scenes
 from mllm.inference import RegionChat
-from scripts.build_shapes_clip import is_built
+from scripts.shapes.build_clip import is_built
 from vision_tower import AlphaCLIPVisionModel, Region
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,7 @@ def test_a_stage_of_another_seed_or_other_scenes_is_not_taken(tmp_path):
 def test_build_from_nothing(tmp_path):
     command = [
         sys.executable,
-        str(ROOT / "scripts" / "build_embedded_model.py"),
+        str(ROOT / "scripts" / "shapes" / "build_embedded_model.py"),
         "--scenes",
         "300",
         "--max_steps",
@@ -44,7 +44,7 @@ def test_build_from_nothing(tmp_path):
     out = tmp_path / "assets" / "model"
     log = [entry["loss"] for entry in json.loads((out / "training_record.json").read_text())["log"] if "loss" in entry]
     assert float(log[-1]) < 2 < math.log(640)  # a guess among the vocabulary's words; from a random tower: 1.1
-    assert len(shapes.training_scenes(out)) == 3 * 300  # the CLIP's of both kinds, and the others'
+    assert len(scenes.training_scenes(out)) == 3 * 300  # the CLIP's of both kinds, and the others'
     with Image.open(tmp_path / "work" / "training.png") as charts:
         assert charts.height == 240 * 4
     model, processor = mllm.load(out)

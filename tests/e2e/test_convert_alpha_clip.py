@@ -22,7 +22,7 @@ from transformers import (
 
 import mllm
 from alpha_clip_commands import alpha_clip
-from alpha_clip_commands.chat import main as region_chat
+from alpha_clip_commands.region_chat import main as region_chat
 from mllm.llava import build_llava_processor
 from tests.tiny import noise_picture, prompt, tiny_clip_config, tiny_llava_config, tiny_tokenizer
 from vision_tower import (

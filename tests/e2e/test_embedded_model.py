@@ -9,20 +9,20 @@ from PIL import Image
 from transformers import pipeline
 
 import mllm
-from alpha_clip_commands.chat import main as region_chat
-from eval.controls import references_of_shown_region, with_whole_image, with_wrong_region
+from alpha_clip_commands.region_chat import main as region_chat
 from eval.generate import generate
 from eval.metrics.exactly_right import exactly_right
-from mllm.data import shapes
+from eval.views import references_of_shown_region, with_whole_image, with_wrong_region
 from mllm.data.index import RegionIndex
 from mllm.data.prepare import make_index
-from mllm.data.visual_genome import read_region_questions, read_regions
+from mllm.data.readers.visual_genome import read_region_questions, read_regions
+from mllm.data.shapes import scenes, visual_genome_layout
 from mllm.inference import RegionChat
 from mllm.loading import EMBEDDED_MODEL
 from tests.drawn_back import overlap
 from tests.tiny import prompt
 from train import finetune
-from train.collators import IGNORE_INDEX, encode_with_labels
+from train.tuning.collators import IGNORE_INDEX, encode_with_labels
 from vision_tower import Region
 
 SCENES, SEED = 8, 77
@@ -31,7 +31,7 @@ SCENES, SEED = 8, 77
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes") / "test"
-    shapes.write(folder, SCENES, SEED, "test", progress=False)
+    visual_genome_layout.write(folder, SCENES, SEED, "test", progress=False)
     return folder
 
 
@@ -116,7 +116,7 @@ def test_boxes_and_questions(embedded, root):
     boxes = list(read_regions(root, region_input="box"))
     assert exactly_right(generate(chat, boxes), [s.references for s in boxes]) >= 0.9
     questions = list(read_region_questions(root))
-    for kinds, least in ((shapes.ATTRIBUTES, 0.95), (shapes.DIRECTIONS, 0.85)):
+    for kinds, least in ((scenes.ATTRIBUTES, 0.95), (scenes.DIRECTIONS, 0.85)):
         asked = [question for question in questions if question.meta["type"] in kinds]
         assert exactly_right(generate(chat, asked), [s.references for s in asked]) >= least
 
@@ -183,9 +183,9 @@ def test_tuning_reads_the_region(embedded, root, tmp_path, fed):
     """One training step on the embedded model: its loss on true descriptions is low, on another object's descriptions
     high.
     """
-    from alpha_clip_commands.tuning_arguments import DataArguments
-    from train.collators import ConversationCollator
+    from alpha_clip_commands.training.tuning_arguments import DataArguments
     from train.sampling import ConversationDataset
+    from train.tuning.collators import ConversationCollator
 
     model, processor = embedded
     make_index(root)
@@ -205,20 +205,20 @@ def test_tuning_reads_the_region(embedded, root, tmp_path, fed):
 
 
 def test_scenes_here_and_in_the_scores_are_no_training_scenes():
-    trained = shapes.training_scenes(EMBEDDED_MODEL)
+    trained = scenes.training_scenes(EMBEDDED_MODEL)
     assert len(trained) == 24_000 + 16_000 + 20_000  # CLIP: scenes, objects alone; Alpha-CLIP and LLaVA
     for seed, count in ((SEED, SCENES), (2, 200)):
-        for _, scene in shapes.scenes(count, seed, "test"):
-            assert shapes.scene_hash(scene.pixels) not in trained
-    (_, first), *_ = shapes.scenes(1, 1, "train")
-    assert shapes.scene_hash(first.pixels) in trained
+        for _, scene in scenes.scenes(count, seed, "test"):
+            assert scenes.scene_hash(scene.pixels) not in trained
+    (_, first), *_ = scenes.scenes(1, 1, "train")
+    assert scenes.scene_hash(first.pixels) in trained
 
 
 def test_assets_are_small_and_safetensors():
     files = [file for file in EMBEDDED_MODEL.parent.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 20e6
     assert not [
-        file for file in files if file.suffix in (".bin", ".pth", ".pt", ".pkl") and file.name != shapes.TRAINING_SCENES
+        file for file in files if file.suffix in (".bin", ".pth", ".pt", ".pkl") and file.name != scenes.TRAINING_SCENES
     ]
 
 
@@ -226,7 +226,7 @@ def test_assets_are_small_and_safetensors():
 def test_the_model_trains_on(root, tmp_path):
     """The shipped model is a start for tuning as any other directory."""
     train_root = tmp_path / "train"
-    shapes.write(train_root, 2, 9, "train", progress=False)
+    visual_genome_layout.write(train_root, 2, 9, "train", progress=False)
     arguments = [
         "--model",
         str(EMBEDDED_MODEL),

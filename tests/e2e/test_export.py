@@ -1,4 +1,4 @@
-"""What `mllm.export` writes, loaded without this package: the same logits for regions in every form.
+"""What `mllm.convert.export` writes, loaded without this package: the same logits for regions in every form.
 
 The fast test runs it in a forked process that has not imported this package; the slow one is the proof: a new
 environment in which only the dependencies can be found.
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import mllm
-from mllm.export import export
+from mllm.convert.export import export
 from mllm.loading import EMBEDDED_MODEL
 from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_picture
 from vision_tower import Region

@@ -6,9 +6,9 @@ import pytest
 from safetensors.torch import load_file
 
 from alpha_clip_commands.alpha_clip import main as alpha_clip
-from alpha_clip_commands.evaluation import main as region_eval
+from alpha_clip_commands.region_eval import main as region_eval
 from mllm import RegionChat
-from mllm.data import shapes
+from mllm.data.shapes import visual_genome_layout
 from tests.tiny import noise_picture
 from train import finetune
 
@@ -16,7 +16,7 @@ from train import finetune
 @pytest.mark.slow
 def test_tuned_merged_asked_and_evaluated(tiny_llava_next_dir, tmp_path):
     for split in ("train", "val", "test"):
-        shapes.write(tmp_path / split, 4, 1, split, progress=False)
+        visual_genome_layout.write(tmp_path / split, 4, 1, split, progress=False)
     (tmp_path / "recipe.yaml").write_text(
         f"""
 model: {tiny_llava_next_dir}

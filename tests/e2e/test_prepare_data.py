@@ -6,14 +6,15 @@ import shutil
 import pytest
 
 from alpha_clip_commands import alpha_clip
-from mllm.data import mask_imagenet, shapes, shapes_grit
 from mllm.data.index import RegionIndex
+from mllm.data.readers import mask_imagenet
+from mllm.data.shapes import grit_layout, visual_genome_layout
 from mllm.data.splits import densecap_split
 
 
 @pytest.fixture
 def folder(tmp_path):
-    shapes.write(tmp_path / "shapes", 3, 1, progress=False)
+    visual_genome_layout.write(tmp_path / "shapes", 3, 1, progress=False)
     return tmp_path / "shapes"
 
 
@@ -41,8 +42,8 @@ def test_the_index_may_lie_elsewhere(folder, tmp_path, capsys, kind):
 @pytest.mark.parametrize("tars", [0, 2])
 def test_grits_layout_is_indexed(tmp_path, capsys, tars):
     source, held_out = tmp_path / "grit", tmp_path / "held_out"
-    shapes_grit.write(source, 3, 1, tars=tars, progress=False)
-    shapes_grit.write(held_out, 2, 1, "test", tars=tars, progress=False)
+    grit_layout.write(source, 3, 1, tars=tars, progress=False)
+    grit_layout.write(held_out, 2, 1, "test", tars=tars, progress=False)
     alpha_clip.main(["prepare", "grit", "--source", str(held_out)])
     assert alpha_clip.main(["prepare", "grit", "--source", str(source), "--against", str(held_out)]) == 0
     printed = capsys.readouterr().out

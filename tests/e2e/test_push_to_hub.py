@@ -17,7 +17,7 @@ from transformers import AutoModel, CLIPVisionModel
 import mllm
 from alpha_clip_commands import alpha_clip
 from mllm import publish
-from mllm.export import export
+from mllm.convert.export import export
 from tests.tiny import (
     build_tiny_blip2,
     noise_picture,

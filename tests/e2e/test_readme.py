@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from alpha_clip_commands.chat import main as region_chat
+from alpha_clip_commands.region_chat import main as region_chat
 from mllm.loading import EMBEDDED_MODEL
 from tests.tiny import noise_picture, tiny_clip_config, tiny_clip_tokenizer
 from vision_tower import (

@@ -11,10 +11,10 @@ import sys
 import pytest
 import torch
 
-from alpha_clip_commands.chat import main as region_chat
-from alpha_clip_commands.evaluation import main
-from mllm.data import shapes
-from mllm.data.visual_genome import read_region_questions
+from alpha_clip_commands.region_chat import main as region_chat
+from alpha_clip_commands.region_eval import main
+from mllm.data.readers.visual_genome import read_region_questions
+from mllm.data.shapes import visual_genome_layout
 from mllm.files import locked
 
 FAST = ["--metrics", "exactly right", "ROUGE-L"]
@@ -23,7 +23,7 @@ FAST = ["--metrics", "exactly right", "ROUGE-L"]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "shapes"
-    shapes.write(folder, 6, 11, "test", progress=False)
+    visual_genome_layout.write(folder, 6, 11, "test", progress=False)
     return folder
 
 
@@ -97,7 +97,7 @@ def test_two_processes_give_the_same_bytes(data, tmp_path, processes):
     finally:
         torch.set_num_threads(threads)
     for rank in processes.start_ranks(
-        "alpha_clip_commands.evaluation:main", [*run, "--out", tmp_path / "two"], cwd=data.parent
+        "alpha_clip_commands.region_eval:main", [*run, "--out", tmp_path / "two"], cwd=data.parent
     ):
         assert rank.wait() == 0, rank.output()
     one, two = ((tmp_path / name / "predictions.jsonl").read_bytes() for name in ("one", "two"))
@@ -216,7 +216,7 @@ def test_questions_of_ones_own_are_scored_as_questions(data, tmp_path, capsys):
 
 
 def lines_of(data):
-    from mllm.data.visual_genome import read_regions
+    from mllm.data.readers.visual_genome import read_regions
 
     sample = next(read_regions(data))
     relative = os.path.relpath(sample.image, data)

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import mllm
 from alpha_clip_commands import alpha_clip
-from mllm.data import shapes
-from mllm.export import export
+from mllm.convert.export import export
+from mllm.data.shapes import visual_genome_layout
 from tests.tiny import build_tiny_llava
 from train import finetune
 from train.output import WHOLE, last_whole_checkpoint
@@ -38,7 +38,7 @@ def world(tmp_path_factory):
     model.save_pretrained(folder / "start")
     processor.save_pretrained(folder / "start")
     for split in ("train", "val"):
-        shapes.write(folder / split, 6, 1, split, progress=False)
+        visual_genome_layout.write(folder / split, 6, 1, split, progress=False)
     (folder / "recipe.yaml").write_text(
         f"""
 model: {folder / "start"}

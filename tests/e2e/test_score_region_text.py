@@ -7,8 +7,8 @@ import torch
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from alpha_clip_commands import alpha_clip
-from mllm.data import shapes_grit
-from mllm.data.grit import read_grit
+from mllm.data.readers.grit import read_grit
+from mllm.data.shapes import grit_layout
 from tests.tiny import build_tiny_clip, tiny_clip_config, tiny_clip_tokenizer
 
 
@@ -24,7 +24,7 @@ def build():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scored")
-    shapes_grit.write(folder / "data", 5, 3, "test", progress=False)
+    grit_layout.write(folder / "data", 5, 3, "test", progress=False)
     model, processor = build()
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")

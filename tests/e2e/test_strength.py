@@ -13,14 +13,14 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from alpha_clip_commands.chat import main as region_chat
-from alpha_clip_commands.evaluation import main as region_eval
-from eval.region_text import DescribedPicture, embed_regions
-from mllm.export import export
+from alpha_clip_commands.region_chat import main as region_chat
+from alpha_clip_commands.region_eval import main as region_eval
+from eval.region_matching import DescribedPicture, embed_regions
+from mllm.convert.export import export
 from mllm.inference import RegionChat
 from tests.tiny import build_tiny_blip2, build_tiny_clip, build_tiny_llava, noise_picture
-from train.collators import ConversationCollator
-from train.region_text_data import RegionTextCollator, RegionTexts
+from train.contrastive.data import RegionTextCollator, RegionTexts
+from train.tuning.collators import ConversationCollator
 from vision_tower import AlphaPatchEmbedding, Region
 from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 

@@ -10,18 +10,19 @@ import torch
 from torch.nn import functional
 
 import mllm
-from alpha_clip_commands.contrast_arguments import PairArguments
-from alpha_clip_commands.tuning_arguments import DataArguments
+from alpha_clip_commands.training.contrastive_arguments import PairArguments
+from alpha_clip_commands.training.tuning_arguments import DataArguments
 from mllm.data.index import RegionIndex
 from mllm.data.prepare import make_index
 from mllm.data.splits import densecap_split
 from tests.tiny import build_tiny_clip, build_tiny_llava, noise_picture
-from train import alpha_clip, finetune, region_text_trainer
-from train.collators import IGNORE_INDEX
-from train.region_text_data import RegionTextDataset
-from train.region_text_trainer import RegionTextTrainer, _capped
+from train import alpha_clip, finetune
+from train.contrastive import trainer as contrastive_trainer
+from train.contrastive.data import RegionTextDataset
+from train.contrastive.trainer import RegionTextTrainer, _capped
 from train.sampling import ConversationDataset
 from train.trainer import RegionTrainer
+from train.tuning.collators import IGNORE_INDEX
 from vision_tower import AlphaCLIPModel
 from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 
@@ -67,9 +68,9 @@ class Ran:
             step, predict = trainer.training_step, trainer.prediction_step
             patch.setattr(trainer, "training_step", noting(step, self.trained))
             patch.setattr(trainer, "prediction_step", noting(predict, self.evaluated))
-        score = region_text_trainer.score_region_text
+        score = contrastive_trainer.score_region_text
         patch.setattr(
-            region_text_trainer, "score_region_text", lambda m, p, pictures, **k: self.seen(m, p, pictures, score, k)
+            contrastive_trainer, "score_region_text", lambda m, p, pictures, **k: self.seen(m, p, pictures, score, k)
         )
         answer = finetune.AnswerScorer.answer
         patch.setattr(

@@ -21,14 +21,14 @@ from safetensors.torch import load_file, save
 
 from eval.predictions import read_predictions, read_references
 from mllm.adapter_files import read_adapter_config
-from mllm.batch import read_requests
-from mllm.data import coco, grit, jsonl, mask_imagenet, refcocog, visual_genome
 from mllm.data.index import RegionIndex, write_index
+from mllm.data.readers import coco, grit, jsonl, mask_imagenet, refcocog, visual_genome
 from mllm.data.samples import RegionSample, load_image
+from mllm.region_chat.batch import read_requests
 from tests.fuzzing import HOSTILE, byte_cases, hostile_records, json_cases, pickle_cases
 from tests.tiny import noise_picture
-from train import region_text_arguments
 from train.arguments import parse_args
+from train.contrastive import arguments
 from vision_tower import AlphaCLIPImageProcessor, Region, conversion
 
 RLE = {"size": [8, 10], "counts": [12, 3, 5, 3, 57]}
@@ -466,7 +466,7 @@ FORMATS = {
     ),
     "references_mdetr": Format(json_cases(MDETR), in_file("r.json", lambda folder: read_references(folder / "r.json"))),
     "recipe": Format(yaml_cases(RECIPE), read_recipe(parse_args), share=0.25),
-    "contrastive_recipe": Format(yaml_cases(CONTRASTIVE), read_recipe(region_text_arguments.parse_args), share=0.25),
+    "contrastive_recipe": Format(yaml_cases(CONTRASTIVE), read_recipe(arguments.parse_args), share=0.25),
     "deepspeed": Format(json_cases(DEEPSPEED), in_file("ds.json", read_deepspeed), share=0.25),
     "region_json": Format(st.sampled_from(REGIONS_JSON).flatmap(json_cases), read_region),
     "region_text": Format(

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alpha_clip_commands import alpha_clip
-from mllm import blip2_conversion
+from mllm.convert import lavis_keys
 from vision_tower import checkpoint_files, conversion
 
 DATA = Path(__file__).parents[1] / "parity" / "data"
@@ -143,7 +143,7 @@ def test_what_is_no_dict_of_names(tmp_path, content):
     torch.save(content, tmp_path / "weights.pth")
     assert "expected named tensors in" in refusal(conversion.read_tower, tmp_path / "weights.pth")
     torch.save({"model": content}, tmp_path / "weights.pth")
-    assert "expected named tensors under 'model'" in refusal(blip2_conversion.read_lavis, tmp_path / "weights.pth")
+    assert "expected named tensors under 'model'" in refusal(lavis_keys.read_lavis, tmp_path / "weights.pth")
 
 
 def text(words):
@@ -329,13 +329,13 @@ def test_lavis_checkpoints(lavis, original, tmp_path, damage, named, capsys):
     file = tmp_path / "lavis.pth"
     torch.save({"model": lavis, "epoch": 9, "scaler": {"scale": 65536.0}}, file)
     tower = conversion.read_tower(tmp_path / "alpha.pth")
-    assert re.search(named, refusal(lambda: blip2_conversion.from_lavis(blip2_conversion.read_lavis(file), tower, 1)))
+    assert re.search(named, refusal(lambda: lavis_keys.from_lavis(lavis_keys.read_lavis(file), tower, 1)))
 
 
 @pytest.mark.parametrize("shape", [(), (128,), (128, 3), (0, 3, 8, 8), (128, 0, 8, 8), (128, 3, 8, 8, 1)])
 def test_convolution_of_the_tower_in_a_lavis_checkpoint(lavis, shape):
     lavis |= {"visual_encoder.conv1.weight": torch.zeros(shape), "visual_encoder.class_embedding": torch.zeros(128)}
-    assert "the tower (visual_encoder.*)" in refusal(blip2_conversion.from_lavis, lavis, None, 0)
+    assert "the tower (visual_encoder.*)" in refusal(lavis_keys.from_lavis, lavis, None, 0)
 
 
 def test_a_mistake_of_our_own_is_not_taken_for_damage(original, tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ import time
 import pytest
 import torch
 
-from mllm.data import shapes, shapes_grit
 from mllm.data.prepare import make_index
+from mllm.data.shapes import grit_layout, visual_genome_layout
 from tests.tiny import build_tiny_clip, build_tiny_llava
 
 pytestmark = pytest.mark.slow
@@ -43,9 +43,9 @@ def world(tmp_path_factory):
     for name, (model, processor) in (("llava", llava), ("clip", build_tiny_clip(alpha_std=0.3))):
         model.save_pretrained(folder / name)
         processor.save_pretrained(folder / name)
-    shapes.write(folder / "shapes", 6, 1, "train", progress=False)
-    shapes.write(folder / "test", 6, 1, "test", progress=False)
-    shapes_grit.write(folder / "grit", 8, 1, "train", min_objects=1, progress=False)
+    visual_genome_layout.write(folder / "shapes", 6, 1, "train", progress=False)
+    visual_genome_layout.write(folder / "test", 6, 1, "test", progress=False)
+    grit_layout.write(folder / "grit", 8, 1, "train", min_objects=1, progress=False)
     for name in ("shapes", "grit"):
         make_index(folder / name)
     for ranks in (1, 2):
@@ -76,14 +76,14 @@ def contrast(world, out, ranks=1):
 def evaluate(world, out, ranks=1):
     task = ["--task", "shapes-caption", "--metrics", "exactly right", "--no-intervals"]
     model = ["--model", world / "llava", "--batch-size", 2, "--max-new-tokens", 16]
-    return "alpha_clip_commands.evaluation:main", ["run", *task, "--data", world / "test", "--out", out, *model]
+    return "alpha_clip_commands.region_eval:main", ["run", *task, "--data", world / "test", "--out", out, *model]
 
 
 def batch(world, out, ranks=1):
     out.mkdir(exist_ok=True)
     files = ["--batch", world / "requests.jsonl", "--output", out / "answers.jsonl"]
     settings = ["--model", world / "llava", "--batch-size", 2, "--max-new-tokens", 24]
-    return "alpha_clip_commands.chat:main", [*files, *settings]
+    return "alpha_clip_commands.region_chat:main", [*files, *settings]
 
 
 # In the process: each step, each batch takes its time, so that the run is there to be met.

@@ -8,14 +8,14 @@ from PIL import Image
 
 import eval.attention_map
 import mllm
-import mllm.chat
-import mllm.convert_alpha_clip
-import mllm.convert_lavis
+import mllm.convert.alpha_clip
+import mllm.convert.lavis
 import mllm.publish
-from alpha_clip_commands import alpha_clip, chat, evaluation
-from mllm.data import shapes, shapes_grit
+import mllm.region_chat.cli
+from alpha_clip_commands import alpha_clip, region_chat, region_eval
 from mllm.data.index import RegionIndex
-from scripts import join_pictures
+from mllm.data.shapes import grit_layout, visual_genome_layout
+from scripts import join_images
 from tests.tiny import noise_picture
 
 
@@ -34,10 +34,10 @@ def place(tmp_path, monkeypatch):
     """A folder with one of everything that commands read, and where no model can be loaded."""
     noise_picture(60, 40).save(tmp_path / "image.png")
     Image.new("L", (60, 40), 255).save(tmp_path / "mask.png")
-    shapes.write(tmp_path / "vg", 2, 1, progress=False)
+    visual_genome_layout.write(tmp_path / "vg", 2, 1, progress=False)
     (tmp_path / "vg" / "VG_100K_2").mkdir()
     (tmp_path / "vg" / "VG_100K_2" / "mine.jpg").write_bytes(b"x")
-    shapes_grit.write(tmp_path / "grit", 2, 1, progress=False)
+    grit_layout.write(tmp_path / "grit", 2, 1, progress=False)
     line = {"image": "image.png", "region": {"box": [1, 1, 9, 9]}, "answer": "x"}
     (tmp_path / "mine.jsonl").write_text(json.dumps(line))
     record = {"id": "a", "question": "What is this?", "prediction": "a dog", "references": ["a cat"]}
@@ -54,10 +54,10 @@ def place(tmp_path, monkeypatch):
 
     for module, name in (
         (mllm, "load"),
-        (mllm.chat, "load_chat"),
+        (mllm.region_chat.cli, "load_chat"),
         (eval.attention_map, "load"),
-        (mllm.convert_alpha_clip, "read_source"),
-        (mllm.convert_lavis, "convert"),
+        (mllm.convert.alpha_clip, "read_source"),
+        (mllm.convert.lavis, "convert"),
         (mllm.publish, "check_whole"),
     ):
         monkeypatch.setattr(module, name, unexpected)
@@ -84,12 +84,12 @@ FOREIGN = {
 }
 IMAGE = ["--image", "image.png", "--box", "1,1,9,9"]
 WRITERS = {
-    "overlay": (chat.main, [*IMAGE, "--ask", "x", "--save-overlay"]),
+    "overlay": (region_chat.main, [*IMAGE, "--ask", "x", "--save-overlay"]),
     "attention map": (alpha_clip.main, ["attention-map", "--model", "m", *IMAGE, "--out"]),
     "chart": (alpha_clip.main, ["plot", "run", "--out"]),
-    "joined": (join_pictures.main, ["image.png", "mask.png", "--out"]),
-    "comparison": (evaluation.main, ["compare", "a.jsonl", "b.jsonl", "--html"]),
-    "export": (evaluation.main, ["export", "a.jsonl", "--out"]),
+    "joined": (join_images.main, ["image.png", "mask.png", "--out"]),
+    "comparison": (region_eval.main, ["compare", "a.jsonl", "b.jsonl", "--html"]),
+    "export": (region_eval.main, ["export", "a.jsonl", "--out"]),
     "index of vg": (alpha_clip.main, ["prepare", "vg", "--source", "vg", "--out"]),
     "index of refcocog": (alpha_clip.main, ["prepare", "refcocog", "--source", "vg", "--out"]),
     "index of grit": (alpha_clip.main, ["prepare", "grit", "--source", "grit", "--out"]),
@@ -167,11 +167,11 @@ def test_what_a_command_wrote_it_replaces(place, name):
 
 
 def test_another_commands_output_is_not_ones_own(place, capsys):
-    assert join_pictures.main(["image.png", "--out", "joined.png"]) == 0
+    assert join_images.main(["image.png", "--out", "joined.png"]) == 0
     assert alpha_clip.main(["shapes", "--images", "1", "--seed", "1", "--out", "drawn"]) == 0
     before = tree(place)
     refused(alpha_clip.main, ["plot", "run", "--out", "joined.png"], capsys)
-    refused(chat.main, [*WRITERS["overlay"][1], "joined.png"], capsys)
+    refused(region_chat.main, [*WRITERS["overlay"][1], "joined.png"], capsys)
     refused(alpha_clip.main, [*WRITERS["grit"][1], "drawn"], capsys)
     refused(alpha_clip.main, [*WRITERS["index of vg"][1], "drawn"], capsys)
     assert tree(place) == before

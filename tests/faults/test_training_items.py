@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 import mllm
-from alpha_clip_commands.tuning_arguments import DataArguments
+from alpha_clip_commands.training.tuning_arguments import DataArguments
 from mllm.data.index import TRAIN, RegionIndex
 from mllm.data.prepare import make_index
 from mllm.files import locked
@@ -21,11 +21,11 @@ from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_picture
 from train import finetune, output
 from train import run as train_run
 from train import trainer as trainers
-from train.collators import IGNORE_INDEX, ConversationCollator
 from train.output import TRAINING_RECORD, WHOLE, last_whole_checkpoint, remove_older_checkpoints
 from train.sampling import ConversationDataset
 from train.skipped import SKIPPED, read_skipped
 from train.trainer import RegionTrainer
+from train.tuning.collators import IGNORE_INDEX, ConversationCollator
 
 ADAPTER = "adapter_model.safetensors"
 

@@ -10,8 +10,8 @@ import uuid
 from pathlib import Path
 from typing import NamedTuple
 
-from mllm.data import shapes, shapes_grit
 from mllm.data.prepare import make_index
+from mllm.data.shapes import grit_layout, visual_genome_layout
 from tests.tiny import build_tiny_clip, build_tiny_llava
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,8 +37,8 @@ def make_worlds(folder: Path) -> dict[str, Path]:
     """A recipe for each program, with its tiny model and its data."""
     recipes = {}
     for name, build, write in (
-        ("region-tune", build_tiny_llava, shapes.write),
-        ("alpha-clip train", build_tiny_clip, shapes_grit.write),
+        ("region-tune", build_tiny_llava, visual_genome_layout.write),
+        ("alpha-clip train", build_tiny_clip, grit_layout.write),
     ):
         world = folder / name
         model, processor = build()

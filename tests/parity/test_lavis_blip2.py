@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from mllm.blip2 import AlphaBlip2Config, AlphaBlip2ForConditionalGeneration
-from mllm.blip2_conversion import from_lavis
+from mllm.convert.lavis_keys import from_lavis
 from tests.tiny import tiny_text_config, tiny_tokenizer
 from vision_tower.conversion import read_tower
 

@@ -10,7 +10,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
 
 from mllm.llava import with_alpha_tower
-from scripts.bench_llava_7b import VISION, VOCABULARY
+from scripts.bench.llava_7b import VISION, VOCABULARY
 
 SIZES = {"7b": (4096, 11008, 32), "13b": (5120, 13824, 40)}  # width, inner width, layers of the language model
 

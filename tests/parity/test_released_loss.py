@@ -10,8 +10,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from tests.unit.train.test_losses import on_two_ranks
-from train.losses import region_text_loss, released_learning_rate_factor, released_loss
+from tests.unit.train.contrastive.test_losses import on_two_ranks
+from train.contrastive.losses import region_text_loss, released_learning_rate_factor, released_loss
 
 FIXTURE = Path(__file__).parent / "data" / "released_loss.safetensors"  # make_released_loss_fixture.py
 # float64. Measured worst case over loss and gradients in every setting: 2.2e-16, values up to 2.8.

@@ -8,7 +8,7 @@ from transformers import Blip2QFormerConfig, CLIPConfig, CLIPModel, CLIPVisionMo
 
 import mllm
 from alpha_clip_commands import alpha_clip
-from mllm.blip2_conversion import _shorten, qformer_config_from_lavis
+from mllm.convert.lavis_keys import _shorten, qformer_config_from_lavis
 from mllm.fused import fused_config
 from mllm.llava import with_alpha_tower
 from tests.tiny import build_tiny_llava, tiny_clip_config, tiny_llava_config, tiny_tokenizer, tiny_vision_config

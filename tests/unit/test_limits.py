@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from alpha_clip_commands.tuning_arguments import RegionArguments
+from alpha_clip_commands.training.tuning_arguments import RegionArguments
 from tests.unit.test_style import PACKAGES
 from vision_tower import AlphaCLIPImageProcessor
 

@@ -22,12 +22,12 @@ def names_of(module, folder):
     return dir(importlib.import_module(module))
 
 
-@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.py")), ids=lambda script: script.stem)
+@pytest.mark.parametrize("script", sorted(SCRIPTS.rglob("*.py")), ids=lambda script: script.stem)
 def test_what_a_script_imports_is_there(script):
     for node in ast.walk(ast.parse(script.read_text("utf-8"))):
         if not isinstance(node, ast.ImportFrom) or node.module is None:
             continue
-        if node.module.split(".")[0] in OURS or (SCRIPTS / f"{node.module}.py").exists():
-            missing = {alias.name for alias in node.names} - {*names_of(node.module, SCRIPTS)}
+        if node.module.split(".")[0] in OURS or (script.parent / f"{node.module}.py").exists():
+            missing = {alias.name for alias in node.names} - {*names_of(node.module, script.parent)}
             for name in missing:  # a module of a package
                 importlib.import_module(f"{node.module}.{name}")

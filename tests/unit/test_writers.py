@@ -10,30 +10,33 @@ from tests.unit.test_style import PACKAGES, ROOT, python_files
 ALLOWED = {
     "mllm/files.py": "the one place",
     "mllm/overlay.py": {"save"},  # through replacing_file
-    "mllm/data/shapes.py": {"save"},  # into a folder that replacing_folder has made
-    "mllm/data/shapes_grit.py": {"save", "write_bytes"},  # so too; PNG into memory
+    "mllm/data/shapes/visual_genome_layout.py": {"save"},  # into a folder that replacing_folder has made
+    "mllm/data/shapes/grit_layout.py": {"save", "write_bytes"},  # so too; PNG into memory
     "vision_tower/regions.py": {"save"},  # into memory
-    "mllm/export.py": {"save_pretrained", "save_torch_state_dict"},  # into a folder that replacing_folder has made
+    "mllm/convert/export.py": {
+        "save_pretrained",
+        "save_torch_state_dict",
+    },  # into a folder that replacing_folder has made
     "mllm/fused.py": {"save_pretrained"},  # so too
     "mllm/remote_code.py": {"write_text"},  # a part of save_pretrained; runs elsewhere too
     "eval/page.py": {"save"},  # into memory
-    "scripts/build_embedded_model.py": {"save", "copy", "save_pretrained"},  # into claimed folders
-    "scripts/build_shapes_blip2.py": {"save_pretrained"},
-    "scripts/build_shapes_clip.py": {"save_pretrained"},
+    "scripts/shapes/build_embedded_model.py": {"save", "copy", "save_pretrained"},  # into claimed folders
+    "scripts/shapes/build_blip2.py": {"save_pretrained"},
+    "scripts/shapes/build_clip.py": {"save_pretrained"},
     "mllm/publish.py": {"copytree"},  # into a folder that replacing_folder has made, or a temporary one
     # into a folder that replacing_folder has made; the original layout into work_folder and replacing_file
-    "mllm/convert_alpha_clip.py": {"save", "replace", "save_file", "save_pretrained"},
-    "mllm/convert_lavis.py": {"save", "save_pretrained"},
-    "mllm/merge.py": {"save_pretrained"},
-    "scripts/bench_alpha_clip.py": {"save", "write_text"},  # temporary folders
-    "scripts/bench_finetune.py": {"save", "write_text"},
-    "scripts/bench_llava_7b.py": {"rmtree", "save_file", "save_pretrained"},  # temporary, or a claimed folder
-    "scripts/bench_index.py": {"open"},  # into a claimed folder
+    "mllm/convert/alpha_clip.py": {"save", "replace", "save_file", "save_pretrained"},
+    "mllm/convert/lavis.py": {"save", "save_pretrained"},
+    "mllm/convert/merge.py": {"save_pretrained"},
+    "scripts/bench/alpha_clip.py": {"save", "write_text"},  # temporary folders
+    "scripts/bench/finetune.py": {"save", "write_text"},
+    "scripts/bench/llava_7b.py": {"rmtree", "save_file", "save_pretrained"},  # temporary, or a claimed folder
+    "scripts/bench/index.py": {"open"},  # into a claimed folder
     "eval/predictions.py": {"open"},
     "train/trainer.py": {"rmtree"},
     "train/output.py": {"rmtree"},  # checkpoints of the run's own
     "train/run.py": {"save", "save_pretrained"},
-    "train/region_text_trainer.py": {"write_text"},
+    "train/contrastive/trainer.py": {"write_text"},
 }
 _OF_SHUTIL = ("rmtree", "copy", "copy2", "copytree", "copyfile", "move")
 _WRITERS = {

@@ -10,9 +10,9 @@ import os
 import pytest
 
 from alpha_clip_commands import command_line
-from alpha_clip_commands.chat import main as region_chat
 from alpha_clip_commands.command_line import ArgumentParser, exit_code, json_line, printable, say, say_error
-from alpha_clip_commands.evaluation import main as region_eval
+from alpha_clip_commands.region_chat import main as region_chat
+from alpha_clip_commands.region_eval import main as region_eval
 
 EVIL = "a\x1b[31mb\x07\x9b2Jc\x7f\u202ed\rz"
 

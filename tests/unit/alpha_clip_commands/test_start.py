@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from alpha_clip_commands import alpha_clip, evaluation, source_values
+from alpha_clip_commands import alpha_clip, source_values, task_names
 from eval.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -195,7 +195,7 @@ def test_a_folder_with_its_own_train_file(processes, decoys, found_there):
     before = f"import sys; sys.path.append({str(ROOT)!r})"
     if found_there:
         before = f"import sys; sys.path[:0] = [{str(decoys)!r}]; sys.path.append({str(ROOT)!r})"
-    for number, target in enumerate(("alpha_clip_commands.alpha_clip:main", "alpha_clip_commands.chat:main")):
+    for number, target in enumerate(("alpha_clip_commands.alpha_clip:main", "alpha_clip_commands.region_chat:main")):
         arguments = ["shapes", "--out", f"out{found_there}", "--images", 1, "--seed", 1]
         if number:
             arguments = ["--image", f"out{found_there}/VG_100K/1.png", "--box=1,1,2", "--ask", "x"]
@@ -205,28 +205,29 @@ def test_a_folder_with_its_own_train_file(processes, decoys, found_there):
 
 
 def test_shown_names_are_the_real_ones():
-    from eval.region_text import VIEWS
+    from eval.region_matching import VIEWS
     from eval.score import METRICS
-    from mllm.blip2_conversion import VIT_L_BLOCKS
-    from mllm.data import dataset_check, shapes, shapes_world
+    from mllm.convert.lavis_keys import VIT_L_BLOCKS
+    from mllm.data import dataset_check
+    from mllm.data.shapes import scenes, world
     from mllm.model_card import LICENCES
     from vision_tower.conversion import RELEASED_CHECKPOINTS
     from vision_tower.image_processing_alpha_clip import GEOMETRIES
 
-    assert evaluation.TASKS == tuple(TASKS)
-    assert evaluation.METRICS == METRICS
+    assert task_names.TASKS == tuple(TASKS)
+    assert task_names.METRICS == METRICS
     for file, name, value in (
-        ("eval/region_text.py", "VIEWS", VIEWS),
+        ("eval/region_matching.py", "VIEWS", VIEWS),
         ("mllm/model_card.py", "LICENCES", LICENCES),
-        ("mllm/data/shapes.py", "SPLITS", shapes.SPLITS),
+        ("mllm/data/shapes/scenes.py", "SPLITS", scenes.SPLITS),
         ("mllm/data/dataset_check.py", "FILES", {**dataset_check.FILES}),
     ):
         assert list(source_values.constant(file, name)) == list(value)
     for file, name, value in (
         ("vision_tower/conversion.py", "RELEASED_CHECKPOINTS", RELEASED_CHECKPOINTS),
         ("vision_tower/image_processing_alpha_clip.py", "GEOMETRIES", GEOMETRIES),
-        ("mllm/data/shapes_world.py", "MAX_OBJECTS", shapes_world.MAX_OBJECTS),
-        ("mllm/blip2_conversion.py", "VIT_L_BLOCKS", VIT_L_BLOCKS),
+        ("mllm/data/shapes/world.py", "MAX_OBJECTS", world.MAX_OBJECTS),
+        ("mllm/convert/lavis_keys.py", "VIT_L_BLOCKS", VIT_L_BLOCKS),
     ):
         assert source_values.constant(file, name) == value
     with pytest.raises(LookupError, match="assigns nothing to NOTHING"):

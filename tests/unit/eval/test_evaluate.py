@@ -16,7 +16,7 @@ from eval.page import Picture
 from eval.predictions import read_predictions
 from eval.report import Results
 from eval.score import measure
-from mllm.data import shapes
+from mllm.data.shapes import visual_genome_layout
 from mllm.files import locked
 from mllm.inference import Answer, RegionChat
 
@@ -48,7 +48,7 @@ def test_published_numbers_stand_beside_their_own_protocol_only(tmp_path, task, 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "shapes"
-    shapes.write(folder, 3, 5, "test", progress=False)
+    visual_genome_layout.write(folder, 3, 5, "test", progress=False)
     return folder
 
 
@@ -97,8 +97,8 @@ class Killed(BaseException):
 def test_stopped_at_any_moment_and_rerun_it_gives_the_same_bytes(embedded, plan, monkeypatch, error):
     """At every system call that writes: predictions and metrics are those of an uninterrupted run."""
     monkeypatch.setattr(RegionChat, "answer_each", say_something)
-    monkeypatch.setattr("mllm.batch.fingerprint", lambda *arguments: "same")  # a tenth of a second each
-    monkeypatch.setattr("mllm.batch.added_weights", lambda model: "same")
+    monkeypatch.setattr("mllm.region_chat.batch.fingerprint", lambda *arguments: "same")  # a tenth of a second each
+    monkeypatch.setattr("mllm.region_chat.batch.added_weights", lambda model: "same")
     monkeypatch.setattr("eval.report.picture_of", lambda *arguments: Picture(problem="not drawn"))
     real = {name: getattr(os, name) for name in ("write", "fsync", "replace", "ftruncate")}
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import mllm
-from eval.controls import with_wrong_region
 from eval.evaluate import answers_blind
 from eval.generate import Processes, Settings, generate, run
-from mllm.data import shapes
-from mllm.data.visual_genome import read_region_questions, read_regions
+from eval.views import with_wrong_region
+from mllm.data.readers.visual_genome import read_region_questions, read_regions
+from mllm.data.shapes import visual_genome_layout
 from mllm.inference import RegionChat
 from tests.tiny import build_tiny_blip2
 from vision_tower.image_processing_alpha_clip import ALPHA_MEAN, ALPHA_STD
@@ -22,7 +22,7 @@ from vision_tower.image_processing_alpha_clip import ALPHA_MEAN, ALPHA_STD
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
-    shapes.write(folder, 4, 5, "test", progress=False)
+    visual_genome_layout.write(folder, 4, 5, "test", progress=False)
     return folder
 
 

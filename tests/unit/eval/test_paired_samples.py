@@ -10,12 +10,12 @@ from PIL import Image
 from eval import compare as comparing
 from eval import evaluate
 from eval.compare import compare
-from eval.controls import crop, draw_red_box
 from eval.generate import Settings
 from eval.metrics.captions import score_captions
 from eval.metrics.intervals import difference_of_captions, paired_difference
 from eval.score import measure
 from eval.tasks import TASKS
+from eval.views import crop, draw_red_box
 from vision_tower import Region
 
 PREDICTIONS = ["a red bus", "two dogs", "a man in a coat", "a cup of tea", "the left cat", "three zebras"]

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from alpha_clip_commands.evaluation import VG_SAMPLE
+from alpha_clip_commands.task_names import VG_SAMPLE
 from eval import published, task_list, task_samples, tasks
-from mllm.data import shapes
+from mllm.data.shapes import visual_genome_layout
 from mllm.data.splits import densecap_split
-from tests.unit.mllm.data.test_refcocog import MDETR
+from tests.unit.mllm.data.readers.test_refcocog import MDETR
 
 
 def test_the_names_of_the_issue_are_there():
@@ -44,7 +44,7 @@ def test_a_count_that_differs_is_refused(tmp_path):
 
 
 def test_an_own_sample_of_visual_genome(tmp_path, monkeypatch):
-    shapes.write(tmp_path, 8, 3, "test", progress=False)
+    visual_genome_layout.write(tmp_path, 8, 3, "test", progress=False)
     monkeypatch.setattr(task_samples, "densecap_split", lambda name: frozenset({1, 2, 3, 4, 5}))
     task = tasks.find("vg-test/sample-6-seed-1")
     first, again = (task.samples(tmp_path, "box") for _ in range(2))
@@ -57,7 +57,7 @@ def test_an_own_sample_of_visual_genome(tmp_path, monkeypatch):
 
 def test_images_of_any_split(tmp_path, caplog):
     """Visual Genome's layout with images of one's own, of which one is not there."""
-    shapes.write(tmp_path, 4, 3, "test", progress=False)
+    visual_genome_layout.write(tmp_path, 4, 3, "test", progress=False)
     (tmp_path / "VG_100K" / "2.png").unlink()
     for name, kind in (("vg/own", "regions"), ("vg-regionqa/own", "qas")):
         samples = tasks.find(name).samples(tmp_path, "box")
@@ -72,7 +72,7 @@ FILE_OF = {"regions": "region_descriptions", "qas": "question_answers"}
 
 
 def test_why_there_is_no_sample_is_said(tmp_path, monkeypatch):
-    shapes.write(tmp_path, 2, 3, "test", progress=False)
+    visual_genome_layout.write(tmp_path, 2, 3, "test", progress=False)
     monkeypatch.setattr(task_samples, "densecap_split", lambda name: frozenset({7, 8}))
     for name, own in (("vg-test/sample-1-seed-1", "vg/own"), ("vg-regionqa/densecap-test", "vg-regionqa/own")):
         with pytest.raises(ValueError, match=f"none of the 2 images in .* 2 test images; --task {own} evaluates"):

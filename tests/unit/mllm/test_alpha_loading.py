@@ -21,7 +21,7 @@ from transformers import (
 import mllm
 from mllm import blip2, llava
 from mllm.blip2 import AlphaBlip2ForConditionalGeneration, AlphaBlip2VisionConfig, AlphaBlip2VisionModel
-from mllm.export import export
+from mllm.convert.export import export
 from mllm.loading import quantization
 from tests.tiny import (
     alpha_of,

@@ -8,16 +8,16 @@ import torch
 from transformers import AutoConfig, CLIPVisionConfig
 
 import mllm
-from alpha_clip_commands.tuning_arguments import ModelArguments
+from alpha_clip_commands.training.tuning_arguments import ModelArguments
 from mllm import llava_next
-from mllm.export import export
+from mllm.convert.export import export
 from mllm.inference import RegionChat
 from mllm.model_card import model_card
 from mllm.processing_llava_next import AlphaLlavaNextProcessor
 from tests.tiny import noise_picture, tiny_llava_next_config, tiny_tokenizer, tiny_vision_config
-from train.collators import IGNORE_INDEX, ConversationCollator
 from train.lora import parts_of
-from train.plan import meta_model
+from train.tuning.collators import IGNORE_INDEX, ConversationCollator
+from train.tuning.memory_estimate import meta_model
 from vision_tower import Region
 
 LEFT, RIGHT = Region.from_box(2, 2, 16, 26), Region.from_box(17, 3, 20, 28)

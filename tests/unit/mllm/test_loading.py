@@ -11,7 +11,7 @@ from torch import nn
 
 import mllm
 from alpha_clip_commands import alpha_clip
-from alpha_clip_commands.chat import main as region_chat
+from alpha_clip_commands.region_chat import main as region_chat
 from mllm.inference import RegionChat
 from mllm.loading import EMBEDDED_MODEL
 from tests.tiny import noise_picture, prompt

@@ -111,7 +111,7 @@ def test_the_record_without_this_machines_folders(tower):
 
 
 def test_the_embedded_models_scores_are_its_readmes(tower):
-    """The judge is the table of the shipped card, which scripts/score_embedded_model.py printed."""
+    """The judge is the table of the shipped card, which scripts/shapes/score_embedded_model.py printed."""
     (tower / "scores.json").write_text((EMBEDDED_MODEL / "scores.json").read_text())
     card = model_card(tower, "lab/tower")
     shipped = ModelCard.load(EMBEDDED_MODEL / "README.md")

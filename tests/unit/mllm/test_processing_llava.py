@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 
 from mllm.processing_llava import _FORMER_CHAT_TEMPLATE, CHAT_TEMPLATE, VICUNA_V1_SYSTEM
 from tests.tiny import build_tiny_llava, noise_picture, prompt
-from train.collators import IGNORE_INDEX, encode_with_labels
+from train.tuning.collators import IGNORE_INDEX, encode_with_labels
 from vision_tower import Region
 from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 

@@ -75,6 +75,8 @@ def warned(self, *args, **kwargs):
 mllm.inference.RegionChat.ask = warned
 """
     arguments = ["--model", tiny_llava_dir, "--image", tmp_path / "a.png", "--box=1,1,20,20", "--ask", "x"]
-    said = lines(processes.run("alpha_clip_commands.chat:main", [*arguments, "--max-new-tokens", 2], before=before))
+    said = lines(
+        processes.run("alpha_clip_commands.region_chat:main", [*arguments, "--max-new-tokens", 2], before=before)
+    )
     said = [line for line in said if not line.startswith(("importing", "model: "))]
     assert said[0].endswith("a genuine warning") and len(said) <= 3, said

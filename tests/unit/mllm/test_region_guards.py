@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlavaForConditionalGeneration
 
 import mllm
-from alpha_clip_commands.chat import build_parser
-from alpha_clip_commands.chat import main as region_chat
-from alpha_clip_commands.tuning_arguments import DataArguments
-from mllm import chat
-from mllm.data import shapes
+from alpha_clip_commands.region_chat import build_parser
+from alpha_clip_commands.region_chat import main as region_chat
+from alpha_clip_commands.training.tuning_arguments import DataArguments
 from mllm.data.index import RegionIndex
 from mllm.data.prepare import make_index
+from mllm.data.shapes import visual_genome_layout
 from mllm.llava import build_llava_processor
 from mllm.loading import EMBEDDED_MODEL
+from mllm.region_chat import cli
 from tests.tiny import build_tiny_llava, noise_picture, prompt, tiny_llava_config, tiny_tokenizer, tiny_vision_config
 from train.sampling import ConversationDataset
 from vision_tower import AlphaCLIPImageProcessor, Region
@@ -70,7 +70,7 @@ def test_a_lost_alpha_weight_of_ours_is_an_error(tiny_llava_dir, tmp_path):
 
 
 def test_training_refuses_pictures_of_another_size(tmp_path):
-    shapes.write(tmp_path / "s", 1, 5, "train", progress=False)
+    visual_genome_layout.write(tmp_path / "s", 1, 5, "train", progress=False)
     make_index(tmp_path / "s")
     index, args = RegionIndex(tmp_path / "s"), DataArguments(data=["s"])
     samples = ConversationDataset([index], args, "train", ["What?"], 0, tmp_path / "skipped.jsonl")
@@ -122,7 +122,7 @@ def test_numbers_too_large_fail_alone_in_a_batch(tiny_llava_dir, tmp_path):
 
 def test_strength_on_the_command_line():
     def region(*flags):
-        return chat.region_from_arguments(build_parser().parse_args(["--image", "a.png", *flags]))
+        return cli.region_from_arguments(build_parser().parse_args(["--image", "a.png", *flags]))
 
     assert region("--box", "1,1,20,20*0.3").strength == 0.3
     assert region("--box", "1,1,20,20", "--strength", "0.3").strength == 0.3

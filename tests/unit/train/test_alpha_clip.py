@@ -11,13 +11,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from eval.region_text import described_pictures, score_region_text
-from mllm.data import shapes, shapes_grit
-from mllm.data.grit import read_grit
-from mllm.data.visual_genome import read_regions
+from eval.region_matching import described_pictures, score_region_text
+from mllm.data.readers.grit import read_grit
+from mllm.data.readers.visual_genome import read_regions
+from mllm.data.shapes import grit_layout, visual_genome_layout
 from tests.tiny import build_tiny_clip, noise_picture
-from train import alpha_clip, region_text_trainer
-from train.losses import released_learning_rate_factor
+from train import alpha_clip
+from train.contrastive import trainer as contrastive_trainer
+from train.contrastive.losses import released_learning_rate_factor
 from train.output import last_whole_checkpoint
 from vision_tower import AlphaCLIPModel, AlphaCLIPProcessor, Region
 
@@ -31,7 +32,7 @@ PLAIN = ("--optim", "sgd", "--max_grad_norm", 0, "--lr_scheduler_type", "constan
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
     for split in ("train", "val", "test"):
-        shapes_grit.write(folder / split, 6, 1, split, min_objects=1, progress=False)
+        grit_layout.write(folder / split, 6, 1, split, min_objects=1, progress=False)
     return folder
 
 
@@ -323,9 +324,9 @@ def write_jsonl(folder, of_scenes):
 def test_every_layout_trains_alpha(start, tmp_path, layout):
     folder, form = tmp_path / "data", "mask"
     if layout.startswith("GRIT"):
-        shapes_grit.write(folder, 4, 1, tars=2 if layout.endswith("tar") else 0, progress=False)
+        grit_layout.write(folder, 4, 1, tars=2 if layout.endswith("tar") else 0, progress=False)
     else:
-        shapes.write(folder, 4, 1, progress=False)
+        visual_genome_layout.write(folder, 4, 1, progress=False)
     if layout == "RefCOCOg":
         (folder / "image_data.json").unlink()
     if layout == "JSONL":
@@ -344,13 +345,13 @@ def test_every_layout_trains_alpha(start, tmp_path, layout):
 def test_a_loss_that_is_no_number_ends_the_run_which_goes_on_afterwards(start, data, tmp_path, monkeypatch, capsys):
     flags = (*SAVING, "--max_steps", 4)
     assert run(start, data, tmp_path / "undisturbed", *flags) == 0
-    original, calls = region_text_trainer.region_text_loss, []
+    original, calls = contrastive_trainer.region_text_loss, []
 
     def third_is_none(*args, **kwargs):
         calls.append(1)
         return original(*args, **kwargs) * (float("nan") if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(region_text_trainer, "region_text_loss", third_is_none)
+    monkeypatch.setattr(contrastive_trainer, "region_text_loss", third_is_none)
     capsys.readouterr()
     assert run(start, data, tmp_path / "out", *flags) == 2
     line = error_line(capsys)

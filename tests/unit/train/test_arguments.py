@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import train
-from train import region_text_arguments
 from train.arguments import parse_args
+from train.contrastive import arguments
 
 RECIPES = sorted(Path(train.__file__).parent.glob("recipes/*.yaml"))
 CONTRASTIVE = [recipe for recipe in RECIPES if "alpha-clip train" in recipe.read_text("utf-8")]
@@ -26,7 +26,7 @@ def test_every_recipe_parses(recipe):
 def test_every_contrastive_recipe_parses(recipe):
     # bf16 is refused without use_cpu, fp16 with it
     flags = [str(recipe), *REQUIRED, "--use_cpu", "true", "--fp16", "false"]
-    tower, pairs, training = region_text_arguments.parse_args(flags)
+    tower, pairs, training = arguments.parse_args(flags)
     assert (tower.model, pairs.data, training.output_dir) == ("M", ["D"], "O")
     if "_paper" in recipe.stem or "_released" in recipe.stem:
         assert (pairs.loss, pairs.equal_texts, pairs.regions_per_image, tower.decay_all) == ("released", False, 1, True)
@@ -43,7 +43,7 @@ def test_which_recipes_are_contrastive():
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there bf16 is no question")
-@pytest.mark.parametrize("parse", [parse_args, region_text_arguments.parse_args])
+@pytest.mark.parametrize("parse", [parse_args, arguments.parse_args])
 def test_a_plan_needs_no_gpu(parse):
     assert parse([*REQUIRED, "--bf16", "true", "--plan", "true"])[0].plan
     with pytest.raises(ValueError, match="bf16"):
@@ -149,7 +149,7 @@ def test_bad_contrastive_recipes(tmp_path, content, message):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(content)
     with pytest.raises(ValueError, match=message):
-        region_text_arguments.parse_args([str(recipe), *REQUIRED])
+        arguments.parse_args([str(recipe), *REQUIRED])
 
 
 @pytest.mark.parametrize(("stage", "is_refused"), [(0, True), (1, False)])
@@ -161,8 +161,8 @@ def test_zero_stage_0_in_16_bits_is_refused(tmp_path, stage, is_refused):
     recipe.write_text(f"deepspeed: {file}")
     expected = pytest.raises(ValueError, match="is of ZeRO stage 0") if is_refused else contextlib.nullcontext()
     with expected:
-        region_text_arguments.parse_args([str(recipe), *REQUIRED, "--use_cpu", "true", "--bf16", "true"])
-    region_text_arguments.parse_args([str(recipe), *REQUIRED])
+        arguments.parse_args([str(recipe), *REQUIRED, "--use_cpu", "true", "--bf16", "true"])
+    arguments.parse_args([str(recipe), *REQUIRED])
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_a_recipe_takes_what_the_flags_take(tmp_path):
     assert data.turn_weights == ["left=2"] and training.lr_scheduler_kwargs == {"num_cycles": 1}
 
 
-@pytest.mark.parametrize("parse", [parse_args, region_text_arguments.parse_args])
+@pytest.mark.parametrize("parse", [parse_args, arguments.parse_args])
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mllm
-from mllm.data import shapes
+from mllm.data.shapes import visual_genome_layout
 from mllm.loading import EMBEDDED_MODEL
 from tests.tiny import build_tiny_blip2, build_tiny_llava
 from train import finetune
@@ -21,7 +21,7 @@ ALPHA = "model.vision_tower.embeddings.patch_embedding.alpha.weight"
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
     for split in ("train", "test", "val"):
-        shapes.write(folder / split, 4, 1, split, progress=False)
+        visual_genome_layout.write(folder / split, 4, 1, split, progress=False)
     return folder
 
 

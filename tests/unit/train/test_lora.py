@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 import mllm
-from alpha_clip_commands.tuning_arguments import ModelArguments
-from mllm.data import shapes
+from alpha_clip_commands.training.tuning_arguments import ModelArguments
+from mllm.data.shapes import visual_genome_layout
 from mllm.loading import load_adapter
 from tests.tiny import build_tiny_blip2, build_tiny_llava, prompt
 from train import finetune
@@ -21,7 +21,7 @@ LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
     for split in ("train", "val"):
-        shapes.write(folder / split, 4, 1, split, progress=False)
+        visual_genome_layout.write(folder / split, 4, 1, split, progress=False)
     return folder
 
 
@@ -109,7 +109,7 @@ def test_the_adapter_is_complete_small_and_answers_by_region(starts, data, tmp_p
     assert (tmp_path / "processor_config.json").exists()
     record = json.loads((tmp_path / "training_record.json").read_text())
     assert record["run"]["lora_r"] == 2 and record["skipped_pictures"] == []
-    from mllm.data.visual_genome import read_regions
+    from mllm.data.readers.visual_genome import read_regions
 
     one, two = list(read_regions(data / "val"))[:2]
     inputs = [processor(one.open_image(), prompt("What?"), s.regions[0], return_tensors="pt") for s in (one, two)]

@@ -4,12 +4,13 @@ import json
 
 import pytest
 
-from train import arguments, region_text_arguments
+from train import arguments
+from train.contrastive import arguments as contrastive_arguments
 from train.output import WHOLE, held_output
 from train.run import what_makes_the_run
 from train.skipped import SKIPPED
 
-PARSERS = {"region-tune": arguments.parse_args, "train.alpha_clip": region_text_arguments.parse_args}
+PARSERS = {"region-tune": arguments.parse_args, "train.alpha_clip": contrastive_arguments.parse_args}
 
 
 def parsed(program, out, *flags):

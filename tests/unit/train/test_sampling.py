@@ -6,12 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from alpha_clip_commands.tuning_arguments import DataArguments
-from mllm.data import shapes
+from alpha_clip_commands.training.tuning_arguments import DataArguments
 from mllm.data.index import RegionIndex
 from mllm.data.prepare import make_index
+from mllm.data.readers.visual_genome import read_free_questions, read_region_questions, read_regions
+from mllm.data.shapes import visual_genome_layout
 from mllm.data.templates import DESCRIBE_REGION_WORDINGS
-from mllm.data.visual_genome import read_free_questions, read_region_questions, read_regions
 from train.sampling import ConversationDataset, EpochSampler, draw_region, group_rows
 from vision_tower import Region
 
@@ -19,7 +19,7 @@ from vision_tower import Region
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes") / "train"
-    shapes.write(folder, 6, 1, progress=False)
+    visual_genome_layout.write(folder, 6, 1, progress=False)
     make_index(folder)
     return folder
 
@@ -203,7 +203,7 @@ def test_masks_are_not_made_up(root, tmp_path):
 
 def test_a_damaged_picture_is_replaced_counted_and_too_many_stop(tmp_path):
     folder = tmp_path / "train"
-    shapes.write(folder, 5, 1, progress=False)
+    visual_genome_layout.write(folder, 5, 1, progress=False)
     make_index(folder)
     (folder / "VG_100K" / "2.png").write_bytes(b"\x89PNG broken")
     samples = dataset(folder, tmp_path, max_missing=0.2)

@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mllm.data import shapes, shapes_grit
 from mllm.data.index import RegionIndex
 from mllm.data.prepare import OTHER_SIZES, index_jsonl, make_index
+from mllm.data.shapes import grit_layout, visual_genome_layout
 from tests.tiny import noise_picture
 from vision_tower import Region
 
@@ -122,12 +122,12 @@ def test_a_mask_states_the_size_of_its_picture(tmp_path):
 def test_layouts_are_told_apart(tmp_path):
     with pytest.raises(ValueError, match="there is no folder .*nothing"):
         make_index(tmp_path / "nothing")
-    shapes.write(tmp_path / "vg", 1, 1, progress=False)
+    visual_genome_layout.write(tmp_path / "vg", 1, 1, progress=False)
     assert make_index(tmp_path / "vg")["made_of"] == "Visual Genome's layout"
     (tmp_path / "vg" / "image_data.json").unlink()
     assert make_index(tmp_path / "vg")["made_of"] == "RefCOCO's layout, refs(umd)"
     for tars in (0, 1):
-        shapes_grit.write(tmp_path / f"grit{tars}", 1, 1, tars=tars, progress=False)
+        grit_layout.write(tmp_path / f"grit{tars}", 1, 1, tars=tars, progress=False)
         first, again = make_index(tmp_path / f"grit{tars}"), make_index(tmp_path / f"grit{tars}")
         assert first["made_of"] == "GRIT's layout" and first["left_out"] == {} and again == first
     (tmp_path / "other").mkdir()
@@ -139,7 +139,7 @@ def test_layouts_are_told_apart(tmp_path):
 
 
 def test_what_grit_left_out_is_in_the_record(tmp_path):
-    shapes_grit.write(tmp_path / "x", 2, 1, progress=False)
+    grit_layout.write(tmp_path / "x", 2, 1, progress=False)
     (tmp_path / "x" / "00000" / "000000002.png").unlink()
     record = make_index(tmp_path / "x")
     assert record["pictures"] == 1

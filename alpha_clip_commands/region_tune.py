@@ -1,0 +1,231 @@
+"""The training commands, `region-tune` and `alpha-clip train`: what is wrong with their arguments is found before torch
+is imported. What they do is in `train.finetune` and `train.alpha_clip`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, NamedTuple, NoReturn, get_type_hints
+
+from alpha_clip_commands.command_line import (
+    ArgumentParser,
+    check_found,
+    check_model,
+    exit_code,
+    hide_loading_bars,
+    leave_current_folder,
+)
+from alpha_clip_commands.flag_values import finite_number, plain_text, switch, whole_number
+from alpha_clip_commands.progress import STARTING, step
+from alpha_clip_commands.training.contrastive_arguments import PairArguments, TowerArguments
+from alpha_clip_commands.training.recipe import deepspeed_file, recipe_names, split_recipe
+from alpha_clip_commands.training.recipe_values import check_ranges, read_values
+from alpha_clip_commands.training.training_fields import TrainingField, training_fields
+from alpha_clip_commands.training.tuning_arguments import DataArguments, ModelArguments
+
+
+class Program(NamedTuple):
+    """A training command: name, how it is called, what its arguments are, the module whose `run` trains, help."""
+
+    name: str
+    usage: str
+    kinds: tuple[type, ...]
+    module: str
+    help: str
+
+
+TUNE = Program(
+    "region-tune",
+    "region-tune RECIPE --data DIR --output_dir OUT [--key value ...]",
+    (ModelArguments, DataArguments),
+    "train.finetune",
+    """Tune a LLaVA or BLIP-2 with an alpha tower on regions.
+
+examples:
+  region-tune shapes_lora --data SHAPES --output_dir OUT
+  region-tune llava_7b_lora_vg --data VG --output_dir OUT --alpha_weights clip_l14_336_grit_20m_4xe.pth
+  torchrun --nproc_per_node 8 --no-python region-tune llava_7b_lora_vg --data VG --output_dir OUT
+  deepspeed --no_python region-tune llava_7b_lora_vg --deepspeed zero2 --data VG --output_dir OUT""",
+)
+TRAIN_ALPHA_CLIP = Program(
+    "alpha-clip train",
+    "alpha-clip train RECIPE --model CLIP --data DIR --output_dir OUT [--key value ...]",
+    (TowerArguments, PairArguments),
+    "train.alpha_clip",
+    """Train an Alpha-CLIP from a CLIP (or a CLIP itself) by contrast of regions and texts.
+
+examples:
+  alpha-clip train alpha_clip_l14 --model openai/clip-vit-large-patch14 --data GRIT --output_dir OUT
+  torchrun --nproc_per_node 8 --no-python alpha-clip train alpha_clip_l14 --data GRIT --output_dir OUT
+  deepspeed --no_python alpha-clip train alpha_clip_l14 --deepspeed zero1 --data GRIT --output_dir OUT""",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `region-tune`; returns the exit code."""
+    return _start(TUNE, sys.argv[1:] if argv is None else argv)
+
+
+def train_alpha_clip(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `alpha-clip train`; returns the exit code."""
+    return _start(TRAIN_ALPHA_CLIP, sys.argv[1:] if argv is None else argv)
+
+
+def _start(program: Program, argv: Sequence[str]) -> int:
+    argv = list(argv)
+
+    def ready() -> int:
+        check(program, argv)
+        leave_current_folder()
+        with step(STARTING):
+            importlib.import_module(program.module)
+            hide_loading_bars()
+        return 0
+
+    return exit_code(program.name, ready) or sys.modules[program.module].run(argv)
+
+
+def check(program: Program, argv: Sequence[str]) -> None:
+    """Raise ValueError for what is wrong with a command line and its recipe, as far as that shows without importing
+    torch. The values are read by `train.arguments.parse_recipe`; nothing that it takes is refused here.
+    """
+    parser, training = build_parser(program), training_fields()
+    known = known_keys(program)
+    path, flags = split_recipe(argv, known)
+    recipe = read_values(path, _actions(parser, known), _defaults(program)) if path else {}
+    given, rest = parser.parse_known_args(flags)
+    if rest:
+        raise ValueError(f"unknown flags or values without a flag: {' '.join(rest)}; --help lists the flags")
+    values = {**recipe, **vars(given)}
+    required = [field.name for kind in program.kinds for field in dataclasses.fields(kind) if is_required(field)]
+    required += [name for name, field in training.items() if field.is_required]
+    if missing := [f"--{name}" for name in required if name not in values]:
+        usage = "the usage is" if path else "without a recipe everything is given by flags; the usage is"
+        raise ValueError(
+            f"the following arguments are required: {', '.join(missing)}; {usage} {program.usage}, and --help shows "
+            "examples and recipes"
+        )
+    for kind in program.kinds:
+        kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values})
+    check_ranges(values)
+    _check_files(values)
+
+
+def known_keys(program: Program) -> set[str]:
+    """What a recipe may set."""
+    return {field.name for kind in program.kinds for field in dataclasses.fields(kind)} | training_fields().keys()
+
+
+def _actions(parser: argparse.ArgumentParser, known: Collection[str]) -> dict[str, argparse.Action]:
+    """The flag of each key that a recipe may set."""
+    actions = {}
+    for action in parser._actions:
+        if action.dest in known:
+            actions.setdefault(action.dest, action)  # --no_X comes after --X
+    return actions
+
+
+def _defaults(program: Program) -> dict[str, Any]:
+    """The defaults of what has one; of HF's training arguments None, which lets null pass: the run checks them."""
+    fields = [field for kind in program.kinds for field in dataclasses.fields(kind) if not is_required(field)]
+    defaults = dict.fromkeys((name for name, field in training_fields().items() if not field.is_required), None)
+    return defaults | {field.name: _default(field) for field in fields}
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _check_files(values: Mapping[str, Any]) -> None:
+    """Raise ValueError if data, model or weights are not there; a run that has begun says so itself, as it may be
+    finished.
+    """
+    if os.path.lexists(values.get("output_dir") or "trainer_output"):  # Transformers' default
+        return
+    check_found("data", *values["data"])
+    if values.get("model") is not None:
+        check_model(values["model"])
+    if values.get("alpha_weights") is not None and not values.get("plan"):  # which reads no weights
+        check_found("alpha_weights", values["alpha_weights"])
+
+
+class _Parser(ArgumentParser):
+    """A parser of flags that are all optional; its errors are those of `train.arguments`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def build_parser(program: Program) -> argparse.ArgumentParser:
+    """The flags of a training command, as HF's parser makes them of dataclasses; those not given are left out."""
+    parser = _Parser(
+        prog=program.name,
+        usage=program.usage,
+        description=program.help,
+        epilog="Every field of transformers.TrainingArguments is a flag too: --learning_rate 1e-4, --max_steps 100, "
+        "--save_steps 50 ...\nA recipe is a YAML file, given by its path or by the name of a shipped one, with the "
+        f"same keys; flags on the command line win. Shipped: {', '.join(recipe_names(known_keys(program)))}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('alpha-clip-mllm')}")
+    for kind in program.kinds:
+        group = parser.add_argument_group(kind.__doc__.strip().rstrip("."))
+        hints = get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            _add_field(group, field.name, hints[field.name], help_of(field))
+            if field.default is True:
+                _add_opposite(group, field.name)
+    for field in training_fields().values():
+        _add_training_field(parser, field)
+    return parser
+
+
+def is_required(field: dataclasses.Field) -> bool:
+    """Whether a field has no default."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def help_of(field: dataclasses.Field) -> str:
+    """The help of a field, with its default where the help does not say it."""
+    text = field.metadata["help"].replace("%", "%%")
+    default = _default(field)
+    if is_required(field) or default in (None, False, []) or "default" in text:
+        return text
+    return f"{text} (default {' '.join(default) if isinstance(default, list) else default})"
+
+
+def _add_field(group: argparse._ActionsContainer, name: str, hint: Any, text: str) -> None:
+    types = {int: whole_number, float: finite_number, str: plain_text}
+    options = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+    metavar = {int: "N", float: "X"}.get(hint, name.upper().rpartition("_")[2])
+    if hint is bool:
+        group.add_argument(*options, nargs="?", const=True, type=switch, metavar="true|false", help=text)
+    elif hint == list[str]:
+        group.add_argument(*options, nargs="+", type=plain_text, metavar=metavar, help=text)
+    else:
+        kind = next(kind for kind in types if hint in (kind, kind | None))
+        group.add_argument(*options, type=types[kind], metavar=metavar, help=text)
+
+
+def _add_training_field(parser: argparse.ArgumentParser, field: TrainingField) -> None:
+    options = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
+    kinds = {"int": whole_number, "float": finite_number, "bool": switch}
+    kind = deepspeed_file if field.name == "deepspeed" else kinds.get(field.kind)
+    more: dict[str, Any] = {"nargs": field.nargs} if field.nargs else {}
+    if field.nargs == "?":
+        more["const"] = True
+    parser.add_argument(*options, type=kind, choices=field.choices, help=argparse.SUPPRESS, **more)
+    if field.has_opposite:
+        _add_opposite(parser, field.name)
+
+
+def _add_opposite(group: argparse._ActionsContainer, name: str) -> None:
+    options = dict.fromkeys((f"--no_{name}", f"--no-{name.replace('_', '-')}"))
+    group.add_argument(*options, action="store_false", dest=name, help=argparse.SUPPRESS)

@@ -1,0 +1,1 @@
+"""Convert weights: from Alpha-CLIP and LAVIS, to stock classes, adapters merged."""

@@ -1,0 +1,1 @@
+"""The drawn world (Shapes): scenes, and the formats in which they are written to disk."""

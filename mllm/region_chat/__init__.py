@@ -1,0 +1,1 @@
+"""The command `region-chat`: one question, a conversation, or a batch file."""

@@ -1,0 +1,65 @@
+"""Batched answers against one by one, on the embedded model: `python scripts/bench/chat.py [--requests 128] [--pairs
+5]`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import mllm
+from alpha_clip_commands.command_line import ArgumentParser, exit_code
+from mllm.data.readers.visual_genome import read_regions
+from mllm.data.shapes import visual_genome_layout
+from mllm.inference import RegionChat
+
+PROGRAM = "bench/chat.py"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    return exit_code(PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__)
+    parser.add_argument("--model", help="default: the embedded model")
+    parser.add_argument("--requests", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--pairs", type=int, default=5)
+    args = parser.parse_args(argv)
+    chat = RegionChat(*mllm.load(args.model))
+    with tempfile.TemporaryDirectory() as folder:
+        visual_genome_layout.write(Path(folder) / "x", args.requests // 3, 3, "test", progress=False)
+        samples = list(read_regions(Path(folder) / "x"))[: args.requests]
+        requests = [(sample.open_image(), sample.regions[0], sample.question) for sample in samples]
+
+    def batched() -> list[str]:
+        starts = range(0, len(requests), args.batch_size)
+        return [answer.text for s in starts for answer in chat.answers(requests[s : s + args.batch_size])]
+
+    def one_by_one() -> list[str]:
+        return [chat.ask(*request) for request in requests]
+
+    same = sum(a == b for a, b in zip(batched(), one_by_one(), strict=True))
+    ratios = [seconds(one_by_one) / seconds(batched) for _ in range(args.pairs)]
+    print("| what | ratio (median) | range | pairs |\n|---|---|---|---|")
+    what = (
+        f"answers a second, batches of {args.batch_size} / one by one ({len(requests)} requests, {same} answers equal)"
+    )
+    print(f"| {what} | {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} | {args.pairs} |")
+    return 0
+
+
+def seconds(run: Callable) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Contrastive training of Alpha-CLIP: what only `train.alpha_clip` needs."""
