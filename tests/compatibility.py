@@ -16,11 +16,14 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "compatibility.md"
 ROWS = pytest.StashKey[dict]()
 HEAD = """# Compatibility
 
-What other people's code was run beside ours, and how far the numbers were apart. Written by `make compatibility` from
-the tests named in the last column; `make test` fails when a row has no passing test or the page is not what the tests
-say. "equal" means bit for bit. Models are small and random, in the original layouts; **nothing here was run on released
-weights**. Differences are in float32 unless a row says otherwise and depend on the processor: these are of one CPU,
-torch {torch}, transformers {transformers}.
+```bash
+make compatibility     # runs these tests and writes this page
+```
+
+This page lists comparisons with other implementations and the largest measured differences. `make test` fails if a row
+has no passing test, or if the page does not match the tests. "equal" means bit for bit. All models are small and
+randomly initialized, in the original file layouts. Differences are in float32 unless a row says otherwise, and
+depend on the processor; these were measured on one CPU with torch {torch} and transformers {transformers}.
 
 | system | what was run | tolerance | worst difference | test |
 |---|---|---|---|---|

@@ -271,11 +271,10 @@ def test_errors_leave_nothing_behind(checkpoint, original, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clip", "cut.pth", "there"]
 
 
-def test_the_table_of_released_files_is_printed_and_documented(capsys):
+def test_the_table_of_released_files_is_printed(capsys):
     with pytest.raises(SystemExit):
         convert("--help")
     assert RELEASED_CHECKPOINTS in capsys.readouterr().out
-    assert RELEASED_CHECKPOINTS in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_safetensors_input(original, tmp_path):

@@ -59,4 +59,4 @@ def test_a_limit_has_the_value_that_the_page_states(name, module):
 def test_settings_have_the_defaults_that_the_page_states():
     page = (ROOT / "docs" / "files.md").read_text("utf-8")
     assert AlphaCLIPImageProcessor.max_side == 20_000 and "20,000 pixels" in page
-    assert RegionArguments().max_missing == 0.001 and "0.1 %" in page
+    assert RegionArguments().max_missing == 0.001 and "0.1%" in page
