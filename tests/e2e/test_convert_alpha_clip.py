@@ -132,7 +132,7 @@ def tiny_clip_dir(folder, projection_dim):
 
 @pytest.mark.compatibility(
     "transformers CLIPModel",
-    "--text-from: text features beside the converted tower",
+    "--text-from: text features with the converted tower",
     "1.3e-6 relative",
 )
 def test_text_tower_completes_the_model(checkpoint, with_projection, tmp_path, measured):
@@ -205,7 +205,7 @@ def test_alpha_weights_of_another_size_are_refused(checkpoint, tiny_llava_dir):
 
 
 @pytest.mark.compatibility(
-    "transformers LLaVA-1.5, no code of ours",
+    "transformers LLaVA-1.5, without this package",
     "fused LLaVA in a fresh process: logits, and equal generated ids",
     "1e-4",
 )

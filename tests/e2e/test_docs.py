@@ -62,7 +62,9 @@ def test_the_region_forms_are_those_of_the_class():
 
 @pytest.mark.parametrize(
     "words",
-    sorted({tuple(words) for _, words in commands() if words[:3:2] == ["region-chat", "mllm/assets/scenes/scene_1.png"]}),
+    sorted(
+        {tuple(words) for _, words in commands() if words[:3:2] == ["region-chat", "mllm/assets/scenes/scene_1.png"]}
+    ),
     ids=shlex.join,
 )
 def test_commands_run_as_written(words, monkeypatch, capsys):

@@ -172,7 +172,7 @@ def texts_of(regions):
 
 
 @pytest.mark.compatibility(
-    "transformers LLaVA-1.5, no code of ours",
+    "transformers LLaVA-1.5, without this package",
     "exported LLaVA in a process without this package: logits",
     "1e-5",
 )

@@ -100,8 +100,8 @@ def test_a_whole_lavis_checkpoint_equals_lavis(lavis, alpha_clip, measured):
 
 
 @pytest.mark.compatibility(
-    "salesforce/LAVIS BLIP-2 ViT-L behind SunzeY/AlphaCLIP",
-    "an Alpha-CLIP tower with a region before LAVIS' ln_vision, Q-Former, projection",
+    "salesforce/LAVIS BLIP-2 ViT-L with the tower of SunzeY/AlphaCLIP",
+    "an Alpha-CLIP tower with a region, followed by LAVIS' ln_vision, Q-Former, projection",
     "1e-5 relative",
 )
 def test_alpha_clip_behind_lavis_qformer_equals_both(lavis, alpha_clip, measured):

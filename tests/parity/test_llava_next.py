@@ -112,7 +112,7 @@ def test_a_call_equals_the_stock_processor(both, size):
 
 
 @pytest.mark.compatibility(
-    "transformers LlavaNextProcessor", "a padded batch of images with other tile counts", "equal"
+    "transformers LlavaNextProcessor", "a padded batch of images with different tile counts", "equal"
 )
 def test_a_batch_equals_the_stock_processor(both):
     _, stock, _, processor = both
@@ -134,7 +134,7 @@ def test_the_chat_template_is_the_models_own(both):
         processor.apply_chat_template([{"role": "user", "content": [text]}], **CHAT)
 
 
-@pytest.mark.compatibility("transformers LLaVA-NeXT", "three channels beside the whole image, alpha not zero", "equal")
+@pytest.mark.compatibility("transformers LLaVA-NeXT", "three channels and the whole image, alpha not zero", "equal")
 def test_three_channels_mean_the_whole_image(tiny_llava_next):
     model, processor = tiny_llava_next
     inputs = processor(noise_picture(60, 40), prompt("What?"), Region.whole(), return_tensors="pt")

@@ -72,7 +72,7 @@ def run(model, content, images):
 
 @pytest.mark.compatibility(
     "haotian-liu/LLaVA model code",
-    "our tower in its builder: image features and logits of two regions",
+    "our tower in its builder: image features and logits for two regions",
     "1e-5 relative",
 )
 def test_logits_equal_the_original_code(model, content, measured):

@@ -116,7 +116,7 @@ LLAVA_CALLS = {
     "image alone": lambda p: p(images=ONE, **TENSORS),
     "prompt with two images": lambda p: p(images=[ONE, TWO], text="USER: <image>\n<image>\nWhat?", **TENSORS),
     "batch, padded": lambda p: p(images=[ONE, TWO], text=[prompt("What?"), prompt("What is this?")], **PADDED),
-    "batch with several images a prompt, one without": lambda p: p(
+    "batch with several images per prompt, and one without": lambda p: p(
         images=[[ONE, TWO], [], [TWO]], text=["<image> or <image>?", "Why?", prompt("a")], **PADDED
     ),
     "batch, padded on the right by text_kwargs": lambda p: p(
@@ -231,13 +231,13 @@ def fed(model, processor, *args, **kwargs):
 
 PIPELINE_CALLS = {
     "pipeline, messages": {"text": chat({"image": ONE})},
-    "pipeline, messages of a path": {"text": lambda sources: chat({"path": sources["path"]})},
-    "pipeline, messages of a URL": {"text": lambda sources: chat({"url": sources["URL"]})},
+    "pipeline, messages with a path": {"text": lambda sources: chat({"path": sources["path"]})},
+    "pipeline, messages with a URL": {"text": lambda sources: chat({"url": sources["URL"]})},
     "pipeline, a batch of messages": {
         "text": [chat({"image": ONE}), [*chat({"image": TWO}), ANSWER, *chat()]],
         "batch_size": 2,
     },
-    "pipeline, an answer to continue": {"text": [*chat({"image": ONE}), ANSWER]},
+    "pipeline, continuing an answer": {"text": [*chat({"image": ONE}), ANSWER]},
     "pipeline, text + image": {"images": ONE, "text": prompt("What?")},
     "pipeline, text + image as URL": {"images": lambda sources: sources["URL"], "text": prompt("What?")},
     "pipeline, a batch of texts + images": {"images": [ONE, TWO], "text": [prompt("a"), prompt("What?")]},

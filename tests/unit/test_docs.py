@@ -23,7 +23,7 @@ from alpha_clip_commands import alpha_clip, region_chat, region_eval, region_tun
 from alpha_clip_commands.command_line import ArgumentParser
 from eval.tasks import TASKS
 from mllm.loading import EMBEDDED_MODEL
-from tests.doc_pages import PAGES, README, ROOT, blocks, commands, inline_code, rows, without_environment
+from tests.doc_pages import PAGES, README, ROOT, Block, blocks, commands, inline_code, rows, without_environment
 from vision_tower.conversion import RELEASED_CHECKPOINTS
 
 OURS = ("alpha_clip_commands", "vision_tower", "mllm", "eval", "train")
@@ -124,6 +124,40 @@ def flags():
 @pytest.mark.parametrize(("page", "words"), list(commands()), ids=lambda value: value if isinstance(value, str) else "")
 def test_a_command_is_accepted(page, words, monkeypatch):
     check_command(words, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "region-chat --image a.png --boxes 1,2,3,4",
+        "region-eval run --task shapes-caption --data DIR",
+        "alpha-clip convert-clip A B",
+        "alpha-clip train alpha_clip_l14 --model CLIP --data DIR --output_dir OUT --no_such_key 1",
+        "torchrun --nproc_per_node 8 --no-python region-tune no_such_recipe --data DIR --output_dir OUT",
+        "python scripts/bench/tower.py --pair-count 5",
+        "python scripts/no_such_script.py",
+        "make no-such-target",
+        "pip install 'alpha-clip-mllm[no_such_extra]'",
+        "no-such-program",
+    ],
+)
+def test_a_wrong_command_is_noticed(command, monkeypatch):
+    with pytest.raises((AssertionError, SystemExit, ValueError, FileNotFoundError, pytest.fail.Exception)):
+        check_command(shlex.split(command), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from mllm import NoSuchClass",
+        "import mllm\nmllm.no_such_function()",
+        "import mllm\nmllm.load(no_such_argument=1)",
+        "import no_such_package",
+    ],
+)
+def test_a_wrong_python_block_is_noticed(code):
+    with pytest.raises((AssertionError, AttributeError)):
+        test_names_and_arguments_in_a_python_block_exist(Block("page", 1, "python", code))
 
 
 def test_commands_in_the_text_are_accepted(monkeypatch):

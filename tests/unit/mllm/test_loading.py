@@ -46,7 +46,7 @@ def adapter(tiny_llava_dir, tmp_path_factory):
 
 @pytest.mark.compatibility(
     "peft LoRA",
-    "adapter with an alpha weight loaded: the logits it was saved with",
+    "a loaded adapter with an alpha weight: logits from before saving",
     "1.3e-6 relative",
 )
 def test_adapter_gives_the_logits_it_was_saved_with(tiny_llava, tiny_llava_dir, adapter, measured):

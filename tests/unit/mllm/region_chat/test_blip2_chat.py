@@ -163,7 +163,7 @@ def test_alpha_weights_are_the_first_blocks_and_keep_the_norm(folder, tmp_path):
 
 @pytest.mark.compatibility(
     "bitsandbytes nf4 and int8 on a CPU",
-    "tiny BLIP-2 (OPT, T5): only the language model is quantised, batches answer",
+    "tiny BLIP-2 (OPT, T5): only the language model is quantized, batched answers",
     "runs",
 )
 @pytest.mark.parametrize("load_in", ["4bit", "8bit"])
