@@ -1,6 +1,6 @@
-# Two commands matter: `make demo` and `make test`. Both work from a fresh clone with Python 3.11+ and nothing else.
+# Start with `make demo` or `make test`. Both work from a fresh clone and only need Python 3.11 or newer.
 PYTHON ?= python3
-# The build of torch that setup installs first; any build within pyproject.toml's range will do.
+# The version of torch that setup installs; any version allowed by pyproject.toml works.
 TORCH ?= 2.13.0
 BIN := .venv/bin
 PIP = $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check
@@ -14,16 +14,16 @@ BOX_2 := 62,59,92,86
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-setup: .venv/.installed ## make .venv and install the project with what its tests need
+setup: .venv/.installed ## create .venv and install the project with the dependencies of its tests
 
 .venv/.installed: pyproject.toml
-	@echo "setting up .venv: this takes some minutes, most of them for torch"
-	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here: install Python 3.11 or newer, or name it: make PYTHON=python3.12"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")'
-	@$(PYTHON) -m venv .venv || { echo "could not make .venv: is the venv module installed (Debian, Ubuntu: apt install python3-venv)?"; exit 1; }
+	@echo "creating .venv: this takes a few minutes, mostly for torch"
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer, or choose another one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, got " + sys.version.split()[0] + "; choose another one: make PYTHON=python3.12")'
+	@$(PYTHON) -m venv .venv || { echo "creating .venv failed: is the venv module installed (Debian, Ubuntu: apt install python3-venv)?"; exit 1; }
 	@echo "1/2 torch $(TORCH)"
 	@$(PIP) "torch==$(TORCH)"
-	@echo "2/2 the project and what its tests need"
+	@echo "2/2 the project and the dependencies of its tests"
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
@@ -34,18 +34,18 @@ demo: setup ## ask the embedded model about two regions of a drawn scene
 	@echo "--- box $(BOX_2)"
 	@$(BIN)/region-chat --image $(SCENE) --box $(BOX_2) --ask "What is this?" --save-overlay build/demo_2.png
 	@$(BIN)/python scripts/join_images.py build/demo_1.png build/demo_2.png --out build/demo.png
-	@echo "the regions as the model saw them: build/demo.png"
+	@echo "the image with both regions drawn on it: build/demo.png"
 
-test: setup ## the tests, on a CPU
+test: setup ## run the tests, on a CPU
 	$(BIN)/python -m pytest
 
-test-slow: setup ## the tests that take minutes
+test-slow: setup ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-test-faults: setup ## kill each command 20 times, fill its disk, signal it, start it twice (half an hour)
+test-faults: setup ## kill each command 20 times, fill its disk, send signals, run two instances (half an hour)
 	$(BIN)/python -m pytest tests/faults -m "slow or not slow" --kills 20
 
-test-fuzz: setup ## 1,000 hostile inputs for each format that is read (ten minutes)
+test-fuzz: setup ## fuzz each file format with 1,000 malformed inputs (ten minutes)
 	$(BIN)/python -m pytest tests/faults/test_fuzz.py --fuzz-cases 1000
 
 newest: ## run the tests with the newest version of each dependency that pyproject.toml allows, torchvision too, in .venv-newest
@@ -54,42 +54,42 @@ newest: ## run the tests with the newest version of each dependency that pyproje
 	@.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[dev]'
 	.venv-newest/bin/python -m pytest
 
-test-gpu: setup ## the tests that need a GPU
+test-gpu: setup ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
-mutations: setup ## which of COUNT (200) drawn changes of the sources the tests miss: SEED=1, SHARD=1/2 and 2/2 share the work
+mutations: setup ## apply COUNT (200) random mutations and list those that no test catches: SEED=1; SHARD=1/2 and 2/2 split the work
 	$(BIN)/python -m tests.mutations --seed $(or $(SEED),1) --count $(or $(COUNT),200) --shard $(or $(SHARD),1/1)
 
-mutations-known: setup ## the changes that the tests must notice (tests/mutations/known.json)
+mutations-known: setup ## check that the tests catch the mutations in tests/mutations/known.json
 	$(BIN)/python -m tests.mutations --known
 
-check: setup ## style and types, read only
+check: setup ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-style: setup ## style, mended
+style: setup ## fix the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## the benchmarks; their tables are kept in docs/benchmarks.md
+bench: setup ## run the benchmarks; the results are in docs/benchmarks.md
 	$(BIN)/python scripts/bench/tower.py
 	$(BIN)/python scripts/bench/chat.py
 	$(BIN)/python scripts/bench/scoring.py
 
-eval-demo: setup ## evaluate the embedded model on 40 drawn scenes, with every control (under 3 minutes)
+eval-demo: setup ## evaluate the embedded model on 40 drawn scenes, with all views (under 3 minutes)
 	@test -f build/eval/shapes/dataset.json || $(BIN)/alpha-clip shapes --out build/eval/shapes --images 40 --seed 2 --split test
 	$(BIN)/region-eval run --task shapes-caption --data build/eval/shapes --out build/eval/caption --controls
 	$(BIN)/region-eval run --task shapes-vqa --data build/eval/shapes --out build/eval/vqa --region-input mask --controls
 
-compatibility: setup ## write docs/compatibility.md from the tests that compare with other people's code
+compatibility: setup ## write docs/compatibility.md from the tests that compare with other implementations
 	$(BIN)/python -m pytest -m compatibility --write-compatibility
 
-embedded-model: setup ## build an embedded model from nothing: CLIP, Alpha-CLIP, LLaVA (two and a half hours on 2 cores)
+embedded-model: setup ## rebuild the embedded model from random weights: CLIP, Alpha-CLIP, LLaVA (two and a half hours on 2 cores)
 	$(BIN)/python scripts/shapes/build_embedded_model.py
 
-embedded-scores: setup ## the README's table: score the embedded model on scenes it never saw
+embedded-scores: setup ## score the embedded model on held-out scenes: the table in docs/shapes.md
 	$(BIN)/python scripts/shapes/score_embedded_model.py
 
-clean: ## remove what make made
+clean: ## remove everything that make created
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

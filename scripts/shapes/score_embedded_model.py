@@ -2,7 +2,7 @@
 
     python scripts/shapes/score_embedded_model.py [--model DIR] [--scenes 200] [--seed 2] [--json FILE]
 
-Prints the table of the README. An answer is right when it equals the reference letter for letter.
+Prints the table of docs/shapes.md. An answer is right when it equals the reference letter for letter.
 """
 
 from __future__ import annotations

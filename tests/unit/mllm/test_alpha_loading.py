@@ -112,7 +112,7 @@ def test_a_lost_alpha_raises_for_llava(tiny_llava, tmp_path, size, caplog):
         mllm.load(tmp_path, device="cpu")
     assert "\n" not in str(raised.value)
     caplog.clear()
-    AutoModelForImageTextToText.from_pretrained(tmp_path)  # the stock class reports, and goes on (README)
+    AutoModelForImageTextToText.from_pretrained(tmp_path)  # the stock class only reports it (docs/python.md)
     assert "alpha.weight" in caplog.text and "MISSING" in caplog.text
 
 
