@@ -375,3 +375,19 @@ def test_the_table_of_settings_is_that_of_the_recipes(row, key, paper, ours):
             assert recipe.get(key, 0) == value
             shown = {0.05: "5%", 800: "800 steps", 0: "0"}.get(value, str(value))
             assert cells[column].startswith(shown)
+
+
+def test_the_table_of_tuning_settings_is_that_of_the_recipes():
+    """LoRA's rank and the learning rates, of `llava_7b_paper` and `llava_7b_lora_vg`."""
+    cells = {row[0]: row[1:] for row in rows("docs/training.md") if len(row) == 4}
+    paper, lora = (
+        yaml.safe_load((ROOT / "train" / "recipes" / f"llava_7b_{name}.yaml").read_text("utf-8"))
+        for name in ("paper", "lora_vg")
+    )
+    assert cells["language model"][2] == f"LoRA r {lora['lora_r']}, {lora['learning_rate']:.0e}".replace("e-0", "e-")
+    (projector,) = lora["learning_rates"]
+    assert projector.startswith("multi_modal_projector=")
+    assert f"{float(projector.partition('=')[2]):.0e}".replace("e-0", "e-") in cells["projector"][2]
+    assert f"{paper['learning_rate']:.0e}".replace("e-0", "e-") in cells["learning rate, epochs, batch"][1]
+    assert f"{paper['num_train_epochs']} epoch" in cells["learning rate, epochs, batch"][1]
+    assert f"r {lora['lora_r']}, alpha {lora['lora_alpha']}" in PAGES["docs/training.md"]
