@@ -102,7 +102,7 @@ def test_the_mask_of_answers_is_where_labels_are(embedded, samples):
 def test_answers_follow_the_region_also_to_another_object(embedded, samples):
     chat = RegionChat(*embedded)
     right = generate(chat, samples)
-    # The shipped model's measured scores (docs/shapes.md) less what 40 samples may scatter; a lost region gives 0.3 at most.
+    # The embedded model's scores (docs/shapes.md) less the scatter of 40 samples; without the region at most 0.3.
     assert exactly_right(right, [s.references for s in samples]) >= 0.9
     wrong = generate(chat, with_wrong_region(samples))
     assert exactly_right(wrong, references_of_shown_region(samples)) >= 0.9
