@@ -27,7 +27,7 @@ setup: .venv/.installed ## create .venv and install the project with the depende
 	@$(PIP) -e '.[dev]'
 	@touch $@
 
-demo: setup ## ask the embedded model about two regions of a drawn scene
+demo: setup ## ask the embedded model about two regions of a synthetic scene
 	@mkdir -p build
 	@echo "--- box $(BOX_1)"
 	@$(BIN)/region-chat --image $(SCENE) --box $(BOX_1) --ask "What is this?" --save-overlay build/demo_1.png
@@ -77,7 +77,7 @@ bench: setup ## run the benchmarks; the results are in docs/benchmarks.md
 	$(BIN)/python scripts/bench/chat.py
 	$(BIN)/python scripts/bench/scoring.py
 
-eval-demo: setup ## evaluate the embedded model on 40 drawn scenes, with all views (under 3 minutes)
+eval-demo: setup ## evaluate the embedded model on 40 synthetic scenes, with all views (under 3 minutes)
 	@test -f build/eval/shapes/dataset.json || $(BIN)/alpha-clip shapes --out build/eval/shapes --images 40 --seed 2 --split test
 	$(BIN)/region-eval run --task shapes-caption --data build/eval/shapes --out build/eval/caption --controls
 	$(BIN)/region-eval run --task shapes-vqa --data build/eval/shapes --out build/eval/vqa --region-input mask --controls
