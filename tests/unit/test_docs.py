@@ -391,3 +391,13 @@ def test_the_table_of_tuning_settings_is_that_of_the_recipes():
     assert f"{paper['learning_rate']:.0e}".replace("e-0", "e-") in cells["learning rate, epochs, batch"][1]
     assert f"{paper['num_train_epochs']} epoch" in cells["learning rate, epochs, batch"][1]
     assert f"r {lora['lora_r']}, alpha {lora['lora_alpha']}" in PAGES["docs/training.md"]
+
+
+def test_the_citation_and_the_issue_templates_are_readable():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert (str(citation["version"]), citation["license"]) == (project["version"], project["license"])
+    for template in sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*_*.yml")):
+        form = yaml.safe_load(template.read_text("utf-8"))
+        assert {"name", "description", "body"} <= form.keys()
+        assert all("attributes" in field for field in form["body"])
