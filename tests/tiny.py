@@ -1,4 +1,4 @@
-"""Tiny random models and pictures that the tests share; nothing is downloaded."""
+"""Tiny random models and images. Nothing is downloaded."""
 
 import numpy as np
 import torch
@@ -73,8 +73,8 @@ def tiny_clip_config(**text_changes):
     return CLIPConfig(text_config=text, vision_config=tiny_vision_config(), projection_dim=16)
 
 
-def noise_picture(width, height, seed=0):
-    """An RGB picture of random pixels."""
+def noise_image(width, height, seed=0):
+    """An RGB image of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 

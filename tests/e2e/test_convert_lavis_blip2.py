@@ -27,12 +27,12 @@ from transformers import (
 import mllm
 from alpha_clip_commands import alpha_clip
 from mllm.blip2 import AlphaBlip2ForConditionalGeneration, AlphaBlip2Processor, AlphaCLIPBlip2VisionModel
-from tests.tiny import noise_picture
+from tests.tiny import noise_image
 from vision_tower import AlphaCLIPVisionModel, Region
 from vision_tower.conversion import read_tower
 
 DATA = Path(__file__).parents[1] / "parity" / "data"
-IMAGE = noise_picture(60, 40)
+IMAGE = noise_image(60, 40)
 LEFT, RIGHT = Region.from_box(0, 0, 30, 40), Region.from_box(30, 0, 60, 40)
 WORDS = ["<pad>", "</s>", "<unk>", "\n", "Question", ":", "What", "is", "this", "?", "Answer"]
 LOADERS = {"t5": AutoModelForSeq2SeqLM, "opt": AutoModelForCausalLM}

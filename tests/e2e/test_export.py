@@ -17,7 +17,7 @@ from PIL import Image
 import mllm
 from mllm.convert.export import export
 from mllm.loading import EMBEDDED_MODEL
-from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_picture
+from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_image
 from vision_tower import Region
 from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 
@@ -177,7 +177,7 @@ def texts_of(regions):
     "1e-5",
 )
 def test_an_export_runs_without_this_package(exported, llava, tmp_path, processes, measured):
-    image = noise_picture(SIDE, SIDE)
+    image = noise_image(SIDE, SIDE)
     image.save(tmp_path / "image.png")
     arguments = [exported, tmp_path / "image.png", texts_of(REGIONS), tmp_path / "again", tmp_path / "out.pt"]
     processes.run(ELSEWHERE, arguments, cwd=tmp_path, checkout=False)
@@ -193,7 +193,7 @@ def test_a_blip2_runs_without_this_package(tmp_path, processes, measured):
     model, processor = build_tiny_blip2("opt")
     torch.nn.init.normal_(model.vision_model.embeddings.patch_embedding.alpha.weight)
     export(model, processor, tmp_path / "model")
-    image = noise_picture(SIDE, SIDE)
+    image = noise_image(SIDE, SIDE)
     image.save(tmp_path / "image.png")
     arguments = [tmp_path / "model", tmp_path / "image.png", texts_of(REGIONS), tmp_path / "again", tmp_path / "out.pt"]
     processes.run(ELSEWHERE, arguments, cwd=tmp_path, checkout=False)

@@ -9,7 +9,7 @@ from alpha_clip_commands.alpha_clip import main as alpha_clip
 from alpha_clip_commands.region_eval import main as region_eval
 from mllm import RegionChat
 from mllm.data.shapes import visual_genome_layout
-from tests.tiny import noise_picture
+from tests.tiny import noise_image
 from train import finetune
 
 
@@ -42,7 +42,7 @@ disable_tqdm: true
     assert any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
 
     assert alpha_clip(["merge", tuned, merged, "--model", str(tiny_llava_next_dir)]) == 0
-    question = (noise_picture(100, 40), "box:10,5,40,30", "What?")
+    question = (noise_image(100, 40), "box:10,5,40,30", "What?")
     answers = [
         RegionChat.from_pretrained(*source, **{"device": "cpu", **options}).ask(*question, max_new_tokens=8)
         for source, options in [([merged], {}), ([tiny_llava_next_dir], {"adapter": tuned})]

@@ -20,7 +20,7 @@ from mllm import publish
 from mllm.convert.export import export
 from tests.tiny import (
     build_tiny_blip2,
-    noise_picture,
+    noise_image,
     tiny_clip_config,
     tiny_tokenizer,
     tiny_vision_config,
@@ -62,7 +62,7 @@ def run_example(monkeypatch):
         for hub_id, folder in folders.items():
             assert f'"{hub_id}"' in code
             code = code.replace(f'"{hub_id}"', repr(str(folder)))
-        scope = {"image": noise_picture(300, 260)}
+        scope = {"image": noise_image(300, 260)}
         exec(code, scope)
         fed = scope["inputs"]["pixel_values"]
         assert fed.shape[1] == 4 and fed[:, 3].unique().numel() > 1  # a region, not the whole image

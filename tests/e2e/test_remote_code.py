@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.tiny import noise_picture, tiny_vision_config
+from tests.tiny import noise_image, tiny_vision_config
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel, Region
 from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 
@@ -54,7 +54,7 @@ def test_tower_and_image_processor_load_elsewhere(tmp_path, processes):
     folder = tmp_path / "tower"
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    picture = noise_picture(70, 50)
+    picture = noise_image(70, 50)
     picture.save(tmp_path / "p.png")
     processes.run(CODE, [folder, tmp_path / "p.png", tmp_path / "out.pt"], cwd=tmp_path, checkout=False)
     got = torch.load(tmp_path / "out.pt")

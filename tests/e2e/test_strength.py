@@ -18,13 +18,13 @@ from alpha_clip_commands.region_eval import main as region_eval
 from eval.region_matching import DescribedPicture, embed_regions
 from mllm.convert.export import export
 from mllm.inference import RegionChat
-from tests.tiny import build_tiny_blip2, build_tiny_clip, build_tiny_llava, noise_picture
+from tests.tiny import build_tiny_blip2, build_tiny_clip, build_tiny_llava, noise_image
 from train.contrastive.data import RegionTextCollator, RegionTexts
 from train.tuning.collators import ConversationCollator
 from vision_tower import AlphaPatchEmbedding, Region
 from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 
-IMAGE = noise_picture(64, 32)
+IMAGE = noise_image(64, 32)
 BOX = Region.from_box(24, 8, 40, 24)
 SOFT = dataclasses.replace(BOX, strength=0.3)
 # where the box lies in the tower's input: x0, y0, x1, y1

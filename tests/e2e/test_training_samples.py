@@ -15,7 +15,7 @@ from alpha_clip_commands.training.tuning_arguments import DataArguments
 from mllm.data.index import RegionIndex
 from mllm.data.prepare import make_index
 from mllm.data.splits import densecap_split
-from tests.tiny import build_tiny_clip, build_tiny_llava, noise_picture
+from tests.tiny import build_tiny_clip, build_tiny_llava, noise_image
 from train import alpha_clip, finetune
 from train.contrastive import trainer as contrastive_trainer
 from train.contrastive.data import RegionTextDataset
@@ -28,7 +28,7 @@ from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 
 SPLITS = ("test", "train", "unlisted", "val")
 SMOOTHING = 0.25
-IMAGES = {split: [noise_picture(32, 32, 10 * row + n) for n in range(4)] for row, split in enumerate(SPLITS)}
+IMAGES = {split: [noise_image(32, 32, 10 * row + n) for n in range(4)] for row, split in enumerate(SPLITS)}
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_visual_genomes_images_of_no_split_are_not_trained_on(tmp_path):
     images, regions = [], []
     (tmp_path / "VG_100K").mkdir()
     for number, image in enumerate(ids.values()):
-        noise_picture(32, 32, number).save(tmp_path / "VG_100K" / f"{image}.jpg")
+        noise_image(32, 32, number).save(tmp_path / "VG_100K" / f"{image}.jpg")
         images.append({"image_id": image, "width": 32, "height": 32, "url": f"https://x/VG_100K/{image}.jpg"})
         box = {"x": 1, "y": 1, "width": 9, "height": 9}
         region = {"region_id": number, "image_id": image, "phrase": "a cat", **box}

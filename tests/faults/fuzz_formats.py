@@ -26,7 +26,7 @@ from mllm.data.readers import coco, grit, jsonl, mask_imagenet, refcocog, visual
 from mllm.data.samples import RegionSample, load_image
 from mllm.region_chat.batch import read_requests
 from tests.fuzzing import HOSTILE, byte_cases, hostile_records, json_cases, pickle_cases
-from tests.tiny import noise_picture
+from tests.tiny import noise_image
 from train.arguments import parse_args
 from train.contrastive import arguments
 from vision_tower import AlphaCLIPImageProcessor, Region, conversion
@@ -67,7 +67,7 @@ def in_file(name, read):
 
 def writing(**files):
     def prepare(folder):
-        noise_picture(10, 8).save(folder / "p.png")
+        noise_image(10, 8).save(folder / "p.png")
         for name, content in files.items():
             (folder / f"{name}.json").write_text(json.dumps(content))
 
@@ -152,7 +152,7 @@ def exif(turned):
     return tags.tobytes()
 
 
-PICTURE = noise_picture(10, 8)
+PICTURE = noise_image(10, 8)
 IMAGES = {
     "png": encoded(PICTURE, "PNG", exif=exif(6)),
     "grey": encoded(Image.fromarray(np.arange(80, dtype=np.uint16).reshape(8, 10) * 800), "PNG"),
@@ -389,7 +389,7 @@ ADAPTER = {
 
 
 def index(folder):
-    noise_picture(10, 8).save(folder / "p.png")
+    noise_image(10, 8).save(folder / "p.png")
     meta = {"image_id": 1, "region_id": 2, "width": 10, "height": 8}
     sample = RegionSample("1/2", str(folder / "p.png"), (Region.from_box(1, 2, 3, 4),), None, ("a cat",), meta=meta)
     write_index(folder / "region_index", folder, [("train", sample)], made_of="a test")

@@ -16,7 +16,7 @@ from alpha_clip_commands import alpha_clip, region_chat, region_eval
 from mllm.data.index import RegionIndex
 from mllm.data.shapes import grit_layout, visual_genome_layout
 from scripts import join_images
-from tests.tiny import noise_picture
+from tests.tiny import noise_image
 
 
 def tree(folder):
@@ -32,7 +32,7 @@ def tree(folder):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with one of everything that commands read, and where no model can be loaded."""
-    noise_picture(60, 40).save(tmp_path / "image.png")
+    noise_image(60, 40).save(tmp_path / "image.png")
     Image.new("L", (60, 40), 255).save(tmp_path / "mask.png")
     visual_genome_layout.write(tmp_path / "vg", 2, 1, progress=False)
     (tmp_path / "vg" / "VG_100K_2").mkdir()
@@ -69,7 +69,7 @@ FOREIGN = {
     "thesis": lambda out: (out.mkdir(), (out / "1.tex").write_text("years of work")),
     "hidden": lambda out: (out.mkdir(), (out / ".git").mkdir()),
     "file": lambda out: out.write_text("years of work"),
-    "png": lambda out: noise_picture(9, 9).save(out, "PNG"),
+    "png": lambda out: noise_image(9, 9).save(out, "PNG"),
     "loop": lambda out: out.symlink_to(out.name),
     "link": lambda out: (
         (out.parent / "else").mkdir(),

@@ -17,7 +17,7 @@ from mllm.data.index import TRAIN, RegionIndex
 from mllm.data.prepare import make_index
 from mllm.files import locked
 from tests.faults.training_runs import make_worlds
-from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_picture
+from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_image
 from train import finetune, output
 from train import run as train_run
 from train import trainer as trainers
@@ -44,7 +44,7 @@ def flags(recipe, out, *more):
 
 def indexed(folder, regions, size=(64, 32)):
     """An index of one image with an answer for each region."""
-    noise_picture(*size).save(folder / "0.png")
+    noise_image(*size).save(folder / "0.png")
     lines = [{"image": "0.png", "region": region, "answer": "red", "meta": {"split": TRAIN}} for region in regions]
     (folder / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
     make_index(folder / "own.jsonl")
@@ -76,7 +76,7 @@ def test_a_region_without_the_mask_that_is_asked_for_is_left_out(tmp_path):
 
 def test_a_region_outside_of_the_image_that_is_there_is_left_out(tmp_path):
     index = indexed(tmp_path, [{"box": [40, 0, 60, 30]}, {"box": [2, 2, 10, 10]}])
-    noise_picture(32, 32).save(tmp_path / "0.png")
+    noise_image(32, 32).save(tmp_path / "0.png")
     reasons = set(skipped_reasons(tmp_path, index))
     assert len(reasons) == 1, reasons
 

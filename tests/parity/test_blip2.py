@@ -29,7 +29,7 @@ from mllm.blip2 import (
     AlphaCLIPBlip2VisionConfig,
     AlphaCLIPBlip2VisionModel,
 )
-from tests.tiny import noise_picture, tiny_vision_config
+from tests.tiny import noise_image, tiny_vision_config
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionModel, Region
 
 ALPHA = "vision_model.embeddings.patch_embedding.alpha.weight"
@@ -96,7 +96,7 @@ def clip_model(kind="opt"):
 
 
 def inputs_for(regions, processor=None):
-    images = [noise_picture(60, 40)] * len(regions)
+    images = [noise_image(60, 40)] * len(regions)
     text = ["Question: What is this? Answer:"] * len(regions)
     return (processor or processor_for())(images=images, text=text, regions=regions, return_tensors="pt")
 

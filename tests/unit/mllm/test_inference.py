@@ -20,10 +20,10 @@ from tests.drawn_back import (
     fed_pixels,  # noqa: F401, a fixture
     overlap,
 )
-from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_picture, prompt
+from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_image, prompt
 from vision_tower import Region
 
-IMAGE = noise_picture(60, 40)
+IMAGE = noise_image(60, 40)
 LEFT, RIGHT = Region.from_box(0, 0, 25, 40), Region.from_box(35, 0, 60, 40)
 
 
@@ -119,7 +119,7 @@ def test_broken_unicode_is_a_value_error(chat):
         chat.ask(IMAGE, LEFT, "what\udc80", max_new_tokens=2)
 
 
-WIDE = noise_picture(64, 32)  # whole pixels of it are whole pixels of the tower's input
+WIDE = noise_image(64, 32)  # whole pixels of it are whole pixels of the tower's input
 SCENE, BOX = EMBEDDED_MODEL.parent / "scenes" / "scene_2.png", mllm.Region.from_box(22, 8, 48, 42)
 ENDS = Region.from_box(0, 0, 24, 32), Region.from_box(40, 8, 64, 32)
 # name -> the answer about a region of `WIDE`

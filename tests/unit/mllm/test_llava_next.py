@@ -14,14 +14,14 @@ from mllm.convert.export import export
 from mllm.inference import RegionChat
 from mllm.model_card import model_card
 from mllm.processing_llava_next import AlphaLlavaNextProcessor
-from tests.tiny import noise_picture, tiny_llava_next_config, tiny_tokenizer, tiny_vision_config
+from tests.tiny import noise_image, tiny_llava_next_config, tiny_tokenizer, tiny_vision_config
 from train.lora import parts_of
 from train.tuning.collators import IGNORE_INDEX, ConversationCollator
 from train.tuning.memory_estimate import meta_model
 from vision_tower import Region
 
 LEFT, RIGHT = Region.from_box(2, 2, 16, 26), Region.from_box(17, 3, 20, 28)
-IMAGES = [noise_picture(60, 40), noise_picture(100, 30), noise_picture(20, 90)]  # four, two and two tiles
+IMAGES = [noise_image(60, 40), noise_image(100, 30), noise_image(20, 90)]  # four, two and two tiles
 # As those of the hub's repositories llava-v1.6-mistral-7b-hf and llava-v1.6-vicuna-7b-hf: BOS is the tokenizer's
 MISTRAL = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from transformers import AutoProcessor
 
 from mllm.processing_llava import _FORMER_CHAT_TEMPLATE, CHAT_TEMPLATE, VICUNA_V1_SYSTEM
-from tests.tiny import build_tiny_llava, noise_picture, prompt
+from tests.tiny import build_tiny_llava, noise_image, prompt
 from train.tuning.collators import IGNORE_INDEX, encode_with_labels
 from vision_tower import Region
 from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 
 PROCESSOR = build_tiny_llava()[1]
-IMAGE = noise_picture(40, 40)
-OTHER = noise_picture(40, 40, seed=1)
+IMAGE = noise_image(40, 40)
+OTHER = noise_image(40, 40, seed=1)
 BOX, FAR = Region.from_box(4, 4, 20, 20), Region.from_box(22, 22, 38, 38)
 CHAT = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
 

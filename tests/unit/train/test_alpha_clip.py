@@ -15,7 +15,7 @@ from eval.region_matching import described_pictures, score_region_text
 from mllm.data.readers.grit import read_grit
 from mllm.data.readers.visual_genome import read_regions
 from mllm.data.shapes import grit_layout, visual_genome_layout
-from tests.tiny import build_tiny_clip, noise_picture
+from tests.tiny import build_tiny_clip, noise_image
 from train import alpha_clip
 from train.contrastive import trainer as contrastive_trainer
 from train.contrastive.losses import released_learning_rate_factor
@@ -268,7 +268,7 @@ def test_patch_tokens_have_a_gradient_where_llava_reads_them(start, data, tmp_pa
 def test_what_is_saved_tells_two_regions_apart(data, tmp_path):
     start = saved(tmp_path / "start", alpha_std=0)  # it cannot
     assert run(start, data, tmp_path / "out", "--geometry", "stretch") == 0
-    wide, regions = noise_picture(40, 24), [Region.from_box(0, 0, 12, 24), Region.from_box(20, 4, 40, 20)]
+    wide, regions = noise_image(40, 24), [Region.from_box(0, 0, 12, 24), Region.from_box(20, 4, 40, 20)]
 
     def embeddings(folder):
         model, processor = AlphaCLIPModel.from_pretrained(folder), AlphaCLIPProcessor.from_pretrained(folder)
@@ -464,7 +464,7 @@ def test_a_finished_run_is_not_written_over_by_another(start, data, tmp_path, ca
 def test_a_mask_of_another_size_than_its_picture_is_left_out_and_listed(start, data, tmp_path, capsys):
     lines = []
     for number, side in enumerate((40, 41)):
-        noise_picture(40, 40).save(tmp_path / f"{number}.png")
+        noise_image(40, 40).save(tmp_path / f"{number}.png")
         region = Region.from_mask(np.eye(40, side)).to_json()
         lines.append({"image": f"{number}.png", "region": region, "answer": "a cat"})
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from transformers.image_transforms import convert_to_rgb
 
 from mllm.data.samples import displayed_size, load_image
-from tests.tiny import noise_picture
+from tests.tiny import noise_image
 from vision_tower import AlphaCLIPImageProcessor, Region, image_decoding
 from vision_tower.image_decoding import decode_image, image_size
 
@@ -29,14 +29,14 @@ def saved(image, kind="PNG", **options):
 
 def in_mode(mode):
     """A noise image of that mode, partly transparent where the mode can be."""
-    image = noise_picture(30, 20)
+    image = noise_image(30, 20)
     if mode in ("La", "RGBa"):
         return in_mode(mode.upper()).convert(mode)
     if mode == "LAB":
         return Image.merge("LAB", image.split())
     image = image.convert(mode)
     if mode.endswith("A"):
-        image.putalpha(noise_picture(30, 20, seed=1).convert("L"))
+        image.putalpha(noise_image(30, 20, seed=1).convert("L"))
     return image
 
 
@@ -47,7 +47,7 @@ def pixels_of(source, **options):
 
 
 def test_every_kind_of_input_gives_the_same_pixels(tmp_path):
-    image = noise_picture(31, 20)
+    image = noise_image(31, 20)
     image.save(tmp_path / "p.png")
     array = np.asarray(image)
     first = np.moveaxis(array, -1, 0)
@@ -122,10 +122,10 @@ def test_modes(mode):
 
 
 def palettes():
-    image = noise_picture(30, 20).quantize(8)
+    image = noise_image(30, 20).quantize(8)
     yield "a transparent index", {"transparency": image.getpixel((3, 3))}, image
     yield "transparency as bytes", {"transparency": bytes([0, 60, 255, 200, 0, 0, 9, 255])}, image
-    rgb = noise_picture(30, 20)
+    rgb = noise_image(30, 20)
     yield "a transparent color", {"transparency": rgb.getpixel((3, 3))}, rgb
     yield "a transparent gray", {"transparency": rgb.convert("L").getpixel((3, 3))}, rgb.convert("L")
 
@@ -198,7 +198,7 @@ def test_a_dark_16_bit_file_is_not_taken_for_8_bits(tmp_path):
 
 def test_16_bits_give_the_channel_means_of_their_8_bits():
     processor = AlphaCLIPImageProcessor.for_size(32, "stretch")
-    gray = noise_picture(40, 40).convert("L")
+    gray = noise_image(40, 40).convert("L")
     deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * np.uint16(257))
     assert np.array_equal(processor(deep)["pixel_values"], processor(gray)["pixel_values"])
 
@@ -250,7 +250,7 @@ def test_float_and_int32_files_in_no_range_are_refused(tmp_path):
 def test_exif_is_applied_exactly_once(tmp_path, kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored = Image.fromarray(np.kron(noise_picture(3, 2), np.ones((8, 8, 1))).astype(np.uint8))
+    stored = Image.fromarray(np.kron(noise_image(3, 2), np.ones((8, 8, 1))).astype(np.uint8))
     stored.save(tmp_path / "x", kind, exif=exif)
     stored.save(tmp_path / "plain", kind)
     plain = Image.open(tmp_path / "plain").convert("RGB")
@@ -280,7 +280,7 @@ JUNK = [b"Exif\0\0junkjunkjunkjunk", b"junk", b"", b"Exif\0\0II*\0\xff\xff\xff\x
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("junk", JUNK)
 def test_junk_exif_is_ignored(tmp_path, kind, junk):
-    picture = noise_picture(64, 48)
+    picture = noise_image(64, 48)
     picture.save(tmp_path / "x", kind, exif=junk)
     picture.save(tmp_path / "plain", kind)
     expected = pixels_of(tmp_path / "plain")
@@ -317,8 +317,8 @@ def test_a_pil_image_is_left_as_it_was():
 
 
 def test_the_limit_of_pixels_comes_before_decoding(tmp_path, monkeypatch):
-    noise_picture(30, 20).save(tmp_path / "x.png")
-    for source in (tmp_path / "x.png", Image.open(tmp_path / "x.png"), np.zeros((20, 30, 3)), noise_picture(30, 20)):
+    noise_image(30, 20).save(tmp_path / "x.png")
+    for source in (tmp_path / "x.png", Image.open(tmp_path / "x.png"), np.zeros((20, 30, 3)), noise_image(30, 20)):
         assert decode_image(source, max_pixels=600).size == (30, 20)
         with pytest.raises(ValueError, match="too many pixels: 30 x 20 = 600, expected at most 599"):
             decode_image(source, max_pixels=599)
@@ -331,7 +331,7 @@ def test_the_limit_of_pixels_comes_before_decoding(tmp_path, monkeypatch):
 
 
 def test_programs_are_not_run(tmp_path, monkeypatch):
-    noise_picture(30, 20).save(tmp_path / "x.eps")
+    noise_image(30, 20).save(tmp_path / "x.eps")
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **kw: pytest.fail("Ghostscript was run"))
     for source in (tmp_path / "x.eps", Image.open(tmp_path / "x.eps")):
         with pytest.raises(ValueError, match="EPS"):
@@ -339,7 +339,7 @@ def test_programs_are_not_run(tmp_path, monkeypatch):
 
 
 def test_a_bug_of_ours_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
-    noise_picture(30, 20).convert("RGBA").save(tmp_path / "x.png")
+    noise_image(30, 20).convert("RGBA").save(tmp_path / "x.png")
 
     def broken(*args, **kwargs):
         raise TypeError("a bug")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from tests.tiny import noise_picture, tiny_vision_config
+from tests.tiny import noise_image, tiny_vision_config
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel, Region
 from vision_tower.llava_tower import AlphaCLIPVisionTower
 
@@ -31,7 +31,7 @@ def args(**changes):
 def test_features_are_the_towers(folder):
     tower = AlphaCLIPVisionTower(folder, args())
     images = tower.image_processor.preprocess(
-        noise_picture(60, 40), [Region.from_box(0, 0, 30, 40), Region.from_box(30, 0, 60, 40)], return_tensors="pt"
+        noise_image(60, 40), [Region.from_box(0, 0, 30, 40), Region.from_box(30, 0, 60, 40)], return_tensors="pt"
     )["pixel_values"]
     expected = AlphaCLIPVisionModel.from_pretrained(folder)(images, output_hidden_states=True).hidden_states[-2]
     features = tower(images)

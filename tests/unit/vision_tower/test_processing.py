@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, CLIPProcessor, CLIPTokenizer
 
-from tests.tiny import noise_picture, tiny_clip_config, tiny_clip_tokenizer
+from tests.tiny import noise_image, tiny_clip_config, tiny_clip_tokenizer
 from vision_tower import AlphaCLIPConfig, AlphaCLIPImageProcessor, AlphaCLIPModel, AlphaCLIPProcessor, Region
 
 
@@ -19,7 +19,7 @@ def build():
 
 def test_regions_and_texts_in_one_call(tmp_path):
     processor = build()
-    image = noise_picture(50, 40)
+    image = noise_image(50, 40)
     regions = [Region.from_box(8, 4, 20, 20), Region.from_box(25, 10, 40, 38)]
     inputs = processor(images=image, regions=regions, text=["a cat", "a red dog"], return_tensors="pt", padding=True)
     assert inputs["pixel_values"].shape == (2, 4, 32, 32) and inputs["input_ids"].shape[0] == 2
@@ -57,7 +57,7 @@ def test_zero_shot_scores_depend_on_the_region(tmp_path):
     processor = build()
     regions = [Region.from_box(8, 4, 20, 20), Region.from_box(25, 10, 40, 38), None]
     inputs = processor(
-        images=noise_picture(50, 40), regions=regions, text=["a cat", "a dog"], return_tensors="pt", padding=True
+        images=noise_image(50, 40), regions=regions, text=["a cat", "a dog"], return_tensors="pt", padding=True
     )
     with torch.no_grad():
         logits = AutoModel.from_pretrained(tmp_path).eval()(**inputs).logits_per_image

@@ -9,7 +9,7 @@ import pytest
 
 from mllm.data.index import FORMAT, RegionIndex, index_folder, write_index
 from mllm.data.samples import RegionSample, TarMember
-from tests.tiny import noise_picture
+from tests.tiny import noise_image
 from vision_tower import Region
 
 BOX, OTHER = Region.from_box(1, 1, 5, 5), Region.from_box(4, 4, 8, 8)
@@ -24,7 +24,7 @@ def sample(image, region, text, region_id=None, image_id="a", **meta):
 def members(tmp_path):
     """Two pictures in a tar, with and without their place in it."""
     for name in ("a", "b"):
-        noise_picture(10, 8, ord(name)).save(tmp_path / f"{name}.png")
+        noise_image(10, 8, ord(name)).save(tmp_path / f"{name}.png")
     (tmp_path / "t").mkdir()
     with tarfile.open(tmp_path / "t" / "x.tar", "w") as archive:
         for name in ("a", "b"):
@@ -47,7 +47,7 @@ def test_pictures_in_tars_and_in_files(tmp_path, members):
     found = index.read(range(4))
     assert [facts.sample.image for facts in found] == [first, second, searched, str(tmp_path / "a.png")]
     for facts, seed in zip(found, "abba", strict=True):
-        assert np.array_equal(np.asarray(facts.sample.open_image()), np.asarray(noise_picture(10, 8, ord(seed))))
+        assert np.array_equal(np.asarray(facts.sample.open_image()), np.asarray(noise_image(10, 8, ord(seed))))
     assert index.pictures[0]["image"] == "t/x.tar"  # so that the folder may be moved
     assert RegionIndex(tmp_path / "index", root=tmp_path / "t").read([0])[0].sample.image.tar.endswith("t/t/x.tar")
 

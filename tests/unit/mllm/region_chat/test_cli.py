@@ -15,7 +15,7 @@ from alpha_clip_commands.region_chat import main as region_chat
 from alpha_clip_commands.region_options import region_in
 from mllm.region_chat import cli
 from tests.drawn_back import fed_pixels  # noqa: F401, a fixture
-from tests.tiny import noise_picture
+from tests.tiny import noise_image
 from vision_tower import Region
 from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 from vision_tower.image_processing_alpha_clip import place_alpha
@@ -24,7 +24,7 @@ from vision_tower.image_processing_alpha_clip import place_alpha
 @pytest.fixture
 def picture(tmp_path):
     path = tmp_path / "picture.png"
-    noise_picture(60, 40).save(path)
+    noise_image(60, 40).save(path)
     return path
 
 
@@ -91,7 +91,7 @@ def test_the_answer_is_streamed_to_stdout_alone(tiny_llava_dir, picture, capsys)
 
 def write_cut(path):
     buffer = io.BytesIO()
-    noise_picture(60, 60).save(buffer, "JPEG")
+    noise_image(60, 60).save(buffer, "JPEG")
     path.write_bytes(buffer.getvalue()[:700])
 
 

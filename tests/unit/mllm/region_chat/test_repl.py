@@ -14,7 +14,7 @@ from mllm.data.templates import DESCRIBE_REGION
 from mllm.inference import RegionChat
 from mllm.region_chat import cli
 from tests.drawn_back import fed_pixels  # noqa: F401, a fixture
-from tests.tiny import noise_picture
+from tests.tiny import noise_image
 from vision_tower import Region
 from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 from vision_tower.image_processing_alpha_clip import place_alpha
@@ -23,7 +23,7 @@ from vision_tower.image_processing_alpha_clip import place_alpha
 @pytest.fixture
 def picture(tmp_path):
     path = tmp_path / "picture.png"
-    noise_picture(60, 40).save(path)
+    noise_image(60, 40).save(path)
     return path
 
 

@@ -14,12 +14,12 @@ from mllm.data.readers import region_text_pairs
 from mllm.data.readers.region_text_pairs import find_pairs, has_pairs
 from mllm.data.records import ReadReport
 from mllm.data.samples import TarMember, load_image
-from tests.tiny import noise_picture
+from tests.tiny import noise_image
 
 
 def picture(seed):
     buffer = io.BytesIO()
-    noise_picture(8, 8, seed).save(buffer, "PNG")
+    noise_image(8, 8, seed).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -54,7 +54,7 @@ def pairs(root):
     for pair in find_pairs(root, report):
         key = pair.key.rsplit("/", 1)[-1]
         assert pair.record == content_of("json", key)
-        assert load_image(pair.image).tobytes() == noise_picture(8, 8, int(key)).tobytes()
+        assert load_image(pair.image).tobytes() == noise_image(8, 8, int(key)).tobytes()
         found.append(pair.key)
     return found, dict(report.counts), report.examples
 
