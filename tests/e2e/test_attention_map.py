@@ -11,7 +11,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 from alpha_clip_commands import alpha_clip
 from eval import attention_map
 from eval.attention_map import look, panel_box, read_heads
-from tests.tiny import noise_image, tiny_clip_config, tiny_clip_tokenizer
+from tests.tiny import noise_image, save_model, tiny_clip_config, tiny_clip_tokenizer
 from vision_tower import AlphaCLIPConfig, AlphaCLIPImageProcessor, AlphaCLIPModel, AlphaCLIPProcessor, Region
 
 LEFT, RIGHT = "0,0,24,24", "24,0,48,24"
@@ -48,10 +48,8 @@ def processor():
 @pytest.fixture(scope="module")
 def folder(model, processor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder / "full")
-    processor.save_pretrained(folder / "full")
-    model.vision_model.save_pretrained(folder / "tower")
-    processor.image_processor.save_pretrained(folder / "tower")
+    save_model(folder / "full", model, processor)
+    save_model(folder / "tower", model.vision_model, processor.image_processor)
     noise_image(48, 24).save(folder / "picture.png")
     return folder
 

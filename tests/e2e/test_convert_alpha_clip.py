@@ -1,7 +1,6 @@
 """`alpha-clip convert` and --alpha-weights: what comes out loads, answers as before, and sees the region."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +23,9 @@ import mllm
 from alpha_clip_commands import alpha_clip
 from alpha_clip_commands.region_chat import main as region_chat
 from mllm.llava import build_llava_processor
-from tests.tiny import noise_image, prompt, tiny_clip_config, tiny_llava_config, tiny_tokenizer
+from tests.files import ROOT
+from tests.tensors import fixture_tensors, same_tensors
+from tests.tiny import noise_image, prompt, save_model, tiny_clip_config, tiny_llava_config, tiny_tokenizer
 from vision_tower import (
     AlphaCLIPImageProcessor,
     AlphaCLIPModel,
@@ -34,14 +35,12 @@ from vision_tower import (
 )
 from vision_tower.conversion import RELEASED_CHECKPOINTS, from_original
 
-ROOT = Path(__file__).parents[2]
 LEFT, RIGHT = Region.from_box(0, 0, 30, 40), Region.from_box(30, 0, 60, 40)
 
 
 @pytest.fixture(scope="module")
 def original():
-    content = load_file(ROOT / "tests" / "parity" / "data" / "alpha_clip_original.safetensors")
-    return {k.removeprefix("checkpoint."): t.float() for k, t in content.items() if k.startswith("checkpoint.")}
+    return {key: tensor.float() for key, tensor in fixture_tensors("alpha_clip_original.safetensors").items()}
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +115,7 @@ def test_and_back(checkpoint, original, tmp_path):
     for name in ("back.pth", "back.safetensors"):
         assert convert(tmp_path / "tower", tmp_path / name, "--original") == 0
         back = torch.load(tmp_path / name) if name.endswith("pth") else load_file(tmp_path / name)
-        assert back.keys() == original.keys() and all(torch.equal(back[key], original[key]) for key in original)
+        assert same_tensors(back, original)
 
 
 def tiny_clip_dir(folder, projection_dim):
@@ -211,8 +210,7 @@ def test_alpha_weights_of_another_size_are_refused(checkpoint, tiny_llava_dir):
 )
 def test_fused_llava_is_stock_llava(checkpoint, clip_llava, tmp_path, measured, processes):
     model, processor = mllm.load(clip_llava, device="cpu", alpha_weights=checkpoint)
-    model.save_pretrained(tmp_path / "ours")
-    processor.save_pretrained(tmp_path / "ours")
+    save_model(tmp_path / "ours", model, processor)
     assert convert(tmp_path / "ours", tmp_path / "fused", "--fused") == 0
     # with other names Transformers 4.37 leaves the tower random, and says no more than a warning
     names = load_file(tmp_path / "fused" / "model.safetensors").keys()

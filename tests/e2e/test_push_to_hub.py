@@ -1,6 +1,5 @@
 """`alpha-clip publish`: the folder that would be uploaded, its card, and the calls to the hub (a stand-in here)."""
 
-import json
 import re
 import shutil
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ import mllm
 from alpha_clip_commands import alpha_clip
 from mllm import publish
 from mllm.convert.export import export
+from tests.files import read_json, write_json
 from tests.tiny import (
     build_tiny_blip2,
     noise_image,
@@ -109,7 +109,7 @@ def test_a_tower_with_its_sources(tower, tmp_path, run_example):
 def test_a_llava_without_what_only_its_machine_can_use(tiny_llava_dir, tmp_path, run_example):
     shutil.copytree(tiny_llava_dir, tmp_path / "in")
     record = {"data": {"data": "/home/somebody/vg"}, "training": {"output_dir": "/home/somebody/out"}, "log": []}
-    (tmp_path / "in" / "training_record.json").write_text(json.dumps(record))
+    write_json(tmp_path / "in" / "training_record.json", record)
     for folder in ("checkpoint-3", ".git"):
         (tmp_path / "in" / folder).mkdir()
         (tmp_path / "in" / folder / "trace").write_text("/home/somebody")
@@ -162,7 +162,7 @@ def test_an_adapter_names_its_model_and_no_folder(tiny_llava_dir, tmp_path, run_
     assert push(tmp_path / "lora", "lab/lora", "--to", tmp_path / "out") == 2  # trained from a folder
     assert "hub id of the model" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert push(tmp_path / "lora", "lab/lora", "--to", tmp_path / "out", "--base-model", "lab/base") == 0
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "lab/base"
+    assert read_json(tmp_path / "out" / "adapter_config.json")["base_model_name_or_path"] == "lab/base"
     assert not [file for file in (tmp_path / "out").iterdir() if str(tiny_llava_dir).encode() in file.read_bytes()]
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.library_name == "peft" and card.data.base_model == "lab/base" and "| rank | `3` |" in card.text
@@ -214,7 +214,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tower, tmp_path, capsys):
     assert "expected weights" in refused(folder, "lab/x")
     (folder / "model-1.safetensors").write_bytes(weights)
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_json(folder / "model.safetensors.index.json", index)
     assert "model-2.safetensors is missing" in refused(folder, "lab/x")
     (folder / "config.json").unlink()
     assert "without config.json" in refused(folder, "lab/x")

@@ -19,7 +19,7 @@ from transformers import (
 
 import mllm
 from mllm.processing_llava import VICUNA_V1_SYSTEM, AlphaLlavaProcessor
-from tests.tiny import noise_image, prompt, tiny_llava_config, tiny_tokenizer, tiny_vision_config
+from tests.tiny import noise_image, prompt, save_model, tiny_llava_config, tiny_tokenizer, tiny_vision_config
 from vision_tower import AlphaCLIPVisionModel, Region
 
 # The template of llava-hf/llava-1.5-7b-hf, in the part that a first turn uses.
@@ -176,8 +176,7 @@ def test_a_missing_tower_tensor_raises(stock_dir, tmp_path):
 )
 def test_saved_model_comes_back_bit_for_bit_through_the_auto_classes(tiny_llava, tmp_path):
     model, processor = tiny_llava
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
+    save_model(tmp_path, model, processor)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     again_processor = AutoProcessor.from_pretrained(tmp_path)
     assert type(again) is LlavaForConditionalGeneration

@@ -70,8 +70,7 @@ SOURCES += ["array", "array, channels first", "tensor"]
 @pytest.fixture(scope="module")
 def llava():
     """The model, our processor and the stock one."""
-    model, ours = build_tiny_llava("crop")
-    torch.nn.init.normal_(model.model.vision_tower.embeddings.patch_embedding.alpha.weight, std=3)
+    model, ours = build_tiny_llava("crop", alpha_std=3)
     return model, ours, stock_llava(ours)
 
 

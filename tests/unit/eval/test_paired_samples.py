@@ -1,6 +1,5 @@
 """A paired difference is of the same samples in both runs, and the crop control shows every pixel of the region."""
 
-import json
 from unittest import mock
 
 import numpy as np
@@ -16,6 +15,7 @@ from eval.metrics.intervals import difference_of_captions, paired_difference
 from eval.score import measure
 from eval.tasks import TASKS
 from eval.views import crop, draw_red_box
+from tests.files import write_json_lines
 from vision_tower import Region
 
 PREDICTIONS = ["a red bus", "two dogs", "a man in a coat", "a cup of tea", "the left cat", "three zebras"]
@@ -31,7 +31,7 @@ def records(order, predictions=PREDICTIONS):
 
 
 def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(path, rows)
     return path
 
 

@@ -1,7 +1,5 @@
 """Quantised loading and adapters: what must stay exact stays exact, and an adapter for another model is refused."""
 
-import json
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,6 +12,7 @@ from alpha_clip_commands import alpha_clip
 from alpha_clip_commands.region_chat import main as region_chat
 from mllm.inference import RegionChat
 from mllm.loading import EMBEDDED_MODEL
+from tests.files import read_json
 from tests.tiny import noise_image, prompt
 from vision_tower import Region
 
@@ -111,7 +110,7 @@ def test_only_the_language_model_is_quantised(embedded, load_in):
     tower = whole.model.vision_tower.state_dict()
     assert all(torch.equal(tensor.float(), tower[key]) for key, tensor in model.model.vision_tower.state_dict().items())
     image = Image.open(SCENES / "scene_2.png")
-    for region in json.loads((SCENES / "scene_2.json").read_text()):
+    for region in read_json(SCENES / "scene_2.json"):
         asked = image, Region.from_json({"box": region["box"]}), "Describe this region."
         assert RegionChat(model, processor).ask(*asked) == RegionChat(whole, processor).ask(*asked)
 

@@ -21,6 +21,7 @@ from mllm.data.shapes import visual_genome_layout
 from mllm.llava import build_llava_processor
 from mllm.loading import EMBEDDED_MODEL
 from mllm.region_chat import cli
+from tests.files import read_json, read_json_lines, write_json
 from tests.tiny import build_tiny_llava, noise_image, prompt, tiny_llava_config, tiny_tokenizer, tiny_vision_config
 from train.sampling import ConversationDataset
 from vision_tower import AlphaCLIPImageProcessor, Region
@@ -116,7 +117,7 @@ def test_numbers_too_large_fail_alone_in_a_batch(tiny_llava_dir, tmp_path):
     (tmp_path / "r.jsonl").write_text("\n".join(lines) + "\n")
     flags = ["--model", tiny_llava_dir, "--batch", tmp_path / "r.jsonl", "--output", tmp_path / "o.jsonl"]
     assert region_chat([str(flag) for flag in [*flags, "--max-new-tokens", 2]]) == 1
-    answers = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    answers = read_json_lines(tmp_path / "o.jsonl")
     assert ["answer" in answer for answer in answers] == [True, False, False]
 
 
@@ -142,9 +143,9 @@ def test_the_picture_is_never_overwritten(tmp_path, capsys):
 
 def test_a_broken_config_is_one_line(tmp_path, capsys):
     noise_image(60, 40).save(tmp_path / "a.png")
-    config = json.loads((EMBEDDED_MODEL / "config.json").read_text())
+    config = read_json(EMBEDDED_MODEL / "config.json")
     config["vision_config"]["hidden_size"] = "abc"
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_json(tmp_path / "config.json", config)
     flags = ["--model", str(tmp_path), "--image", str(tmp_path / "a.png"), "--box", "1,1,9,9", "--ask", "x"]
     assert region_chat(flags) == 2
     error = capsys.readouterr().err
@@ -161,7 +162,7 @@ def test_stock_image_settings_beside_our_tokenizer(tiny_llava_dir, tmp_path):
     shutil.copytree(tiny_llava_dir, tmp_path / "mixed")
     (tmp_path / "mixed" / "processor_config.json").unlink()
     settings = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}}
-    (tmp_path / "mixed" / "preprocessor_config.json").write_text(json.dumps(settings))
+    write_json(tmp_path / "mixed" / "preprocessor_config.json", settings)
     _, processor = mllm.load(tmp_path / "mixed", device="cpu")
     assert isinstance(processor.image_processor, AlphaCLIPImageProcessor)
     assert processor.image_processor.geometry == "pad"

@@ -13,18 +13,13 @@ from PIL import Image, ImageOps
 from transformers.image_transforms import convert_to_rgb
 
 from mllm.data.samples import displayed_size, load_image
+from tests.files import encoded_image
 from tests.tiny import noise_image
 from vision_tower import AlphaCLIPImageProcessor, Region, image_decoding
 from vision_tower.image_decoding import decode_image, image_size
 
 MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"]
 TIFF_MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB"]
-
-
-def saved(image, kind="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def in_mode(mode):
@@ -57,10 +52,10 @@ def test_every_kind_of_input_gives_the_same_pixels(tmp_path):
             Image.open(tmp_path / "p.png"),
             str(tmp_path / "p.png"),
             tmp_path / "p.png",
-            saved(image),
-            bytearray(saved(image)),
-            memoryview(saved(image)),
-            io.BytesIO(saved(image)),
+            encoded_image(image),
+            bytearray(encoded_image(image)),
+            memoryview(encoded_image(image)),
+            io.BytesIO(encoded_image(image)),
             file,
             array,
             first,
@@ -115,7 +110,7 @@ def test_modes(mode):
         expected = convert_to_rgb(image, return_numpy=True)
     assert np.array_equal(pixels_of(image), expected)
     if mode in TIFF_MODES:
-        assert np.array_equal(np.asarray(load_image(saved(image, "TIFF"))), expected)
+        assert np.array_equal(np.asarray(load_image(encoded_image(image, "TIFF"))), expected)
     if mode in ("1", "L", "LA", "RGB", "RGBA"):
         array = np.asarray(image)
         assert np.array_equal(pixels_of(array), expected) and np.array_equal(pixels_of(torch.tensor(array)), expected)
@@ -132,7 +127,7 @@ def palettes():
 
 @pytest.mark.parametrize(("name", "options", "image"), list(palettes()), ids=lambda value: str(value)[:30])
 def test_transparency_lies_on_white(name, options, image):
-    content = saved(image, **options)
+    content = encoded_image(image, **options)
     expected = convert_to_rgb(Image.open(io.BytesIO(content)), return_numpy=True)
     assert np.array_equal(pixels_of(content), expected)
     assert np.array_equal(pixels_of(Image.open(io.BytesIO(content))), expected)
@@ -310,7 +305,7 @@ def test_the_first_frame_of_a_file_and_the_current_frame_of_a_pil_image(tmp_path
 def test_a_pil_image_is_left_as_it_was():
     exif = Image.Exif()
     exif[0x0112] = 6
-    image = Image.open(io.BytesIO(saved(in_mode("RGBA"), exif=exif)))
+    image = Image.open(io.BytesIO(encoded_image(in_mode("RGBA"), exif=exif)))
     before = image.copy()
     decode_image(image)
     assert image.mode == "RGBA" and image.tobytes() == before.tobytes() and image.getexif()[0x0112] == 6
@@ -364,7 +359,7 @@ def test_a_turned_tiff_is_the_same_by_name_and_by_content(tmp_path, mode):
     """PIL maps a plain TIFF that it opens by its name into memory, with the size that it will have once turned."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    content = saved(in_mode(mode), "TIFF", exif=exif)
+    content = encoded_image(in_mode(mode), "TIFF", exif=exif)
     (tmp_path / "x.tif").write_bytes(content)
     expected = pixels_of(content)
     assert expected.shape == (30, 20, 3)
@@ -390,7 +385,7 @@ def test_16_bit_color_gives_equal_pixels_as_a_file_and_as_an_array():
 
 def test_a_damaged_length_is_not_allocated(tmp_path):
     """A PNG chunk that states 4 GB: a file would be asked for all of them at once."""
-    content = bytearray(saved(in_mode("L")))
+    content = bytearray(encoded_image(in_mode("L")))
     place = content.index(b"IDAT")
     content[place - 4 : place] = b"\xff\xff\xff\xff"
     (tmp_path / "x.png").write_bytes(content)

@@ -3,7 +3,6 @@ alpha.
 """
 
 import base64
-import io
 import time
 
 import numpy as np
@@ -23,9 +22,11 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_STD
 
+from tests.drawn_back import alpha_map
+from tests.files import encoded_image
 from tests.tiny import noise_image
 from vision_tower import AlphaCLIPImageProcessor, Region, image_processing_alpha_clip
-from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD, WHOLE_IMAGE
+from vision_tower.alpha_embedding import WHOLE_IMAGE
 
 SIDE = 64
 SIZES = [(100, 60), (60, 100), (80, 80), (64, 64), (61, 97), (33, 40)]
@@ -34,10 +35,6 @@ SIZES = [(100, 60), (60, 100), (80, 80), (64, 64), (61, 97), (33, 40)]
 def build(geometry):
     size = {"height": SIDE, "width": SIDE}
     return AlphaCLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=size, geometry=geometry)
-
-
-def alpha_of(pixel_values):
-    return pixel_values[:, 3] * ALPHA_STD + ALPHA_MEAN
 
 
 def stock_processors(crop, pad, stretch):
@@ -83,7 +80,7 @@ def test_alpha_moves_as_the_picture_does(geometry, size):
     processor.resample = Image.Resampling.BILINEAR
     values = processor(Image.fromarray(white), Region.from_box(*box), return_tensors="pt")["pixel_values"]
     # PIL resizes uint8 with rounding: half a step of 255 in each of its two passes
-    assert (values[:, 0] - alpha_of(values)).abs().max() < 1.5 / 255
+    assert (values[:, 0] - alpha_map(values)).abs().max() < 1.5 / 255
 
 
 @pytest.mark.parametrize("geometry", ["crop", "pad", "stretch"])
@@ -95,7 +92,7 @@ def test_whole_image_is_alpha_one_everywhere(geometry, region):
 
 def test_padding_has_alpha_zero_for_a_region():
     values = build("pad")(noise_image(128, 64), Region.from_box(0, 0, 128, 64), return_tensors="pt")["pixel_values"]
-    alpha = alpha_of(values)[0]
+    alpha = alpha_map(values)[0]
     assert alpha[:14].abs().max() < 1e-6 and alpha[-14:].abs().max() < 1e-6
     assert (alpha[18:46] == 1).all()
     assert values[0, 3].min() == pytest.approx(-WHOLE_IMAGE)
@@ -105,7 +102,7 @@ def test_padding_has_alpha_zero_for_a_region():
 @pytest.mark.parametrize("size", [(4000, 3000), (3000, 4000), (90, 70)])
 def test_one_pixel_leaves_a_trace(geometry, size):
     x, y = size[0] // 2 + 3, size[1] // 2 - 5
-    alpha = alpha_of(
+    alpha = alpha_map(
         build(geometry)(noise_image(*size), Region.from_box(x, y, x + 1, y + 1), return_tensors="pt")["pixel_values"]
     )
     assert alpha.max() == pytest.approx(1)
@@ -161,7 +158,7 @@ def test_any_box_any_geometry(width, height, data):
     region = Region.from_box(x, y, data.draw(st.integers(x + 1, width)), data.draw(st.integers(y + 1, height)))
     geometry = data.draw(st.sampled_from(["crop", "pad", "stretch"]))
     try:
-        alpha = alpha_of(build(geometry)(noise_image(width, height), region, return_tensors="pt")["pixel_values"])
+        alpha = alpha_map(build(geometry)(noise_image(width, height), region, return_tensors="pt")["pixel_values"])
     except ValueError as error:
         assert geometry == "crop" and "outside the centre crop" in str(error)
         return
@@ -395,9 +392,7 @@ def test_what_is_no_image_or_no_region_is_an_error_of_one_line(images, regions):
 
 
 def test_base64_text_is_an_image():
-    file = io.BytesIO()
-    noise_image(60, 40).save(file, "PNG")
-    text = base64.b64encode(file.getvalue()).decode()
+    text = base64.b64encode(encoded_image(noise_image(60, 40))).decode()
     expected = build("pad")(noise_image(60, 40))["pixel_values"]
     for images in (text, "data:image/png;base64," + text):
         assert np.array_equal(build("pad")(images)["pixel_values"], expected)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.drawn_back import alpha_map
 from tests.tiny import noise_image
 from vision_tower import AlphaLlavaNextImageProcessor, Region
-from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD, WHOLE_IMAGE
+from vision_tower.alpha_embedding import WHOLE_IMAGE
 
 GRID = [[32, 64], [64, 32], [64, 64]]
 SIZE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
@@ -19,7 +20,7 @@ PROCESSOR = AlphaLlavaNextImageProcessor(**SIZE, image_grid_pinpoints=GRID)
 def alpha(region, width, height):
     """(tiles, 32, 32) in 0..1."""
     pixels = PROCESSOR(Image.new("RGB", (width, height)), region, return_tensors="np")["pixel_values"]
-    return pixels[0, :, 3] * ALPHA_STD + ALPHA_MEAN
+    return alpha_map(pixels[0])
 
 
 def test_the_whole_image_is_alpha_one_in_the_padding_too():

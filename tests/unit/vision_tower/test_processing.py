@@ -1,13 +1,13 @@
 """`AlphaCLIPProcessor`: texts as in CLIP, images with regions; zero-shot use end to end."""
 
 import gzip
-import json
 import os
 
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, CLIPProcessor, CLIPTokenizer
 
+from tests.files import read_json
 from tests.tiny import noise_image, tiny_clip_config, tiny_clip_tokenizer
 from vision_tower import AlphaCLIPConfig, AlphaCLIPImageProcessor, AlphaCLIPModel, AlphaCLIPProcessor, Region
 
@@ -41,7 +41,7 @@ def test_regions_and_texts_in_one_call(tmp_path):
     # alone, beside a tower, it must not name the processor's file, which is not saved with it
     for number, images in enumerate((processor.image_processor, again.image_processor)):
         images.save_pretrained(tmp_path / f"{number}")
-        stated = json.loads((tmp_path / f"{number}" / "preprocessor_config.json").read_text())["auto_map"]
+        stated = read_json(tmp_path / f"{number}" / "preprocessor_config.json")["auto_map"]
         assert {value.partition(".")[0] + ".py" for value in stated.values()} <= set(os.listdir(tmp_path / f"{number}"))
 
 

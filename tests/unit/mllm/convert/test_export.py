@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +15,10 @@ from alpha_clip_commands import alpha_clip
 from alpha_clip_commands.region_chat import main as region_chat
 from mllm.convert.export import export
 from mllm.loading import load_adapter
-from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_image
+from tests.files import ROOT
+from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_image, save_model
 from vision_tower import AlphaCLIPVisionModel, Region
 
-ROOT = Path(__file__).resolve().parents[4]
 LEFT, RIGHT = Region.from_box(0, 0, 30, 40), Region.from_box(30, 0, 60, 40)
 
 
@@ -74,8 +73,7 @@ def test_an_export_is_read_back_bit_for_bit(exported, tiny_llava, tmp_path, capf
     assert model.state_dict().keys() == ours.keys()
     for region in (LEFT, RIGHT):
         assert torch.equal(logits(model, processor, region), logits(*tiny_llava, region))
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
+    save_model(tmp_path, model, processor)
     again = mllm.load(tmp_path, device="cpu")
     assert torch.equal(logits(*again, LEFT), logits(*tiny_llava, LEFT))
 

@@ -1,7 +1,6 @@
 """The index: pictures in files and in tars, regions beside the whole image, forms and turns put together."""
 
 import dataclasses
-import json
 import tarfile
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 
 from mllm.data.index import FORMAT, RegionIndex, index_folder, write_index
 from mllm.data.samples import RegionSample, TarMember
+from tests.files import read_json, write_json
 from tests.tiny import noise_image
 from vision_tower import Region
 
@@ -93,9 +93,9 @@ def test_bytes_are_refused(tmp_path):
 
 def test_an_index_of_the_format_before_is_refused(tmp_path):
     write_index(tmp_path / "index", tmp_path, [sample("a.png", BOX, "x", 0)], made_of="a test")
-    record = json.loads((tmp_path / "index" / "index.json").read_text())
+    record = read_json(tmp_path / "index" / "index.json")
     assert record["format"] == FORMAT == 2
-    (tmp_path / "index" / "index.json").write_text(json.dumps({**record, "format": 1}))
+    write_json(tmp_path / "index" / "index.json", {**record, "format": 1})
     with pytest.raises(ValueError, match="has format 1, this is for 2; make it anew"):
         RegionIndex(tmp_path / "index")
 

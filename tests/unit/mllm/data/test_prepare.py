@@ -1,6 +1,5 @@
 """Which layout a folder is in; and files of one's own as an index."""
 
-import json
 import os
 from collections import Counter
 
@@ -10,6 +9,7 @@ import pytest
 from mllm.data.index import RegionIndex
 from mllm.data.prepare import OTHER_SIZES, index_jsonl, make_index
 from mllm.data.shapes import grit_layout, visual_genome_layout
+from tests.files import write_json_lines
 from tests.tiny import noise_image
 from vision_tower import Region
 
@@ -19,7 +19,7 @@ ONE, TWO = {"box": [1, 1, 5, 5]}, {"box": [4, 4, 8, 8]}
 def write(folder, *lines):
     file = folder / "mine.jsonl"
     records = ({"image": "p/a.png", "region": ONE, "answer": "a dog"} | line for line in lines)
-    file.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    write_json_lines(file, records)
     return file
 
 

@@ -13,6 +13,7 @@ from transformers.image_transforms import convert_to_rgb
 
 from mllm.data.records import Folders
 from mllm.data.samples import RegionSample, TarMember, displayed_size, load_image
+from tests.files import encoded_image
 from tests.tiny import noise_image
 from vision_tower import Region
 
@@ -66,25 +67,21 @@ def in_mode(mode):
     ],
 )
 def test_modes_become_rgb_as_in_transformers(mode):
-    buffer = io.BytesIO()
     picture = in_mode(mode)
-    picture.save(buffer, "PNG", **picture.info)
-    pixels = np.asarray(load_image(buffer.getvalue()))
-    assert np.array_equal(pixels, convert_to_rgb(Image.open(buffer), return_numpy=True))
+    content = encoded_image(picture, **picture.info)
+    pixels = np.asarray(load_image(content))
+    assert np.array_equal(pixels, convert_to_rgb(Image.open(io.BytesIO(content)), return_numpy=True))
     if mode.endswith(("A", "colour")):
-        assert not np.array_equal(pixels, np.asarray(Image.open(buffer).convert("RGB")))
+        assert not np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
 
 
 def test_pil_s_own_limit_is_the_limit_and_nothing_warns_below_it(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    small, large = io.BytesIO(), io.BytesIO()
-    noise_image(40, 50).save(small, "PNG")
-    noise_image(41, 50).save(large, "PNG")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert load_image(small.getvalue()).size == (40, 50)
+        assert load_image(encoded_image(noise_image(40, 50))).size == (40, 50)
     with pytest.raises(ValueError, match="too many pixels"):
-        load_image(large.getvalue())
+        load_image(encoded_image(noise_image(41, 50)))
 
 
 def test_real_photographs_open(shared_data):
@@ -94,9 +91,7 @@ def test_real_photographs_open(shared_data):
 
 
 def write_truncated(path):
-    buffer = io.BytesIO()
-    noise_image(60, 60).save(buffer, "JPEG")
-    path.write_bytes(buffer.getvalue()[:800])
+    path.write_bytes(encoded_image(noise_image(60, 60), "JPEG")[:800])
 
 
 def write_cut_png(path):
@@ -229,10 +224,9 @@ def test_a_damaged_picture_never_raises_anything_else():
     rng = np.random.default_rng(0)
     refused = 0
     for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP"):
-        buffer = io.BytesIO()
-        noise_image(40, 30).save(buffer, kind)
+        content = encoded_image(noise_image(40, 30), kind)
         for _ in range(60):
-            damaged = np.frombuffer(buffer.getvalue(), np.uint8).copy()
+            damaged = np.frombuffer(content, np.uint8).copy()
             damaged[rng.integers(0, min(len(damaged), 300), 4)] = rng.integers(0, 256, 4)
             try:
                 load_image(damaged[: rng.integers(1, len(damaged))].tobytes())

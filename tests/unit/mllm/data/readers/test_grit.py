@@ -15,6 +15,7 @@ from mllm.data.readers import grit
 from mllm.data.readers.grit import read_grit
 from mllm.data.records import CLAMPED, NO_AREA, READ, ReadReport
 from mllm.data.samples import TarMember
+from tests.files import write_json
 from tests.tiny import noise_image
 from vision_tower import Region
 
@@ -211,7 +212,7 @@ def turned(tmp_path, content):
     exif[0x0112] = 6
     tmp_path.mkdir(exist_ok=True)
     noise_image(WIDTH, HEIGHT).save(tmp_path / "7.jpg", exif=exif)
-    (tmp_path / "7.json").write_text(json.dumps(content))
+    write_json(tmp_path / "7.json", content)
     return read(tmp_path)[0]
 
 

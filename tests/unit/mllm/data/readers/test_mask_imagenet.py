@@ -1,7 +1,5 @@
 """MaskImageNet's list, as the original code takes its entries: no published file was at hand."""
 
-import json
-
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
@@ -11,6 +9,7 @@ from mllm.data.masks import BAD_MASK, EMPTY_MASK
 from mllm.data.prepare import index_mask_imagenet
 from mllm.data.readers import mask_imagenet
 from mllm.data.records import CLAMPED, NO_AREA, READ, ReadReport
+from tests.files import write_json
 from tests.tiny import noise_image
 from vision_tower import Region
 
@@ -43,7 +42,7 @@ def entry(number, **changes):
 
 
 def write(folder, *entries):
-    (folder / mask_imagenet.LIST).write_text(json.dumps(entries))
+    write_json(folder / mask_imagenet.LIST, entries)
     for number in (1, 2):
         path = folder / PATH.format(number)
         path.parent.mkdir(parents=True, exist_ok=True)

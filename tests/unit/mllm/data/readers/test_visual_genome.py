@@ -13,6 +13,7 @@ from mllm.data.readers.visual_genome import (
     read_region_questions,
     read_regions,
 )
+from tests.files import read_json, write_json
 from tests.tiny import noise_image
 from vision_tower import Region
 
@@ -28,12 +29,12 @@ def link(shared_data, folder, version):
 
 
 def read(root, name):
-    return json.loads((root / f"{name}.json").read_text())
+    return read_json(root / f"{name}.json")
 
 
 def write(root, **files):
     for name, content in files.items():
-        (root / f"{name}.json").write_text(json.dumps(content))
+        write_json(root / f"{name}.json", content)
 
 
 def raw_regions(root):
