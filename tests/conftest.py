@@ -12,6 +12,8 @@ os.environ["JAVA_TOOL_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tests.compatibility import (  # noqa: F401, pytest finds hooks and fixtures here
     measured,
@@ -23,7 +25,7 @@ from tests.compatibility import (  # noqa: F401, pytest finds hooks and fixtures
 from tests.drawn_back import fed_pixels  # noqa: F401, a fixture
 from tests.files import ROOT
 from tests.processes import ForkServer
-from tests.tiny import build_tiny_llava, build_tiny_llava_next, save_model
+from tests.tiny import build_tiny_llava, build_tiny_llava_next, save_model, tiny_vision_config
 
 # A shell's background jobs ignore Ctrl-C, and what they start would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -67,6 +69,14 @@ def embedded():
     import mllm
 
     return mllm.load(device="cpu")
+
+
+@pytest.fixture(scope="session")
+def clip_dir(tmp_path_factory):
+    """A random tiny CLIP vision tower of Transformers, in a folder."""
+    torch.manual_seed(0)
+    model = CLIPVisionModel(CLIPVisionConfig(**tiny_vision_config()))
+    return save_model(tmp_path_factory.mktemp("clip"), model)
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ from vision_tower import (
     AlphaCLIPModel,
     AlphaCLIPProcessor,
     AlphaCLIPVisionConfig,
+    AlphaCLIPVisionModel,
     AlphaConv2d,
 )
 
@@ -107,6 +108,14 @@ def tiny_clip_tokenizer():
     letters = [chr(code) for code in range(97, 123)]
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *[letter + "</w>" for letter in letters]]
     return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
+
+
+def build_tiny_tower(alpha_std=0.3):
+    """A random Alpha-CLIP vision tower."""
+    torch.manual_seed(0)
+    tower = AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**tiny_vision_config())).eval()
+    torch.nn.init.normal_(alpha_of(tower), std=alpha_std)
+    return tower
 
 
 def build_tiny_clip(geometry="pad", alpha_std=0.3):

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-import torch
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, get_peft_model
@@ -20,17 +19,17 @@ from mllm.convert.export import export
 from tests.files import read_json, write_json
 from tests.tiny import (
     build_tiny_blip2,
+    build_tiny_tower,
     noise_image,
+    save_model,
     tiny_clip_config,
     tiny_tokenizer,
-    tiny_vision_config,
 )
 from vision_tower import (
     AlphaCLIPConfig,
     AlphaCLIPImageProcessor,
     AlphaCLIPModel,
     AlphaCLIPProcessor,
-    AlphaCLIPVisionConfig,
     AlphaCLIPVisionModel,
 )
 
@@ -44,11 +43,7 @@ def push(*arguments):
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tower")
-    model = AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**tiny_vision_config()))
-    torch.nn.init.normal_(model.embeddings.patch_embedding.alpha.weight, std=0.3)
-    model.save_pretrained(folder)
-    AlphaCLIPImageProcessor.for_size(32, "crop").save_pretrained(folder)
-    return folder
+    return save_model(folder, build_tiny_tower(), AlphaCLIPImageProcessor.for_size(32, "crop"))
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.drawn_back import alpha_map
-from tests.tiny import noise_image, save_model, tiny_vision_config
-from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel, Region
+from tests.tiny import build_tiny_tower, noise_image, save_model
+from vision_tower import AlphaCLIPImageProcessor, Region
 
 CODE = """
 import sys
@@ -47,9 +47,7 @@ assert "vision_tower" not in sys.modules
     "equal",
 )
 def test_tower_and_image_processor_load_elsewhere(tmp_path, processes):
-    torch.manual_seed(0)
-    model = AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**tiny_vision_config())).eval()
-    torch.nn.init.normal_(model.embeddings.patch_embedding.alpha.weight, std=0.3)
+    model = build_tiny_tower()
     processor = AlphaCLIPImageProcessor.for_size(32, "pad")
     folder = tmp_path / "tower"
     save_model(folder, model, processor)

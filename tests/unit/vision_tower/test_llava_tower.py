@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from tests.tiny import noise_image, tiny_vision_config
-from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel, Region
+from tests.tiny import build_tiny_tower, noise_image, save_model, tiny_vision_config
+from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionModel, Region
 from vision_tower.llava_tower import AlphaCLIPVisionTower
 
 SIZE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
@@ -16,12 +16,7 @@ SIZE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("tower")
-    torch.manual_seed(0)
-    tower = AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**tiny_vision_config()))
-    torch.nn.init.normal_(tower.embeddings.patch_embedding.alpha.weight, std=0.3)
-    tower.save_pretrained(out)
-    AlphaCLIPImageProcessor(**SIZE).save_pretrained(out)
-    return str(out)
+    return str(save_model(out, build_tiny_tower(), AlphaCLIPImageProcessor(**SIZE)))
 
 
 def args(**changes):

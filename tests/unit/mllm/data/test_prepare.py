@@ -17,10 +17,8 @@ ONE, TWO = {"box": [1, 1, 5, 5]}, {"box": [4, 4, 8, 8]}
 
 
 def write(folder, *lines):
-    file = folder / "mine.jsonl"
     records = ({"image": "p/a.png", "region": ONE, "answer": "a dog"} | line for line in lines)
-    write_json_lines(file, records)
-    return file
+    return write_json_lines(folder / "mine.jsonl", records)
 
 
 def read(file):
