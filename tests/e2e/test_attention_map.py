@@ -161,7 +161,7 @@ def test_a_plain_clip_sees_no_region(folder):
         ([], "expected a region, one of --box"),
         (["--box", "60,0,70,9"], "outside the image of 48 x 24"),
         (["--box", "1,2,3"], "expected 4 numbers"),
-        (["--mask", "none.png"], "there is no mask file"),
+        (["--mask", "none.png"], "mask file not found"),
         (["--box", LEFT, "--heads", "0"], "numbers from 1 to 4"),
         (["--box", LEFT, "--heads", "5"], "numbers from 1 to 4"),
         (["--box", LEFT, "--heads", "1;2"], "numbers from 1 to 4"),

@@ -243,8 +243,8 @@ def test_a_box_that_reaches_over_the_image_is_clipped_with_a_warning(tiny_llava_
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--box", "0.1", "0.1", "0.5", "0.5"], "fractions of the image are nbox"),
-        (["--box-xywh", "0.1,0.1,0.5,0.5"], "fractions of the image are nbox"),
+        (["--box", "0.1", "0.1", "0.5", "0.5"], "fractions of the image must be passed as nbox"),
+        (["--box-xywh", "0.1,0.1,0.5,0.5"], "fractions of the image must be passed as nbox"),
         (["--nbox", "2", "2", "30", "30"], "a box in pixels is box"),
         (["--points", "0.5,0.5@6"], "multiplied by its width and height"),
         (["--stroke", "0.5,0.5;0.7,0.7@6"], "multiplied by its width and height"),
