@@ -21,7 +21,7 @@ make compatibility     # runs these tests and writes this page
 ```
 
 This page lists comparisons with other implementations and the largest measured differences. `make test` fails if a row
-has no passing test, or if the page does not match the tests. "equal" means bit for bit. All models are small and
+has no passing test, or if the page does not match the tests. "equal" means bit-identical. All models are small and
 randomly initialized, in the original file layouts. Differences are in float32 unless a row says otherwise, and
 depend on the processor; these were measured on one CPU with torch {torch} and transformers {transformers}.
 

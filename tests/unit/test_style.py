@@ -9,7 +9,15 @@ from tests.files import ROOT
 
 PACKAGES = ("alpha_clip_commands", "vision_tower", "mllm", "eval", "train", "scripts")
 NO_SUCH_NAMES = ("utils", "util", "common", "helpers", "helper", "misc")
-MOST_LINES = 500
+MAX_FUNCTION_LINES = 60
+MAX_FILE_LINES = {"tests": 500}  # other folders: 400
+# To be split; their present length.
+LONG_FILES = {"mllm/data/index.py": 429, "mllm/files.py": 500}
+LONG_FUNCTIONS = {
+    "eval/region_matching.py:score_region_text": 63,
+    "mllm/loading.py:load": 68,
+    "mllm/region_chat/batch.py:run_batch": 61,
+}
 
 
 def python_files(*folders):
@@ -40,17 +48,39 @@ def swallowed_errors_and_asserts(source):
     return found
 
 
+def long_functions(source):
+    """Name and number of lines of each function over the limit, its decorators not counted."""
+    body = ast.parse(source).body
+    for node in body + [member for one in body if isinstance(one, ast.ClassDef) for member in one.body]:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            if lines > MAX_FUNCTION_LINES:
+                yield node.name, lines
+
+
 def test_files_are_named_after_their_job():
-    found = [path.relative_to(ROOT) for path in python_files(*PACKAGES, "tests")]
-    assert not [str(path) for path in found if named_after_no_job(path)]
+    paths = [path.relative_to(ROOT) for path in python_files(*PACKAGES, "tests")]
+    assert not [str(path) for path in paths if named_after_no_job(path)]
 
 
-def test_no_file_is_too_long():
-    sizes = {
-        path.relative_to(ROOT): len(path.read_text("utf-8").splitlines()) for path in python_files(*PACKAGES, "tests")
-    }
-    too_long = [f"{path}: {lines} lines, split it by job" for path, lines in sizes.items() if lines > MOST_LINES]
-    assert not too_long, "\n".join(too_long)
+def test_files_are_short():
+    found = []
+    for path in python_files(*PACKAGES, "tests"):
+        name, lines = path.relative_to(ROOT).as_posix(), len(path.read_text("utf-8").splitlines())
+        limit = LONG_FILES.get(name, MAX_FILE_LINES.get(name.split("/")[0], 400))
+        if lines > limit:
+            found.append(f"{name}: {lines} lines, at most {limit}; split it by job")
+    assert not found, "\n".join(found)
+
+
+def test_functions_are_short():
+    found = []
+    for path in python_files(*PACKAGES, "tests"):
+        name, source = path.relative_to(ROOT).as_posix(), path.read_text("utf-8")
+        for function, lines in long_functions(source) if source.count("\n") > MAX_FUNCTION_LINES else ():
+            if lines > LONG_FUNCTIONS.get(f"{name}:{function}", MAX_FUNCTION_LINES):
+                found.append(f"{name}: {function} has {lines} lines, at most {MAX_FUNCTION_LINES}")
+    assert not found, "\n".join(found)
 
 
 def test_errors_are_raised_and_not_swallowed():
@@ -72,3 +102,9 @@ def test_a_drawer_is_found(path):
 )
 def test_a_swallowed_error_is_found(source):
     assert swallowed_errors_and_asserts(source)
+
+
+def test_a_long_function_is_found():
+    body = "    pass\n" * MAX_FUNCTION_LINES
+    assert list(long_functions(f"class A:\n  def f(self):\n{body}")) == [("f", MAX_FUNCTION_LINES + 1)]
+    assert not list(long_functions(f"async def f():\n{body[:-9]}"))

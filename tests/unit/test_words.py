@@ -40,6 +40,9 @@ ALLOWED = (
     "What colour is this?",
     "What is its colour?",
     '"neighbour"',
+    "| neighbour",
+    '"centre"',  # an answer of Shapes
+    "--licence",
     "pictures.arrow",  # a file of an index
     "eval_pictures",  # a key of recipes
     "described_pictures",

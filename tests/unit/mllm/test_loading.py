@@ -100,13 +100,13 @@ def test_adapter_for_another_model_is_refused(tiny_llava_dir, adapter, tmp_path)
     "equal",
 )
 @pytest.mark.parametrize("load_in", ["4bit", "8bit"])
-def test_only_the_language_model_is_quantised(embedded, load_in):
+def test_only_the_language_model_is_quantized(embedded, load_in):
     pytest.importorskip("bitsandbytes", reason="an optional dependency; make setup installs it on Linux")
     whole, processor = embedded
     model, _ = mllm.load(device="cpu", load_in=load_in)
     kinds = {name: type(module).__name__ for name, module in model.named_modules() if "Linear" in type(module).__name__}
-    quantised = {name for name, kind in kinds.items() if kind != "Linear"}
-    assert quantised == {name for name in kinds if ".language_model." in name}
+    quantized = {name for name, kind in kinds.items() if kind != "Linear"}
+    assert quantized == {name for name in kinds if ".language_model." in name}
     tower = whole.model.vision_tower.state_dict()
     assert all(torch.equal(tensor.float(), tower[key]) for key, tensor in model.model.vision_tower.state_dict().items())
     image = Image.open(SCENES / "scene_2.png")

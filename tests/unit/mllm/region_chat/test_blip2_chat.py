@@ -167,13 +167,13 @@ def test_alpha_weights_are_the_first_blocks_and_keep_the_norm(folder, tmp_path):
     "runs",
 )
 @pytest.mark.parametrize("load_in", ["4bit", "8bit"])
-def test_only_the_language_model_is_quantised(folder, load_in):
+def test_only_the_language_model_is_quantized(folder, load_in):
     pytest.importorskip("bitsandbytes", reason="an optional dependency; make setup installs it on Linux")
     model, processor = mllm.load(folder, device="cpu", load_in=load_in)
     kinds = {name: type(module).__name__ for name, module in model.named_modules() if "Linear" in type(module).__name__}
-    quantised = {name for name, kind in kinds.items() if kind != "Linear"}
+    quantized = {name for name, kind in kinds.items() if kind != "Linear"}
     inside = {name for name in kinds if name.startswith("language_model.") and not name.endswith("lm_head")}
-    assert quantised and quantised <= inside
+    assert quantized and quantized <= inside
     talk = RegionChat(model, processor)
     assert len(talk.answers([(IMAGE, LEFT, None), (IMAGE, RIGHT, None)], max_new_tokens=3)) == 2
 
