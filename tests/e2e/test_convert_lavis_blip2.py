@@ -25,7 +25,7 @@ from transformers import (
 import mllm
 from alpha_clip_commands import alpha_clip
 from mllm.blip2 import AlphaBlip2ForConditionalGeneration, AlphaBlip2Processor, AlphaCLIPBlip2VisionModel
-from tests.drawn_back import iou
+from tests.alpha_maps import iou
 from tests.files import read_json, write_json
 from tests.tensors import fixture_tensors, same_tensors
 from tests.tiny import noise_image

@@ -19,7 +19,7 @@ from mllm.data.readers.visual_genome import read_region_questions, read_regions
 from mllm.data.shapes import scenes, visual_genome_layout
 from mllm.inference import RegionChat
 from mllm.loading import EMBEDDED_MODEL
-from tests.drawn_back import overlap
+from tests.alpha_maps import overlap
 from tests.files import read_json_lines
 from tests.tiny import prompt
 from train import finetune

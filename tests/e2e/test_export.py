@@ -17,7 +17,7 @@ from PIL import Image
 import mllm
 from mllm.convert.export import export
 from mllm.loading import EMBEDDED_MODEL
-from tests.drawn_back import alpha_map, iou
+from tests.alpha_maps import alpha_map, iou
 from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_image
 from vision_tower import Region
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.drawn_back import alpha_map
+from tests.alpha_maps import alpha_map
 from tests.tiny import build_tiny_tower, noise_image, save_model
 from vision_tower import AlphaCLIPImageProcessor, Region
 

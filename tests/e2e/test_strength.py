@@ -18,7 +18,7 @@ from alpha_clip_commands.region_eval import main as region_eval
 from eval.region_matching import DescribedPicture, embed_regions
 from mllm.convert.export import export
 from mllm.inference import RegionChat
-from tests.drawn_back import alpha_map
+from tests.alpha_maps import alpha_map
 from tests.files import write_json_lines
 from tests.tiny import build_tiny_blip2, build_tiny_clip, build_tiny_llava, noise_image
 from train.contrastive.data import RegionTextCollator, RegionTexts

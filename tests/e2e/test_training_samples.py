@@ -14,7 +14,7 @@ from alpha_clip_commands.training.tuning_arguments import DataArguments
 from mllm.data.index import RegionIndex
 from mllm.data.prepare import make_index
 from mllm.data.splits import densecap_split
-from tests.drawn_back import alpha_map
+from tests.alpha_maps import alpha_map
 from tests.files import read_json, write_json, write_json_lines
 from tests.tiny import build_tiny_clip, build_tiny_llava, noise_image, save_model
 from tests.training import train

@@ -29,7 +29,7 @@ from mllm.blip2 import (
     AlphaCLIPBlip2VisionConfig,
     AlphaCLIPBlip2VisionModel,
 )
-from tests.drawn_back import iou
+from tests.alpha_maps import iou
 from tests.tiny import noise_image, tiny_vision_config
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionModel, Region
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from tests.drawn_back import iou
+from tests.alpha_maps import iou
 from tests.files import read_json, write_json
 from vision_tower import regions as regions_module
 from vision_tower.region_values import ROUNDING

@@ -12,7 +12,7 @@ from alpha_clip_commands.region_chat import main as region_chat
 from mllm.blip2 import AlphaBlip2Processor
 from mllm.inference import RegionChat
 from mllm.processing_blip2 import conversation_prompt
-from tests.drawn_back import alpha_map, iou
+from tests.alpha_maps import alpha_map, iou
 from tests.files import write_json, write_json_lines
 from tests.tensors import same_tensors
 from tests.tiny import build_tiny_blip2, noise_image, save_model, tiny_blip2_parts, tiny_vision_config

@@ -14,7 +14,7 @@ from alpha_clip_commands.training.contrastive_arguments import PairArguments
 from mllm.data.index import HELD_OUT, TRAIN, RegionIndex
 from mllm.data.prepare import make_index
 from mllm.data.shapes import grit_layout, scenes, visual_genome_layout
-from tests.drawn_back import alpha_map, iou
+from tests.alpha_maps import alpha_map, iou
 from tests.files import read_json_lines, write_json
 from tests.tiny import build_tiny_clip, noise_image, tiny_clip_tokenizer
 from train.contrastive.data import (

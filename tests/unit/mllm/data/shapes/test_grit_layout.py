@@ -9,7 +9,7 @@ from mllm.data.prepare import index_grit, make_index
 from mllm.data.readers.grit import read_grit
 from mllm.data.samples import TarMember
 from mllm.data.shapes import grit_layout, scenes
-from tests.drawn_back import iou
+from tests.alpha_maps import iou
 from tests.files import read_json
 
 COUNT, SEED = 12, 5
