@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from mllm.data.prepare import make_index
-from mllm.files import locked
+from mllm.locks import locked
 from tests.faults.training_runs import PROGRAMS, make_worlds
 from train import run as train_run
 from train.output import TRAINING_RECORD, last_whole_checkpoint
