@@ -1,4 +1,4 @@
-"""docs/compatibility.md is held to the tests: what the check calls wrong, on made-up rows."""
+"""The check of docs/compatibility.md against the tests, on synthetic rows."""
 
 from tests.compatibility import PAGE, differences, page
 

@@ -38,7 +38,7 @@ EXTRA_OF_LAYER = {
 
 
 def source_files(layer):
-    """The Python files of a folder; code saved beside shipped weights is a copy and is left out."""
+    """The Python files of a folder, without the copies saved with the embedded model."""
     assets = ROOT / "mllm" / "assets"
     return [path for path in sorted((ROOT / layer).rglob("*.py")) if assets not in path.parents]
 
@@ -58,7 +58,7 @@ def imports(source):
 
 
 def problems(layer, source):
-    """What is wrong with the imports of one file, a line each."""
+    """The forbidden imports of a file, one line each."""
     if layer == "alpha_clip_commands":
         return command_problems(source)
     later = LAYERS[LAYERS.index(layer) + 1 :]
@@ -78,7 +78,7 @@ def problems(layer, source):
 
 
 def command_problems(source):
-    """Imports outside of functions that cost more than Python's own modules, and those of scripts and tests."""
+    """Imports outside functions that are not in the standard library, and those of scripts and tests."""
     tree = ast.parse(source)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     inside = {line for node in functions for line in range(node.lineno, node.end_lineno + 1)}
@@ -147,8 +147,8 @@ def test_a_right_import_is_not(layer, source):
 def module_graph(sources, strings=("alpha_clip_commands",)):
     """The modules that each module imports: {module: {module}}, from {path of a file: source}.
 
-    Lazy imports and those under TYPE_CHECKING count. In the packages in `strings`, a text that is the name of a module
-    counts too: `importlib` imports it.
+    Lazy imports and those under TYPE_CHECKING count. In the packages in `strings`, so do strings that are the name of a
+    module, because `importlib` imports it.
     """
     modules = {path.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): path for path in sources}
     graph = {module: set() for module in modules}

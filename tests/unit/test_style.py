@@ -21,30 +21,32 @@ LONG_FUNCTIONS = {
 
 
 def python_files(*folders):
-    """The Python files of these folders; code saved beside shipped weights is a copy and is left out."""
+    """The Python files of these folders, without the copies saved with the embedded model."""
     assets = ROOT / "mllm" / "assets"
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py")) if assets not in path.parents]
 
 
 def named_after_no_job(path):
-    """Whether a file or one of its folders is a drawer for leftovers."""
+    """Whether the name of a file or of one of its folders states no job."""
     names = [part.lower() for part in path.with_suffix("").parts]
     return any(name in NO_SUCH_NAMES or name.endswith(tuple("_" + no for no in NO_SUCH_NAMES)) for name in names)
 
 
 def swallowed_errors_and_asserts(source):
-    """Lines with an `assert`, or an `except` that takes everything."""
+    """Lines with an `assert` or an `except` for all errors."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Assert):
-            found.append(f"{node.lineno}: assert; raise ValueError, saying what was expected, what came, what to do")
+            found.append(
+                f"{node.lineno}: assert; raise ValueError with what was expected, what was received and what to do"
+            )
         elif isinstance(node, ast.ExceptHandler):
             caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
             if any(
                 one is None or (isinstance(one, ast.Name) and one.id in ("Exception", "BaseException"))
                 for one in caught
             ):
-                found.append(f"{node.lineno}: catches everything; name the errors")
+                found.append(f"{node.lineno}: catches all errors; list them")
     return found
 
 
@@ -93,7 +95,7 @@ def test_errors_are_raised_and_not_swallowed():
 
 
 @pytest.mark.parametrize("path", ["mllm/utils.py", "train/common/masks.py", "eval/text_helpers.py"])
-def test_a_drawer_is_found(path):
+def test_a_name_without_a_job_is_found(path):
     assert named_after_no_job(Path(path))
 
 
