@@ -2,11 +2,13 @@
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import (
     Blip2QFormerConfig,
     CLIPConfig,
     CLIPTokenizer,
+    CLIPVisionConfig,
     LlamaConfig,
     LlamaTokenizer,
     LlavaConfig,
@@ -48,6 +50,16 @@ def save_model(folder, *parts):
     for part in parts:
         part.save_pretrained(folder)
     return folder
+
+
+def random_adapter(model, targets=r".*language_model.*\.q_proj"):
+    """A model with an adapter of random LoRA matrices and another alpha weight."""
+    tuned = get_peft_model(model, LoraConfig(target_modules=targets, r=4, modules_to_save=["patch_embedding.alpha"]))
+    torch.manual_seed(3)
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return tuned.eval()
 
 
 def tiny_vision_config(**changes):
@@ -160,6 +172,12 @@ def build_tiny_llava(geometry="pad", alpha_std=0.0):
     if alpha_std:
         torch.nn.init.normal_(alpha_of(model), std=alpha_std)
     return model, build_llava_processor(AlphaCLIPImageProcessor.for_size(32, geometry), tokenizer, config)
+
+
+def build_stock_llava():
+    """A random LLaVA of Transformers with a CLIP tower."""
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(tiny_llava_config(tiny_tokenizer(), CLIPVisionConfig(**tiny_vision_config())))
 
 
 def tiny_llava_next_config(tokenizer, vision_config):

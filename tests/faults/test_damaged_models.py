@@ -6,14 +6,13 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import mllm
 from alpha_clip_commands import alpha_clip
 from mllm import adapter_files, hub, loading
 from tests.files import read_json, write_json
-from tests.tiny import build_tiny_llava
+from tests.tiny import build_tiny_llava, random_adapter, save_model
 from vision_tower.modeling_alpha_clip import ALPHA_WEIGHT
 
 DEEP = b"[" * 100_000
@@ -30,14 +29,7 @@ def adapter_dir(tmp_path_factory):
     """An adapter for the tiny LLaVA with an alpha weight."""
     folder = tmp_path_factory.mktemp("adapter")
     model, _ = build_tiny_llava()
-    targets = r".*language_model.*\.(q_proj|v_proj)"
-    config = LoraConfig(target_modules=targets, r=4, modules_to_save=["patch_embedding.alpha"])
-    tuned = get_peft_model(model, config)
-    for name, parameter in tuned.named_parameters():
-        if "modules_to_save" in name:
-            torch.nn.init.normal_(parameter)
-    tuned.save_pretrained(folder)
-    return folder
+    return save_model(folder, random_adapter(model, r".*language_model.*\.(q_proj|v_proj)"))
 
 
 @pytest.fixture

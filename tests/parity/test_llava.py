@@ -11,7 +11,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     CLIPImageProcessor,
-    CLIPVisionConfig,
     LlavaForConditionalGeneration,
     LlavaImageProcessorPil,
     LlavaProcessor,
@@ -19,7 +18,13 @@ from transformers import (
 
 import mllm
 from mllm.processing_llava import VICUNA_V1_SYSTEM, AlphaLlavaProcessor
-from tests.tiny import noise_image, prompt, save_model, tiny_llava_config, tiny_tokenizer, tiny_vision_config
+from tests.tiny import (
+    build_stock_llava,
+    noise_image,
+    prompt,
+    save_model,
+    tiny_tokenizer,
+)
 from vision_tower import AlphaCLIPVisionModel, Region
 
 # The template of llava-hf/llava-1.5-7b-hf, in the part that a first turn uses.
@@ -31,20 +36,16 @@ ALPHA = "vision_tower.embeddings.patch_embedding.alpha.weight"
 def stock_dir(tmp_path_factory):
     """A stock LLaVA-1.5 directory that knows nothing of regions."""
     folder = tmp_path_factory.mktemp("stock")
-    torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
-    config = tiny_llava_config(tokenizer, CLIPVisionConfig(**tiny_vision_config()))
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
     settings = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    LlavaProcessor(
+    processor = LlavaProcessor(
         CLIPImageProcessor(**settings),
-        tokenizer,
+        tiny_tokenizer(),
         patch_size=8,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template="{{ 'stock' }}",
-    ).save_pretrained(folder)
-    return folder
+    )
+    return save_model(folder, build_stock_llava(), processor)
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import mllm
 from alpha_clip_commands import alpha_clip
@@ -13,7 +11,7 @@ from alpha_clip_commands.region_chat import main as region_chat
 from mllm.inference import RegionChat
 from mllm.loading import EMBEDDED_MODEL
 from tests.files import read_json
-from tests.tiny import noise_image, prompt
+from tests.tiny import noise_image, prompt, random_adapter
 from vision_tower import Region
 
 LEFT, RIGHT = Region.from_box(0, 0, 30, 40), Region.from_box(30, 0, 60, 40)
@@ -32,14 +30,8 @@ def adapter(tiny_llava_dir, tmp_path_factory):
     """An adapter of random LoRA matrices and another alpha weight, and the logits it was saved with."""
     folder = tmp_path_factory.mktemp("adapter")
     model, processor = mllm.load(tiny_llava_dir, device="cpu")
-    config = LoraConfig(target_modules=TARGETS, r=4, modules_to_save=["patch_embedding.alpha"])
-    tuned = get_peft_model(model, config)
-    torch.manual_seed(3)
-    for name, parameter in tuned.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
-            nn.init.normal_(parameter, std=0.3)
+    tuned = random_adapter(model, TARGETS)
     tuned.save_pretrained(folder)
-    tuned.eval()
     return folder, [logits(tuned, processor, region) for region in (LEFT, RIGHT)]
 
 
