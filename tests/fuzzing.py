@@ -17,47 +17,12 @@ from hypothesis import strategies as st
 SECONDS = 2
 BYTES = 1_000_000_000
 
-HOSTILE = [
-    None,
-    True,
-    False,
-    0,
-    -1,
-    1,
-    1.5,
-    float("nan"),
-    float("inf"),
-    -float("inf"),
-    1e308,
-    5e-324,
-    2**31,
-    2**63,
-    -(2**64),
-    10**30,
-    10**400,
-    "",
-    " ",
-    "0",
-    "x",
-    "1e400",
-    "\ud800",
-    "\0",
-    "\x1b[2J",
-    "../" * 9,
-    "x" * 5000,
-    [],
-    [None],
-    [[]],
-    [0],
-    [0, 0, 0, 0],
-    [1, 2, float("nan"), 4],
-    ["a", "b"],
-    [{}],
-    {},
-    {"": None},
-    {"id": 1},
-    {"size": [2, 2], "counts": "x"},
-]
+_NUMBERS = [0, -1, 1, 1.5, float("nan"), float("inf"), -float("inf"), 1e308, 5e-324]
+_NUMBERS += [2**31, 2**63, -(2**64), 10**30, 10**400]
+_STRINGS = ["", " ", "0", "x", "1e400", "\ud800", "\0", "\x1b[2J", "../" * 9, "x" * 5000]
+_LISTS = [[], [None], [[]], [0], [0, 0, 0, 0], [1, 2, float("nan"), 4], ["a", "b"], [{}]]
+_OBJECTS = [{}, {"": None}, {"id": 1}, {"size": [2, 2], "counts": "x"}]
+HOSTILE = [None, True, False, *_NUMBERS, *_STRINGS, *_LISTS, *_OBJECTS]
 _TEXTS = [
     b"",
     b" ",

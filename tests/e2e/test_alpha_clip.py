@@ -230,11 +230,7 @@ def test_a_loss_that_is_no_number_on_one_rank_ends_both(world, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "parts"),
-    [
-        (CHUNKS, ()),
-        (("--deepspeed", "zero2"), ("--train_parts", *alpha_clip.PARTS)),
-        (("--deepspeed", "zero3"), ()),
-    ],
+    [(CHUNKS, ()), (("--deepspeed", "zero2"), ("--train_parts", *alpha_clip.PARTS)), (("--deepspeed", "zero3"), ())],
     ids=["torchrun", "zero2, all parts", "zero3"],
 )
 def test_two_ranks_in_bfloat16_learn_what_one_does(world, tmp_path, flags, parts):

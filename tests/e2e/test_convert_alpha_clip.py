@@ -130,9 +130,7 @@ def tiny_clip_dir(folder, projection_dim):
 
 
 @pytest.mark.compatibility(
-    "transformers CLIPModel",
-    "--text-from: text features with the converted tower",
-    "1.3e-6 relative",
+    "transformers CLIPModel", "--text-from: text features with the converted tower", "1.3e-6 relative"
 )
 def test_text_tower_completes_the_model(checkpoint, with_projection, tmp_path, measured):
     clip = tiny_clip_dir(tmp_path / "clip", 48)
@@ -155,9 +153,7 @@ def test_text_tower_completes_the_model(checkpoint, with_projection, tmp_path, m
 
 
 @pytest.mark.compatibility(
-    "transformers CLIPVisionModel, num_channels=4",
-    "fused tower: hidden state and embeddings",
-    "1e-5",
+    "transformers CLIPVisionModel, num_channels=4", "fused tower: hidden state and embeddings", "1e-5"
 )
 def test_fused_tower_is_stock_clip(checkpoint, with_projection, tmp_path, measured):
     assert convert(checkpoint, tmp_path / "fused", "--fused") == 0

@@ -171,9 +171,7 @@ def texts_of(regions):
 
 
 @pytest.mark.compatibility(
-    "transformers LLaVA-1.5, without this package",
-    "exported LLaVA in a process without this package: logits",
-    "1e-5",
+    "transformers LLaVA-1.5, without this package", "exported LLaVA in a process without this package: logits", "1e-5"
 )
 def test_an_export_runs_without_this_package(exported, llava, tmp_path, processes, measured):
     image = noise_image(SIDE, SIDE)
@@ -184,9 +182,7 @@ def test_an_export_runs_without_this_package(exported, llava, tmp_path, processe
 
 
 @pytest.mark.compatibility(
-    "transformers trust_remote_code",
-    "saved BLIP-2 in a process without this package: logits",
-    "1e-5",
+    "transformers trust_remote_code", "saved BLIP-2 in a process without this package: logits", "1e-5"
 )
 def test_a_blip2_runs_without_this_package(tmp_path, processes, measured):
     model, processor = build_tiny_blip2("opt")

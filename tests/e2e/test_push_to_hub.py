@@ -17,14 +17,7 @@ from alpha_clip_commands import alpha_clip
 from mllm import publish
 from mllm.convert.export import export
 from tests.files import read_json, write_json
-from tests.tiny import (
-    build_tiny_blip2,
-    build_tiny_tower,
-    noise_image,
-    save_model,
-    tiny_clip_config,
-    tiny_tokenizer,
-)
+from tests.tiny import build_tiny_blip2, build_tiny_tower, noise_image, save_model, tiny_clip_config, tiny_tokenizer
 from vision_tower import (
     AlphaCLIPConfig,
     AlphaCLIPImageProcessor,

@@ -42,9 +42,7 @@ assert "vision_tower" not in sys.modules
 
 
 @pytest.mark.compatibility(
-    "transformers trust_remote_code",
-    "tower and image processor in a process without this package",
-    "equal",
+    "transformers trust_remote_code", "tower and image processor in a process without this package", "equal"
 )
 def test_tower_and_image_processor_load_elsewhere(tmp_path, processes):
     model = build_tiny_tower()

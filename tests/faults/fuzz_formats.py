@@ -98,7 +98,7 @@ GENOME = writing(
 )
 REFS = [
     {"ref_id": 1, "ann_id": 5, "image_id": 1, "split": "val", "category_id": 2, "file_name": "p_5.png"}
-    | {"sentences": [{"sent_id": 9, "sent": "the cat", "raw": "The cat", "tokens": ["the", "cat"]}], "sent_ids": [9]},
+    | {"sentences": [{"sent_id": 9, "sent": "the cat", "raw": "The cat", "tokens": ["the", "cat"]}], "sent_ids": [9]}
 ]
 INSTANCES = {
     "images": [{"id": 1, "width": 10, "height": 8, "file_name": "p.png"}],
@@ -170,10 +170,7 @@ JSONL = [
     {**META, "region": {"box": [1, 2, 5, 6]}, "answer": "a cat", "meta": {"area": 0.1}},
     {"image": "p.png", "region": {"rle": RLE}, "references": ["a", "b"]},
 ]
-REQUESTS = [
-    {**META, "region": {"box": [1, 2, 5, 6]}},
-    {"id": 2, "image": "p.png", "region": {"whole": True}},
-]
+REQUESTS = [{**META, "region": {"box": [1, 2, 5, 6]}}, {"id": 2, "image": "p.png", "region": {"whole": True}}]
 PREDICTIONS = [
     {"id": "1", "prediction": "a cat", "references": ["a cat"], "question": "What?", "meta": {"area": 0.1}},
     {"id": "2", "prediction": "a dog", "references": ["it"], "image": "p.png", "region": {"box": [1, 2, 3, 4]}},

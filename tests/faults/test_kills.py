@@ -167,9 +167,7 @@ def undisturbed(world, processes):
 
 
 @pytest.mark.parametrize(
-    ("command", "ranks"),
-    [*((command, 1) for command in COMMANDS), (tune, 2), (evaluate, 2)],
-    ids=named,
+    ("command", "ranks"), [*((command, 1) for command in COMMANDS), (tune, 2), (evaluate, 2)], ids=named
 )
 def test_a_killed_run_gives_the_same_bytes(world, processes, undisturbed, command, ranks, request):
     expected, seconds = undisturbed(command, ranks)
