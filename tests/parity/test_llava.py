@@ -18,13 +18,7 @@ from transformers import (
 
 import mllm
 from mllm.processing_llava import VICUNA_V1_SYSTEM, AlphaLlavaProcessor
-from tests.tiny import (
-    build_stock_llava,
-    noise_image,
-    prompt,
-    save_model,
-    tiny_tokenizer,
-)
+from tests.tiny import build_stock_llava, noise_image, prompt, save_model, tiny_tokenizer
 from vision_tower import AlphaCLIPVisionModel, Region
 
 # The template of llava-hf/llava-1.5-7b-hf, in the part that a first turn uses.
@@ -131,9 +125,7 @@ def test_576_image_tokens_at_336(both):
 
 
 @pytest.mark.compatibility(
-    "llava-hf checkpoints",
-    "hub-legacy, 4.52 and flat key layouts loaded with our tower",
-    "equal",
+    "llava-hf checkpoints", "hub-legacy, 4.52 and flat key layouts loaded with our tower", "equal"
 )
 @pytest.mark.parametrize("layout", ["hub-legacy", "4.52", "flat"])
 def test_every_key_layout_loads(stock_dir, both, tmp_path, layout):
@@ -171,9 +163,7 @@ def test_a_missing_tower_tensor_raises(stock_dir, tmp_path):
 
 
 @pytest.mark.compatibility(
-    "transformers Auto classes",
-    "our LLaVA saved and loaded by AutoModelForImageTextToText and AutoProcessor",
-    "equal",
+    "transformers Auto classes", "our LLaVA saved and loaded by AutoModelForImageTextToText and AutoProcessor", "equal"
 )
 def test_saved_model_comes_back_bit_for_bit_through_the_auto_classes(tiny_llava, tmp_path):
     model, processor = tiny_llava
@@ -185,12 +175,7 @@ def test_saved_model_comes_back_bit_for_bit_through_the_auto_classes(tiny_llava,
     assert type(again_processor) is AlphaLlavaProcessor
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     inputs = [
-        p(
-            noise_image(50, 70),
-            prompt("What?"),
-            Region.from_box(2, 2, 30, 30),
-            return_tensors="pt",
-        )
+        p(noise_image(50, 70), prompt("What?"), Region.from_box(2, 2, 30, 30), return_tensors="pt")
         for p in (processor, again_processor)
     ]
     assert all(torch.equal(inputs[0][key], inputs[1][key]) for key in inputs[0])

@@ -22,13 +22,7 @@ from mllm import blip2, llava
 from mllm.blip2 import AlphaBlip2ForConditionalGeneration, AlphaBlip2VisionConfig, AlphaBlip2VisionModel
 from mllm.convert.export import export
 from mllm.loading import quantization
-from tests.tiny import (
-    alpha_of,
-    build_stock_llava,
-    build_tiny_blip2,
-    save_model,
-    tiny_blip2_parts,
-)
+from tests.tiny import alpha_of, build_stock_llava, build_tiny_blip2, save_model, tiny_blip2_parts
 
 EVA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 EVA = {**EVA, "image_size": 32, "patch_size": 8}

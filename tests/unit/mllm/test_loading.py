@@ -36,9 +36,7 @@ def adapter(tiny_llava_dir, tmp_path_factory):
 
 
 @pytest.mark.compatibility(
-    "peft LoRA",
-    "a loaded adapter with an alpha weight: logits from before saving",
-    "1.3e-6 relative",
+    "peft LoRA", "a loaded adapter with an alpha weight: logits from before saving", "1.3e-6 relative"
 )
 def test_adapter_gives_the_logits_it_was_saved_with(tiny_llava, tiny_llava_dir, adapter, measured):
     folder, expected = adapter
@@ -87,9 +85,7 @@ def test_adapter_for_another_model_is_refused(tiny_llava_dir, adapter, tmp_path)
 
 
 @pytest.mark.compatibility(
-    "bitsandbytes nf4 and int8 on a CPU",
-    "embedded model: tower equal, same descriptions",
-    "equal",
+    "bitsandbytes nf4 and int8 on a CPU", "embedded model: tower equal, same descriptions", "equal"
 )
 @pytest.mark.parametrize("load_in", ["4bit", "8bit"])
 def test_only_the_language_model_is_quantized(embedded, load_in):

@@ -80,12 +80,7 @@ def test_captions_name_objects_from_left_to_right_and_spans_are_exact(drawn):
 
 def test_all_is_of_the_split_that_the_folder_names(tmp_path):
     grit_layout.write(tmp_path / "x", 2, 1, "test", progress=False)
-    assert read_json(tmp_path / "x" / "dataset.json") == {
-        "world": "shapes",
-        "split": "test",
-        "seed": 1,
-        "images": 2,
-    }
+    assert read_json(tmp_path / "x" / "dataset.json") == {"world": "shapes", "split": "test", "seed": 1, "images": 2}
     scenes.expect_split(tmp_path / "x", "test")
     index_grit(tmp_path / "x")
     index = RegionIndex(tmp_path / "x")
