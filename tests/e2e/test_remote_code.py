@@ -1,4 +1,4 @@
-"""The saved tower loads with `trust_remote_code` in a process that never saw this package, also without pycocotools."""
+"""The saved tower loads with `trust_remote_code` in a process without this package and pycocotools."""
 
 import pytest
 import torch

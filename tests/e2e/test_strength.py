@@ -28,7 +28,7 @@ from vision_tower import AlphaPatchEmbedding, Region
 IMAGE = noise_image(64, 32)
 BOX = Region.from_box(24, 8, 40, 24)
 SOFT = dataclasses.replace(BOX, strength=0.3)
-# where the box lies in the tower's input: x0, y0, x1, y1
+# the box in the input of the tower: x0, y0, x1, y1
 PLACES = {"crop": (8, 8, 24, 24), "pad": (12, 12, 20, 20), "stretch": (12, 8, 20, 24)}
 FORMS = {
     "box": BOX,
@@ -44,7 +44,7 @@ def alpha_of(pixel_values):
 
 @pytest.fixture
 def fed(monkeypatch):
-    """The alpha maps (32, 32) that reach a tower, whoever makes it."""
+    """The alpha maps (32, 32) that reach a tower."""
     maps, forward = [], AlphaPatchEmbedding.forward
 
     def noting(self, pixel_values):
