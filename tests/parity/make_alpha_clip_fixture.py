@@ -1,8 +1,8 @@
-"""Write data/alpha_clip_original.safetensors: a random checkpoint and what the original code makes of it.
+"""Write data/alpha_clip_original.safetensors: a random checkpoint and the outputs of the original code.
 
     python -m tests.parity.make_alpha_clip_fixture ALPHA_CLIP_CHECKOUT    (needs loralib, which the original imports)
 
-The judge is alpha_clip/model.py of SunzeY/AlphaCLIP at e5676c9, run in float32 on a checkpoint of float16 values.
+The reference is alpha_clip/model.py of SunzeY/AlphaCLIP at e5676c9, run in float32 on a checkpoint of float16 values.
 """
 
 import importlib.util
@@ -16,13 +16,13 @@ FIXTURE = Path(__file__).parent / "data" / "alpha_clip_original.safetensors"
 
 
 def main(checkout: str) -> None:
-    """Run the original tower on random weights and keep weights, inputs and outputs."""
+    """Run the original tower on random weights and save weights, inputs and outputs."""
     spec = importlib.util.spec_from_file_location("original", Path(checkout) / "alpha_clip" / "model.py")
     original = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(original)
     torch.manual_seed(5)
     tower = original.VisionTransformer(input_resolution=32, patch_size=8, width=128, layers=2, heads=2, output_dim=48)
-    for parameter in tower.parameters():  # nothing stays at one or zero: a tensor that is dropped or swapped shows
+    for parameter in tower.parameters():  # no values of one or zero, so that a dropped or swapped tensor is detected
         parameter.data = (parameter + 0.05 * torch.randn_like(parameter)).half().float()
     blocks = []
     for block in tower.transformer.resblocks:

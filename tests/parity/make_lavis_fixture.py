@@ -1,13 +1,13 @@
-"""Write data/lavis_blip2.safetensors: a random BLIP-2 in LAVIS' layout and what LAVIS' own modules make of it.
+"""Write data/lavis_blip2.safetensors: a random BLIP-2 in the layout of LAVIS and the outputs of its modules.
 
-    python -m tests.parity.make_lavis_fixture LAVIS_CHECKOUT    (needs transformers 4.33.2, which LAVIS asks for)
+    python -m tests.parity.make_lavis_fixture LAVIS_CHECKOUT    (needs transformers 4.33.2, which LAVIS requires)
 
-The judge is salesforce/LAVIS at 506965b, in float32: `VisionTransformer` and `LayerNorm` of lavis/models/clip_vit.py
-(blip2.py has the same `LayerNorm`) and `BertLMHeadModel` of lavis/models/blip2_models/Qformer.py. The tower's weights
-are those of alpha_clip_original.safetensors. Two runs:
+The reference is salesforce/LAVIS at 506965b, in float32: `VisionTransformer` and `LayerNorm` of
+lavis/models/clip_vit.py (blip2.py has the same `LayerNorm`) and `BertLMHeadModel` of
+lavis/models/blip2_models/Qformer.py. The tower has the weights of alpha_clip_original.safetensors. Two runs:
 
-- "plain": LAVIS' tower of both blocks, three channels;
-- "alpha": on what Alpha-CLIP's own code gives after the first of its two blocks, as LAVIS drops CLIP's last one.
+- "plain": the tower of LAVIS with both blocks, three channels;
+- "alpha": the output of the first of two blocks of Alpha-CLIP, because LAVIS drops the last block of CLIP.
 """
 
 import importlib.util
@@ -25,12 +25,12 @@ ROWS, QUERIES, WIDTH, LANGUAGE_WIDTH = 2, 5, 64, 64
 
 
 def main(checkout: str) -> None:
-    """Run LAVIS' modules on random weights and keep weights and outputs."""
+    """Run the modules of LAVIS on random weights and save weights and outputs."""
     models = Path(checkout) / "lavis" / "models"
     original = load_file(DATA / "alpha_clip_original.safetensors")
     torch.manual_seed(7)
     model, stage_1_only = build(load(models / "clip_vit.py"), load(models / "blip2_models" / "Qformer.py"))
-    for name, parameter in model.named_parameters():  # nothing stays at one or zero: a tensor that is dropped shows
+    for name, parameter in model.named_parameters():  # no values of one or zero, so that a dropped tensor is detected
         noise = 0.5 if name == "query_tokens" else 0.05
         parameter.data = (parameter + noise * torch.randn_like(parameter)).half().float()
     model.visual_encoder.load_state_dict(tower_weights(original))
@@ -48,7 +48,7 @@ def main(checkout: str) -> None:
 
 
 def load(file: Path) -> types.ModuleType:
-    """One file of LAVIS; what it imports and never calls here (downloads, checkpointing) is empty."""
+    """Import one file of LAVIS, with empty modules for the imports that are not called (downloads, checkpointing)."""
     for name, attribute in (
         ("fairscale.nn.checkpoint.checkpoint_activations", "checkpoint_wrapper"),
         ("lavis.models.eva_vit", "convert_weights_to_fp16"),
@@ -63,7 +63,7 @@ def load(file: Path) -> types.ModuleType:
 
 
 def build(clip_vit: types.ModuleType, qformer: types.ModuleType) -> tuple[nn.Module, list[str]]:
-    """LAVIS' parts under LAVIS' names, as stage 2 has them, and the names that only stage 1 has."""
+    """The modules of stage 2 under the names of LAVIS, and the names that only stage 1 has."""
     config = qformer.BertConfig(
         vocab_size=30,
         hidden_size=WIDTH,
@@ -92,7 +92,7 @@ def build(clip_vit: types.ModuleType, qformer: types.ModuleType) -> tuple[nn.Mod
 
 
 def tower_weights(original: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Alpha-CLIP's weights as LAVIS' tower takes them: no alpha, and nothing after the blocks."""
+    """The weights of Alpha-CLIP for the tower of LAVIS: no alpha, and nothing after the blocks."""
     kept = {}
     for key, tensor in original.items():
         name = key.removeprefix("checkpoint.").replace("attn.in_proj.", "attn.in_proj_")
@@ -102,7 +102,7 @@ def tower_weights(original: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def run(model: nn.Module, name: str, seen: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What follows the tower, as in `Blip2T5.forward`: `seen` is (B, 1 + P, D)."""
+    """The forward pass after the tower, as in `Blip2T5.forward`: `seen` is (B, 1 + P, D)."""
     embeds = model.ln_vision(seen)
     output = model.Qformer.bert(
         query_embeds=model.query_tokens.expand(len(seen), -1, -1),

@@ -1,10 +1,10 @@
-"""Write data/original_llava.safetensors: a tiny LLaVA in the original code base with our tower in it, and its logits.
+"""Write data/original_llava.safetensors: a tiny LLaVA of the original code base with our tower, and its logits.
 
     PYTHONPATH=LLAVA_CHECKOUT python -m tests.parity.make_original_llava_fixture
 
-The judge is the model code of haotian-liu/LLaVA at c121f04: its builder, `encode_images`, projector, the splicing of
-image features into the text, and its language model. A fused directory runs there too, in its own unchanged
-`CLIPVisionTower`; how far apart the two are is printed.
+The reference is the model code of haotian-liu/LLaVA at c121f04: its builder, `encode_images`, projector, the splicing
+of image features into the text, and its language model. A fused directory also runs in its unchanged
+`CLIPVisionTower`; the difference is printed.
 """
 
 import tempfile
@@ -29,7 +29,7 @@ STOCK_TOWER = builder.CLIPVisionTower
 
 
 def main() -> None:
-    """Run the original code on random weights and keep weights, inputs and outputs."""
+    """Run the original code on random weights and save weights, inputs and outputs."""
     with tempfile.TemporaryDirectory() as folder:
         ours, fused = write_towers(Path(folder))
         processor = AlphaCLIPImageProcessor.from_pretrained(ours)
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def write_towers(folder: Path) -> tuple[str, str]:
-    """A random tower of ours, and the same fused."""
+    """A random tower, and the same tower fused."""
     torch.manual_seed(7)
     tower = AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**tiny_vision_config(initializer_range=0.2)))
     torch.nn.init.normal_(tower.embeddings.patch_embedding.alpha.weight, std=0.3)

@@ -1,11 +1,11 @@
-"""Write data/released_loss.safetensors: random embeddings, and what the original training makes of them.
+"""Write data/released_loss.safetensors: random embeddings, and the outputs of the original training code.
 
     python -m tests.parity.make_released_loss_fixture ALPHA_CLIP_CHECKOUT
 
-The judge is SunzeY/AlphaCLIP at e5676c9: `inference` of train/train/train_grit_1m.py, `concat_all_gather` of
+The reference is SunzeY/AlphaCLIP at e5676c9: `inference` of train/train/train_grit_1m.py, `concat_all_gather` of
 train/utils.py, and `cosine_lr` of train/scheduler.py. `inference` is a method of a class that loads weights onto a GPU,
-in a file that imports data sets that are not public: its lines alone are executed, unchanged, with towers that return
-their input. Everything is in float64, so that no wrong gradient passes for rounding.
+in a file that imports data sets that are not public: only its lines are executed, unchanged, with towers that return
+their input. All values are float64, to distinguish wrong gradients from rounding.
 """
 
 import ast
@@ -26,7 +26,7 @@ SCHEDULES = ((0, 50), (10, 50), (200, 5000), (800, 5000))  # (warm-up, steps); t
 
 
 def main(checkout: str) -> None:
-    """Run the original loss in each setting, and its schedule, and keep inputs and outputs."""
+    """Run the original loss in each setting, and its schedule, and save inputs and outputs."""
     torch.manual_seed(11)
     inputs = {name: torch.randn(8, 6, dtype=torch.float64) for name in ("images", "texts")}
     inputs["log_scale"] = torch.tensor(1.5, dtype=torch.float64)
@@ -79,7 +79,7 @@ def original_inference(checkout: str):
 
 
 def load(checkout: str, name: str) -> ModuleType:
-    """A module of the original's train folder."""
+    """A module of the original train folder."""
     spec = importlib.util.spec_from_file_location(name, Path(checkout) / "train" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

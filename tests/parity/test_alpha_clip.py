@@ -1,6 +1,4 @@
-"""Converted towers give what the original Alpha-CLIP code gives. The judges: outputs of SunzeY/AlphaCLIP's own
-model.py, kept in fixtures.
-"""
+"""Converted towers have the outputs of the original Alpha-CLIP code (model.py of SunzeY/AlphaCLIP) in fixtures."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
-"""BLIP-2 with an alpha tower: at zero alpha it is stock BLIP-2 bit for bit; with alpha it sees the region. The judge is
-Transformers' own `Blip2ForConditionalGeneration`.
+"""BLIP-2 with an alpha tower: bit-identical to `Blip2ForConditionalGeneration` of Transformers at zero alpha; with
+alpha it uses the region.
 """
 
 import pytest
@@ -78,7 +78,7 @@ def stock_dir(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
     model = Blip2ForConditionalGeneration(stock_config(request.param))
-    nn.init.normal_(model.query_tokens)  # at zero, all queries are alike
+    nn.init.normal_(model.query_tokens)  # at zero, all queries are equal
     model.save_pretrained(folder)
     return folder
 
@@ -172,7 +172,7 @@ def test_loss_reaches_the_alpha_weight(tuned):
 
 
 def test_alpha_lies_where_the_region_is():
-    """Stretched, not cropped: the left half of a wide picture is the left half of its alpha."""
+    """Stretched, not cropped: the left half of a wide image is the left half of its alpha map."""
     alpha = inputs_for([LEFT])["pixel_values"][0, 3]
     drawn = alpha > 0
     expected = torch.zeros_like(drawn)
@@ -181,7 +181,7 @@ def test_alpha_lies_where_the_region_is():
 
 
 def test_clip_tower_is_the_last_but_one_block_normalised():
-    """LAVIS drops CLIP's last block: 2 of 3 blocks here, and `ln_vision` over all tokens."""
+    """LAVIS drops the last block of CLIP (here 2 of 3 remain) and applies `ln_vision` to all tokens."""
     torch.manual_seed(0)
     whole = AlphaCLIPVisionModel(AlphaCLIPBlip2VisionConfig(**tiny_vision_config())).eval()
     short = AlphaCLIPBlip2VisionModel(AlphaCLIPBlip2VisionConfig(**tiny_vision_config(num_hidden_layers=2))).eval()

@@ -1,6 +1,6 @@
-"""The caption metrics against goldens of the reference implementations, on the field's own 1,000 captions.
+"""The caption metrics compared with golden values of the reference implementations, on 1,000 captions.
 
-Measured worst cases stand beside the tolerances; the goldens per image are rounded to 8 digits.
+The measured worst case is next to each tolerance. Golden values per image are rounded to 8 digits.
 """
 
 import functools
@@ -70,7 +70,7 @@ def test_values_of_each_image(material, scores_of, name):
 
 @pytest.mark.slow
 def test_published_values(material, scored):
-    """What the notebook of tylin/coco-caption prints, to its three digits."""
+    """The three digits that the notebook of tylin/coco-caption prints."""
     published = material[1]["published_notebook"]
     for name, theirs in GOLDEN_NAMES.items():
         assert scored.corpus[name] == pytest.approx(published[theirs], abs=6e-4)
@@ -95,7 +95,7 @@ def test_frozen_frequencies_give_a_part_what_the_whole_gives_it(material, withou
 
 
 def test_all_published_tokenisations(shared_data):
-    """20,245 captions of COCO with the tokens of Stanford's own tokenizer, before punctuation is removed."""
+    """20,245 captions of COCO with the tokens of the Stanford tokenizer, before punctuation is removed."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
     lines = gzip.open(shared_data / "metric_parity" / "ptb_pairs_20244.tsv.gz", "rt", encoding="utf-8").read()
@@ -173,7 +173,7 @@ def test_real_expressions_as_predictions_shuffled_and_grouped(shared_data):
     shuffled = score_captions(texts, [each[i] for i in rng.permutation(len(texts))], ["CIDEr"], tokenized=True)
     assert shuffled.corpus["CIDEr"] < 0.1
     regions = same_region(texts)
-    said = [" ".join(w for w in texts[rng.choice(r)].split() if rng.random() < 0.6) for r in regions]  # a poor model
+    said = [" ".join(w for w in texts[rng.choice(r)].split() if rng.random() < 0.6) for r in regions]  # a weak model
     grouped = score_captions(said, [[texts[i] for i in r] for r in regions], ["METEOR", "CIDEr"], tokenized=True).corpus
     repeated = [text for text, r in zip(said, regions, strict=True) for _ in r]
     alone = score_captions(repeated, [[texts[i]] for r in regions for i in r], ["METEOR", "CIDEr"], tokenized=True)
@@ -197,7 +197,7 @@ def test_drawn_corpora_score_what_the_scorers_give_them(material):
 
 @pytest.mark.slow
 def test_beside_pycocoevalcap_with_empty_captions(material, monkeypatch):
-    """Its own wrappers, run here, on captions of which some are empty: the same to the last digit."""
+    """The original wrappers on captions, some of them empty: identical to the last digit."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
@@ -222,7 +222,7 @@ def test_beside_pycocoevalcap_with_empty_captions(material, monkeypatch):
     "question_id, prediction, expected",
     [
         (2, "ec", 1.0),  # six of ten: every person finds three others
-        (2, "EC.", 1.0),  # normalised, as people disagree
+        (2, "EC.", 1.0),  # normalized, because people disagree
         (2, "ec agg", 0.9),  # "ec-agg" twice becomes it: three of ten, whom one finds two others
         (4, "virgin", 1.0),
         (4, "virgin mobile", 0.3),  # one: nine of ten people find one other

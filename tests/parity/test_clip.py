@@ -1,4 +1,4 @@
-"""Zero alpha = CLIP, bit for bit. The judge is Transformers' own `CLIPVisionModel`."""
+"""At zero alpha the tower is bit-identical to `CLIPVisionModel` of Transformers."""
 
 import copy
 
@@ -22,7 +22,7 @@ def pixels():
 
 
 def rename_keys(source, target, rename):
-    """Copy a checkpoint with its tensors under other names."""
+    """Copy a checkpoint with renamed tensors."""
     import shutil
 
     from safetensors.torch import load_file, save_file

@@ -1,5 +1,5 @@
-"""A diffusers pipeline with our tower as its `image_encoder`: the region reaches the image, what is saved comes back.
-The judge is diffusers' own `StableDiffusionImageVariationPipeline`, on tiny random parts.
+"""`StableDiffusionImageVariationPipeline` of diffusers with our tower as `image_encoder`, on tiny random parts: the
+region changes the image, and the pipeline can be saved and loaded.
 """
 
 import numpy as np
@@ -31,7 +31,7 @@ def tiny_pipeline(feature_extractor):
         **SIZES,
     )
     for name, weight in unet.named_parameters():
-        if "attn2.to_v" in name:  # at their own size a random U-Net hardly looks at the image
+        if "attn2.to_v" in name:  # with the default scale, a random U-Net hardly uses the image
             torch.nn.init.normal_(weight, std=10)
     torch.nn.init.normal_(encoder.visual_projection.weight)
     return diffusers.StableDiffusionImageVariationPipeline(
@@ -72,6 +72,6 @@ def test_a_saved_pipeline_comes_back(tmp_path, extractor):
         assert type(again.feature_extractor) is type(pipeline.feature_extractor)
         for region, image in images.items():
             assert np.array_equal(generated(again, pixels(processor, region)), image)
-    if extractor == "ours":  # a PIL image has no region: the whole image is seen
+    if extractor == "ours":  # a PIL image has no region: the whole image
         whole = generated(again, pixels(processor, None))
         assert np.array_equal(generated(again, noise_image(60, 40)), whole)

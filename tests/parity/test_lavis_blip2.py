@@ -1,5 +1,5 @@
-"""A converted BLIP-2 gives what LAVIS gives, from the picture to the language model's input. The judges: outputs of
-LAVIS' own tower, `ln_vision`, Q-Former and projection, and of Alpha-CLIP's own tower, kept in fixtures.
+"""A converted BLIP-2 has the outputs of LAVIS, from the image to the input of the language model. The fixtures contain
+outputs of the tower, `ln_vision`, Q-Former and projection of LAVIS, and of the tower of Alpha-CLIP.
 """
 
 import pytest
@@ -18,13 +18,13 @@ TOLERANCE = 1e-5
 
 @pytest.fixture(scope="module")
 def lavis():
-    """LAVIS' checkpoint without a tower, and the outputs of its modules."""
+    """The checkpoint of LAVIS without a tower, and the outputs of its modules."""
     return [fixture_tensors("lavis_blip2.safetensors", prefix) for prefix in ("checkpoint.", "output.")]
 
 
 @pytest.fixture(scope="module")
 def alpha_clip(tmp_path_factory):
-    """An original Alpha-CLIP of two blocks: its tensors, a picture and an alpha map, and its file."""
+    """An original Alpha-CLIP with two blocks: its tensors, an image and an alpha map, and its file."""
     checkpoint, inputs = (fixture_tensors("alpha_clip_original.safetensors", p) for p in ("checkpoint.", "input."))
     file = tmp_path_factory.mktemp("alpha") / "alpha.pth"
     torch.save(checkpoint, file)
@@ -32,7 +32,7 @@ def alpha_clip(tmp_path_factory):
 
 
 def with_own_tower(checkpoint, alpha_clip):
-    """As LAVIS saves a tower that was trained: OpenAI's names, no alpha, nothing after the blocks."""
+    """A trained tower as LAVIS saves it: names of OpenAI, no alpha, nothing after the blocks."""
     left_out = ("conv1_alpha.", "ln_post.", "proj")
     own = {key: tensor for key, tensor in alpha_clip.items() if not key.startswith(left_out)}
     return checkpoint | {f"visual_encoder.{k.replace('attn.in_proj.', 'attn.in_proj_')}": t for k, t in own.items()}
@@ -50,7 +50,7 @@ def built(fields, weights):
 
 
 def run(model, pixels):
-    """Every output under the fixture's names, caught on the way through the model's own forward."""
+    """The outputs of all modules in a forward pass, under the names in the fixture."""
     outputs, handles = {}, []
 
     def catch(module, name, pick):
@@ -97,7 +97,7 @@ def test_a_whole_lavis_checkpoint_equals_lavis(lavis, alpha_clip, measured):
     "1e-5 relative",
 )
 def test_alpha_clip_behind_lavis_qformer_equals_both(lavis, alpha_clip, measured):
-    """Alpha-CLIP's first block (the last one is dropped), then LAVIS' norm, Q-Former and projection."""
+    """The first block of Alpha-CLIP (the last is dropped), then norm, Q-Former and projection of LAVIS."""
     checkpoint, outputs = lavis
     _, inputs, file = alpha_clip
     model = built(*from_lavis(checkpoint, read_tower(file), blocks=1))

@@ -1,6 +1,4 @@
-"""LLaVA with our tower at zero alpha = stock LLaVA: ids, logits, generation. The judges are Transformers' own LLaVA
-classes.
-"""
+"""LLaVA with our tower at zero alpha has the IDs, logits and answers of the LLaVA classes of Transformers."""
 
 import shutil
 
@@ -21,14 +19,14 @@ from mllm.processing_llava import VICUNA_V1_SYSTEM, AlphaLlavaProcessor
 from tests.tiny import build_stock_llava, noise_image, prompt, save_model, tiny_tokenizer
 from vision_tower import AlphaCLIPVisionModel, Region
 
-# The template of llava-hf/llava-1.5-7b-hf, in the part that a first turn uses.
+# The part of the template of llava-hf/llava-1.5-7b-hf that the first turn uses.
 STOCK_PROMPT = "USER: <image>\n{} ASSISTANT:"
 ALPHA = "vision_tower.embeddings.patch_embedding.alpha.weight"
 
 
 @pytest.fixture(scope="module")
 def stock_dir(tmp_path_factory):
-    """A stock LLaVA-1.5 directory that knows nothing of regions."""
+    """A stock LLaVA-1.5 directory without regions."""
     folder = tmp_path_factory.mktemp("stock")
     settings = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     processor = LlavaProcessor(
@@ -129,7 +127,7 @@ def test_576_image_tokens_at_336(both):
 )
 @pytest.mark.parametrize("layout", ["hub-legacy", "4.52", "flat"])
 def test_every_key_layout_loads(stock_dir, both, tmp_path, layout):
-    """hub-legacy is llava-hf's own: `language_model.model.*`, `vision_tower.vision_model.*`."""
+    """hub-legacy is the layout of llava-hf: `language_model.model.*`, `vision_tower.vision_model.*`."""
     stock, _, _ = both
     rename = {
         "hub-legacy": lambda k: (
@@ -193,6 +191,6 @@ def test_padded_batches_of_different_regions_equal_single_calls(tiny_llava):
         together = model(**batch).logits[:, -1]
         for row, (region, question) in enumerate(zip(regions, questions, strict=True)):
             single = model(**processor(image, prompt(question), region, return_tensors="pt")).logits[0, -1]
-            # worst seen 2e-7
+            # measured worst case: 2e-7
             torch.testing.assert_close(together[row], single, atol=1e-5, rtol=0)
     assert not torch.allclose(together[0], together[1])

@@ -1,5 +1,5 @@
-"""LLaVA-NeXT with our tower at zero alpha = stock LLaVA-NeXT: tiles, ids, logits, generation. The judges are
-Transformers' own LLaVA-NeXT classes.
+"""LLaVA-NeXT with our tower at zero alpha has the tiles, IDs, logits and answers of the LLaVA-NeXT classes of
+Transformers.
 """
 
 import shutil
@@ -29,7 +29,7 @@ from vision_tower.alpha_embedding import WHOLE_IMAGE
 
 ALPHA = "model.vision_tower.embeddings.patch_embedding.alpha.weight"
 SIZE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-# As in the hub's repository llava-v1.6-mistral-7b-hf: BOS is left to the tokenizer
+# As in llava-v1.6-mistral-7b-hf on the Hub: the tokenizer adds BOS
 MISTRAL = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
@@ -37,13 +37,13 @@ MISTRAL = (
     "{{ ' [/INST]' }}{% else %}{{ ' ' + message['content'][0]['text'] + '</s> ' }}{% endif %}{% endfor %}"
 )
 CHAT = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
-# one to four tiles besides the first, padded in both directions and not at all
+# one to four additional tiles, padded in both directions and not padded
 PICTURES = [(60, 40), (40, 60), (100, 30), (20, 90), (32, 32), (64, 64), (7, 61), (300, 200)]
 
 
 @pytest.fixture(scope="module")
 def stock_dir(tmp_path_factory):
-    """A stock LLaVA-NeXT directory that knows nothing of regions."""
+    """A stock LLaVA-NeXT directory without regions."""
     folder = tmp_path_factory.mktemp("stock")
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
@@ -144,7 +144,7 @@ def test_three_channels_mean_the_whole_image(tiny_llava_next):
 
 
 def seen_by_tiles(mask, grid):
-    """What of a mask (H, W) each tile shows, in the image's own pixels: all of it, then a part of the padded image."""
+    """The part of a mask (H, W) in each tile, in image pixels: the entire mask, then parts of the padded image."""
     height, width = mask.shape
     scale = max(height / grid[0], width / grid[1])
     top, left = (round((side * scale - length) / 2) for side, length in zip(grid, mask.shape, strict=True))

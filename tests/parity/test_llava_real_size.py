@@ -1,4 +1,4 @@
-"""LLaVA-1.5 at its real sizes, on the meta device: every key and shape of the hub's layout has its place in our model.
+"""LLaVA-1.5 at its real sizes, on the meta device: every key and shape of the Hub checkpoints exists in our model.
 
 The sizes are those of llava-hf/llava-1.5-7b-hf and -13b-hf (config.json), the names those of their safetensors index.
 """
@@ -16,7 +16,7 @@ SIZES = {"7b": (4096, 11008, 32), "13b": (5120, 13824, 40)}  # width, inner widt
 
 
 def hub_layout(width, inner, layers):
-    """Name and shape of every tensor that the hub's checkpoint holds."""
+    """Name and shape of every tensor in the Hub checkpoint."""
     tower, language = "vision_tower.vision_model", "language_model.model"
     shapes = {
         f"{tower}.embeddings.class_embedding": (1024,),
@@ -64,7 +64,7 @@ def test_every_tensor_of_the_hub_layout_has_its_place(size):
     ours = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     alpha = "model.vision_tower.embeddings.patch_embedding.alpha.weight"
     assert ours.pop(alpha) == (1024, 1, 14, 14)
-    renamings = get_model_conversion_mapping(model)  # what from_pretrained applies
+    renamings = get_model_conversion_mapping(model)  # applied by from_pretrained
     stored = hub_layout(width, inner, layers)
     loaded = {rename_source_key(key, renamings, [], "model", ours)[0]: shape for key, shape in stored.items()}
     assert loaded == ours

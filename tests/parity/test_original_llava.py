@@ -1,5 +1,5 @@
-"""The original LLaVA code base with our tower in it gives what Transformers' LLaVA with our tower gives. The judge:
-logits of the original code, kept in a fixture (make_original_llava_fixture.py).
+"""LLaVA of Transformers with our tower has the logits of the original LLaVA code base with our tower, saved in a
+fixture (make_original_llava_fixture.py).
 """
 
 import pytest
@@ -27,7 +27,7 @@ def content():
 
 @pytest.fixture(scope="module")
 def model(content):
-    """Transformers' LLaVA with the weights of the original one."""
+    """LLaVA of Transformers with the weights of the original model."""
     text = LlamaConfig(
         vocab_size=40,
         hidden_size=32,
@@ -59,7 +59,7 @@ def model(content):
 
 
 def run(model, content, images):
-    """Logits of the rows, the image token spread over its patches."""
+    """Image features, and logits of the rows with the image token expanded to its patches."""
     rows = []
     for ids in content["input.ids"].tolist():
         rows.append([token for i in ids for token in ([IMAGE_TOKEN] * PATCHES if i < 0 else [i])])

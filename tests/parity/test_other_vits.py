@@ -1,5 +1,5 @@
-"""An alpha channel for other ViTs: at zero the stock model bit for bit, trained it sees the region, saved it comes
-back. The judges are Transformers' own classes.
+"""An alpha channel for other ViTs: at zero they are bit-identical to the classes of Transformers, trained they use the
+region, and they can be saved and loaded.
 """
 
 import copy
@@ -122,7 +122,7 @@ def test_saved_alpha_comes_back_only_through_load_with_alpha(stock, tmp_path, sh
 
 
 def test_a_stock_directory_is_refused(stock, tmp_path):
-    """Its alpha would be zero, and every region ignored without a word."""
+    """Its alpha would be zero, and all regions silently ignored."""
     stock.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no alpha weight.*add_alpha_channel"):
         load_with_alpha(tmp_path)

@@ -1,5 +1,5 @@
-"""What is typed with the stock LLaVA and BLIP-2 processors works with ours: equal ids and pixels. The judges are
-Transformers' own processors, with the image processors that PIL does the work of.
+"""Calls of the LLaVA and BLIP-2 processors of Transformers (with PIL image processors) work with ours: equal IDs and
+pixels.
 """
 
 import base64
@@ -25,7 +25,7 @@ BLIP2_TEXT = "Question: What is this? Answer:"
 
 
 def chat(*sources, **fields):
-    """A question about images; `fields` are further keys of every item."""
+    """A question about images; `fields` are additional keys of every item."""
     items = [fields | {"type": "image"} | source for source in sources]
     return [{"role": "user", "content": [*items, fields | {"type": "text", "text": "What?"}]}]
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sources(folder):
-    """The first image in every form that the stock processors take."""
+    """The first image as every type that the stock processors accept."""
     with serve(folder) as address:
         text = base64.b64encode((folder / "one.png").read_bytes()).decode()
         yield {
@@ -168,7 +168,7 @@ def test_llava_sources(llava, sources, source, folder):
     if isinstance(image, str):
         item = {"type": "image_url", "image_url": {"url": image}}
         check(ours.apply_chat_template(chat(item), **CHAT), stock.apply_chat_template(chat(item), **CHAT))
-    path = ours(folder / "one.png", prompt("a"), **TENSORS)  # stock takes no pathlib.Path
+    path = ours(folder / "one.png", prompt("a"), **TENSORS)  # the stock processor does not accept pathlib.Path
     assert torch.equal(path["pixel_values"], ours(image, prompt("a"), **TENSORS)["pixel_values"])
 
 
@@ -180,7 +180,7 @@ def test_llava_sources(llava, sources, source, folder):
     ],
 )
 def test_blip2_sources(blip2, sources, source):
-    """Stock BLIP-2 takes arrays and PIL images alone; of other sources its pixels are those of the PIL image."""
+    """Stock BLIP-2 only accepts arrays and PIL images; other sources are compared with the PIL image."""
     _, ours, stock = blip2
     image = sources[source]
     expected = stock(ONE if isinstance(image, str) else image, BLIP2_TEXT, **TENSORS)
@@ -208,7 +208,7 @@ def test_blip2_calls(blip2, call):
 
 
 def fed(model, processor, *args, **kwargs):
-    """What a pipeline feeds a model; it answers with the prompt."""
+    """The inputs that a pipeline passes to `generate`, which returns the prompt."""
     batches = []
 
     def generate(input_ids, attention_mask, pixel_values, **_):
@@ -294,7 +294,9 @@ def test_pipelines_refuse_what_would_be_dropped(request, kind, name):
     for call in ({"text": question()}, {"images": ONE, "text": text}):
         with pytest.raises(ValueError, match="regions are passed as regions="):
             fed(model, ours, **call, **{name: LEFT})
-    with pytest.raises(ValueError, match="each of 1 images, got 2"):  # a pipeline gives each chat all of its arguments
+    with pytest.raises(
+        ValueError, match="each of 1 images, got 2"
+    ):  # a pipeline passes all of its arguments to each chat
         fed(model, ours, text=[question(), question()], regions=[LEFT, RIGHT])
 
 

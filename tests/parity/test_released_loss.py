@@ -1,6 +1,4 @@
-"""The loss of the released training, its gradients and its schedule. The judge: the original functions' own numbers,
-kept in a fixture.
-"""
+"""The loss of the released training, its gradients and its schedule, compared with the original functions."""
 
 from pathlib import Path
 
@@ -21,7 +19,7 @@ VALUES = ("loss", "images", "texts", "log_scale")
 
 
 def run(ranks=1, rank=0):
-    """Our loss and gradients with the rows of one rank."""
+    """Our loss and gradients on the rows of one rank."""
     content = load_file(FIXTURE)
     rows = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
     images, texts = (content[f"input.{name}"][rows].clone().requires_grad_() for name in ("images", "texts"))
@@ -32,7 +30,7 @@ def run(ranks=1, rank=0):
 
 
 def run_rank():
-    """Run in each of two processes; also what unequal rows raise."""
+    """Run in each of two processes; also the error for different numbers of rows."""
     embeds = functional.normalize(torch.ones(3 + dist.get_rank(), 4))
     with pytest.raises(ValueError, match=r"as many rows in every process, got \[3, 4\]"):
         released_loss(embeds, embeds, torch.tensor(1.0))
@@ -71,7 +69,7 @@ def test_loss_and_gradients_equal_the_original(setting, processes, tmp_path, mea
 
 
 def test_settings_differ_in_their_gradients():
-    """The fixture can tell them apart: the loss does not, the gradients do."""
+    """The settings have equal losses but different gradients."""
     content = load_file(FIXTURE)
     assert torch.equal(content["alone.0.loss"], content["group_of_one.0.loss"])
     assert (content["alone.0.images"] - content["group_of_one.0.images"]).abs().max() > 0.01
