@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from alpha_clip_commands.source_values import constant
 from alpha_clip_commands.training.tuning_arguments import PartArguments, RegionArguments, check_at_least, check_shares
 
-GEOMETRIES = constant("vision_tower/image_processing_alpha_clip.py", "GEOMETRIES")
+GEOMETRIES = constant("vision_tower/geometry.py", "GEOMETRIES")
 LOSSES = ("symmetric", "released")
 SCHEDULES = ("trainer", "released")
 

@@ -299,7 +299,7 @@ def test_pipelines_refuse_what_would_be_dropped(request, kind, name):
     model, ours, _ = request.getfixturevalue(kind)
     text = prompt("What?") if kind == "llava" else BLIP2_TEXT
     for call in ({"text": question()}, {"images": ONE, "text": text}):
-        with pytest.raises(ValueError, match="regions are passed as regions="):
+        with pytest.raises(ValueError, match="pass regions as regions="):
             fed(model, ours, **call, **{name: LEFT})
     with pytest.raises(ValueError, match="each of 1 images, got 2"):  # a pipeline gives each chat all of its arguments
         fed(model, ours, text=[question(), question()], regions=[LEFT, RIGHT])

@@ -9,7 +9,7 @@ import torch
 from mllm.loading import AlphaProcessor
 from mllm.messages import Message, image_items
 from vision_tower import AlphaCLIPImageProcessor, Region
-from vision_tower.image_processing_alpha_clip import place_alpha
+from vision_tower.geometry import place_alpha
 from vision_tower.region_arguments import region_list
 
 IGNORE_INDEX = -100  # the loss skips these labels: torch's and Transformers' default

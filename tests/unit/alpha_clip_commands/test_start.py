@@ -212,7 +212,7 @@ def test_shown_names_are_the_real_ones():
     from mllm.data.shapes import scenes, world
     from mllm.model_card import LICENCES
     from vision_tower.conversion import RELEASED_CHECKPOINTS
-    from vision_tower.image_processing_alpha_clip import GEOMETRIES
+    from vision_tower.geometry import GEOMETRIES
 
     assert task_names.TASKS == tuple(TASKS)
     assert task_names.METRICS == METRICS
@@ -225,7 +225,7 @@ def test_shown_names_are_the_real_ones():
         assert list(source_values.constant(file, name)) == list(value)
     for file, name, value in (
         ("vision_tower/conversion.py", "RELEASED_CHECKPOINTS", RELEASED_CHECKPOINTS),
-        ("vision_tower/image_processing_alpha_clip.py", "GEOMETRIES", GEOMETRIES),
+        ("vision_tower/geometry.py", "GEOMETRIES", GEOMETRIES),
         ("mllm/data/shapes/world.py", "MAX_OBJECTS", world.MAX_OBJECTS),
         ("mllm/convert/lavis_keys.py", "VIT_L_BLOCKS", VIT_L_BLOCKS),
     ):

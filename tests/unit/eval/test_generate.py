@@ -16,7 +16,7 @@ from mllm.data.readers.visual_genome import read_region_questions, read_regions
 from mllm.data.shapes import visual_genome_layout
 from mllm.inference import RegionChat
 from tests.tiny import build_tiny_blip2
-from vision_tower.image_processing_alpha_clip import ALPHA_MEAN, ALPHA_STD
+from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from transformers.image_utils import OPENAI_CLIP_STD
 
 from tests.tiny import noise_picture
 from vision_tower import AlphaCLIPImageProcessor, Region, image_processing_alpha_clip
+from vision_tower import geometry as geometry_module
 from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD, WHOLE_IMAGE
 
 SIDE = 64
@@ -163,7 +164,7 @@ def test_any_box_any_geometry(width, height, data):
     try:
         alpha = alpha_of(build(geometry)(noise_picture(width, height), region, return_tensors="pt")["pixel_values"])
     except ValueError as error:
-        assert geometry == "crop" and "outside the centre crop" in str(error)
+        assert geometry == "crop" and "outside the center crop" in str(error)
         return
     assert -1e-6 <= alpha.min() and alpha.max() <= 1 + 1e-6 and alpha.max() > 0.99
 
@@ -178,8 +179,8 @@ def test_any_box_any_geometry(width, height, data):
         (lambda p, i: p(i, []), "empty list"),
         (lambda p, i: p(i, "box:3,2,1,4"), "cannot read the region"),
         (lambda p, i: p(i, None, geometry="zoom"), "expected geometry"),
-        (lambda p, i: p(i, None, size={"height": 8, "width": 8}), "size: set them"),
-        (lambda p, i: p(i, None, do_center_crop=False), "do_center_crop: set them"),
+        (lambda p, i: p(i, None, size={"height": 8, "width": 8}), "size: pass them to the constructor"),
+        (lambda p, i: p(i, None, do_center_crop=False), "do_center_crop: pass them to the constructor"),
     ],
 )
 def test_errors(call, message):
@@ -194,7 +195,7 @@ def test_the_text_of_a_region_is_that_region():
         assert np.array_equal(build("pad")(images, regions)["pixel_values"], expected)
 
 
-def test_a_region_outside_the_centre_crop_is_an_error():
+def test_a_region_outside_the_center_crop_is_an_error():
     with pytest.raises(ValueError, match="use geometry='pad'"):
         build("crop")(noise_picture(300, 60), Region.from_box(0, 0, 20, 20))
 
@@ -206,16 +207,16 @@ def test_settings_that_would_part_picture_and_alpha_are_refused():
         AlphaCLIPImageProcessor(geometry="fit")
 
 
-def test_the_centre_crop_decides_by_the_regions_own_place(caplog):
+def test_the_center_crop_decides_by_the_regions_own_place(caplog):
     """Of a picture of 300 x 100 the crop keeps columns 100 to 200; resizing must not draw a region into it."""
     processor = AlphaCLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     image = Image.new("RGB", (300, 100))
-    with pytest.raises(ValueError, match="outside the centre crop"):
+    with pytest.raises(ValueError, match="outside the center crop"):
         processor(image, regions=Region.from_box(0, 0, 99.9, 100))
     processor(image, regions=Region.from_box(110, 10, 190, 90))
     assert not caplog.records
     processor(image, regions=Region.from_box(50, 10, 150, 90))
-    assert "cuts 50 %" in caplog.text
+    assert "removes 50%" in caplog.text
 
 
 def test_rescaling_is_no_setting_of_a_call():
@@ -267,11 +268,11 @@ SHAPES = [
 @pytest.mark.parametrize("resample", [0, 1, 2, 3, 4, 5])
 @pytest.mark.parametrize("strip", [1, 5000, 4_000_000])
 def test_padding_without_the_square_is_bit_equal(monkeypatch, resample, strip):
-    monkeypatch.setattr(image_processing_alpha_clip, "_STRIP", strip)
+    monkeypatch.setattr(geometry_module, "_STRIP", strip)
     for shape in SHAPES:
         image = noise_picture(*shape)
         for side in (1, 7, 64):
-            ours = image_processing_alpha_clip._resize(image, side, "pad", (122, 116, 104), Image.Resampling(resample))
+            ours = geometry_module.resize(image, side, "pad", (122, 116, 104), Image.Resampling(resample))
             assert ours.tobytes() == padded_in_full(image, side, resample).tobytes(), (shape, side)
 
 
@@ -279,7 +280,7 @@ def test_padding_without_the_square_is_bit_equal(monkeypatch, resample, strip):
 @settings(deadline=None, max_examples=60)
 def test_any_size_padded_without_the_square_is_bit_equal(width, height, side, seed):
     image = noise_picture(width, height, seed)
-    ours = image_processing_alpha_clip._resize(image, side, "pad", (122, 116, 104), Image.Resampling.BICUBIC)
+    ours = geometry_module.resize(image, side, "pad", (122, 116, 104), Image.Resampling.BICUBIC)
     assert ours.tobytes() == padded_in_full(image, side, Image.Resampling.BICUBIC).tobytes()
     mask = np.random.default_rng(seed).random((height, width), np.float32) * (
         noise_picture(width, height) > np.full(3, 9)
@@ -289,7 +290,7 @@ def test_any_size_padded_without_the_square_is_bit_equal(width, height, side, se
     top, left = (len(square) - height) // 2, (len(square) - width) // 2
     square[top : top + height, left : left + width] = mask
     expected = np.asarray(Image.fromarray(square).resize((side, side), Image.Resampling.BILINEAR))
-    ours = image_processing_alpha_clip._resize(mask, side, "pad", 0, Image.Resampling.BILINEAR)
+    ours = geometry_module.resize(mask, side, "pad", 0, Image.Resampling.BILINEAR)
     assert np.array_equal(np.asarray(ours), expected)
 
 

@@ -9,7 +9,7 @@ import torch
 from tests.tiny import build_tiny_clip, noise_picture
 from vision_tower import AlphaCLIPImageProcessor, Region
 from vision_tower.image_sources import fetch
-from vision_tower.region_arguments import as_region, flat_pairs, match_regions, region_list
+from vision_tower.region_arguments import as_region, flatten_pairs, match_regions, region_list
 
 BOX, FAR = Region.from_box(2, 2, 20, 20), Region.from_box(20, 10, 38, 38)
 IMAGE = noise_picture(40, 40)
@@ -99,7 +99,9 @@ def test_what_is_no_region_is_one_line(value):
 )
 def test_images_get_their_regions(images, regions, expected):
     pairs = match_regions(images, regions)
-    assert [region for _, entry in flat_pairs(pairs) for region in entry] == [as_region(region) for region in expected]
+    assert [region for _, entry in flatten_pairs(pairs) for region in entry] == [
+        as_region(region) for region in expected
+    ]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,7 @@ def test_lists_of_regions():
 
 @pytest.mark.parametrize("name", ["region", "masks", "bbox", "mm_processor_kwargs", "images_kwargs", "audio_kwargs"])
 def test_clip_refuses_what_would_be_dropped(name):
-    with pytest.raises(ValueError, match="would be ignored; regions are passed as regions="):
+    with pytest.raises(ValueError, match="would be ignored; pass regions as regions="):
         CLIP(IMAGE, "a", **{name: {"region": BOX} if name.endswith("kwargs") else BOX})
 
 

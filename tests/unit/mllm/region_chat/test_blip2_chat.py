@@ -14,7 +14,7 @@ from mllm.inference import RegionChat
 from mllm.processing_blip2 import conversation_prompt
 from tests.tiny import build_tiny_blip2, noise_picture, tiny_blip2_parts, tiny_vision_config
 from vision_tower import AlphaCLIPVisionModel, Region
-from vision_tower.image_processing_alpha_clip import ALPHA_MEAN, ALPHA_STD
+from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 
 IMAGE = noise_picture(60, 40)
 LEFT, RIGHT = Region.from_box(0, 0, 30, 40), Region.from_box(30, 0, 60, 40)

@@ -18,7 +18,7 @@ from tests.drawn_back import fed_pixels  # noqa: F401, a fixture
 from tests.tiny import noise_picture
 from vision_tower import Region
 from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
-from vision_tower.image_processing_alpha_clip import place_alpha
+from vision_tower.geometry import place_alpha
 
 
 @pytest.fixture
