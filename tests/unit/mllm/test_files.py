@@ -30,6 +30,7 @@ from mllm.files import (
     write_file,
     write_json,
 )
+from tests.files import read_json
 
 LOOP = "circular"
 
@@ -58,7 +59,7 @@ def foreign(tmp_path):
 def test_a_file_is_written_whole_and_keeps_its_mode(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"made_by": made_by("x"), "name": "half a pair: \ud800", "word": "größer"})
-    assert json.loads(path.read_text("utf-8"))["name"] == "half a pair: \ud800" and "größer" in path.read_text("utf-8")
+    assert read_json(path)["name"] == "half a pair: \ud800" and "größer" in path.read_text("utf-8")
     assert path.stat().st_mode & 0o777 == 0o666 & ~files._umask()
     path.chmod(0o600)
     assert path.read_text("utf-8").count("\n") == 5  # to be read by people, too

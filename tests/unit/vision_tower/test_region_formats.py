@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from tests.files import write_json
 from vision_tower import Region
 
 FRACTIONS = {
@@ -100,7 +101,7 @@ OUTLINE = [[10, 5, 30, 5, 30, 20, 10, 20]]
 def test_a_coco_annotation_or_its_segmentation_is_a_region(segmentation, tmp_path):
     annotation = {"id": 1, "image_id": 2, "category_id": 3, "bbox": [10, 5, 20, 15], "segmentation": segmentation}
     for written in (annotation, segmentation):
-        (tmp_path / "a.json").write_text(json.dumps(written))
+        write_json(tmp_path / "a.json", written)
         for region in (
             Region.from_coco(written),
             Region.from_json({"rle": written}),

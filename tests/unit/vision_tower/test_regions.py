@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from tests.drawn_back import iou
+from tests.files import read_json, write_json
 from vision_tower import regions as regions_module
 from vision_tower.region_values import ROUNDING
 from vision_tower.regions import Region
@@ -167,13 +169,13 @@ def test_a_figure_of_eight_has_an_area():
 
 
 def test_polygon_of_a_real_photo_agrees_with_pycocotools(shared_data):
-    (record,) = json.loads((shared_data / "photos/quokka_annotations.json").read_text())["polygons"]
+    (record,) = read_json(shared_data / "photos/quokka_annotations.json")["polygons"]
     points = [(point["x"], point["y"]) for point in record["keypoints"]]
     height, width = Image.open(shared_data / "photos/quokka.jpg").size[::-1]
     ours = Region.from_polygon(points).mask(height, width) >= 0.5
     flat = [float(v) for point in points for v in point]
     theirs = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([flat], height, width))) > 0
-    assert (ours & theirs).sum() / (ours | theirs).sum() > 0.99
+    assert iou(ours, theirs) > 0.99
 
 
 def test_points_and_strokes_have_their_areas():
@@ -240,7 +242,7 @@ def test_mask_files(tmp_path):
     Image.fromarray(mask).save(tmp_path / "m.png")
     assert Region.from_mask(tmp_path / "m.png") == Region.parse(f"mask:{tmp_path / 'm.png'}") == Region.from_mask(mask)
     assert Region.parse(f"mask:{tmp_path / 'm.png'}*0.5") == Region.from_mask(mask, strength=0.5)
-    (tmp_path / "r.json").write_text(json.dumps(Region.from_mask(mask).to_json()["rle"]))
+    write_json(tmp_path / "r.json", Region.from_mask(mask).to_json()["rle"])
     assert Region.parse(f"rle:{tmp_path / 'r.json'}") == Region.from_mask(mask)
 
 
