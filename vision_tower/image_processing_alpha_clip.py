@@ -144,10 +144,10 @@ class AlphaCLIPImageProcessor(PilBackend):
         images = image_url_or_urls
         if isinstance(images, list | tuple):
             return [self.fetch_images(image) for image in images]
-        supported = (
-            isinstance(images, Image.Image) or isinstance(images, np.ndarray | torch.Tensor) and images.ndim != 2
-        )
-        return images if supported or images is None else decode_image(fetch(images), max_pixels=self.max_pixels)
+        is_array = isinstance(images, np.ndarray | torch.Tensor) and images.ndim != 2
+        if images is None or is_array or isinstance(images, Image.Image):
+            return images
+        return decode_image(fetch(images), max_pixels=self.max_pixels)
 
     def preprocess(
         self,

@@ -43,9 +43,8 @@ def as_region(value: Any) -> Region:
     if isinstance(value, str):
         return Region.from_json(_load_json(value)) if value.lstrip().startswith("{") else Region.parse(value)
     if isinstance(value, Mapping):
-        fields = {
-            name: part for name, part in value.items() if part is not None
-        }  # `datasets` adds the keys of all rows to each row
+        # `datasets` adds the keys of all rows to each row, with the value None
+        fields = {name: part for name, part in value.items() if part is not None}
         is_json = "kind" not in fields or not fields.keys() <= set(_FIELDS)
         return Region.from_json(fields) if is_json else _from_fields(**fields)
     if all(hasattr(value, name) for name in _FIELDS):

@@ -201,7 +201,7 @@ def test_wrong_directories_are_refused(stock_dir, tiny_llava_dir, tmp_path):
         AlphaBlip2Config(vision_config={"model_type": "siglip_vision_model"})
     config = AlphaBlip2Config.from_pretrained(stock_dir)
     config.vision_config = AlphaCLIPBlip2VisionConfig(**tiny_vision_config(hidden_size=64))
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="do not match"):
         AlphaBlip2ForConditionalGeneration.from_pretrained(stock_dir, config=config)
 
 

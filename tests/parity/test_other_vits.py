@@ -148,7 +148,7 @@ def test_other_weights_are_an_error(stock, tmp_path):
         {**weights, "extra.alpha.weight": torch.ones(2)},
     ):
         save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
-        with pytest.raises(ValueError, match="do not fit"):
+        with pytest.raises(ValueError, match="do not match"):
             load_with_alpha(tmp_path)
 
 

@@ -81,7 +81,7 @@ def poison(weights):
         (put("conv1_alpha.weight", torch.zeros(128, 3, 8, 8)), "conv1_alpha"),
         (put("positional_embedding", torch.zeros(16, 128)), "positional_embedding"),
         (put("transformer.resblocks.4.ln_1.weight", torch.zeros(128)), r"lacks transformer\.resblocks\.2"),
-        (poison, "c_fc.bias holds NaN"),
+        (poison, "c_fc.bias contains NaN"),
     ],
 )
 def test_damage_is_named(original, damage, message):
@@ -122,7 +122,7 @@ class Malicious:
 def test_a_pickle_that_wants_to_run_code_is_refused(original, tmp_path):
     torch.save({**original, "conv1.weight": Malicious(tmp_path / "ran")}, tmp_path / "bad.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
-    for name, reason in (("bad.pth", "would run code"), ("plain.pth", "expected the archive that torch.save writes")):
+    for name, reason in (("bad.pth", "would run code"), ("plain.pth", "expected an archive written by torch.save")):
         with pytest.raises(ValueError, match=reason):
             conversion.read_checkpoint(tmp_path / name)
     assert not (tmp_path / "ran").exists()

@@ -199,5 +199,5 @@ def test_what_has_no_end_is_no_image(tmp_path, kind):
     if kind == "pipe":
         path = tmp_path / "pipe.png"
         os.mkfifo(path)
-    with pytest.raises(ValueError, match="that is a device or pipe"):
+    with pytest.raises(ValueError, match="got a device or pipe"):
         decode_image(path)

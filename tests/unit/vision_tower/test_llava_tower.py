@@ -66,5 +66,5 @@ def test_a_clip_directory_has_zero_alpha_and_says_so(tmp_path, caplog):
     CLIPVisionModel(CLIPVisionConfig(**tiny_vision_config())).save_pretrained(tmp_path)
     CLIPImageProcessor(**SIZE).save_pretrained(tmp_path)
     tower = AlphaCLIPVisionTower(str(tmp_path), args())
-    assert "regions are ignored" in caplog.text
+    assert "regions have no effect" in caplog.text
     assert torch.count_nonzero(tower.vision_tower.embeddings.patch_embedding.alpha.weight) == 0

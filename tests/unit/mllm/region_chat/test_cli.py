@@ -17,7 +17,7 @@ from tests.drawn_back import alpha_map
 from tests.files import encoded_image, write_json
 from tests.tiny import noise_image
 from vision_tower import Region
-from vision_tower.image_processing_alpha_clip import place_alpha
+from vision_tower.geometry import place_alpha
 
 
 @pytest.fixture
@@ -245,13 +245,13 @@ def test_a_box_that_reaches_over_the_image_is_clipped_with_a_warning(tiny_llava_
     [
         (["--box", "0.1", "0.1", "0.5", "0.5"], "fractions of the image must be passed as nbox"),
         (["--box-xywh", "0.1,0.1,0.5,0.5"], "fractions of the image must be passed as nbox"),
-        (["--nbox", "2", "2", "30", "30"], "a box in pixels is box"),
+        (["--nbox", "2", "2", "30", "30"], "use box for pixels"),
         (["--points", "0.5,0.5@6"], "multiplied by its width and height"),
         (["--stroke", "0.5,0.5;0.7,0.7@6"], "multiplied by its width and height"),
         (["--polygon", "0.1,0.1,0.9,0.1,0.5,0.5"], "multiplied by its width and height"),
         (["--box", "700", "700", "900", "900"], "divide them by 1000"),
         (["--box", "24", "3", "60"], "expected 4 numbers, got 3"),
-        (["--box", "24", "3", "10", "10"], "x,y,width,height is xywh"),
+        (["--box", "24", "3", "10", "10"], "use xywh for x,y,width,height"),
     ],
 )
 def test_a_region_in_the_wrong_unit_is_an_error(picture, flags, message, capsys):

@@ -16,7 +16,7 @@ from tests.drawn_back import alpha_map
 from tests.files import read_json, write_json
 from tests.tiny import noise_image
 from vision_tower import Region
-from vision_tower.image_processing_alpha_clip import place_alpha
+from vision_tower.geometry import place_alpha
 
 
 @pytest.fixture
