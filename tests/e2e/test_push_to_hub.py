@@ -81,7 +81,7 @@ def hub(monkeypatch):
     stand_in.model_info = lambda name: SimpleNamespace(private=stand_in.private)
     stand_in.upload_folder = upload_folder
     monkeypatch.setattr(publish, "HfApi", lambda: stand_in)
-    monkeypatch.setattr(publish, "hub_answers", lambda: True)
+    monkeypatch.setattr(publish, "hub_is_available", lambda: True)
     monkeypatch.setattr(publish, "get_token", lambda: "token")
     return stand_in
 
@@ -247,7 +247,7 @@ def test_the_hub_cannot_be_reached_or_says_no(tower, hub, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(publish, "get_token", lambda: None)
         assert "hf auth login" in refused()
-        patch.setattr(publish, "hub_answers", lambda: False)
+        patch.setattr(publish, "hub_is_available", lambda: False)
         assert "--to FOLDER" in refused()
     assert not hub.calls
     api = huggingface_hub.HfApi(endpoint=ADDRESS, token="token")  # the real one, as behind a proxy that is down

@@ -15,7 +15,7 @@ from alpha_clip_commands.region_chat import main as region_chat
 from alpha_clip_commands.region_eval import main
 from mllm.data.readers.visual_genome import read_region_questions
 from mllm.data.shapes import visual_genome_layout
-from mllm.files import locked
+from mllm.locks import locked
 from tests.files import read_json, read_json_lines, write_json, write_json_lines
 
 FAST = ["--metrics", "exactly right", "ROUGE-L"]

@@ -203,7 +203,7 @@ def test_an_index_of_an_earlier_version_loads_and_is_replaced(place, capsys):
 
 
 def test_two_indexings_at_once(place, capsys):
-    from mllm.files import locked
+    from mllm.locks import locked
 
     with locked(place / "vg" / "region_index"):
         error = refused(alpha_clip.main, ["prepare", "vg", "--source", "vg"], capsys)

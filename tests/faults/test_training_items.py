@@ -14,7 +14,7 @@ import mllm
 from alpha_clip_commands.training.tuning_arguments import DataArguments
 from mllm.data.index import TRAIN, RegionIndex
 from mllm.data.prepare import make_index
-from mllm.files import locked
+from mllm.locks import locked
 from tests.faults.training_runs import make_worlds
 from tests.files import read_json, write_json_lines
 from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_image

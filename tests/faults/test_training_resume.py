@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from mllm.data.prepare import make_index
-from mllm.files import locked
+from mllm.locks import locked
 from tests.faults.training_runs import PROGRAMS, make_worlds
 from tests.files import read_json, write_json
 from tests.processes import Killed

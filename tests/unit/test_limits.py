@@ -30,9 +30,9 @@ DOCUMENTED = {  # limit -> its value, and how the page writes it
     "MAX_BLOCKS": (300, "300"),
     "MAX_RANK": (4096, "4,096"),
     "MAX_ERRORS": (0.5, "half"),
-    "FEW_ITEMS": (20, "20"),
+    "MIN_ERRORS": (20, "20"),
 }
-LIMIT = re.compile(r"^((?:MAX|LARGEST|LONGEST|MOST|FEW)_[A-Z_]+|DEEPEST) = ", re.MULTILINE)
+LIMIT = re.compile(r"^((?:MAX|LARGEST|LONGEST|MOST)_[A-Z_]+|MIN_ERRORS|DEEPEST) = ", re.MULTILINE)
 
 
 def limits():

@@ -16,8 +16,8 @@ from eval.predictions import read_predictions
 from eval.report import Results
 from eval.score import measure
 from mllm.data.shapes import visual_genome_layout
-from mllm.files import locked
 from mllm.inference import Answer, RegionChat
+from mllm.locks import locked
 from tests.files import read_json, write_json_lines
 from tests.processes import Killed
 
@@ -94,8 +94,10 @@ def test_differences_are_of_the_same_samples(plan):
 def test_stopped_at_any_moment_and_rerun_it_gives_the_same_bytes(embedded, plan, monkeypatch, error):
     """At every system call that writes: predictions and metrics are those of an uninterrupted run."""
     monkeypatch.setattr(RegionChat, "answer_each", say_something)
-    monkeypatch.setattr("mllm.region_chat.batch.fingerprint", lambda *arguments: "same")  # a tenth of a second each
-    monkeypatch.setattr("mllm.region_chat.batch.added_weights", lambda model: "same")
+    monkeypatch.setattr(
+        "mllm.fingerprints.directory_fingerprint", lambda *arguments: "same"
+    )  # a tenth of a second each
+    monkeypatch.setattr("mllm.fingerprints.added_weights_fingerprint", lambda model: "same")
     monkeypatch.setattr("eval.report.picture_of", lambda *arguments: Picture(problem="not drawn"))
     real = {name: getattr(os, name) for name in ("write", "fsync", "replace", "ftruncate")}
 

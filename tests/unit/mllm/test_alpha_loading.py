@@ -75,7 +75,7 @@ OPTIONS = [{"dtype": torch.float16}, {"dtype": "bfloat16"}, {"device_map": "cpu"
 def test_alpha_starts_at_zero_without_a_report(stock_llava, stock_blip2, family, options, caplog):
     if options in QUANTIZED:
         pytest.importorskip("bitsandbytes", reason="an optional dependency; make setup installs it on Linux")
-        options = {"quantization_config": quantization(options, family.NEVER_QUANTISED)}
+        options = {"quantization_config": quantization(options, family.NEVER_QUANTIZED)}
     folder, kind = (stock_llava, LlavaConfig) if family is llava else (stock_blip2, Blip2Config)
     model = family.load_model(folder, kind.from_pretrained(folder), **options)
     assert torch.count_nonzero(alpha_of(model)) == 0

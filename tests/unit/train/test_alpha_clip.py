@@ -405,7 +405,7 @@ def test_what_is_no_clip_is_refused_in_one_line(wrong_models, data, tmp_path, ca
 
 
 def test_a_hub_id_without_network_is_refused_at_once(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("mllm.loading.hub_answers", lambda: False)
+    monkeypatch.setattr("mllm.hub.hub_is_available", lambda: False)
     assert run("nobody/no-clip", data, tmp_path / "out") == 2
     assert "got 'nobody/no-clip': there is no such directory, and no such model on a hub" in error_line(capsys)
 
