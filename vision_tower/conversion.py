@@ -245,7 +245,7 @@ def to_original(ours: StateDict) -> StateDict:
     for key in ("visual_projection.weight", f"vision_model.{ALPHA_WEIGHT}"):
         if key not in ours:
             raise ValueError(
-                f"expected {key} in the weights: the original layout requires it (the tower of a LLaVA has no projection)"
+                f"expected {key} in the weights, which the original layout requires (a LLaVA tower has no projection)"
             )
     original = {"proj": ours["visual_projection.weight"].T.contiguous()}
     original |= {theirs: ours[f"vision_model.{name}"] for theirs, name in _TOWER_KEYS.items()}

@@ -339,7 +339,7 @@ def test_a_bug_of_ours_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise TypeError("a bug")
 
-    for name in ("_to_rgb", "_load", "_opened", "_check_pixels", "has_transparency", "_to_8_bits", "_from_array"):
+    for name in ("_to_rgb", "_load", "_open_file", "_check_pixels", "has_transparency", "_to_8_bits", "_from_array"):
         with monkeypatch.context() as patch:
             patch.setattr(image_decoding, name, broken)
             with pytest.raises(TypeError, match="a bug"):
