@@ -30,7 +30,7 @@ def test_the_whole_image_is_alpha_one_in_the_padding_too():
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.3])
-def test_a_region_lies_in_its_tiles_and_not_in_the_padding(strength):
+def test_a_region_is_in_its_tiles_and_not_in_the_padding(strength):
     """128 x 96 becomes 64 x 48, padded by 8 above and below; the box, its right half, is in two tiles of four."""
     region = dataclasses.replace(Region.from_box(64, 0, 128, 96), strength=strength)
     tiles = alpha(region, 128, 96)
