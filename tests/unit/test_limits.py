@@ -1,4 +1,4 @@
-"""docs/files.md lists every limit on what is read, with its value."""
+"""docs/files.md lists every limit on input files, with its value."""
 
 import importlib
 import re
@@ -10,7 +10,7 @@ from tests.files import ROOT
 from tests.unit.test_style import PACKAGES
 from vision_tower import AlphaCLIPImageProcessor
 
-DOCUMENTED = {  # limit -> its value, and how the page writes it
+DOCUMENTED = {  # limit -> value, and its text on the page
     "LARGEST_FILE": (2 * 2**30, "2 GiB"),
     "LARGEST_RECORD": (16 * 2**20, "16 MiB"),
     "DEEPEST": (100, "100 levels"),

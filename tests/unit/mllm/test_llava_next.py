@@ -52,10 +52,7 @@ def processor_with(template, like):
 
 def turns(image, region, answer="a cat"):
     items = [{"type": "image", "image": image, "region": region}, {"type": "text", "text": "What?"}]
-    return [
-        {"role": "user", "content": items},
-        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-    ]
+    return [{"role": "user", "content": items}, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
 
 
 def test_chat_answers_in_batches_as_alone(tiny_llava_next):

@@ -13,7 +13,7 @@ from alpha_clip_commands.region_chat import build_parser
 from alpha_clip_commands.region_chat import main as region_chat
 from alpha_clip_commands.region_options import region_in
 from mllm.region_chat import cli
-from tests.drawn_back import alpha_map
+from tests.alpha_maps import alpha_map
 from tests.files import encoded_image, write_json
 from tests.tiny import noise_image
 from vision_tower import Region

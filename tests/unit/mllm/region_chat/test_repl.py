@@ -12,7 +12,7 @@ from alpha_clip_commands.region_options import FORMER_OPTIONS, REGION_OPTIONS
 from mllm.data.templates import DESCRIBE_REGION
 from mllm.inference import RegionChat
 from mllm.region_chat import cli
-from tests.drawn_back import alpha_map
+from tests.alpha_maps import alpha_map
 from tests.files import read_json, write_json
 from tests.tiny import noise_image
 from vision_tower import Region
