@@ -28,7 +28,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", default="auto", choices=DTYPES, help="default: as stored")
     group.add_argument("--attn-implementation", help="eager, sdpa, ... (default: Transformers' choice)")
     group.add_argument("--compile", action="store_true", help="compile the vision tower: slower start, faster images")
-    group.add_argument("--seed", type=int, default=0, help="answers are greedy; this seeds whatever else draws numbers")
     group.add_argument("--revision", help="branch, tag or commit of a hub id")
     group.add_argument("--trust-remote-code", action="store_true", help="allow code from the model directory to run")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('alpha-clip-mllm')}")

@@ -185,7 +185,9 @@ def test_the_index_lies_in_the_data_and_nothing_else_changes(place, capsys):
     assert before.items() <= after.items()
     assert {name.split("/")[0] for name in after.keys() - before.keys()} == {"region_index"}
     (place / "vg" / "region_index" / "notes.txt").touch()
-    assert "holds more than this command wrote" in refused(alpha_clip.main, ["prepare", "vg", "--source", "vg"], capsys)
+    assert "files that this command did not write" in refused(
+        alpha_clip.main, ["prepare", "vg", "--source", "vg"], capsys
+    )
 
 
 def test_an_index_of_an_earlier_version_loads_and_is_replaced(place, capsys):

@@ -130,7 +130,7 @@ def write_cut(path):
             ["--batch", "r.jsonl", "--output", "o.jsonl", "--max-errors", "nan"],
             "--max-errors: expected a fraction from 0 to 1",
         ),
-        (["--image", "picture.png", "--whole", "--ask", "x" * 100_000], "the model reads 512"),
+        (["--image", "picture.png", "--whole", "--ask", "x" * 100_000], "context is 512"),
         (["--batch", "r.jsonl"], "--batch needs --output"),
         (["--batch", "missing.jsonl", "--output", "o.jsonl"], "batch file not found: missing.jsonl"),
         (["--image", "picture.png", "--whole", "--ask", "x", "--device", "quantum"], "expected a device"),
@@ -197,7 +197,7 @@ def test_an_unknown_hub_id_fails_at_once_without_network(picture, monkeypatch, c
 @pytest.mark.parametrize("flags, noted", [(["--points", "20,20@6"], True), (["--box", "2,2,30,30"], False)])
 def test_what_the_embedded_model_never_learned_is_noted(picture, capsys, flags, noted):
     assert region_chat(["--image", str(picture), *flags, "--ask", "What is this?", "--max-new-tokens", "1"]) == 0
-    assert ("learned from boxes and masks" in capsys.readouterr().err) == noted
+    assert ("trained on boxes and masks" in capsys.readouterr().err) == noted
 
 
 WORDS = [
