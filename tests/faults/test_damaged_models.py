@@ -2,7 +2,6 @@
 made of something else.
 """
 
-import json
 import shutil
 
 import pytest
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import mllm
 from alpha_clip_commands import alpha_clip
 from mllm import adapter_files, hub, loading
+from tests.files import read_json, write_json
 from tests.tiny import build_tiny_llava
 from vision_tower.modeling_alpha_clip import ALPHA_WEIGHT
 
@@ -54,12 +54,12 @@ def refusal(read, *args, **kwargs):
 
 
 def edited(file, *keys, value):
-    record = json.loads(file.read_text())
+    record = read_json(file)
     inner = record
     for key in keys[:-1]:
         inner = inner[key]
     inner[keys[-1]] = value
-    file.write_text(json.dumps(record))
+    write_json(file, record)
 
 
 CONFIGS = [

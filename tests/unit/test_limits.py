@@ -2,15 +2,14 @@
 
 import importlib
 import re
-from pathlib import Path
 
 import pytest
 
 from alpha_clip_commands.training.tuning_arguments import RegionArguments
+from tests.files import ROOT
 from tests.unit.test_style import PACKAGES
 from vision_tower import AlphaCLIPImageProcessor
 
-ROOT = Path(__file__).parents[2]
 DOCUMENTED = {  # limit -> its value, and how the page writes it
     "LARGEST_FILE": (2 * 2**30, "2 GiB"),
     "LARGEST_RECORD": (16 * 2**20, "16 MiB"),

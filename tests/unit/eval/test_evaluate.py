@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import json
 import os
 import threading
 
@@ -19,6 +18,8 @@ from eval.score import measure
 from mllm.data.shapes import visual_genome_layout
 from mllm.inference import Answer, RegionChat
 from mllm.locks import locked
+from tests.files import read_json, write_json_lines
+from tests.processes import Killed
 
 RECORD = {"protocol": {"limited to": None}, "region_input": "box"}
 
@@ -41,7 +42,7 @@ def test_published_numbers_stand_beside_their_own_protocol_only(tmp_path, task, 
     metrics = {"task": task, "protocol": {}, "items": 1, "metrics": {"ROUGE-L": entry}, "by": {}, "notes": notes}
     results = Results({**metrics, "inputs": {}}, record, records, measure(records, ["ROUGE-L"]))
     write_results(tmp_path, tasks.find(task), results, "region-eval", 0, None)
-    published = json.loads((tmp_path / "metrics.json").read_text())["published"]
+    published = read_json(tmp_path / "metrics.json")["published"]
     assert bool(published) == beside
 
 
@@ -87,10 +88,6 @@ def test_differences_are_of_the_same_samples(plan):
     wrong[0]["prediction"] = "b"
     found = _differences(plan, main, measure(main, metrics), wrong, measure(wrong, metrics))
     assert found["exactly right"]["value"] == pytest.approx(-1 / 3)
-
-
-class Killed(BaseException):
-    """What the process does not survive."""
 
 
 @pytest.mark.parametrize("error", [Killed(), OSError(errno.ENOSPC, "No space left on device")], ids=["killed", "full"])
@@ -174,7 +171,7 @@ def test_too_many_samples_without_a_prediction_are_refused_even_if_missing_ones_
 
     def read(number_of_good, **options):
         lines = [{**row, "id": n} for n, row in enumerate([good] * number_of_good + [bad] * 20)]
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_json_lines(file, lines)
         return read_predictions(file, allow_missing=True, **options)
 
     with pytest.raises(ValueError, match=r"20 of 39 samples have no prediction .*than --max-errors 0.5 allows"):

@@ -26,6 +26,7 @@ from mllm.loading import quantization
 from tests.tiny import (
     alpha_of,
     build_tiny_blip2,
+    save_model,
     tiny_blip2_parts,
     tiny_llava_config,
     tiny_tokenizer,
@@ -123,8 +124,7 @@ def test_an_alpha_weight_of_nan_raises(tiny_llava, tmp_path, kind, value):
     if kind == "export":
         export(model, processor, tmp_path / "model")
     else:
-        model.save_pretrained(tmp_path / "model")
-        processor.save_pretrained(tmp_path / "model")
+        save_model(tmp_path / "model", model, processor)
     file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file)
     name = "patch_embedding.weight" if kind == "export" else ".alpha.weight"
@@ -146,9 +146,7 @@ def clip_tower(folder):
 
 
 def whole(folder):
-    model, processor = build_tiny_blip2("opt")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save_model(folder, *build_tiny_blip2("opt"))
     return AutoModelForImageTextToText, AlphaBlip2ForConditionalGeneration
 
 

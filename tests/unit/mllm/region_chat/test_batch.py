@@ -22,7 +22,7 @@ from tests.batch_files import (  # noqa: F401, pytest finds the fixtures here
     request_folder,
     write,
 )
-from tests.tiny import noise_picture
+from tests.tiny import noise_image
 
 
 def test_one_bad_request_never_stops_the_others(tiny_llava_dir, folder, capsys):
@@ -161,7 +161,7 @@ def test_failed_requests_are_retried_only_when_asked(tiny_llava_dir, folder, cap
     assert region_chat(arguments(tiny_llava_dir, folder)) == 1
     assert "--retry-failed" in capsys.readouterr().err
     before = answers(folder)
-    noise_picture(60, 40).save(folder / "late.png")
+    noise_image(60, 40).save(folder / "late.png")
     assert region_chat(arguments(tiny_llava_dir, folder)) == 1
     assert answers(folder) == before and "error" in before[-1]
     assert region_chat([*arguments(tiny_llava_dir, folder), "--retry-failed"]) == 0

@@ -26,6 +26,7 @@ from tests.batch_files import (  # noqa: F401, pytest finds the fixtures here
     request_folder,
     write,
 )
+from tests.processes import Killed
 
 
 @pytest.mark.parametrize("kept", ["mid line", "whole lines", "nothing", "all", "no file"])
@@ -123,10 +124,6 @@ def test_a_damaged_line_of_the_journal_is_named(tiny_llava, folder, line):
     with pytest.raises(ValueError, match=r"answers\.jsonl\.journal\.jsonl is damaged \(line 2"):
         batch(tiny_llava, folder)
     assert (folder / "answers.jsonl").read_bytes() == before
-
-
-class Killed(BaseException):
-    """What the process does not survive."""
 
 
 class Machine:
