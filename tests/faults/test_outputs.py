@@ -58,7 +58,7 @@ def place(tmp_path, monkeypatch):
         (eval.attention_map, "load"),
         (mllm.convert.alpha_clip, "read_source"),
         (mllm.convert.lavis, "convert"),
-        (mllm.publish, "check_whole"),
+        (mllm.publish, "check_complete"),
     ):
         monkeypatch.setattr(module, name, unexpected)
     monkeypatch.chdir(tmp_path)
