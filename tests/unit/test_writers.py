@@ -14,7 +14,7 @@ ALLOWED = {
     "mllm/overlay.py": {"save"},  # through replacing_file
     "mllm/data/shapes/visual_genome_layout.py": {"save"},  # into a folder that replacing_folder has made
     "mllm/data/shapes/grit_layout.py": {"save", "write_bytes"},  # so too; PNG into memory
-    "vision_tower/regions.py": {"save"},  # into memory
+    "vision_tower/region_masks.py": {"save"},  # into memory
     "mllm/convert/export.py": {
         "save_pretrained",
         "save_torch_state_dict",
