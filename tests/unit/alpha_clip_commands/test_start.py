@@ -98,7 +98,7 @@ USAGE_ERRORS = [
     ([*EVAL, "--strength", "2"], "expected a --strength from 0 to 1, got 2"),
     ([*EVAL, "--batch-size", "0"], "--batch-size: expected 1 or more, got 0"),
     ([*EVAL, "--limit", "-1"], "--limit: expected 1 or more, got -1"),
-    ([*EVAL, "--max-new-tokens", "x"], "--max-new-tokens: expected a whole number"),
+    ([*EVAL, "--max-new-tokens", "x"], "--max-new-tokens: expected an integer"),
     ([*EVAL, "--prompt", " "], "--prompt is empty"),
     ([*EVAL, "--metrics", "CIDER"], "expected metrics out of exactly right, BLEU-1"),
     ([*EVAL, "--metrics", "semantic similarity"], "needs --sentence-model"),
@@ -117,7 +117,7 @@ USAGE_ERRORS = [
     (["region-tune", "shapes_lora", "--data", "none", "--output_dir", "x"], "data not found: none"),
     (["region-tune", "shapes_lora", "--lerning_rate", "1"], "unknown flags or values without a flag: --lerning_rate"),
     (["region-tune", "shapes_lora", "--learning_rate", "x"], "expected a finite number"),
-    (["region-tune", "shapes_lora", "--max_steps", "x"], "expected a whole number"),
+    (["region-tune", "shapes_lora", "--max_steps", "x"], "expected an integer"),
     (["region-tune", "shapes_lora", "--optim", "x"], "invalid choice: 'x'"),
     (["region-tune", "shapes_lora", "--deepspeed", "x"], "deepspeed: expected one of zero1"),
     (["region-tune", "--data", ".", "--lora_r", "-1"], "lora_r: expected 0"),
@@ -140,7 +140,7 @@ USAGE_ERRORS = [
     (["alpha-clip", "convert", "none.pth", "OUT"], "alpha-clip convert: error: source not found: none.pth"),
     (["alpha-clip", "convert", "."], "required: OUT"),
     (["alpha-clip", "convert", ".", "OUT"], "expected a model directory, got . without a config.json"),
-    (["alpha-clip", "convert", "r.yaml", "OUT.pth"], "OUT is a directory"),
+    (["alpha-clip", "convert", "r.yaml", "OUT.pth"], "expected a directory as OUT"),
     (["alpha-clip", "convert-lavis", "none.pth", "OUT", "--language-model", "x"], "checkpoint not found"),
     (["alpha-clip", "merge", "none", "OUT"], "adapter not found"),
     (["alpha-clip", "prepare", "vg", "--source", "none"], "source not found"),
@@ -204,7 +204,7 @@ def test_shown_names_are_the_real_ones():
     from mllm.convert.lavis_keys import VIT_L_BLOCKS
     from mllm.data import dataset_check
     from mllm.data.shapes import scenes, world
-    from mllm.model_card import LICENCES
+    from mllm.model_card import LICENSES
     from vision_tower.conversion import RELEASED_CHECKPOINTS
     from vision_tower.geometry import GEOMETRIES
 
@@ -212,7 +212,7 @@ def test_shown_names_are_the_real_ones():
     assert task_names.METRICS == METRICS
     for file, name, value in (
         ("eval/region_matching.py", "VIEWS", VIEWS),
-        ("mllm/model_card.py", "LICENCES", LICENCES),
+        ("mllm/model_card.py", "LICENSES", LICENSES),
         ("mllm/data/shapes/scenes.py", "SPLITS", scenes.SPLITS),
         ("mllm/data/dataset_check.py", "FILES", {**dataset_check.FILES}),
     ):
@@ -224,7 +224,7 @@ def test_shown_names_are_the_real_ones():
         ("mllm/convert/lavis_keys.py", "VIT_L_BLOCKS", VIT_L_BLOCKS),
     ):
         assert source_values.constant(file, name) == value
-    with pytest.raises(LookupError, match="assigns nothing to NOTHING"):
+    with pytest.raises(LookupError, match="does not assign NOTHING"):
         source_values.constant("mllm/data/index.py", "NOTHING")
 
 

@@ -156,5 +156,5 @@ def test_the_model_card_tells_the_tiles(tiny_llava_next_dir):
     card = model_card(tiny_llava_next_dir, "lab/next")
     assert "LLaVA-NeXT with an Alpha-CLIP tower" in card.text and "(B, tiles, 4, H, W)" in card.text
     assert (
-        "| tiles | the whole picture, and those of the best of 64 x 32, 32 x 64, 64 x 64, 32 x 32 pixels" in card.text
+        "| tiles | the whole image, and those of the best fit of 64 x 32, 32 x 64, 64 x 64, 32 x 32 pixels" in card.text
     )
