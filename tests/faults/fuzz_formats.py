@@ -27,8 +27,8 @@ from mllm.data.samples import RegionSample, load_image
 from mllm.region_chat.batch import read_requests
 from tests.fuzzing import HOSTILE, byte_cases, hostile_records, json_cases, pickle_cases
 from tests.tiny import noise_picture
-from train.arguments import parse_args
 from train.contrastive import arguments
+from train.tuning.arguments import parse_args
 from vision_tower import AlphaCLIPImageProcessor, Region, conversion
 
 RLE = {"size": [8, 10], "counts": [12, 3, 5, 3, 57]}

@@ -135,7 +135,7 @@ USAGE_ERRORS = [
     (["region-tune", "--data", ".", "--wordings", "none"], "wordings: expected one of own"),
     (
         ["region-tune"],
-        "required: --data; without a recipe everything is given by flags; the usage is",
+        "required: --data; without a recipe all settings are given as flags; usage: ",
     ),
     (["alpha-clip"], "expected a command, one of convert, convert-lavis"),
     (["alpha-clip", "nonsense"], "invalid choice"),

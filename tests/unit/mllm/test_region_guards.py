@@ -22,7 +22,7 @@ from mllm.llava import build_llava_processor
 from mllm.loading import EMBEDDED_MODEL
 from mllm.region_chat import cli
 from tests.tiny import build_tiny_llava, noise_picture, prompt, tiny_llava_config, tiny_tokenizer, tiny_vision_config
-from train.sampling import ConversationDataset
+from train.tuning.conversations import ConversationDataset
 from vision_tower import AlphaCLIPImageProcessor, Region
 
 BOX = Region.from_box(2, 2, 30, 30)
