@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alpha_clip_commands.command_line import too_many_errors
+from alpha_clip_commands.error_limit import MAX_ERRORS, too_many_errors
 from mllm.data.json_files import (
     NotWholeError,
     check_kept,
@@ -20,7 +20,6 @@ from mllm.data.json_files import (
     read_json,
     refuse_repeated,
 )
-from mllm.data.records import MAX_ERRORS
 from mllm.data.samples import RegionSample, TarMember
 from mllm.data.schemas import Prediction, checked
 from mllm.files import replacing_file

@@ -16,9 +16,12 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from alpha_clip_commands.command_line import one_line
 from alpha_clip_commands.training.renamed_settings import current_settings
-from mllm.files import cannot_write, claim_folder, locked, one_line, sync_files, write_json
+from mllm.files import cannot_write, sync_files, write_json
+from mllm.folders import claim_folder
 from mllm.loading import EMBEDDED_MODEL
+from mllm.locks import locked
 from train.skipped import SKIPPED, SkippedItem
 
 COMPLETE = "complete.json"  # written last into a checkpoint; without it the checkpoint is incomplete

@@ -19,8 +19,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import TrainingArguments
 
-from alpha_clip_commands.command_line import BAD_INPUT, FAILED, INTERRUPTED, exit_code, log_to_terminal, say
-from mllm.files import one_line
+from alpha_clip_commands.command_line import BAD_INPUT, FAILED, INTERRUPTED, exit_code, log_to_terminal, one_line, say
 from mllm.lost_process import lost_process
 
 

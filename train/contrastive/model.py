@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import (
 
 from alpha_clip_commands.progress import step
 from alpha_clip_commands.training.contrastive_arguments import TowerArguments
-from mllm.loading import hub_lookup
+from mllm.hub import offline_options
 from train.parts import ALPHA, check_parts, linear_layers, lora_config, part_of
 from vision_tower import AlphaCLIPConfig, AlphaCLIPImageProcessor, AlphaCLIPModel, AlphaCLIPProcessor
 
@@ -56,7 +56,7 @@ def load_model(args: TowerArguments) -> tuple[AlphaCLIPModel, AlphaCLIPProcessor
         ValueError: If the model is not found, is not a full CLIP (text tower and projections included), or its towers
             do not fit together.
     """
-    config, hub = read_config(args.model), hub_lookup(args.model)
+    config, hub = read_config(args.model), offline_options(args.model)
     # float32: at these learning rates 16-bit weights would not change; autocast computes in 16 bits
     model = AlphaCLIPModel.from_pretrained(
         args.model, config=config, attn_implementation=args.attn_implementation, dtype=torch.float32, **hub
@@ -77,7 +77,7 @@ def read_config(name: str) -> AlphaCLIPConfig:
         ValueError: If it is not found, or belongs to another model.
     """
     try:
-        return AlphaCLIPConfig.from_pretrained(name, **hub_lookup(name))
+        return AlphaCLIPConfig.from_pretrained(name, **offline_options(name))
     except (OSError, ValueError) as error:
         reason = error if os.path.isdir(name) else "directory not found, and no such model on a reachable hub"
         raise ValueError(

@@ -1,9 +1,8 @@
 """Which settings make a run: a checkpoint is resumed under the same ones, and refused under any other."""
 
-import json
-
 import pytest
 
+from tests.files import write_json
 from train.contrastive import arguments as contrastive_arguments
 from train.output import COMPLETE, last_checkpoint, locked_output, read_completion, read_training_record
 from train.run import run_config
@@ -23,7 +22,7 @@ def parsed(program, out, *flags):
 
 def store(program, checkpoint):
     _, run = parsed(program, checkpoint.parent)
-    (checkpoint / COMPLETE).write_text(json.dumps({"step": 2, "run_config": run}))
+    write_json(checkpoint / COMPLETE, {"step": 2, "run_config": run})
 
 
 def resumed(program, out, *flags):
