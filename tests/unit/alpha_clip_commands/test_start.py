@@ -130,7 +130,7 @@ USAGE_ERRORS = [
     (["region-tune", "--data", ".", "--optimizer", "none"], "optimizer: expected trainer or muon"),
     (["region-tune", "--data", ".", "--lora_r", "1", "--load_in", "3bit"], "load_in: expected 4bit or 8bit"),
     (["region-tune", "--data", ".", "--wordings", "none"], "wordings: expected one of own"),
-    (["region-tune"], "required: --data; without a recipe everything is given by flags; the usage is"),
+    (["region-tune"], "required: --data; without a recipe all settings are given as flags; usage: "),
     (["alpha-clip"], "expected a command, one of convert, convert-lavis"),
     (["alpha-clip", "nonsense"], "invalid choice"),
     (["alpha-clip", "trian"], "did you mean 'train'"),

@@ -23,7 +23,7 @@ from mllm.loading import EMBEDDED_MODEL
 from mllm.region_chat import cli
 from tests.files import read_json, read_json_lines, write_json
 from tests.tiny import build_stock_llava, build_tiny_llava, noise_image, prompt, save_model
-from train.sampling import ConversationDataset
+from train.tuning.conversations import ConversationDataset
 from vision_tower import AlphaCLIPImageProcessor, Region
 
 BOX = Region.from_box(2, 2, 30, 30)
