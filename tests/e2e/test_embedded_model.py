@@ -185,8 +185,8 @@ def test_tuning_reads_the_region(embedded, root, tmp_path, fed):
     high.
     """
     from alpha_clip_commands.training.tuning_arguments import DataArguments
-    from train.sampling import ConversationDataset
     from train.tuning.collators import ConversationCollator
+    from train.tuning.conversations import ConversationDataset
 
     model, processor = embedded
     make_index(root)

@@ -128,7 +128,7 @@ def test_an_export_needs_no_package(tiny_llava, tmp_path, run_example):
 def test_a_blip2_and_a_model_with_text_tower(tmp_path, run_example):
     for part in build_tiny_blip2("opt"):
         part.save_pretrained(tmp_path / "blip2")
-    assert push(tmp_path / "blip2", "lab/blip2", "--to", tmp_path / "b", "--licence", "mit") == 0
+    assert push(tmp_path / "blip2", "lab/blip2", "--to", tmp_path / "b", "--license", "mit") == 0
     card = ModelCard.load(tmp_path / "b" / "README.md")
     assert card.data.license == "mit" and "4, from a Q-Former" in card.text
     run_example(card, {"lab/blip2": tmp_path / "b"})
@@ -140,7 +140,7 @@ def test_a_blip2_and_a_model_with_text_tower(tmp_path, run_example):
     assert push(tmp_path / "clip", "lab/clip", "--to", tmp_path / "c") == 0
     card = ModelCard.load(tmp_path / "c" / "README.md")
     assert card.data.pipeline_tag == "zero-shot-image-classification"
-    assert run_example(card, {"lab/clip": tmp_path / "c"})["chances"].shape == (1, 2)
+    assert run_example(card, {"lab/clip": tmp_path / "c"})["probabilities"].shape == (1, 2)
 
 
 def test_an_adapter_names_its_model_and_no_folder(tiny_llava_dir, tmp_path, run_example, hub, capsys):
@@ -156,15 +156,14 @@ def test_an_adapter_names_its_model_and_no_folder(tiny_llava_dir, tmp_path, run_
     assert card.data.library_name == "peft" and card.data.base_model == "lab/base" and "| rank | `3` |" in card.text
     model = run_example(card, {"lab/lora": tmp_path / "out", "lab/base": tiny_llava_dir})["model"]
     assert any(isinstance(module, LoraLayer) for module in model.modules())
-    assert (
-        push(tmp_path / "lora", "lab/lora", "--base-model", "lab/base") == 0
-    )  # with links: the folder does not change
+    # with links: the folder does not change
+    assert push(tmp_path / "lora", "lab/lora", "--base-model", "lab/base") == 0
     assert hub.calls[-1][2] == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     assert {file.name: file.read_text(errors="replace") for file in (tmp_path / "lora").iterdir()} == saved
     form = saved["README.md"]  # the empty template of PEFT
     (tmp_path / "lora" / "README.md").write_text(form.replace("## Uses", "## Uses\n\nCats.", 1))
     assert push(tmp_path / "lora", "lab/lora", "--to", tmp_path / "mine", "--base-model", "lab/base") == 2
-    assert "README.md of its own" in capsys.readouterr().err  # edited by the user
+    assert "has a README.md" in capsys.readouterr().err  # edited by the user
 
 
 def test_a_card_of_ones_own_is_kept_letter_for_letter(tower, tmp_path, capsys):

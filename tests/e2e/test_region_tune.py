@@ -17,8 +17,8 @@ from tests.files import ROOT, read_json
 from tests.tiny import build_tiny_llava, save_model
 from tests.training import BIN, assert_equal_runs, launch, losses, recipe_arguments, write_splits
 from train import finetune
-from train.output import WHOLE, last_whole_checkpoint
-from train.trainer import StopOnSignal
+from train.output import COMPLETE, last_checkpoint
+from train.stop_on_signal import StopOnSignal
 
 REGION_TUNE = str(BIN / "region-tune")
 ALPHA = "patch_embedding.alpha.weight"
@@ -179,7 +179,7 @@ def test_evaluation_while_training(world, tmp_path):
     )
     tune(world, tmp_path, *flags, "--report_to", "tensorboard")
     log = read_json(tmp_path / "training_record.json")["log"]
-    for name in ("eval_loss", "eval_exactly_right", "eval_cider_frozen_df"):
+    for name in ("eval_loss", "eval_literal_match", "eval_cider_frozen_df"):
         assert len([entry for entry in log if name in entry]) == 2, name
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 
@@ -188,7 +188,7 @@ SAVING = ("--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 2
 
 
 def until_a_checkpoint(started, out):
-    while started.poll() is None and last_whole_checkpoint(out) is None:
+    while started.poll() is None and last_checkpoint(out) is None:
         time.sleep(0.01)
 
 
@@ -206,7 +206,7 @@ def test_a_killed_run_goes_on_to_the_same_end(world, undisturbed, tmp_path, proc
     until_a_checkpoint(started, tmp_path)
     started.kill_group()
     assert started.wait() == -signal.SIGKILL
-    assert last_whole_checkpoint(tmp_path) is not None
+    assert last_checkpoint(tmp_path) is not None
     tune(world, tmp_path, *SAVING)
     assert_equal_runs(undisturbed, tmp_path, ADAPTER, 0, 0)
 
@@ -222,7 +222,7 @@ def test_a_signal_to_all_processes_ends_with_a_checkpoint(world, tmp_path, proce
     assert started.wait() == 128 + number, started.output()[-3000:]
     assert started.group_is_empty()
     assert f"by {number.name}; rerun the same command to resume" in started.output()
-    assert int(last_whole_checkpoint(tmp_path).name.partition("-")[2]) >= 2
+    assert int(last_checkpoint(tmp_path).name.partition("-")[2]) >= 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -236,7 +236,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(world, undisturbed, tmp_pat
 
     monkeypatch.setattr(StopOnSignal, "on_step_end", killed_at_three)
     assert finetune.main(recipe_arguments(world, tmp_path, *SAVING)) == 128 + number
-    assert last_whole_checkpoint(tmp_path).name == "checkpoint-3"
+    assert last_checkpoint(tmp_path).name == "checkpoint-3"
     assert not (tmp_path / "adapter_model.safetensors").exists()
     monkeypatch.undo()
     tune(world, tmp_path, *SAVING)
@@ -245,14 +245,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(world, undisturbed, tmp_pat
 
 def test_half_written_and_foreign_checkpoints_are_not_picked_up(world, undisturbed, tmp_path, capsys):
     tune(world, tmp_path, *SAVING)
-    (tmp_path / "checkpoint-6" / WHOLE).unlink()
+    (tmp_path / "checkpoint-6" / COMPLETE).unlink()
     (tmp_path / "checkpoint-6" / "optimizer.pt").write_bytes(b"half")
-    assert last_whole_checkpoint(tmp_path).name == "checkpoint-4"
+    assert last_checkpoint(tmp_path).name == "checkpoint-4"
     tune(world, tmp_path, *SAVING)
     assert_equal_runs(undisturbed, tmp_path, ADAPTER, 0, 0)
     assert finetune.main(recipe_arguments(world, tmp_path, *SAVING, "--learning_rate", 2e-2)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "is of another run: learning_rate was 0.01, is 0.02" in error
+    assert "belongs to another run: learning_rate was 0.01, now 0.02" in error
 
 
 def test_a_full_disk_is_named_and_the_run_goes_on_afterwards(world, undisturbed, tmp_path, capsys):
@@ -265,7 +265,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_afterwards(world, undisturbed,
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "cannot write the checkpoint" in error and "is the disk full?" in error
-    assert last_whole_checkpoint(tmp_path / "full") is None
+    assert last_checkpoint(tmp_path / "full") is None
     tune(world, tmp_path / "full", *SAVING)
     assert_equal_runs(undisturbed, tmp_path / "full", ADAPTER, 0, 0)
 

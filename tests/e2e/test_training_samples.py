@@ -22,9 +22,9 @@ from train import alpha_clip, finetune
 from train.contrastive import trainer as contrastive_trainer
 from train.contrastive.data import RegionTextDataset
 from train.contrastive.trainer import RegionTextTrainer, _capped
-from train.sampling import ConversationDataset
 from train.trainer import RegionTrainer
 from train.tuning.collators import IGNORE_INDEX
+from train.tuning.conversations import ConversationDataset
 from vision_tower import AlphaCLIPModel
 
 SPLITS = ("test", "train", "unlisted", "val")
@@ -75,7 +75,7 @@ class Ran:
         patch.setattr(
             finetune.AnswerScorer,
             "answer",
-            lambda s, *a: self.scored.extend(held.item["image"] for held in s.asked) or answer(s, *a),
+            lambda s, *a: self.scored.extend(held.item["image"] for held in s.questions) or answer(s, *a),
         )
         patch.setattr(finetune, "freeze_document_frequency", lambda texts: self.phrases.extend(texts))
 

@@ -28,8 +28,8 @@ from mllm.region_chat.batch import read_requests
 from tests.files import encoded_image
 from tests.fuzzing import HOSTILE, byte_cases, hostile_records, json_cases, pickle_cases
 from tests.tiny import noise_image
-from train.arguments import parse_args
 from train.contrastive import arguments
+from train.tuning.arguments import parse_args
 from vision_tower import AlphaCLIPImageProcessor, Region, conversion
 
 RLE = {"size": [8, 10], "counts": [12, 3, 5, 3, 57]}

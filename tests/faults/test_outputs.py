@@ -58,7 +58,7 @@ def place(tmp_path, monkeypatch):
         (eval.attention_map, "load"),
         (mllm.convert.alpha_clip, "read_source"),
         (mllm.convert.lavis, "convert"),
-        (mllm.publish, "check_whole"),
+        (mllm.publish, "check_complete"),
     ):
         monkeypatch.setattr(module, name, unexpected)
     monkeypatch.chdir(tmp_path)
@@ -185,7 +185,7 @@ def test_the_index_lies_in_the_data_and_nothing_else_changes(place, capsys):
     assert before.items() <= after.items()
     assert {name.split("/")[0] for name in after.keys() - before.keys()} == {"region_index"}
     (place / "vg" / "region_index" / "notes.txt").touch()
-    assert "holds more than this command wrote" in refused(alpha_clip.main, ["prepare", "vg", "--source", "vg"], capsys)
+    assert "that this command did not write" in refused(alpha_clip.main, ["prepare", "vg", "--source", "vg"], capsys)
 
 
 def test_an_index_of_an_earlier_version_loads_and_is_replaced(place, capsys):

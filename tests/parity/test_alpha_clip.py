@@ -60,7 +60,7 @@ def test_features_and_every_block_equal_the_original(original, measured):
     assert max(errors.values()) < TOLERANCE, errors
 
 
-def test_another_alpha_gives_other_features(original):
+def test_a_different_alpha_gives_different_features(original):
     content, checkpoint = original
     model = converted(checkpoint)
     inverted = {**content, "input.alpha01": 1 - content["input.alpha01"]}

@@ -163,7 +163,7 @@ def test_a_missing_tower_tensor_raises(stock_dir, tmp_path):
 @pytest.mark.compatibility(
     "transformers Auto classes", "our LLaVA saved and loaded by AutoModelForImageTextToText and AutoProcessor", "equal"
 )
-def test_saved_model_comes_back_bit_for_bit_through_the_auto_classes(tiny_llava, tmp_path):
+def test_a_saved_model_is_bit_identical_when_loaded_by_auto_classes(tiny_llava, tmp_path):
     model, processor = tiny_llava
     save_model(tmp_path, model, processor)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()

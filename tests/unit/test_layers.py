@@ -218,6 +218,17 @@ def test_a_cycle_is_found_through_lazy_imports_types_and_names():
     assert found == {("alpha_clip_commands.d", "q.e"), ("p.a", "p.b"), ("p.a", "p.c"), ("p.b", "p.c")}
 
 
+def test_each_training_program_imports_only_its_own_package():
+    """`train.tuning` is used by train/finetune.py only, `train.contrastive` by train/alpha_clip.py only."""
+    owners = {"train.tuning": ("finetune.py", "tuning"), "train.contrastive": ("alpha_clip.py", "contrastive")}
+    for path in source_files("train"):
+        for line, _, module, _ in imports(path.read_text("utf-8")):
+            package = ".".join(module.split(".")[:2])
+            owned = package not in owners or path.relative_to(ROOT / "train").parts[0] in owners[package]
+            assert owned, f"{path.relative_to(ROOT)}:{line} imports {module}"
+            assert module not in ("train.finetune", "train.alpha_clip"), f"{path.relative_to(ROOT)}:{line}: entry point"
+
+
 @pytest.mark.parametrize("layer", EXTRA_OF_LAYER)
 def test_what_is_imported_is_declared(layer):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]

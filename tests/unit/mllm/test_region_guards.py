@@ -23,7 +23,7 @@ from mllm.loading import EMBEDDED_MODEL
 from mllm.region_chat import cli
 from tests.files import read_json, read_json_lines, write_json
 from tests.tiny import build_stock_llava, build_tiny_llava, noise_image, prompt, save_model
-from train.sampling import ConversationDataset
+from train.tuning.conversations import ConversationDataset
 from vision_tower import AlphaCLIPImageProcessor, Region
 
 BOX = Region.from_box(2, 2, 30, 30)
@@ -31,14 +31,14 @@ BOX = Region.from_box(2, 2, 30, 30)
 
 @pytest.mark.parametrize("name", ["region", "mask", "masks", "alpha_values"])
 def test_a_misspelt_region_is_an_error(tiny_llava, name):
-    with pytest.raises(ValueError, match="regions are passed as regions="):
+    with pytest.raises(ValueError, match="pass regions as regions="):
         tiny_llava[1](images=noise_image(60, 40), text=prompt("What?"), **{name: BOX})
 
 
 def test_a_stock_image_processor_is_refused():
     model, processor = build_tiny_llava()
     stock = build_llava_processor(CLIPImageProcessor(), processor.tokenizer, model.config)
-    with pytest.raises(ValueError, match="would drop every region"):
+    with pytest.raises(ValueError, match="does not support regions"):
         stock(images=noise_image(60, 40), text=prompt("What?"), regions=BOX)
 
 

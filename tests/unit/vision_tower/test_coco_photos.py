@@ -125,7 +125,7 @@ def check_photo(folder, image, annotations, worst):
         inside = [case for case in cases if is_seen(case[2], geometry)]
         for _, region, mask in cases:
             if not is_seen(mask, geometry):
-                with pytest.raises(ValueError, match="outside the centre crop"):
+                with pytest.raises(ValueError, match="outside the center crop"):
                     processor(first, region, geometry=geometry)
         if not inside:
             continue

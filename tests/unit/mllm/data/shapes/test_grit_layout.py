@@ -127,7 +127,7 @@ def test_command_line(tmp_path, capsys):
     ]
     (tmp_path / "x" / "mine.tar").touch()
     for wrong, message in (
-        (arguments, "holds more than this command wrote (first: mine.tar)"),
+        (arguments, "contains files that this command did not write (first: mine.tar)"),
         ([*arguments, "--out", str(tmp_path / "y"), "--tars", "3"], "0 to that many tars, got 2 and 3"),
         ([*arguments, "--out", str(tmp_path / "y"), "--min-objects", "9"], "objects a scene, got 9"),
     ):
