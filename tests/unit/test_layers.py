@@ -19,10 +19,16 @@ LAYERS = ("alpha_clip_commands", "vision_tower", "mllm", "eval", "train", "scrip
 COMMANDS_MAY_IMPORT = {"alpha_clip_commands", "yaml"}
 # The modules behind the installed commands. They import the packages; only `scripts` imports them.
 ENTRY_MODULES = {f"alpha_clip_commands.{name}" for name in ("alpha_clip", "region_chat", "region_eval", "region_tune")}
-# To be removed: the modules that `region_tune` runs take its `main`.
+# To be removed: what `region_tune` runs takes names of it.
 KNOWN_ENTRY_IMPORTS = {
-    ("train.alpha_clip", "alpha_clip_commands.region_tune"),
-    ("train.finetune", "alpha_clip_commands.region_tune"),
+    (module, "alpha_clip_commands.region_tune")
+    for module in (
+        "train.alpha_clip",
+        "train.arguments",
+        "train.contrastive.arguments",
+        "train.finetune",
+        "train.tuning.arguments",
+    )
 }
 TOWER_MAY_IMPORT = {"torch", "transformers", "numpy", "PIL", "safetensors"}  # the last comes with transformers
 TOWER_MAY_TRY = {"pycocotools"}
