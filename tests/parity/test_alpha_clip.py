@@ -1,4 +1,4 @@
-"""Converted towers give what the original Alpha-CLIP code gives. The judges: outputs of SunzeY/AlphaCLIP's own
+"""Converted towers have the outputs of the original Alpha-CLIP code. References: outputs of SunzeY/AlphaCLIP's own
 model.py, kept in fixtures.
 """
 

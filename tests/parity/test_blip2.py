@@ -1,5 +1,6 @@
-"""BLIP-2 with an alpha tower: at zero alpha it is stock BLIP-2 bit for bit; with alpha it sees the region. The judge is
-Transformers' own `Blip2ForConditionalGeneration`.
+"""BLIP-2 with an alpha tower is bit-identical to stock BLIP-2 with zero alpha, and uses the region with trained alpha.
+
+The reference is Transformers' `Blip2ForConditionalGeneration`.
 """
 
 import pytest
@@ -174,7 +175,7 @@ def test_loss_reaches_the_alpha_weight(tuned):
 
 
 def test_alpha_is_at_the_region():
-    """Stretched, not cropped: the left half of a wide picture is the left half of its alpha."""
+    """Stretched, not cropped: the left half of a wide image is the left half of its alpha."""
     alpha = inputs_for([LEFT])["pixel_values"][0, 3]
     drawn = alpha > 0
     expected = torch.zeros_like(drawn)

@@ -1,4 +1,4 @@
-"""Zero alpha = CLIP, bit for bit. The judge is Transformers' own `CLIPVisionModel`."""
+"""Zero alpha is bit-identical to CLIP. The reference is Transformers' own `CLIPVisionModel`."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""A diffusers pipeline with our tower as its `image_encoder`: the region reaches the image, what is saved comes back.
+"""A diffusers pipeline with our tower as its `image_encoder`: the region changes the image; save and load.
 The judge is diffusers' own `StableDiffusionImageVariationPipeline`, on tiny random parts.
 """
 

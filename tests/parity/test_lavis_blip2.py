@@ -1,4 +1,4 @@
-"""A converted BLIP-2 gives what LAVIS gives, from the picture to the language model's input. The judges: outputs of
+"""A converted BLIP-2 equals LAVIS, from the image to the input of the language model. References: outputs of
 LAVIS' own tower, `ln_vision`, Q-Former and projection, and of Alpha-CLIP's own tower, kept in fixtures.
 """
 
@@ -24,7 +24,7 @@ def lavis():
 
 @pytest.fixture(scope="module")
 def alpha_clip(tmp_path_factory):
-    """An original Alpha-CLIP of two blocks: its tensors, a picture and an alpha map, and its file."""
+    """An original Alpha-CLIP of two blocks: its tensors, an image and an alpha map, and its file."""
     checkpoint, inputs = (fixture_tensors("alpha_clip_original.safetensors", p) for p in ("checkpoint.", "input."))
     file = tmp_path_factory.mktemp("alpha") / "alpha.pth"
     torch.save(checkpoint, file)

@@ -29,7 +29,7 @@ ALPHA = "vision_tower.embeddings.patch_embedding.alpha.weight"
 
 @pytest.fixture(scope="module")
 def stock_dir(tmp_path_factory):
-    """A stock LLaVA-1.5 directory that knows nothing of regions."""
+    """A stock LLaVA-1.5 directory without regions."""
     folder = tmp_path_factory.mktemp("stock")
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()

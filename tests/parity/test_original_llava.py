@@ -1,4 +1,4 @@
-"""The original LLaVA code base with our tower in it gives what Transformers' LLaVA with our tower gives. The judge:
+"""The original LLaVA code base with our tower equals Transformers' LLaVA with our tower. The reference:
 logits of the original code, kept in a fixture (make_original_llava_fixture.py).
 """
 
