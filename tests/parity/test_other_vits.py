@@ -1,4 +1,4 @@
-"""An alpha channel for other ViTs: bit-identical to the stock model with zero alpha; regions after training; save, load.
+"""An alpha channel for other ViTs: bit-identical to the stock model with zero alpha, regions after training, saving.
 
 The references are Transformers' classes.
 """
