@@ -23,18 +23,18 @@ LAYER = "Qformer.bert.encoder.layer"
 
 @pytest.fixture
 def original():
-    """An original checkpoint: 2 blocks, width 128."""
+    """A checkpoint in the original layout: 2 blocks, width 128."""
     return fixture_tensors("alpha_clip_original.safetensors")
 
 
 @pytest.fixture
 def lavis():
-    """A stage-2 checkpoint of LAVIS without a tower: 3 Q-Former layers 64 wide."""
+    """A stage-2 checkpoint of LAVIS without a tower: 3 Q-Former layers of width 64."""
     return fixture_tensors("lavis_blip2.safetensors")
 
 
 def refusal(read, *args):
-    """The message of the ValueError that `read` raises, of one line and within 2 seconds of computing and 1 GB."""
+    """The one-line message of the ValueError that `read` raises within 2 seconds of CPU time and 1 GB."""
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(ValueError) as caught:
         read(*args)
@@ -119,7 +119,7 @@ PICKLED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of formats in beta
+@pytest.mark.filterwarnings("ignore::UserWarning")  # from torch, about beta formats
 @pytest.mark.parametrize("kind", PICKLED)
 def test_what_only_torch_can_save(original, tmp_path, kind):
     make, named = PICKLED[kind]
@@ -150,7 +150,7 @@ def number(value):
 
 
 def tensor_pickle(stored=4, shape=(4,), strides=(1,), offset=0):
-    """{"w": a float32 tensor} as torch.save pickles it, of a storage that is said to hold `stored` numbers."""
+    """{"w": a float32 tensor} as pickled by torch.save, with a storage that states `stored` values."""
     storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + number(stored) + b"tQ"
     sizes = b"".join(b"(" + b"".join(map(number, values)) + b"t" for values in (shape, strides))
     call = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number(offset) + sizes
@@ -166,7 +166,7 @@ def archive(path, pickled, storage=bytes(16), compression=zipfile.ZIP_STORED, **
 
 
 def tuples_of_tuples(depth):
-    """Sixty tuples, each of two references to the one before, as a key: it takes years to hash."""
+    """A dict key of sixty nested tuples, each with two references to the previous one: hashing it takes years."""
     steps = (b"h" + bytes([n]) + b"h" + bytes([n]) + b"\x86q" + bytes([n + 1]) for n in range(depth))
     return b"\x80\x02})q\x00" + b"".join(steps) + b"Ns."
 

@@ -49,9 +49,7 @@ def run(model, content):
 
 
 @pytest.mark.compatibility(
-    "SunzeY/AlphaCLIP model.py",
-    "converted checkpoint: features and every block's hidden states",
-    "1e-5 relative",
+    "SunzeY/AlphaCLIP model.py", "converted checkpoint: features and every block's hidden states", "1e-5 relative"
 )
 def test_features_and_every_block_equal_the_original(original, measured):
     content, checkpoint = original

@@ -30,7 +30,7 @@ from mllm.blip2 import (
     AlphaCLIPBlip2VisionConfig,
     AlphaCLIPBlip2VisionModel,
 )
-from tests.drawn_back import iou
+from tests.alpha_maps import iou
 from tests.tiny import noise_image, tiny_vision_config
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionModel, Region
 
@@ -110,9 +110,7 @@ def forward(model, inputs):
 
 
 @pytest.mark.compatibility(
-    "transformers BLIP-2 (EVA; OPT and T5)",
-    "logits, greedy and 3-beam ids at zero alpha",
-    "equal",
+    "transformers BLIP-2 (EVA; OPT and T5)", "logits, greedy and 3-beam ids at zero alpha", "equal"
 )
 def test_stock_checkpoint_at_zero_alpha_is_stock_blip2(stock_dir):
     stock = Blip2ForConditionalGeneration.from_pretrained(stock_dir).eval()

@@ -8,12 +8,7 @@ import torch
 from transformers import CLIPImageProcessorPil
 
 from tests.tiny import noise_image, tiny_vision_config
-from vision_tower import (
-    AlphaCLIPImageProcessor,
-    AlphaCLIPVisionConfig,
-    AlphaCLIPVisionModelWithProjection,
-    Region,
-)
+from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModelWithProjection, Region
 
 diffusers = pytest.importorskip("diffusers", reason="an optional dependency: pip install 'alpha-clip-mllm[generation]'")
 

@@ -22,7 +22,7 @@ from transformers import (
 import mllm
 from mllm.loading import load_processor
 from mllm.processing_llava_next import AlphaLlavaNextProcessor
-from tests.drawn_back import alpha_map, iou
+from tests.alpha_maps import alpha_map, iou
 from tests.tiny import noise_image, prompt, tiny_llava_next_config, tiny_tokenizer, tiny_vision_config
 from vision_tower import AlphaCLIPVisionModel, AlphaLlavaNextImageProcessor, Region
 from vision_tower.alpha_embedding import WHOLE_IMAGE

@@ -7,13 +7,7 @@ import base64
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    Blip2Processor,
-    BlipImageProcessorPil,
-    CLIPImageProcessorPil,
-    LlavaProcessor,
-    pipeline,
-)
+from transformers import Blip2Processor, BlipImageProcessorPil, CLIPImageProcessorPil, LlavaProcessor, pipeline
 
 from mllm.processing_llava import CHAT_TEMPLATE
 from tests.serving import serve

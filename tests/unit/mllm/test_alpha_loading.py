@@ -13,7 +13,6 @@ from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2VisionConfig,
-    CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
@@ -23,15 +22,7 @@ from mllm import blip2, llava
 from mllm.blip2 import AlphaBlip2ForConditionalGeneration, AlphaBlip2VisionConfig, AlphaBlip2VisionModel
 from mllm.convert.export import export
 from mllm.loading import quantization
-from tests.tiny import (
-    alpha_of,
-    build_tiny_blip2,
-    save_model,
-    tiny_blip2_parts,
-    tiny_llava_config,
-    tiny_tokenizer,
-    tiny_vision_config,
-)
+from tests.tiny import alpha_of, build_stock_llava, build_tiny_blip2, save_model, tiny_blip2_parts
 
 EVA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 EVA = {**EVA, "image_size": 32, "patch_size": 8}
@@ -52,10 +43,7 @@ def without_alpha(folder):
 
 @pytest.fixture(scope="module")
 def stock_llava(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llava")
-    config = tiny_llava_config(tiny_tokenizer(), CLIPVisionConfig(**tiny_vision_config()))
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("llava"), build_stock_llava())
 
 
 @pytest.fixture(scope="module")

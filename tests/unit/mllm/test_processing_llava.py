@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoProcessor
 
 from mllm.processing_llava import _FORMER_CHAT_TEMPLATE, CHAT_TEMPLATE, VICUNA_V1_SYSTEM
-from tests.drawn_back import alpha_map, iou
+from tests.alpha_maps import alpha_map, iou
 from tests.tensors import same_tensors
 from tests.tiny import build_tiny_llava, noise_image, prompt
 from train.tuning.collators import IGNORE_INDEX, encode_with_labels

@@ -19,7 +19,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from mllm.data.samples import load_image
-from tests.drawn_back import alpha_map
+from tests.alpha_maps import alpha_map
 from tests.files import read_json
 from vision_tower import AlphaCLIPImageProcessor, Region
 from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_STD
 
-from tests.drawn_back import alpha_map
+from tests.alpha_maps import alpha_map
 from tests.files import encoded_image
 from tests.tiny import noise_image
 from vision_tower import AlphaCLIPImageProcessor, Region, image_processing_alpha_clip

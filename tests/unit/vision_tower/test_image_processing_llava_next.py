@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.drawn_back import alpha_map
+from tests.alpha_maps import alpha_map
 from tests.tiny import noise_image
 from vision_tower import AlphaLlavaNextImageProcessor, Region
 from vision_tower.alpha_embedding import WHOLE_IMAGE

@@ -73,8 +73,7 @@ def test_xywh_is_the_box_of_coco():
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["24,3,60,39", "24 3 60 39", " 24, 3, 60, 39 ", "24 ,3 60,  39", "24\t3\n60 39", "+24 3. 6e1 39.0"],
+    "text", ["24,3,60,39", "24 3 60 39", " 24, 3, 60, 39 ", "24 ,3 60,  39", "24\t3\n60 39", "+24 3. 6e1 39.0"]
 )
 def test_numbers_are_separated_by_commas_or_spaces(text):
     assert Region.parse(f"box:{text}") == Region.from_box(24, 3, 60, 39)

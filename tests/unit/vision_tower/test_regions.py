@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from tests.drawn_back import iou
-from tests.files import read_json, write_json
+from tests.alpha_maps import iou
+from tests.files import encoded_mask, read_json, write_json
 from vision_tower import regions as regions_module
 from vision_tower.region_values import ROUNDING
 from vision_tower.regions import Region
@@ -131,7 +131,7 @@ def test_rle_agrees_with_pycocotools(seed):
     mask[: height // 2, : width // 3] = rng.random() < 0.5
     mask[-1, -1] = True
     rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-    ours = Region.from_rle({"size": rle["size"], "counts": rle["counts"].decode()})
+    ours = Region.from_rle(encoded_mask(mask))
     assert np.array_equal(ours.mask(height, width), mask)
     assert ours == Region.from_rle(rle) == Region.from_mask(mask)
     written = ours.to_json()["rle"]

@@ -54,17 +54,7 @@ def in_mode(mode):
 
 
 @pytest.mark.parametrize(
-    "mode",
-    [
-        "RGB",
-        "L",
-        "1",
-        "P",
-        "RGBA",
-        "LA",
-        "P with a transparent colour",
-        "RGB with a transparent colour",
-    ],
+    "mode", ["RGB", "L", "1", "P", "RGBA", "LA", "P with a transparent colour", "RGB with a transparent colour"]
 )
 def test_modes_become_rgb_as_in_transformers(mode):
     picture = in_mode(mode)

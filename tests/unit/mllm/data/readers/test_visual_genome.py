@@ -7,12 +7,7 @@ import numpy as np
 import pytest
 
 from mllm.data import masks
-from mllm.data.readers.visual_genome import (
-    ReadReport,
-    read_free_questions,
-    read_region_questions,
-    read_regions,
-)
+from mllm.data.readers.visual_genome import ReadReport, read_free_questions, read_region_questions, read_regions
 from tests.files import read_json, write_json
 from tests.tiny import noise_image
 from vision_tower import Region
