@@ -92,7 +92,7 @@ def build(clip_vit: types.ModuleType, qformer: types.ModuleType) -> tuple[nn.Mod
 
 
 def tower_weights(original: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of Alpha-CLIP for the tower of LAVIS: no alpha, and nothing after the blocks."""
+    """Alpha-CLIP's weights in the layout of LAVIS' tower: no alpha, and nothing after the blocks."""
     kept = {}
     for key, tensor in original.items():
         name = key.removeprefix("checkpoint.").replace("attn.in_proj.", "attn.in_proj_")

@@ -1,4 +1,6 @@
-"""Converted towers have the outputs of the original Alpha-CLIP code (model.py of SunzeY/AlphaCLIP) in fixtures."""
+"""Converted towers have the outputs of the original Alpha-CLIP code. References: outputs of SunzeY/AlphaCLIP's own
+model.py, kept in fixtures.
+"""
 
 from pathlib import Path
 

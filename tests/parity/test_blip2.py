@@ -1,5 +1,6 @@
-"""BLIP-2 with an alpha tower: bit-identical to `Blip2ForConditionalGeneration` of Transformers at zero alpha; with
-alpha it uses the region.
+"""BLIP-2 with an alpha tower is bit-identical to stock BLIP-2 with zero alpha, and uses the region with trained alpha.
+
+The reference is Transformers' `Blip2ForConditionalGeneration`.
 """
 
 import pytest
@@ -172,7 +173,7 @@ def test_loss_reaches_the_alpha_weight(tuned):
 
 
 def test_alpha_is_at_the_region():
-    """Stretched, not cropped: the left half of a wide image is the left half of its alpha map."""
+    """Stretched, not cropped: the left half of a wide image is the left half of its alpha."""
     alpha = inputs_for([LEFT])["pixel_values"][0, 3]
     drawn = alpha > 0
     expected = torch.zeros_like(drawn)

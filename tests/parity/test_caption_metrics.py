@@ -222,7 +222,7 @@ def test_empty_captions_score_as_in_pycocoevalcap(material, monkeypatch):
     "question_id, prediction, expected",
     [
         (2, "ec", 1.0),  # six of ten: every person finds three others
-        (2, "EC.", 1.0),  # normalized, because people disagree
+        (2, "EC.", 1.0),  # normalized, as people disagree
         (2, "ec agg", 0.9),  # "ec-agg" twice becomes it: three of ten, whom one finds two others
         (4, "virgin", 1.0),
         (4, "virgin mobile", 0.3),  # one: nine of ten people find one other

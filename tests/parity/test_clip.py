@@ -1,4 +1,4 @@
-"""At zero alpha the tower is bit-identical to `CLIPVisionModel` of Transformers."""
+"""Zero alpha is bit-identical to CLIP. The reference is Transformers' own `CLIPVisionModel`."""
 
 import copy
 

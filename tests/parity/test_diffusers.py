@@ -1,5 +1,5 @@
-"""`StableDiffusionImageVariationPipeline` of diffusers with our tower as `image_encoder`, on tiny random parts: the
-region changes the image, and the pipeline can be saved and loaded.
+"""A diffusers pipeline with our tower as its `image_encoder`: the region changes the image; save and load.
+The judge is diffusers' own `StableDiffusionImageVariationPipeline`, on tiny random parts.
 """
 
 import numpy as np

@@ -1,5 +1,5 @@
-"""A converted BLIP-2 has the outputs of LAVIS, from the image to the input of the language model. The fixtures contain
-outputs of the tower, `ln_vision`, Q-Former and projection of LAVIS, and of the tower of Alpha-CLIP.
+"""A converted BLIP-2 equals LAVIS, from the image to the input of the language model. References: outputs of
+LAVIS' own tower, `ln_vision`, Q-Former and projection, and of Alpha-CLIP's own tower, kept in fixtures.
 """
 
 import pytest
@@ -24,7 +24,7 @@ def lavis():
 
 @pytest.fixture(scope="module")
 def alpha_clip(tmp_path_factory):
-    """An original Alpha-CLIP with two blocks: its tensors, an image and an alpha map, and its file."""
+    """An original Alpha-CLIP of two blocks: its tensors, an image and an alpha map, and its file."""
     checkpoint, inputs = (fixture_tensors("alpha_clip_original.safetensors", p) for p in ("checkpoint.", "input."))
     file = tmp_path_factory.mktemp("alpha") / "alpha.pth"
     torch.save(checkpoint, file)

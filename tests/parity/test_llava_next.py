@@ -37,8 +37,8 @@ MISTRAL = (
     "{{ ' [/INST]' }}{% else %}{{ ' ' + message['content'][0]['text'] + '</s> ' }}{% endif %}{% endfor %}"
 )
 CHAT = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
-# one to four additional tiles, padded in both directions and not padded
-PICTURES = [(60, 40), (40, 60), (100, 30), (20, 90), (32, 32), (64, 64), (7, 61), (300, 200)]
+# one to four tiles besides the first, padded in both directions and not at all
+SIZES = [(60, 40), (40, 60), (100, 30), (20, 90), (32, 32), (64, 64), (7, 61), (300, 200)]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def question(*images, text="What is this?"):
 
 
 @pytest.mark.compatibility("transformers LLaVA-NeXT", "logits, greedy and 3-beam ids at zero alpha", "equal")
-@pytest.mark.parametrize("size", PICTURES[1:3])
+@pytest.mark.parametrize("size", SIZES[1:3])
 def test_zero_alpha_gives_stock_logits_and_ids(both, size):
     stock, _, ours, processor = both
     assert torch.count_nonzero(ours.get_parameter(ALPHA)) == 0
@@ -103,7 +103,7 @@ def assert_equal_inputs(got, expected):
 @pytest.mark.compatibility(
     "transformers LlavaNextProcessor", "ids, tiles and image sizes of a prompt and image", "equal"
 )
-@pytest.mark.parametrize("size", PICTURES)
+@pytest.mark.parametrize("size", SIZES)
 def test_a_call_equals_the_stock_processor(both, size):
     _, stock, _, processor = both
     image = noise_image(*size)
@@ -117,7 +117,7 @@ def test_a_call_equals_the_stock_processor(both, size):
 )
 def test_a_batch_equals_the_stock_processor(both):
     _, stock, _, processor = both
-    images, texts = [noise_image(*size) for size in PICTURES[:4]], ["<image> a", "<image> bcd", "<image>", "<image>e"]
+    images, texts = [noise_image(*size) for size in SIZES[:4]], ["<image> a", "<image> bcd", "<image>", "<image>e"]
     settings = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     assert_equal_inputs(processor(images, texts, **settings), stock(images, texts, **settings))
 

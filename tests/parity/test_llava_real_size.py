@@ -16,7 +16,7 @@ SIZES = {"7b": (4096, 11008, 32), "13b": (5120, 13824, 40)}  # width, inner widt
 
 
 def hub_layout(width, inner, layers):
-    """Name and shape of every tensor in the Hub checkpoint."""
+    """Name and shape of every tensor of the hub's checkpoint."""
     tower, language = "vision_tower.vision_model", "language_model.model"
     shapes = {
         f"{tower}.embeddings.class_embedding": (1024,),

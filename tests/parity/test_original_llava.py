@@ -1,5 +1,5 @@
-"""LLaVA of Transformers with our tower has the logits of the original LLaVA code base with our tower, saved in a
-fixture (make_original_llava_fixture.py).
+"""The original LLaVA code base with our tower equals Transformers' LLaVA with our tower. The reference:
+logits of the original code, kept in a fixture (make_original_llava_fixture.py).
 """
 
 import pytest

@@ -1,5 +1,6 @@
-"""An alpha channel for other ViTs: at zero they are bit-identical to the classes of Transformers, trained they use the
-region, and they can be saved and loaded.
+"""An alpha channel for other ViTs: bit-identical to the stock model with zero alpha, regions after training, saving.
+
+The references are Transformers' classes.
 """
 
 import copy

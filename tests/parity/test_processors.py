@@ -1,5 +1,5 @@
-"""Calls of the LLaVA and BLIP-2 processors of Transformers (with PIL image processors) work with ours: equal IDs and
-pixels.
+"""Calls of the stock LLaVA and BLIP-2 processors work with ours: equal ids and pixels. The references are
+Transformers' own processors, with the image processors that PIL does the work of.
 """
 
 import base64
@@ -168,7 +168,7 @@ def test_llava_sources(llava, sources, source, folder):
     if isinstance(image, str):
         item = {"type": "image_url", "image_url": {"url": image}}
         check(ours.apply_chat_template(chat(item), **CHAT), stock.apply_chat_template(chat(item), **CHAT))
-    path = ours(folder / "one.png", prompt("a"), **TENSORS)  # the stock processor does not accept pathlib.Path
+    path = ours(folder / "one.png", prompt("a"), **TENSORS)  # stock does not support pathlib.Path
     assert torch.equal(path["pixel_values"], ours(image, prompt("a"), **TENSORS)["pixel_values"])
 
 
@@ -180,7 +180,7 @@ def test_llava_sources(llava, sources, source, folder):
     ],
 )
 def test_blip2_sources(blip2, sources, source):
-    """Stock BLIP-2 only accepts arrays and PIL images; other sources are compared with the PIL image."""
+    """Stock BLIP-2 supports only arrays and PIL images; other sources are compared with the PIL image."""
     _, ours, stock = blip2
     image = sources[source]
     expected = stock(ONE if isinstance(image, str) else image, BLIP2_TEXT, **TENSORS)

@@ -7,7 +7,7 @@ input pixel that it lies in. The annotation as pycocotools decodes it takes the 
 cropped or stretched, resized to 336 x 336 by PIL's bilinear filter, and drawn back. The IoU is that of soft masks, the
 sum of minima by the sum of maxima: a threshold would decide ties at the edge by rounding. Polygons and boxes are
 decoded by pycocotools at 16 times the size and averaged, since its masks round them to whole pixels. Regions outside
-of the center crop must be refused.
+of the center crop must be an error.
 """
 
 import io
@@ -36,7 +36,7 @@ def decoded(segmentation, height, width):
 
 
 def decoded_finely(polygons, height, width):
-    """Coverage of each pixel, 0 to 1, from pycocotools' mask of polygons that are 16 times as large."""
+    """Coverage of each pixel, 0 to 1, from the mask that pycocotools makes of the polygons at 16 times the size."""
     points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])
     left, top = np.floor(points.min(0)).astype(int).clip(0, (width - 1, height - 1))
     right, bottom = np.ceil(points.max(0)).astype(int).clip((left + 1, top + 1), (width, height))
@@ -49,7 +49,7 @@ def decoded_finely(polygons, height, width):
 
 
 def forms(annotation, height, width):
-    """Pairs of a region and the judge's mask of it."""
+    """Pairs of a region and its reference mask."""
     mask = decoded(annotation["segmentation"], height, width)
     file = io.BytesIO()
     Image.fromarray(mask * 255).save(file, "PNG")
@@ -99,7 +99,7 @@ def drawn_back(alpha, geometry, height, width):
     left, top, right, bottom = window(geometry, height, width)
     across, down = SIDE / (right - left), SIDE / (bottom - top)
     inverse = (across, 0, -left * across, 0, down, -top * down)
-    alpha = np.where(alpha > 1e-6, alpha, 0)  # float32 of the normalised alpha leaves 3e-8 outside
+    alpha = np.where(alpha > 1e-6, alpha, 0)  # float32 of the normalized alpha leaves 3e-8 outside
     image = Image.fromarray((alpha / alpha.max()).astype(np.float32))
     back = image.transform((width, height), Image.Transform.AFFINE, inverse, Image.Resampling.NEAREST)
     return np.asarray(back)

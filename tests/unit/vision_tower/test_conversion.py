@@ -1,4 +1,4 @@
-"""Original checkpoints: every spelling converts to the same weights, and nothing doubtful is taken."""
+"""Conversion of original checkpoints: all layouts give the same weights, and invalid files are an error."""
 
 import os
 import pickle
@@ -28,7 +28,7 @@ def test_sizes_are_inferred_from_the_tensors(original):
 
 
 def test_other_settings_are_those_of_clip(original):
-    """No dropout above all: the tower that was trained has none, and Transformers would apply it in training."""
+    """Especially no dropout: the original tower has none, and Transformers would apply it in training."""
     config = conversion.from_original(original)[0]
     assert (config.attention_dropout, config.hidden_act, config.layer_norm_eps) == (0.0, "quick_gelu", 1e-5)
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "patch_size")

@@ -1,4 +1,4 @@
-"""Damaged files of every format that PIL writes, and some that it only reads: a result or a ValueError of one line.
+"""Damaged files in every format that PIL writes, and in some that it only reads: an image or a one-line ValueError.
 
 The list of exceptions in `image_decoding` was found so. `python -m tests.unit.vision_tower.test_damaged_images SEED N`
 damages each file N times and counts what PIL raised.
@@ -65,7 +65,7 @@ def written_by_hand():
 
 
 def whole_files(modes=MODES):
-    """Pairs of a format and the content of a file of it."""
+    """Pairs of a format and the bytes of a file."""
     for kind in FORMATS:
         for options in ({}, *OPTIONS.get(kind, [])):
             for mode in modes:
@@ -81,7 +81,7 @@ def whole_files(modes=MODES):
 
 
 def damaged(content, rng):
-    """Cut short, bytes changed, moved, left out or doubled, numbers in texts and heads changed."""
+    """Truncated, with bytes changed, moved, removed or repeated, or with numbers in texts and headers changed."""
     data = np.frombuffer(content, np.uint8).copy()
     how, head = rng.integers(6), min(len(data), int(rng.choice([64, 300, len(data)])))
     start = int(rng.integers(len(data)))
@@ -108,7 +108,7 @@ def damaged(content, rng):
 
 
 def outcome(content):
-    """The exception that PIL raised, or None; anything but a ValueError of one line passes through."""
+    """The exception that PIL raised, or None. Anything but a one-line ValueError is not caught."""
     for read in (decode_image, image_size, Region.from_mask):
         try:
             read(content)

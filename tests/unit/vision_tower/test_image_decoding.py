@@ -1,5 +1,6 @@
-"""The image decoder: equal pixels for every kind of input, modes and depths, EXIF once, values in no range refused.
-Judges: PIL's own conversions, Transformers' `convert_to_rgb`.
+"""The image decoder: all input types, modes and bit depths, EXIF, and errors.
+
+References: PIL's conversions, Transformers' `convert_to_rgb`.
 """
 
 import io
@@ -23,7 +24,7 @@ TIFF_MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB"
 
 
 def in_mode(mode):
-    """A noise image of that mode, partly transparent where the mode can be."""
+    """A noise image of a mode, partly transparent if the mode supports it."""
     image = noise_image(30, 20)
     if mode in ("La", "RGBa"):
         return in_mode(mode.upper()).convert(mode)
@@ -101,7 +102,7 @@ def test_input_data_format(layout):
 @pytest.mark.parametrize("mode", MODES)
 def test_modes(mode):
     image = in_mode(mode)
-    if mode == "LAB":  # `convert_to_rgb` takes its A for transparency: all is white
+    if mode == "LAB":  # `convert_to_rgb` reads its A as transparency: all is white
         expected = np.asarray(image.convert("RGB"))
     elif mode in ("La", "RGBa", "PA"):  # `convert_to_rgb` cannot read them
         alpha = {"La": "LA", "RGBa": "RGBA"}.get(mode)
@@ -152,7 +153,7 @@ GRAY = np.arange(240, dtype=np.uint16).reshape(15, 16)
 
 
 def deep_images():
-    """The same tones in every depth."""
+    """The same tones in every bit depth."""
     big = GRAY * np.uint16(257)
     yield "uint16", Image.fromarray(big), "PNG"
     yield "uint16 TIFF", Image.fromarray(big), "TIFF"
@@ -275,9 +276,9 @@ JUNK = [b"Exif\0\0junkjunkjunkjunk", b"junk", b"", b"Exif\0\0II*\0\xff\xff\xff\x
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("junk", JUNK)
 def test_invalid_exif_is_ignored(tmp_path, kind, junk):
-    picture = noise_image(64, 48)
-    picture.save(tmp_path / "x", kind, exif=junk)
-    picture.save(tmp_path / "plain", kind)
+    image = noise_image(64, 48)
+    image.save(tmp_path / "x", kind, exif=junk)
+    image.save(tmp_path / "plain", kind)
     expected = pixels_of(tmp_path / "plain")
     processor = AlphaCLIPImageProcessor.for_size(32, "pad")
     values = processor(str(tmp_path / "plain"))["pixel_values"]
@@ -356,7 +357,7 @@ def test_unsupported_inputs_are_a_one_line_error(source):
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
 def test_a_rotated_tiff_is_the_same_by_path_and_by_bytes(tmp_path, mode):
-    """PIL maps a plain TIFF that it opens by its name into memory, with the size that it will have once turned."""
+    """PIL memory-maps a TIFF that it opens by name, with the size after rotation."""
     exif = Image.Exif()
     exif[0x0112] = 6
     content = encoded_image(in_mode(mode), "TIFF", exif=exif)
@@ -384,7 +385,7 @@ def test_16_bit_color_gives_equal_pixels_as_a_file_and_as_an_array():
 
 
 def test_a_damaged_length_is_not_allocated(tmp_path):
-    """A PNG chunk that states 4 GB: a file would be asked for all of them at once."""
+    """A PNG chunk with a stated length of 4 GB, which PIL would read at once."""
     content = bytearray(encoded_image(in_mode("L")))
     place = content.index(b"IDAT")
     content[place - 4 : place] = b"\xff\xff\xff\xff"

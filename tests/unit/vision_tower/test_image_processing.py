@@ -46,7 +46,7 @@ def stock_processors(crop, pad, stretch):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_rgb_equals_the_stock_processors(size):
-    """Transformers' PIL processors, which are the default where torchvision is not installed."""
+    """Transformers' PIL processors, which are the default without torchvision."""
     image = noise_image(*size)
     stock = stock_processors(CLIPImageProcessorPil, LlavaImageProcessorPil, BlipImageProcessorPil)
     for geometry, processor in stock.items():
@@ -58,7 +58,7 @@ def test_rgb_equals_the_stock_processors(size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_rgb_is_close_to_the_torchvision_processors(size):
-    """Where it is installed, they are Transformers' default."""
+    """They are Transformers' default if torchvision is installed."""
     pytest.importorskip("torchvision")
     image = noise_image(*size).filter(ImageFilter.GaussianBlur(1))  # edges as photographs have them
     for geometry, processor in stock_processors(CLIPImageProcessor, LlavaImageProcessor, BlipImageProcessor).items():
@@ -71,7 +71,7 @@ def test_rgb_is_close_to_the_torchvision_processors(size):
 @pytest.mark.parametrize("geometry", ["crop", "pad", "stretch"])
 @pytest.mark.parametrize("size", SIZES)
 def test_alpha_has_the_geometry_of_the_image(geometry, size):
-    """A picture that is white in the region and black elsewhere: its red channel and its alpha map must agree."""
+    """An image that is white in the region and black elsewhere: its red channel and its alpha map must agree."""
     width, height = size
     box = (width // 4, height // 4, width - width // 5, height - height // 4)
     white = np.zeros((height, width, 3), np.uint8)
@@ -132,7 +132,7 @@ def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by a quarter: 20 wide, 40 high
     image.save(tmp_path / "turned.png", exif=exif)
-    region = Region.from_box(2, 30, 10, 38)  # fits only the turned picture
+    region = Region.from_box(2, 30, 10, 38)  # fits only the rotated image
     turned = build("pad")(Image.open(tmp_path / "turned.png"), region, return_tensors="pt")["pixel_values"]
     expected = build("pad")(image.rotate(-90, expand=True), region, return_tensors="pt")["pixel_values"]
     assert torch.equal(turned, expected)
@@ -205,7 +205,7 @@ def test_settings_that_would_change_only_the_image_are_an_error():
 
 
 def test_the_center_crop_uses_the_position_before_resizing(caplog):
-    """Of a picture of 300 x 100 the crop keeps columns 100 to 200; resizing must not draw a region into it."""
+    """The crop of a 300 x 100 image keeps columns 100 to 200. Resizing must not spread a region into it."""
     processor = AlphaCLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     image = Image.new("RGB", (300, 100))
     with pytest.raises(ValueError, match="outside the center crop"):
@@ -228,15 +228,15 @@ def test_an_invalid_size_is_an_error(side):
 
 
 def test_a_transparent_file_is_composited_onto_white(tmp_path):
-    picture = Image.new("RGBA", (40, 30), (10, 20, 200, 0))
-    picture.paste((200, 0, 0, 255), (5, 5, 20, 20))
-    picture.save(tmp_path / "a.png")
+    image = Image.new("RGBA", (40, 30), (10, 20, 200, 0))
+    image.paste((200, 0, 0, 255), (5, 5, 20, 20))
+    image.save(tmp_path / "a.png")
     processor = AlphaCLIPImageProcessor.for_size(32, "pad")
-    of_file, of_picture = (
-        processor(image, return_tensors="pt")["pixel_values"] for image in (str(tmp_path / "a.png"), picture)
+    from_file, from_image = (
+        processor(source, return_tensors="pt")["pixel_values"] for source in (str(tmp_path / "a.png"), image)
     )
-    assert torch.equal(of_file, of_picture)
-    assert of_picture[0, :3, 16, 28].min() > 1.5  # white, normalised
+    assert torch.equal(from_file, from_image)
+    assert from_image[0, :3, 16, 28].min() > 1.5  # white, normalized
 
 
 def padded_in_full(image, side, resample):

@@ -1,4 +1,4 @@
-"""Alpha in LLaVA-NeXT's tiles: padding, strength, small regions, and what is refused."""
+"""Alpha in LLaVA-NeXT's tiles: padding, strength, small regions, and errors."""
 
 import dataclasses
 
@@ -74,6 +74,6 @@ def test_several_regions_of_one_image_and_fewer_tiles_than_the_next():
         (lambda: AlphaLlavaNextImageProcessor(**SIZE, image_grid_pinpoints=[]), "multiples of 32 pixels"),
     ],
 )
-def test_what_is_refused(call, message):
+def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()

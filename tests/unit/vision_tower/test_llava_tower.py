@@ -1,4 +1,4 @@
-"""The tower behind LLaVA's interface: the judge of the features is our tower itself, called directly."""
+"""The tower with the interface of LLaVA: its features equal those of our tower, called directly."""
 
 from types import SimpleNamespace
 

@@ -55,7 +55,7 @@ def features(model):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A directory of a whole CLIP."""
+    """A directory of a full CLIP."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("clip")
     CLIPModel(tiny_clip_config()).save_pretrained(folder)
@@ -78,7 +78,7 @@ def ours(tower, tmp_path):
 
 
 def change(folder, edit):
-    """Rewrite the weights in a directory; `edit` takes a file's tensors and returns others."""
+    """Rewrite the weights in a directory; `edit` maps the tensors of a file to new ones."""
     for file in folder.glob("*.safetensors"):
         save_file(edit(load_file(file)), file, {"format": "pt"})
 
@@ -113,7 +113,7 @@ def test_a_clip_loads_with_zero_alpha_and_without_a_report(clip, cls, options, c
 
 
 def test_a_new_process_prints_nothing_when_it_loads_a_clip(processes, clip):
-    """At the default verbosity, on either stream; a progress bar is no message."""
+    """At the default verbosity, on either stream, except for progress bars."""
     code = f"""
 import vision_tower
 for name in {[cls.__name__ for cls in CLASSES]}:
@@ -124,7 +124,7 @@ for name in {[cls.__name__ for cls in CLASSES]}:
 
 
 def test_other_reports_are_logged(clip, tmp_path, caplog):
-    """Transformers' own classes keep their report, before and after ours were loaded."""
+    """Classes of Transformers keep their report, before and after ours are loaded."""
     AlphaCLIPVisionModel.from_pretrained(clip)
     caplog.clear()
     CLIPVisionModel.from_pretrained(clip)
@@ -250,7 +250,7 @@ LAYOUTS = [
 
 @pytest.fixture
 def offline(monkeypatch):
-    """The hub's client retries for a minute, also for what `local_files_only` finds in the cache."""
+    """The hub client retries for a minute, even with `local_files_only`."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
@@ -338,7 +338,7 @@ def test_load_with_alpha_keeps_the_arguments_of_from_pretrained(siglip, tmp_path
 
 
 def test_a_configuration_created_from_the_fields_of_clip(clip, tmp_path):
-    """Its fields may name CLIP's type; its class is what counts, and what is saved."""
+    """Its fields may contain the type of CLIP. The type of its class is used, and saved."""
     fields = CLIPModel.from_pretrained(clip).config.vision_config.to_dict()
     AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**fields)).save_pretrained(tmp_path)
     assert read_json(tmp_path / "config.json")["model_type"] == "alpha_clip_vision_model"
@@ -346,7 +346,7 @@ def test_a_configuration_created_from_the_fields_of_clip(clip, tmp_path):
 
 
 def test_an_adapter_of_a_tower_with_missing_weights_raises(ours, tower, tmp_path):
-    """The loading info is the adapter's then, and omits the tower below it."""
+    """The loading info is then that of the adapter and omits the tower."""
     config = LoraConfig(target_modules=["q_proj"])
     tuned = get_peft_model(AlphaCLIPVisionModel.from_pretrained(ours), config)
     tuned.save_pretrained(tmp_path / "adapter")

@@ -1,4 +1,4 @@
-"""The tower behaves as CLIP's does (the judge is CLIPVisionModel), and refuses what would leave it silently wrong."""
+"""The tower has the behavior of CLIPVisionModel, and invalid inputs and checkpoints are errors."""
 
 import shutil
 

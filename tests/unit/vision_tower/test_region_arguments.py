@@ -1,4 +1,4 @@
-"""Whatever stands for a region, in every processor of the tower; images and regions that do not match."""
+"""All region types in all processors of the tower, and images and regions that do not match."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ SOFT = Region.from_mask(MASK * 0.5 + np.eye(40) * 0.3, strength=0.5)
 
 @dataclasses.dataclass(frozen=True)
 class Foreign:
-    """A `Region` of code loaded with `trust_remote_code`."""
+    """A `Region` from code loaded with `trust_remote_code`."""
 
     kind: str
     data: tuple

@@ -1,4 +1,4 @@
-"""Regions as text and JSON: every form and separator, COCO annotations; coordinates of the wrong unit are errors."""
+"""Regions as text and JSON: all formats and separators, COCO annotations, and coordinates in the wrong unit."""
 
 import json
 

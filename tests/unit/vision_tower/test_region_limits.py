@@ -1,4 +1,4 @@
-"""Regions of many parts: drawn in strips without a change, and refused where drawing would take minutes."""
+"""Regions with many parts: rasterizing in strips changes nothing, and regions that would take minutes are errors."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Masks as regions: every mode and type that can hold one, and what could mean several things is refused."""
+"""Masks as regions: all supported image modes and dtypes; ambiguous masks are errors."""
 
 import base64
 import json
@@ -79,7 +79,7 @@ def test_soft_masks_need_soft_true(tmp_path):
 
 
 def mask_images():
-    """A mask in every mode that can hold one."""
+    """A mask in every supported mode."""
     inside = np.zeros((6, 8), bool)
     inside[1:3, 2:5] = True
     gray = Image.fromarray(inside.astype(np.uint8) * 255)
@@ -102,7 +102,7 @@ def test_masks_of_every_mode(inside, image):
 )
 @pytest.mark.parametrize("color", [0, 255])
 def test_a_mask_in_the_transparency_is_an_error(tmp_path, mode, color):
-    """All colors are equal, so only the transparency tells: taken by its color, it would be everything or nothing."""
+    """All pixels have the same color and differ only in transparency; by color, the mask would be full or empty."""
     image = Image.new("L", (8, 6), color).convert(mode.split()[0])
     if "with" in mode:
         image.info["transparency"] = image.getpixel((0, 0))

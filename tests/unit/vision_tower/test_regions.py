@@ -25,7 +25,7 @@ strengths = st.floats(0, 1, allow_nan=False)
 
 
 def first_pixel(values):
-    """Within it coordinates are taken for fractions."""
+    """Whether all coordinates would be read as fractions."""
     return np.min(values) >= -ROUNDING and np.max(values) <= 1 + ROUNDING
 
 
@@ -57,7 +57,7 @@ def normalized_boxes(draw):
 
 @st.composite
 def polygons(draw):
-    """One to three quadrangles that turn around a centre, so that none is flat."""
+    """One to three quadrangles that turn around a center, so that none is flat."""
     parts = []
     for _ in range(draw(st.integers(1, 3))):
         x, y = draw(coordinates), draw(coordinates)
