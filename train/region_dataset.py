@@ -20,7 +20,7 @@ from mllm.data.index import RegionFacts, RegionIndex
 from mllm.data.samples import describe_source
 from train.skipped import SkippedItems
 from vision_tower import AlphaCLIPImageProcessor, Region
-from vision_tower.image_processing_alpha_clip import place_alpha
+from vision_tower.geometry import place_alpha
 
 
 class RegionDataset(Dataset):

@@ -12,7 +12,7 @@ from alpha_clip_commands.training.shared_arguments import (
     check_shares,
 )
 
-GEOMETRIES = constant("vision_tower/image_processing_alpha_clip.py", "GEOMETRIES")
+GEOMETRIES = constant("vision_tower/geometry.py", "GEOMETRIES")
 LOSSES = ("symmetric", "released")
 SCHEDULES = ("trainer", "released")
 

@@ -1,4 +1,4 @@
-"""After any error, in any process, both training programs say what failed and end, and nothing of them is left."""
+"""After an error in any process, both training programs report it, end, and leave no process running."""
 
 import importlib
 import multiprocessing
@@ -38,7 +38,7 @@ def raising(error):
 
 
 def from_call(number, fail, original):
-    """`original`, until it is called for the last time."""
+    """A function that calls `original`, and `fail` at the call with this number."""
     calls = []
 
     def called(*args, **kwargs):
@@ -193,7 +193,7 @@ if os.environ["RANK"] == "{rank}":
     ("name", "rank"),
     [
         *((name, rank) for name in ("data", "killed worker", "memory", "mistake") for rank in (0, 1)),
-        ("checkpoint", 0),  # the second rank writes none
+        ("checkpoint", 0),  # only rank 0 writes one
     ],
 )
 def test_two_ranks_end_within_seconds(recipes, tmp_path, processes, name, program, rank):

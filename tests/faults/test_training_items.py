@@ -1,4 +1,4 @@
-"""What training leaves out, what it keeps on disk, and how ranks agree to end: small cases of each."""
+"""Skipped samples, checkpoints on disk, and the shutdown of several ranks in training."""
 
 import os
 import shutil
@@ -44,7 +44,7 @@ def flags(recipe, out, *more):
 
 
 def indexed(folder, regions, size=(64, 32)):
-    """An index of one image with an answer for each region."""
+    """An index with one image and one answer per region."""
     noise_image(*size).save(folder / "0.png")
     lines = [{"image": "0.png", "region": region, "answer": "red", "meta": {"split": TRAIN}} for region in regions]
     write_json_lines(folder / "own.jsonl", lines)
@@ -104,7 +104,7 @@ def checkpoints(out):
 def test_only_older_whole_checkpoints_are_removed(tmp_path, keep, best, left):
     for step in (2, 4, 6, 8, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        if step != 100:  # half-written: it neither counts nor goes
+        if step != 100:  # incomplete: neither counted nor removed
             (tmp_path / f"checkpoint-{step}" / COMPLETE).write_text("{}")
     remove_older_checkpoints(tmp_path, keep, best and str(tmp_path / f"checkpoint-{best}"))
     assert checkpoints(tmp_path) == [f"checkpoint-{step}" for step in left]
@@ -271,7 +271,7 @@ def test_a_finished_training_under_deepspeed_saves_the_same_again(recipe, tmp_pa
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_does_not_interrupt_the_last_save(recipe, tmp_path, monkeypatch, number):
-    """Without checkpoints the whole training would be lost."""
+    """Without checkpoints, the entire training would be lost."""
     original = train_run.write_training_record
 
     def signalled(*args):

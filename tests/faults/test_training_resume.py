@@ -1,4 +1,4 @@
-"""A run that is run again: finished, killed during its last save, killed between two logs, with items left out."""
+"""Rerun training: finished runs, runs killed during the last save or between two logs, and skipped samples."""
 
 import importlib
 import os
@@ -33,7 +33,7 @@ def train(recipes, program, out, *flags):
 
 
 def content(out, program):
-    """What a run must leave the same each time: the bytes of its weights, its record but for the times."""
+    """The reproducible output of a run: the bytes of its weights, and its record without times."""
     record = read_json(out / TRAINING_RECORD)
     assert record.pop("times")
     assert not any("runtime" in name or "second" in name for entry in record["log"] for name in entry)
@@ -142,7 +142,7 @@ def test_a_run_stopped_between_two_logs_logs_the_same(recipes, undisturbed, tmp_
     def stopped_at_three(self, args, state, control, **kwargs):
         if state.global_step == 3:
             os.kill(os.getpid(), number)
-            os.kill(os.getpid(), number)  # launchers repeat it
+            os.kill(os.getpid(), number)  # launchers send it twice
         original(self, args, state, control, **kwargs)
 
     before = signal.getsignal(number)
@@ -221,7 +221,7 @@ def test_a_folder_inside_the_data_and_one_of_an_earlier_version_are_taken(recipe
 
 
 def spoiled(recipes, folder):
-    """A copy of the data in which one answer is too long, one region lies outside and one image is damaged."""
+    """A copy of the data with a too long answer, a region outside the image and a damaged image."""
     shutil.copytree(recipes["region-tune"].parent / "train", folder, ignore=shutil.ignore_patterns("region_index"))
     described = read_json(folder / "region_descriptions.json")
     described[0]["regions"][0]["phrase"] = "a word " * 400

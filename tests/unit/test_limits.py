@@ -1,4 +1,4 @@
-"""docs/files.md lists every limit on what is read, with its value."""
+"""docs/files.md lists every limit on input files, with its value."""
 
 import importlib
 import re
@@ -10,7 +10,7 @@ from tests.files import ROOT
 from tests.unit.test_style import PACKAGES
 from vision_tower import AlphaCLIPImageProcessor
 
-DOCUMENTED = {  # limit -> its value, and how the page writes it
+DOCUMENTED = {  # limit -> value, and its text on the page
     "LARGEST_FILE": (2 * 2**30, "2 GiB"),
     "LARGEST_RECORD": (16 * 2**20, "16 MiB"),
     "DEEPEST": (100, "100 levels"),
@@ -25,8 +25,8 @@ DOCUMENTED = {  # limit -> its value, and how the page writes it
     "MAX_DRAWN": (10**9, "10^9 pixels"),
     "MAX_TENSORS": (5_000, "5,000"),
     "MAX_HEADER": (4_000_000, "4,000,000 bytes"),
-    "MAX_OPERATIONS": (250_000, "250,000"),
-    "MAX_ENLARGED": (2, "2 times"),
+    "MAX_OPCODES": (250_000, "250,000"),
+    "MAX_EXPANSION": (2, "2 times"),
     "MAX_BLOCKS": (300, "300"),
     "MAX_RANK": (4096, "4,096"),
     "MAX_ERRORS": (0.5, "half"),

@@ -375,7 +375,7 @@ def wrong_models(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("widths", "do not fit AlphaCLIPModel: 1 of another shape (first: ('text_projection.weight'"),
+        ("widths", "do not match AlphaCLIPModel: 1 of another shape (first: ('text_projection.weight'"),
         ("tower", "expected a directory or hub id of a CLIP with both towers, got"),
         ("tower", "got model_type 'alpha_clip_vision_model'"),
         ("part", "1 missing (first: vision_model.encoder.layers.1.mlp.fc1.weight)"),

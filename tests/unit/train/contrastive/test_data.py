@@ -7,15 +7,14 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
 from PIL import Image, ImageFilter
-from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
 from alpha_clip_commands.training.contrastive_arguments import PairArguments
 from mllm.data.index import HELD_OUT, TRAIN, RegionIndex
 from mllm.data.prepare import make_index
 from mllm.data.shapes import grit_layout, scenes, visual_genome_layout
-from tests.drawn_back import alpha_map, iou
-from tests.files import read_json_lines, write_json
+from tests.alpha_maps import alpha_map, iou
+from tests.files import encoded_mask, read_json_lines, write_json
 from tests.tiny import build_tiny_clip, noise_image, tiny_clip_tokenizer
 from train.contrastive.data import (
     RegionTextCollator,
@@ -85,8 +84,7 @@ def write_pair(folder, name, picture, caption, phrases, boxes, masks=None, suffi
         rows.append([start, start + len(phrase), x0 / width, y0 / height, x1 / width, y1 / height, 1.0])
     record = {"caption": caption, "width": width, "height": height, "ref_exps": rows}
     if masks:
-        rles = [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
-        record["seudo_masks"] = [{"size": rle["size"], "counts": rle["counts"].decode("ascii")} for rle in rles]
+        record["seudo_masks"] = [encoded_mask(mask) for mask in masks]
     write_json(folder / f"{name}.json", record)
 
 
