@@ -230,7 +230,7 @@ class Ours:
         self, trainer: RegionTextTrainer, tokenizer: CLIPTokenizer, side: int, data: Path, count: int, regions: int
     ) -> None:
         self.trainer, self.tokenizer = trainer, tokenizer
-        self.images = AlphaCLIPImageProcessor.for_size(side, "pad")
+        self.image_processor = AlphaCLIPImageProcessor.for_size(side, "pad")
         settings = PairArguments(data=[str(data)], regions_per_image=count)
         self.dataset = RegionTextDataset([open_index(data)], settings, "train", 0, data / "skipped.jsonl")
         self.order = itertools.cycle(EpochSampler(len(self.dataset), 0))
@@ -239,7 +239,7 @@ class Ours:
     def step(self, clock: Clock) -> None:
         """As Trainer does it, on a fresh batch."""
         samples = [self.sample(clock, number) for number in itertools.islice(self.order, self.images)]
-        images = functools.partial(clock.time, "prepare images", self.images)
+        images = functools.partial(clock.time, "prepare images", self.image_processor)
         before = clock.seconds["prepare images"]
         collator = RegionTextCollator(SimpleNamespace(tokenizer=self.tokenizer, image_processor=images), CONTEXT)
         batch = clock.time("tokenize", collator, samples)
