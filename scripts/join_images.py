@@ -1,4 +1,4 @@
-"""Put pictures side by side: `python scripts/join_images.py A.png B.png --out C.png`."""
+"""Join images side by side: `python scripts/join_images.py A.png B.png --out C.png`."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     parser = ArgumentParser(prog=PROGRAM, description=__doc__)
-    parser.add_argument("pictures", nargs="+")
+    parser.add_argument("images", nargs="+")
     parser.add_argument("--out", required=True, help="PNG to write")
     args = parser.parse_args(argv)
-    check_replaceable(args.out, reads=args.pictures, kind=PROGRAM)
-    pictures = [load_image(path) for path in args.pictures]
+    check_replaceable(args.out, reads=args.images, kind=PROGRAM)
+    images = [load_image(path) for path in args.images]
     gap = 12
-    width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
-    joined = Image.new("RGB", (width, max(p.height for p in pictures)), "white")
+    width = sum(image.width for image in images) + gap * (len(images) - 1)
+    joined = Image.new("RGB", (width, max(image.height for image in images)), "white")
     left = 0
-    for picture in pictures:
-        joined.paste(picture, (left, 0))
-        left += picture.width + gap
+    for image in images:
+        joined.paste(image, (left, 0))
+        left += image.width + gap
     save_png(args.out, joined, PROGRAM)
     return 0
 

@@ -11,7 +11,7 @@ import msgspec
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from alpha_clip_commands.region_tune import Program, read_settings
+from alpha_clip_commands.training.programs import Program, read_settings
 from alpha_clip_commands.training.shared_arguments import PartArguments
 from mllm.data.json_files import check_kept, read_json
 from mllm.data.schemas import checked

@@ -87,7 +87,7 @@ class SkippedItems:
             what = "images cannot be read" if region is None else "regions cannot be used"
             raise ValueError(
                 f"{len(named)} of {total} {what} (first: {first.name}: {first.reason}), more than max_missing "
-                f"({self.max_missing:.1%}) allows; all of them are {self.listed}"
+                f"({self.max_missing:.1%}) allows; all are {self.listed}"
             )
 
     @property

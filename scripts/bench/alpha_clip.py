@@ -1,11 +1,11 @@
-"""Regions a second of contrastive training against the released training loop, and where each step's time goes.
+"""Regions per second of contrastive training compared with the released training loop, and time per part of a step.
 
     python scripts/bench/alpha_clip.py [--rounds 5] [--dtype bf16] [--attention eager]
 
-Random weights; sides take turns in one process, and ratios are medians over the turns. The released loop is restated
-from SunzeY/AlphaCLIP, train/ at e5676c9 (train_grit_1m.py, alpha_grit.py): each region decodes a picture of its own,
-which is padded with black and resized as a float tensor; every text is padded to 77 tokens; attention is plain matrix
-products. The model's code is ours on both sides. Pictures are made: 640 x 480 JPEGs in GRIT's layout.
+Random weights; both sides run alternately in one process, and ratios are medians. The released loop is reimplemented
+from SunzeY/AlphaCLIP, train/ at e5676c9 (train_grit_1m.py, alpha_grit.py): each region decodes its own image, which is
+padded with black and resized as a float tensor; texts are padded to 77 tokens; attention uses plain matrix products.
+Both sides use our model code. Images are synthetic 640 x 480 JPEGs in GRIT's layout.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
+from timing import Clock, seconds
 from torch.nn.functional import interpolate, normalize
 from transformers import CLIPTextConfig, CLIPTokenizer, TrainingArguments
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -46,7 +47,7 @@ from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 
 CONTEXT, VOCABULARY = 77, 49_408  # of CLIP's text tower
 RATES = {"alpha": 2e-4}  # as in the recipes; 2e-6 for the rest
-STEP_PARTS = ("read", "decode", "prepare pictures", "tokenise", "forward", "backward", "optimizer")
+STEP_PARTS = ("read", "decode", "prepare images", "tokenize", "forward", "backward", "optimizer")
 NOUNS = "man woman dog cat table chair window tree car street clock shirt plate boat bench train horse cup".split()
 WORDS = "white black red small large wooden old young standing green parked blue open round".split()
 JOINTS = ("on", "with", "in front of", "next to", "and", "behind")
@@ -63,9 +64,9 @@ def _run(argv: Sequence[str] | None) -> int:
     parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_sizes(parser, width=768, layers=12, image_size=224, patch_size=16, text_width=512)
     add_cpu_time(parser)
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds; one more to warm up")
-    parser.add_argument("--regions", type=int, default=16, help="regions of a step")
-    parser.add_argument("--per-picture", type=int, default=4, help="regions of a picture in a step of ours")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds, after a warmup round")
+    parser.add_argument("--regions", type=int, default=16, help="regions per step")
+    parser.add_argument("--per-image", type=int, default=4, help="regions per image in our step")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa", help="of ours")
     args = parser.parse_args(argv)
@@ -84,7 +85,7 @@ def add_sizes(parser: argparse.ArgumentParser, **defaults: int) -> None:
 
 def add_cpu_time(parser: argparse.ArgumentParser) -> None:
     """The flag that `timer_of` reads."""
-    timed = "time the process's own seconds, not the wall's: where other work runs beside it, with OMP_NUM_THREADS=1"
+    timed = "measure CPU time instead of wall time, with OMP_NUM_THREADS=1, if other programs are running"
     parser.add_argument("--cpu-time", action="store_true", help=timed)
 
 
@@ -114,10 +115,10 @@ def trainer_of(model: AlphaCLIPModel, folder: Path, dtype: str, cpu: bool, **set
         parts=PARTS,
         rates=RATES,
         optimizer_name="trainer",
-        run={},
+        run_config={},
         pair_args=PairArguments(data=[], **settings),
         decay_all=False,
-        pictures=[],
+        validation_images=[],
     )
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1  # Trainer sets it when a run begins
@@ -125,64 +126,35 @@ def trainer_of(model: AlphaCLIPModel, folder: Path, dtype: str, cpu: bool, **set
     return trainer
 
 
-def seconds(run: Callable[[], Any], timer: Callable[[], float] = time.perf_counter) -> float:
-    """Time of one call."""
-    start = timer()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return timer() - start
-
-
 def timer_of(args: argparse.Namespace) -> Callable[[], float]:
-    """Wall time, or with --cpu-time the process's own."""
+    """Wall time, or CPU time with --cpu-time."""
     return time.process_time if args.cpu_time else time.perf_counter
-
-
-class Clock:
-    """Seconds by part of a step."""
-
-    def __init__(self, timer: Callable[[], float]) -> None:
-        self.timer = timer
-        self.seconds = dict.fromkeys(STEP_PARTS, 0.0)
-
-    def time(self, part: str, call: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Call, and add what it took."""
-        start = self.timer()
-        result = call(*args, **kwargs)
-        self.seconds[part] += self.timer() - start
-        return result
-
-    def total(self, parts: tuple[str, ...] = STEP_PARTS) -> float:
-        """Seconds of some parts."""
-        return sum(self.seconds[part] for part in parts)
 
 
 def bench(args: argparse.Namespace, folder: Path) -> None:
     """Ours and the released loop, and steps on the way from one to the other."""
     data = folder / "grit"
-    write_pictures(data, 4 * args.regions, max(args.per_picture, 6))
+    write_images(data, 4 * args.regions, max(args.per_image, 6))
     model, tokenizer = build(args), train_tokenizer()
     trainer = trainer_of(model, folder, args.dtype, cpu=True)
     # one model for all sides; what our trainer puts around its forward the released side goes past, tower by tower
     released = Released(model, tokenizer, args.image_size, data, args.regions, bf16=args.dtype == "bf16")
     one, shared = (
-        Ours(trainer, tokenizer, args.image_size, data, per_picture, args.regions)
-        for per_picture in (1, args.per_picture)
+        Ours(trainer, tokenizer, args.image_size, data, per_image, args.regions) for per_image in (1, args.per_image)
     )
     other = "eager" if args.attention == "sdpa" else "sdpa"
     sides: dict[str, tuple[str, Callable[[Clock], None]]] = {
         "released": ("eager", released.step),
         "released, sdpa": ("sdpa", released.step),
-        "ours, 1 a picture": (args.attention, one.step),
-        f"ours, {args.per_picture} a picture": (args.attention, shared.step),
-        f"ours, {args.per_picture}, {other}": (other, shared.step),
+        "ours, 1 a image": (args.attention, one.step),
+        f"ours, {args.per_image} a image": (args.attention, shared.step),
+        f"ours, {args.per_image}, {other}": (other, shared.step),
     }
     clocks: dict[str, list[Clock]] = {name: [] for name in sides}
     for _ in range(args.rounds + 1):
         for name, (attention, step) in sides.items():
             model.set_attn_implementation(attention)
-            clocks[name].append(Clock(timer_of(args)))
+            clocks[name].append(Clock(STEP_PARTS, timer_of(args)))
             step(clocks[name][-1])
     print_speed({name: timed[1:] for name, timed in clocks.items()}, args)
 
@@ -195,30 +167,30 @@ class Released:
     ) -> None:
         self.model, self.tokenizer, self.side, self.regions, self.bf16 = model, tokenizer, side, regions, bf16
         self.rng = random.Random(0)
-        pictures = sorted(data.glob("*/*.jpg"))
-        self.pictures = itertools.cycle(self.rng.sample(pictures, len(pictures)))
+        images = sorted(data.glob("*/*.jpg"))
+        self.images = itertools.cycle(self.rng.sample(images, len(images)))
         alpha = model.vision_model.embeddings.patch_embedding.alpha.weight
         others = [p for p in model.parameters() if p.requires_grad and p is not alpha]
         self.optimizer = torch.optim.AdamW([{"params": [alpha], "lr": RATES["alpha"]}, {"params": others, "lr": 2e-6}])
 
     def step(self, clock: Clock) -> None:
-        """As many pictures as regions."""
-        pairs = [self.pair(clock, picture) for picture in itertools.islice(self.pictures, self.regions)]
-        pixels = clock.time("prepare pictures", lambda: torch.stack([pair[0] for pair in pairs]))
+        """As many images as regions."""
+        pairs = [self.pair(clock, image) for image in itertools.islice(self.images, self.regions)]
+        pixels = clock.time("prepare images", lambda: torch.stack([pair[0] for pair in pairs]))
         settings = {"padding": "max_length", "truncation": True, "max_length": CONTEXT, "return_tensors": "pt"}
-        ids = clock.time("tokenise", self.tokenizer, [pair[1] for pair in pairs], **settings)["input_ids"]
+        ids = clock.time("tokenize", self.tokenizer, [pair[1] for pair in pairs], **settings)["input_ids"]
         clock.time("optimizer", self.optimizer.zero_grad)
         loss = clock.time("forward", self.loss, pixels, ids)
         clock.time("backward", loss.backward)
         clock.time("optimizer", self.optimizer.step)
 
-    def pair(self, clock: Clock, picture: Path) -> tuple[torch.Tensor, str]:
-        """(4, S, S) and the text of one region; of one in ten, the whole picture and its caption."""
-        record = clock.time("read", lambda: json.loads(picture.with_suffix(".json").read_bytes()))
-        pixels = clock.time("decode", lambda: np.asarray(Image.open(io.BytesIO(picture.read_bytes()))))
+    def pair(self, clock: Clock, image: Path) -> tuple[torch.Tensor, str]:
+        """(4, S, S) and the text of one region; of one in ten, the whole image and its caption."""
+        record = clock.time("read", lambda: json.loads(image.with_suffix(".json").read_bytes()))
+        pixels = clock.time("decode", lambda: np.asarray(Image.open(io.BytesIO(image.read_bytes()))))
         number, whole = self.rng.randrange(len(record["ref_exps"])), self.rng.random() < 0.1
         start, end = (int(bound) for bound in record["ref_exps"][number][:2])
-        tensor = clock.time("prepare pictures", self.prepare, pixels, record["seudo_masks"][number], whole)
+        tensor = clock.time("prepare images", self.prepare, pixels, record["seudo_masks"][number], whole)
         return tensor, record["caption"] if whole else record["caption"][start:end]
 
     def prepare(self, pixels: np.ndarray, rle: dict[str, Any], whole: bool) -> torch.Tensor:
@@ -258,43 +230,44 @@ class Ours:
         self, trainer: RegionTextTrainer, tokenizer: CLIPTokenizer, side: int, data: Path, count: int, regions: int
     ) -> None:
         self.trainer, self.tokenizer = trainer, tokenizer
-        self.images = AlphaCLIPImageProcessor.for_size(side, "pad")
+        self.image_processor = AlphaCLIPImageProcessor.for_size(side, "pad")
         settings = PairArguments(data=[str(data)], regions_per_image=count)
         self.dataset = RegionTextDataset([open_index(data)], settings, "train", 0, data / "skipped.jsonl")
         self.order = itertools.cycle(EpochSampler(len(self.dataset), 0))
-        self.pictures = regions // count
+        self.images = regions // count
 
     def step(self, clock: Clock) -> None:
         """As Trainer does it, on a fresh batch."""
-        samples = [self.sample(clock, number) for number in itertools.islice(self.order, self.pictures)]
-        images = functools.partial(clock.time, "prepare pictures", self.images)
-        before = clock.seconds["prepare pictures"]
+        samples = [self.sample(clock, number) for number in itertools.islice(self.order, self.images)]
+        images = functools.partial(clock.time, "prepare images", self.image_processor)
+        before = clock.seconds["prepare images"]
         collator = RegionTextCollator(SimpleNamespace(tokenizer=self.tokenizer, image_processor=images), CONTEXT)
-        batch = clock.time("tokenise", collator, samples)
-        clock.seconds["tokenise"] -= clock.seconds["prepare pictures"] - before
+        batch = clock.time("tokenize", collator, samples)
+        clock.seconds["tokenize"] -= clock.seconds["prepare images"] - before
         trainer, accelerator = self.trainer, self.trainer.accelerator
         backward = functools.partial(clock.time, "backward", accelerator.backward)
         with mock.patch.object(accelerator, "backward", backward):
             took = seconds(lambda: trainer.training_step(trainer.model_wrapped, batch), clock.timer)
         clock.seconds["forward"] = took - clock.seconds["backward"]
         trained = [p for p in trainer.model.parameters() if p.grad is not None]
-        clock.time("optimizer", accelerator.clip_grad_norm_, trained, 1.0)  # as the recipes do, the released loop not
+        clock.time("optimizer", accelerator.clip_grad_norm_, trained, 1.0)  # unlike the released loop
         clock.time("optimizer", trainer.optimizer.step)
         clock.time("optimizer", trainer.optimizer.zero_grad)
 
     def sample(self, clock: Clock, number: int) -> Any:
-        """A picture with its drawn regions, as `RegionTextDataset` makes it."""
+        """An image with some of its regions, as `RegionTextDataset` returns it."""
         rng = np.random.default_rng(number)
         index, rows = self.dataset.rows_of(number)
         facts = clock.time("read", lambda: index.read(self.dataset.select_rows(index, rows, rng)))
         image = clock.time("decode", facts[0].sample.open_image)
-        return clock.time("prepare pictures", self.dataset.build_item, facts, image, rng)
+        items = [clock.time("prepare images", self.dataset.build_item, entry, image, rng) for entry in facts]
+        return self.dataset.build_sample(facts[0].sample.id, image, items)
 
 
 def print_speed(clocks: dict[str, list[Clock]], args: argparse.Namespace) -> None:
-    """Medians of each part by side, and regions a second against the released loop."""
-    print(f"{args.dtype}, {args.regions} regions a step, {args.rounds} rounds; ours: {args.attention} if not said\n")
-    print(f"| part of a step, ms | {' | '.join(clocks)} |\n|---|{'---|' * len(clocks)}")
+    """Medians of each part by side, and regions per second compared with the released loop."""
+    print(f"{args.dtype}, {args.regions} regions per step, {args.rounds} rounds; ours: {args.attention} by default\n")
+    print(f"| part, ms | {' | '.join(clocks)} |\n|---|{'---|' * len(clocks)}")
 
     def line(name: str, parts: tuple[str, ...]) -> None:
         medians = [statistics.median(clock.total(parts) * 1e3 for clock in timed) for timed in clocks.values()]
@@ -319,18 +292,18 @@ def train_tokenizer() -> CLIPTokenizer:
     return empty.train_new_from_iterator([" ".join(("a", *NOUNS, *WORDS, *JOINTS))] * 2, vocab_size=2000)
 
 
-def write_pictures(folder: Path, count: int, regions: int) -> None:
+def write_images(folder: Path, count: int, regions: int) -> None:
     """640 x 480 JPEGs of as many ellipses, with captions, phrases and masks, in GRIT's layout."""
     rng, words = np.random.default_rng(0), random.Random(0)
     (folder / "00000").mkdir(parents=True)
     slope = np.linspace(0, 120, 640, dtype=np.float32)[None, :, None]
     for number in range(1, count + 1):
-        picture = Image.fromarray((slope + rng.integers(0, 120, 3) + np.zeros((480, 1, 1))).astype(np.uint8))
+        image = Image.fromarray((slope + rng.integers(0, 120, 3) + np.zeros((480, 1, 1))).astype(np.uint8))
         caption, rows, masks = "", [], []
         for _ in range(regions):
             x, y, width, height = words.randrange(440), words.randrange(300), words.randrange(60, 200), 120
-            shape, mask = (x, y, x + width, y + height), Image.new("L", picture.size)
-            ImageDraw.Draw(picture).ellipse(shape, fill=tuple(words.choices(range(256), k=3)))
+            shape, mask = (x, y, x + width, y + height), Image.new("L", image.size)
+            ImageDraw.Draw(image).ellipse(shape, fill=tuple(words.choices(range(256), k=3)))
             ImageDraw.Draw(mask).ellipse(shape, fill=1)
             rle = coco_mask.encode(np.asfortranarray(mask))
             masks.append({"size": rle["size"], "counts": rle["counts"].decode("ascii")})
@@ -339,7 +312,7 @@ def write_pictures(folder: Path, count: int, regions: int) -> None:
             box = (x / 640, y / 480, (x + width) / 640, (y + height) / 480)
             rows.append([float(len(caption)), float(len(caption) + len(phrase)), *box, 1.0])
             caption += phrase
-        noisy = np.asarray(picture) + rng.normal(0, 8, (480, 640, 3))
+        noisy = np.asarray(image) + rng.normal(0, 8, (480, 640, 3))
         name = folder / "00000" / f"{number:09d}"
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(name.with_suffix(".jpg"), quality=90)
         record = {"caption": caption, "width": 640, "height": 480, "ref_exps": rows, "seudo_masks": masks}

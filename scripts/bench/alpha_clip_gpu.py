@@ -2,7 +2,7 @@
 
     python scripts/bench/alpha_clip_gpu.py [--batch 256] [--chunk 128]
 
-Never run: no GPU was at hand. Random weights and noise for pictures.
+It has not been run, because no GPU was available. Weights and images are random.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from alpha_clip import add_sizes, build, seconds, trainer_of
+from alpha_clip import add_sizes, build, trainer_of
 from gradient_cache import random_batch
+from timing import matrix_rate, seconds
 
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
 
@@ -41,12 +42,12 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def bench(args: argparse.Namespace, folder: Path) -> None:
-    """Regions a second, peak memory, share of the card's matrix rate, and the largest cached batch."""
+    """Regions per second, peak memory, share of the GPU's matrix rate, and the largest cached batch."""
     model = build(args).to("cuda")
-    rate = matrix_rate()
-    print("| batch, bf16 | regions a second | peak memory, GiB | share of the matrix rate |\n|---|---|---|---|")
+    rate = matrix_rate(577 * 64, "cuda")
+    print("| batch, bf16 | regions per second | peak memory, GiB | share of the matrix rate |\n|---|---|---|---|")
     tokens = (args.image_size // args.patch_size) ** 2 + 1
-    forward = args.layers * (2 * tokens * 12 * args.width**2 + 4 * tokens**2 * args.width)  # of one region
+    forward = args.layers * (2 * tokens * 12 * args.width**2 + 4 * tokens**2 * args.width)  # per region
 
     def row(name: str, pairs: int, chunk: int, steps: int) -> bool:
         trainer = trainer_of(model, folder, "bf16", cpu=False, cache_chunk=chunk)
@@ -66,7 +67,7 @@ def bench(args: argparse.Namespace, folder: Path) -> None:
             torch.cuda.empty_cache()
             print(f"| {pairs}, {name} | out of memory | | |", flush=True)
             return False
-        share = 3 * forward * pairs / took / rate  # 3: what recomputing adds is no work done
+        share = 3 * forward * pairs / took / rate  # forward and backward; recomputation does not count
         peak = torch.cuda.max_memory_allocated() / 2**30
         print(f"| {pairs}, {name} | {pairs / took:.0f} | {peak:.1f} | {share:.2f} |", flush=True)
         return True
@@ -77,13 +78,6 @@ def bench(args: argparse.Namespace, folder: Path) -> None:
     pairs = 4096
     while pairs <= args.largest and row(f"checkpointed, in chunks of {args.chunk}", pairs, args.chunk, 1):
         pairs *= 2
-
-
-def matrix_rate() -> float:
-    """Floating-point operations a second of the tower's own matrix product in bf16."""
-    a, b = (torch.randn(shape, dtype=torch.bfloat16, device="cuda") for shape in ((577 * 64, 1024), (1024, 4096)))
-    best = min(seconds(lambda: [a @ b for _ in range(20)]) for _ in range(10))
-    return 20 * 2 * len(a) * 1024 * 4096 / best
 
 
 if __name__ == "__main__":

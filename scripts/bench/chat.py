@@ -1,14 +1,15 @@
-"""Batched answers against one by one, on the embedded model: `python scripts/bench/chat.py [--requests 128] [--pairs
-5]`.
+"""Speed of batched answers compared with single ones, on the embedded model.
+
+python scripts/bench/chat.py [--requests 128] [--pairs 5]
 """
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+from timing import TABLE_HEADER, print_ratio, seconds
 
 import mllm
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     parser = ArgumentParser(prog=PROGRAM, description=__doc__)
-    parser.add_argument("--model", help="default: the embedded model")
+    parser.add_argument("--model", help="directory or hub id (default: the embedded model)")
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=5)
@@ -46,19 +47,10 @@ def _run(argv: Sequence[str] | None) -> int:
 
     same = sum(a == b for a, b in zip(batched(), one_by_one(), strict=True))
     ratios = [seconds(one_by_one) / seconds(batched) for _ in range(args.pairs)]
-    print("| what | ratio (median) | range | pairs |\n|---|---|---|---|")
-    what = (
-        f"answers a second, batches of {args.batch_size} / one by one ({len(requests)} requests, {same} answers equal)"
-    )
-    print(f"| {what} | {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} | {args.pairs} |")
+    print(TABLE_HEADER)
+    what = f"{len(requests)} requests, {same} answers equal"
+    print_ratio(f"answers per second, batches of {args.batch_size} / one by one ({what})", ratios, digits=2)
     return 0
-
-
-def seconds(run: Callable) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

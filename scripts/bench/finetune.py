@@ -1,11 +1,11 @@
-"""Where the time of a training step goes, and what sharing a picture among its regions and grouping by length save.
+"""Time per part of a training step, and the effect of decoding an image once and of grouping samples by length.
 
     python scripts/bench/finetune.py [--steps 12] [--regions 8] [--image-size 224]
 
-Interleaved in one process, with the same model, dtype, attention and number of conversations a step: ours (a picture is
-decoded, resized and normalised once for its regions; samples of like length come together) and a plain collator's way
-(each region decodes and prepares its picture; random order, padded to the batch's longest). Pictures are 640 x 480
-JPEGs. Ratios are medians over pairs of steps.
+Both sides run alternately in one process, with the same model, dtype, attention and conversations per step. Ours: an
+image is decoded, resized and normalized once for all its regions, and samples of similar length are in one batch.
+Plain: each region decodes and prepares its image, in random order. Images are 640 x 480 JPEGs. Ratios are medians over
+pairs of steps.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import json
 import random
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from timing import Clock
 from transformers import LlavaForConditionalGeneration
 
 import mllm
@@ -37,26 +37,17 @@ from train.tuning.conversations import Conversation, ConversationDataset
 from train.tuning.lora import prepare_model
 from vision_tower import AlphaCLIPImageProcessor
 
-PARTS = ("read", "decode", "prepare pictures", "encode and label", "forward", "backward", "optimizer")
+PARTS = ("read", "decode", "prepare images", "encode and label", "forward", "backward", "optimizer")
 WORDS = "the a clock man tree white wooden standing on of with his window black small table sky green is in".split()
 
 
-class Clock:
-    """Seconds by part of a step."""
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-        self.padding = 0.0
-
-    def time(self, part: str, call, *args, **kwargs):
-        """Call, and add what it took."""
-        start = time.perf_counter()
-        result = call(*args, **kwargs)
-        self.seconds[part] += time.perf_counter() - start
-        return result
-
-
 PROGRAM = "bench/finetune.py"
+
+
+class StepClock(Clock):
+    """Seconds by part of a step, and the share of padding tokens."""
+
+    padding = 0.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,21 +57,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12, help="pairs of steps (default 12; one more to warm up)")
-    parser.add_argument("--regions", type=int, default=8, help="regions of a picture in a step (default 8)")
-    parser.add_argument("--pictures", type=int, default=2, help="pictures in a step of ours (default 2)")
-    parser.add_argument("--image-size", type=int, default=224, help="of the small model's tower, patches of 14 pixels")
+    parser.add_argument("--steps", type=int, default=12, help="pairs of steps after a warmup (default 12)")
+    parser.add_argument("--regions", type=int, default=8, help="regions per image in a step (default 8)")
+    parser.add_argument("--images", type=int, default=2, help="images in our step (default 2)")
+    parser.add_argument(
+        "--image-size", type=int, default=224, help="image size of the small model, with patches of 14 pixels"
+    )
     args = parser.parse_args(argv)
     model, processor = small_model(args.image_size)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     with tempfile.TemporaryDirectory() as folder:
-        write_pictures(Path(folder), max(40, args.steps * args.pictures * 2), args.regions)
+        write_images(Path(folder), max(40, args.steps * args.images * 2), args.regions)
         index_visual_genome(folder)
         sides = {
-            "ours": batches(Path(folder), processor, args.regions, args.pictures, shared=True),
-            "plain": batches(Path(folder), processor, 1, args.pictures * args.regions, shared=False),
+            "ours": batches(Path(folder), processor, args.regions, args.images, shared=True),
+            "plain": batches(Path(folder), processor, 1, args.images * args.regions, shared=False),
         }
-        clocks: dict[str, list[Clock]] = {name: [] for name in sides}
+        clocks: dict[str, list[StepClock]] = {name: [] for name in sides}
         for _ in range(args.steps + 1):
             for name, source in sides.items():
                 clocks[name].append(step(model, ConversationCollator(processor), optimizer, next(source)))
@@ -88,13 +81,13 @@ def _run(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def step(model, collator: ConversationCollator, optimizer, drawn: tuple[Clock, list[Conversation]]) -> Clock:
-    """One step on a drawn batch; the collator's parts are timed one by one."""
+def step(model, collator: ConversationCollator, optimizer, drawn: tuple[StepClock, list[Conversation]]) -> StepClock:
+    """One step on a batch; the parts of the collator are timed separately."""
     clock, conversations = drawn
     items = [item for turns in conversations for item in image_items(turns)]
-    pixels = clock.time("prepare pictures", collator.pixels, items)
+    pixels = clock.time("prepare images", collator.pixels, items)
     batch = clock.time("encode and label", collator.tokens, conversations)
-    batch["pixel_values"] = pixels
+    batch |= pixels
     clock.padding = 1 - float(batch["attention_mask"].float().mean())
     loss = clock.time("forward", lambda: model(**batch).loss)
     clock.time("backward", loss.backward)
@@ -102,15 +95,15 @@ def step(model, collator: ConversationCollator, optimizer, drawn: tuple[Clock, l
     return clock
 
 
-def batches(folder: Path, processor, regions: int, size: int, shared: bool) -> Iterator[tuple[Clock, list]]:
-    """Batches of conversations, each with the time that reading and decoding took."""
+def batches(folder: Path, processor, regions: int, size: int, shared: bool) -> Iterator[tuple[StepClock, list]]:
+    """Batches of conversations, each with the time of reading and decoding."""
     args = DataArguments(data=[str(folder)], regions_per_image=regions)
     wordings = processor.description_wordings
     dataset = ConversationDataset([RegionIndex(folder)], args, "train", wordings, 0, folder / "skipped.jsonl")
     sampler = EpochSampler(len(dataset), 0, dataset.lengths if shared else None, size)
     order = [number for epoch in range(50) for number in _epoch(sampler, epoch)]
     for first in range(0, len(order) - size, size):
-        clock, conversations = Clock(), []
+        clock, conversations = StepClock(PARTS), []
         for number in order[first : first + size]:
             index, rows = dataset.rows_of(number % len(dataset))
             facts = clock.time("read", index.read, rows)
@@ -125,14 +118,14 @@ def _epoch(sampler: EpochSampler, epoch: int) -> Iterator[int]:
     return iter(sampler)
 
 
-def print_table(clocks: dict[str, list[Clock]]) -> None:
-    """Medians by part, their ratios, and the whole step."""
-    print("| part of a step | ours, ms | plain, ms | ours / plain |\n|---|---|---|---|")
+def print_table(clocks: dict[str, list[StepClock]]) -> None:
+    """Medians by part, their ratios, and the complete step."""
+    print("| part | ours, ms | plain, ms | ours / plain |\n|---|---|---|---|")
     for part in PARTS:
         ours, plain = ([clock.seconds[part] * 1e3 for clock in clocks[name]] for name in ("ours", "plain"))
         ratio = statistics.median(a / b for a, b in zip(ours, plain, strict=True))
         print(f"| {part} | {statistics.median(ours):.1f} | {statistics.median(plain):.1f} | {ratio:.3f} |")
-    for name, chosen in (("data, all of it", PARTS[:4]), ("the whole step", PARTS)):
+    for name, chosen in (("all data parts", PARTS[:4]), ("complete step", PARTS)):
         totals = [[sum(clock.seconds[part] for part in chosen) for clock in clocks[side]] for side in clocks]
         ratios = sorted(a / b for a, b in zip(*totals, strict=True))
         medians = [statistics.median(total) * 1e3 for total in totals]
@@ -140,11 +133,11 @@ def print_table(clocks: dict[str, list[Clock]]) -> None:
     for side, timed in clocks.items():
         print(f"padding, {side}: {statistics.mean(clock.padding for clock in timed):.1%} of the tokens")
     spread = f"{1 / ratios[-1]:.2f} to {1 / ratios[0]:.2f}"
-    print(f"samples a second, ours / plain: {1 / statistics.median(ratios):.2f} ({spread})")
+    print(f"samples per second, ours / plain: {1 / statistics.median(ratios):.2f} ({spread})")
 
 
 def small_model(image_size: int) -> tuple[torch.nn.Module, object]:
-    """A random LLaVA of the embedded model's width with LoRA, and its processor for larger pictures."""
+    """A random LLaVA with LoRA and the width of the embedded model, and its processor for larger images."""
     embedded, processor = mllm.load(device="cpu", dtype="float32")
     config = embedded.config
     config.vision_config.image_size, config.vision_config.patch_size = image_size, 14
@@ -156,7 +149,7 @@ def small_model(image_size: int) -> tuple[torch.nn.Module, object]:
     return model, build_llava_processor(images, processor.tokenizer, config)
 
 
-def write_pictures(folder: Path, count: int, regions: int) -> None:
+def write_images(folder: Path, count: int, regions: int) -> None:
     """640 x 480 JPEGs with boxes and descriptions of 1 to 25 words, in Visual Genome's layout."""
     rng, words = np.random.default_rng(0), random.Random(0)
     (folder / "VG_100K").mkdir()

@@ -1,8 +1,8 @@
-"""Gradient caching: memory, gradients and time of a batch of 1024 in chunks against plain ones.
+"""Gradient caching: memory, gradients and time of a batch of 1024 in chunks, compared with plain batches.
 
     python scripts/bench/gradient_cache.py [--batch 1024] [--chunk 64] [--pairs 3]
 
-Float32 and random weights; sides take turns in one process, and ratios are medians over the turns.
+Float32 and random weights; both sides run alternately in one process, and ratios are medians.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from alpha_clip import VOCABULARY, add_cpu_time, add_sizes, build, seconds, timer_of, trainer_of
+from alpha_clip import VOCABULARY, add_cpu_time, add_sizes, build, timer_of, trainer_of
+from timing import seconds
 
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from vision_tower import AlphaCLIPModel
@@ -44,8 +45,8 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def random_batch(model: AlphaCLIPModel, pairs: int, device: str = "cpu", shared: bool = False) -> dict[str, Any]:
-    """Pairs of noise and random texts of 16 tokens, each text of two pairs; `shared`: one picture, which takes no
-    memory of its own.
+    """Pairs of noise images and random texts of 16 tokens; two pairs share a text. With `shared`, all pairs share one
+    image in memory.
     """
     generator, side = torch.Generator().manual_seed(1), model.config.vision_config.image_size
     pixels = torch.randn(1 if shared else pairs, 4, side, side, generator=generator).to(device)
@@ -59,21 +60,21 @@ def random_batch(model: AlphaCLIPModel, pairs: int, device: str = "cpu", shared:
 
 
 def bench(args: argparse.Namespace, folder: Path) -> None:
-    """Gradient caching in float32: growth of memory, gradients and time against plain batches."""
+    """Memory growth, gradients and time of gradient caching, compared with plain batches."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build(args).to(device)
     trainers = {
         chunk: trainer_of(model, folder, "fp32", device == "cpu", cache_chunk=chunk) for chunk in (0, args.chunk)
     }
     batches = {pairs: random_batch(model, pairs, device) for pairs in (args.chunk, args.batch)}
-    # the same pairs back to front: what rounding alone does to the gradients
+    # the same pairs in reverse order, to measure the effect of rounding
     of_pairs = ("pixel_values", "text_of", "text_ids")
     batches[0] = batches[args.batch] | {name: batches[args.batch][name].flip(0) for name in of_pairs}
 
     def step(pairs: int, chunk: int) -> None:
         for parameter in model.parameters():
             if parameter.grad is not None:
-                parameter.grad.zero_()  # kept, so that the gradients are no growth
+                parameter.grad.zero_()  # kept, so that gradients do not count as growth
         trainers[chunk].training_step(model, batches[pairs])
 
     step(args.chunk, 0)
@@ -81,7 +82,7 @@ def bench(args: argparse.Namespace, folder: Path) -> None:
         (pairs, chunk): growth(lambda: step(pairs, chunk), device) / 2**20  # noqa: B023
         for pairs, chunk in ((args.chunk, 0), (args.batch, args.chunk), (args.batch, 0))
     }
-    print("| batch, float32 | beside weights, gradients and pictures, MiB | of the small batch's |\n|---|---|---|")
+    print("| batch, float32 | without weights, gradients and images, MiB | relative to small |\n|---|---|---|")
     for (pairs, chunk), size in grown.items():
         how = f"in chunks of {chunk}" if chunk else "plain"
         print(f"| {pairs}, {how} | {size:.0f} | {size / grown[args.chunk, 0]:.2f} |", flush=True)
@@ -102,10 +103,10 @@ def bench(args: argparse.Namespace, folder: Path) -> None:
 
 
 def differences(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> str:
-    """The worst difference, of the largest gradient of all and of the largest in the same tensor."""
+    """The largest difference, relative to the largest gradient of all tensors and of the same tensor."""
     apart = {name: float((found[name] - gradient).abs().max()) for name, gradient in expected.items()}
     sizes = {name: float(gradient.abs().max()) for name, gradient in expected.items()}
-    # a key's bias moves all of a row's scores alike: softmax has no gradient there, only rounding
+    # key biases shift all scores of a row equally, so their gradient is rounding only
     own = {name: apart[name] / size for name, size in sizes.items() if not name.endswith("k_proj.bias")}
     worst = max(own, key=own.get)
     return (
@@ -115,9 +116,7 @@ def differences(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 def growth(run: Callable[[], Any], device: str) -> int:
-    """Bytes of tensors at most alive during a call beyond those before it; on a CPU as PyTorch's profiler counts every
-    allocation and release.
-    """
+    """Peak bytes of tensors during a call, minus those before it; on a CPU as counted by PyTorch's profiler."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -1,10 +1,10 @@
-"""Time the tower and its image processor against Transformers' CLIP; both sides in one process, in turns; medians of
-ratios.
+"""Compare the speed of the tower and its image processor with Transformers' CLIP; both sides run alternately in one
+process, and ratios are medians.
 
     python scripts/bench/tower.py [--pairs 7] [--photos DIR] [--only tower|compiled|images|memory]
-    python scripts/bench/tower.py --original DIR     against the code of SunzeY/AlphaCLIP in DIR (needs loralib)
+    python scripts/bench/tower.py --original DIR     compare with the code of SunzeY/AlphaCLIP in DIR (requires loralib)
 
-The tower has ViT-L/14-336's size and random weights. Prints Markdown rows for docs/benchmarks.md.
+The tower has the size of ViT-L/14-336 and random weights. Prints Markdown rows for docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from timing import TABLE_HEADER, interleaved, matrix_rate, print_ratio
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
@@ -58,17 +58,14 @@ def _run(argv: Sequence[str] | None) -> int:
     parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=7, help="timed pairs for each row (default 7)")
     parser.add_argument("--photos", type=Path, help="folder of photographs (default: random pixels, 640 x 480)")
-    parser.add_argument("--original", type=Path, help="checkout of SunzeY/AlphaCLIP: compare with its code, only")
+    parser.add_argument("--original", type=Path, help="checkout of SunzeY/AlphaCLIP: compare with its code only")
     parser.add_argument("--only", choices=["tower", "compiled", "images", "memory"])
     parser.add_argument("--peak", help=argparse.SUPPRESS)  # a child process: print the peak memory of one side
     args = parser.parse_args(argv)
     if args.peak:
         print(peak_of(*args.peak.split(",")))
         return 0
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads\n\n"
-        "| what | ratio (median) | range | pairs |\n|---|---|---|---|"
-    )
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n\n{TABLE_HEADER}")
     if args.original:
         bench_original(args)
         return 0
@@ -79,30 +76,13 @@ def _run(argv: Sequence[str] | None) -> int:
     return 0
 
 
-def pairs(ours: Callable, theirs: Callable, count: int) -> list[tuple[float, float]]:
-    """Seconds of each side, in turns, after a warm-up."""
-    ours(), theirs()
-    return [(seconds(ours), seconds(theirs)) for _ in range(count)]
-
-
-def seconds(run: Callable) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def row(name: str, timed: list[tuple[float, float]]) -> None:
-    """One Markdown row: our time over theirs."""
-    ratios = [a / b for a, b in timed]
-    print(
-        f"| {name} | {statistics.median(ratios):.3f} | {min(ratios):.3f} to {max(ratios):.3f} | {len(ratios)} |",
-        flush=True,
-    )
+def print_ratios(name: str, timed: list[tuple[float, float]]) -> None:
+    """Print a row: our time divided by theirs."""
+    print_ratio(name, [ours / theirs for ours, theirs in timed])
 
 
 def build(side: str, dtype: str) -> torch.nn.Module:
-    """One side's tower, random weights."""
+    """The tower of one side with random weights."""
     torch.manual_seed(0)
     if side == "ours":
         model = AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**VIT_L_336))
@@ -112,7 +92,7 @@ def build(side: str, dtype: str) -> torch.nn.Module:
 
 
 def runner(model: torch.nn.Module, channels: int, backward: bool) -> Callable:
-    """One forward, or forward and backward, of one picture."""
+    """One forward, or forward and backward, of one image."""
     pixels = torch.randn(1, channels, 336, 336, dtype=model.dtype)
 
     def forward() -> None:
@@ -131,12 +111,12 @@ def bench_tower(args: argparse.Namespace) -> None:
     for dtype in DTYPES:
         ours, theirs = build("ours", dtype), build("theirs", dtype)
         for backward in (False, True):
-            timed = pairs(runner(ours, 4, backward), runner(theirs, 3, backward), args.pairs)
-            row(f"tower / CLIPVisionModel, {dtype}, forward{' + backward' if backward else ''}: time", timed)
+            timed = interleaved(runner(ours, 4, backward), runner(theirs, 3, backward), args.pairs)
+            print_ratios(f"tower / CLIPVisionModel, {dtype}, forward{' + backward' if backward else ''}: time", timed)
 
 
 def bench_original(args: argparse.Namespace) -> None:
-    """Tower with its projection, plain and compiled, against the original's own code on the same random weights."""
+    """Tower with its projection, plain and compiled, against the original code on the same random weights."""
     spec = importlib.util.spec_from_file_location("original", args.original / "alpha_clip" / "model.py")
     original = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(original)
@@ -150,22 +130,25 @@ def bench_original(args: argparse.Namespace) -> None:
         theirs = theirs.to(torch_dtype).eval()
         for module in theirs.modules():
             if isinstance(module, torch.nn.LayerNorm):
-                module.float()  # its norms compute in float32 and keep their weights so
+                module.float()  # they compute in float32
         image, alpha = torch.randn(1, 3, 336, 336, dtype=torch_dtype), torch.randn(1, 1, 336, 336, dtype=torch_dtype)
         pixels = torch.cat([image, alpha], dim=1)
         with torch.no_grad():
             run_ours, run_theirs = (lambda: ours(pixels).image_embeds), (lambda: theirs(image, alpha))  # noqa: B023
             apart = ((run_ours() - run_theirs()).abs().max() / run_theirs().abs().max()).item()
-            row(f"tower / the original's code, {dtype}, forward: time", pairs(run_ours, run_theirs, args.pairs))
+            print_ratios(
+                f"tower / the original code, {dtype}, forward: time", interleaved(run_ours, run_theirs, args.pairs)
+            )
             ours.vision_model.compile()
-            row(
-                f"compiled tower / the original's code, {dtype}, forward: time", pairs(run_ours, run_theirs, args.pairs)
+            print_ratios(
+                f"compiled tower / the original code, {dtype}, forward: time",
+                interleaved(run_ours, run_theirs, args.pairs),
             )
         print(f"| (features {apart:.1e} apart, relative, {dtype}) | | | |", flush=True)
 
 
 def bench_memory(args: argparse.Namespace) -> None:
-    """Peak memory, each side in a process of its own."""
+    """Peak memory, each side in a separate process."""
     for dtype in DTYPES:
         for backward in ("", "backward"):
             peaks = [
@@ -183,69 +166,59 @@ def peak_of(side: str, dtype: str, backward: str) -> int:
 
 
 def bench_compiled(args: argparse.Namespace) -> None:
-    """The compiled tower against CLIPVisionModel as people run it, and its share of this machine's matrix rate."""
+    """The compiled tower against an uncompiled CLIPVisionModel, and its share of this machine's matrix rate."""
     ours, theirs = build("ours", "bf16"), build("theirs", "bf16")
     ours.compile()
-    timed = pairs(runner(ours, 4, False), runner(theirs, 3, False), args.pairs)
-    row("compiled tower / CLIPVisionModel, bf16, forward: time", timed)
+    timed = interleaved(runner(ours, 4, False), runner(theirs, 3, False), args.pairs)
+    print_ratios("compiled tower / CLIPVisionModel, bf16, forward: time", timed)
     tokens, width = 577, VIT_L_336["hidden_size"]
     per_layer = 2 * tokens * 12 * width * width + 4 * tokens * tokens * width
     rate = VIT_L_336["num_hidden_layers"] * per_layer / statistics.median(a for a, _ in timed)
     print(
-        f"| compiled tower, bf16: share of this machine's measured matrix rate | {rate / matrix_rate():.2f} | | |",
+        f"| compiled tower, bf16: share of this machine's matrix rate | {rate / matrix_rate(tokens):.2f} | | |",
         flush=True,
     )
 
 
-def matrix_rate() -> float:
-    """Floating-point operations a second of the tower's own matrix product in bf16."""
-    a = torch.randn(577, 1024, dtype=torch.bfloat16)
-    b = torch.randn(1024, 4096, dtype=torch.bfloat16)
-    best = min(seconds(lambda: [a @ b for _ in range(20)]) for _ in range(10))
-    return 20 * 2 * 577 * 1024 * 4096 / best
-
-
 def bench_images(args: argparse.Namespace) -> None:
-    """Image + region -> pixel_values against CLIPImageProcessor, on decoded pictures."""
+    """Image + region -> pixel_values against CLIPImageProcessor, on decoded images."""
     if args.photos:
-        pictures = [
+        images = [
             Image.open(file).convert("RGB") for file in sorted(args.photos.iterdir()) if file.suffix in (".jpg", ".png")
         ]
     else:
         rng = np.random.default_rng(0)
-        pictures = [Image.fromarray(rng.integers(0, 256, (480, 640, 3), dtype=np.uint8)) for _ in range(8)]
+        images = [Image.fromarray(rng.integers(0, 256, (480, 640, 3), dtype=np.uint8)) for _ in range(8)]
     size = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
     clip = CLIPImageProcessor(**size)
-    print(f"| ({len(pictures)} {'photographs' if args.photos else 'random pictures'}) | | | |")
+    print(f"| ({len(images)} {'photographs' if args.photos else 'random images'}) | | | |")
 
     def stock() -> None:
-        for picture in pictures:
-            clip(picture, return_tensors="pt")
+        for image in images:
+            clip(image, return_tensors="pt")
 
     def regions(form: str) -> list[Region]:
-        boxes = [(p.width * 0.4, p.height * 0.4, p.width * 0.7, p.height * 0.6) for p in pictures]
+        boxes = [(p.width * 0.4, p.height * 0.4, p.width * 0.7, p.height * 0.6) for p in images]
         made = [Region.from_box(*(int(v) for v in box)) for box in boxes]
         if form == "mask":
-            made = [Region.from_mask(r.mask(p.height, p.width) > 0) for r, p in zip(made, pictures, strict=True)]
+            made = [Region.from_mask(r.mask(p.height, p.width) > 0) for r, p in zip(made, images, strict=True)]
         return made
 
     for geometry in ("crop", "pad"):
         ours = AlphaCLIPImageProcessor(geometry=geometry, **size)
         for form in ("box", "mask"):
-            given = list(zip(pictures, regions(form), strict=True))
-            timed = pairs(lambda: [ours(p, r, return_tensors="pt") for p, r in given], stock, 3 * args.pairs)  # noqa: B023
-            row(f"image + {form}, {geometry} / CLIPImageProcessor: time", timed)
+            given = list(zip(images, regions(form), strict=True))
+            timed = interleaved(lambda: [ours(p, r, return_tensors="pt") for p, r in given], stock, 3 * args.pairs)  # noqa: B023
+            print_ratios(f"image + {form}, {geometry} / CLIPImageProcessor: time", timed)
     ours = AlphaCLIPImageProcessor(geometry="crop", **size)
-    picture = pictures[0]
-    eight = [
-        Region.from_box(picture.width // 2 - 4 * i - 8, 100, picture.width // 2 + 10 * i + 8, 160) for i in range(8)
-    ]
-    timed = pairs(
-        lambda: ours(picture, eight, return_tensors="pt"),
-        lambda: [ours(picture, region, return_tensors="pt") for region in eight],
+    image = images[0]
+    eight = [Region.from_box(image.width // 2 - 4 * i - 8, 100, image.width // 2 + 10 * i + 8, 160) for i in range(8)]
+    timed = interleaved(
+        lambda: ours(image, eight, return_tensors="pt"),
+        lambda: [ours(image, region, return_tensors="pt") for region in eight],
         3 * args.pairs,
     )
-    row("8 regions of one image / 8 calls: time", timed)
+    print_ratios("8 regions of one image / 8 calls: time", timed)
 
 
 if __name__ == "__main__":

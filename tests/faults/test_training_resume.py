@@ -257,7 +257,7 @@ def test_items_that_cannot_be_used_are_left_out_the_same_way_each_time(recipes, 
     assert contents[0] == contents[1]
     record = contents[0][1]
     assert len(record["skipped_images"]) == 1 and len(record["skipped_regions"]) >= 1
-    assert any("the model reads 512" in item.reason for item in listed)
+    assert any("more than the 512 of the model" in item.reason for item in listed)
     capsys.readouterr()
     assert train(recipes, program, tmp_path / "refused", *flags, "--max_missing", 0.001) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if "error:" in line)

@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from alpha_clip_commands import alpha_clip, region_chat, region_eval, region_tune
 from alpha_clip_commands.command_line import ArgumentParser
+from alpha_clip_commands.training import programs
 from eval.tasks import TASKS
 from mllm.loading import EMBEDDED_MODEL
 from tests.doc_pages import PAGES, README, ROOT, Block, blocks, commands, inline_code, rows, without_environment
@@ -34,7 +35,7 @@ PLACEHOLDERS = {"RECIPE": "llava_7b_lora_vg"}
 NOT_INSTALLED = ("llava",)  # the original code base
 NOT_YET_WRITTEN = ("docs/architecture.md",)
 PARSERS = {"region-chat": region_chat, "region-eval": region_eval, "alpha-clip": alpha_clip}
-TRAINING = {("region-tune",): region_tune.TUNE, ("alpha-clip", "train"): region_tune.TRAIN_ALPHA_CLIP}
+TRAINING = {("region-tune",): programs.TUNE, ("alpha-clip", "train"): programs.TRAIN_ALPHA_CLIP}
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
 
@@ -61,7 +62,7 @@ def check_command(words, monkeypatch):
         # the files of the examples do not exist
         monkeypatch.setattr(region_tune, "check_found", lambda *_: None)
         monkeypatch.setattr(region_tune, "check_model", lambda *_: None)
-        region_tune.check(training, words[words.index("train") + 1 :] if "train" in words[:2] else rest)
+        programs.check(training, words[words.index("train") + 1 :] if "train" in words[:2] else rest)
     elif program in PARSERS:
         PARSERS[program].build_parser().parse_args(rest)
     else:
@@ -108,7 +109,7 @@ def check_script(monkeypatch, path, *words):
 def flags():
     """The flags of all commands, scripts and launchers."""
     parsers = [module.build_parser() for module in PARSERS.values()]
-    parsers += [region_tune.build_parser(program) for program in TRAINING.values()]
+    parsers += [programs.build_parser(program) for program in TRAINING.values()]
     found = {*LAUNCHER_FLAGS, *OTHER_FLAGS}
     while parsers:
         parser = parsers.pop()

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from transformers import TrainingArguments
 
-from alpha_clip_commands.region_tune import TRAIN_ALPHA_CLIP
 from alpha_clip_commands.training.contrastive_arguments import PairArguments, TowerArguments
+from alpha_clip_commands.training.programs import TRAIN_ALPHA_CLIP
 from train.arguments import check_optimizer, parse_recipe
 
 

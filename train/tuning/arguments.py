@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import TrainingArguments
 
-from alpha_clip_commands.region_tune import TUNE
+from alpha_clip_commands.training.programs import TUNE
 from alpha_clip_commands.training.tuning_arguments import DataArguments, ModelArguments
 from train.arguments import check_optimizer, parse_recipe
 

@@ -8,12 +8,12 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from alpha_clip_commands import region_tune
 from alpha_clip_commands.flag_values import finite_number, switch, whole_number
+from alpha_clip_commands.training import programs
 from alpha_clip_commands.training.recipe import RECIPES, recipe_names, split_recipe
 from alpha_clip_commands.training.training_fields import accelerator_fields, dictionary_fields, training_fields
 
-PROGRAMS = (region_tune.TUNE, region_tune.TRAIN_ALPHA_CLIP)
+PROGRAMS = (programs.TUNE, programs.TRAIN_ALPHA_CLIP)
 REQUIRED = ["--model", "M", "--data", ".", "--output_dir", "O"]
 
 
@@ -27,7 +27,7 @@ def test_fields_are_those_of_the_class():
 def test_flags_are_those_of_huggingface(program):
     """Names, how many values, choices, and what is required."""
     theirs = HfArgumentParser((*program.kinds, TrainingArguments))._option_string_actions
-    ours = region_tune.build_parser(program)._option_string_actions
+    ours = programs.build_parser(program)._option_string_actions
     assert ours.keys() - {"--version"} == theirs.keys()
     for option, action in theirs.items():
         assert ours[option].nargs == action.nargs or option in ("-h", "--help"), option
@@ -42,14 +42,14 @@ def test_flags_are_those_of_huggingface(program):
 def test_every_recipe_is_of_one_program_and_accepted(program, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clip_l14_336_grit_20m_4xe.pth").touch()
-    names = recipe_names(region_tune.known_keys(program))
-    other = recipe_names(region_tune.known_keys(PROGRAMS[program is region_tune.TUNE]))
+    names = recipe_names(programs.known_keys(program))
+    other = recipe_names(programs.known_keys(PROGRAMS[program is programs.TUNE]))
     assert sorted(names + other) == sorted(path.stem for path in RECIPES.glob("*.yaml")) and len(names) > 5
     for name in names:
-        region_tune.check(program, [name, *REQUIRED])
-        region_tune.check(program, ["--local_rank=0", str(RECIPES / f"{name}.yaml"), *REQUIRED])
+        programs.check(program, [name, *REQUIRED])
+        programs.check(program, ["--local_rank=0", str(RECIPES / f"{name}.yaml"), *REQUIRED])
     with pytest.raises(ValueError, match=f"unknown recipe '{other[0]}'; expected a .yaml file, or one of {names[0]}"):
-        region_tune.check(program, [other[0], *REQUIRED])
+        programs.check(program, [other[0], *REQUIRED])
 
 
 @pytest.mark.parametrize(
@@ -86,24 +86,24 @@ def test_where_a_recipe_is(argv, path, rest):
 )
 def test_what_huggingface_takes_is_not_refused(flags, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    region_tune.check(region_tune.TUNE, [*REQUIRED, *flags])
+    programs.check(programs.TUNE, [*REQUIRED, *flags])
 
 
 def test_values_of_a_recipe_are_read_as_flags(tmp_path):
     """As where a number stands in quotes; and LoRA's rank may be in the recipe, its scale on the command line."""
     recipe = tmp_path / "r.yaml"
     recipe.write_text("lora_r: '4'\nlora_dropout: 0.0\ndata: .\n")
-    region_tune.check(region_tune.TUNE, [str(recipe), "--output_dir", "O", "--lora_alpha", "8"])
+    programs.check(programs.TUNE, [str(recipe), "--output_dir", "O", "--lora_alpha", "8"])
     recipe.write_text("lora_r: 4\ndata: .\n")
-    region_tune.check(region_tune.TUNE, [str(recipe), "--output_dir", "O", "--lora_alpha", "8"])
+    programs.check(programs.TUNE, [str(recipe), "--output_dir", "O", "--lora_alpha", "8"])
     recipe.write_text("lora_r: 0\ndata: .\n")
     with pytest.raises(ValueError, match="no effect without LoRA"):
-        region_tune.check(region_tune.TUNE, [str(recipe), "--output_dir", "O", "--lora_alpha", "8"])
+        programs.check(programs.TUNE, [str(recipe), "--output_dir", "O", "--lora_alpha", "8"])
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
 def test_help_lists_our_flags_and_says_where_the_others_are(program):
-    text = region_tune.build_parser(program).format_help()
+    text = programs.build_parser(program).format_help()
     for kind in program.kinds:
         for field in dataclasses.fields(kind):
             assert f"--{field.name}" in text
@@ -114,4 +114,4 @@ def test_help_lists_our_flags_and_says_where_the_others_are(program):
 def test_a_finished_run_needs_no_data(tmp_path):
     """It says that it is finished; whether its data is still there does not matter."""
     (tmp_path / "out").mkdir()
-    region_tune.check(region_tune.TUNE, ["--data", "gone", "--output_dir", str(tmp_path / "out")])
+    programs.check(programs.TUNE, ["--data", "gone", "--output_dir", str(tmp_path / "out")])
