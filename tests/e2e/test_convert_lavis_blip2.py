@@ -1,4 +1,4 @@
-"""`alpha-clip convert-lavis`: what comes out loads everywhere, keeps the language model, and sees the region."""
+"""`alpha-clip convert-lavis`: the result loads, keeps the language model, and uses the region."""
 
 import logging
 
@@ -25,7 +25,7 @@ from transformers import (
 import mllm
 from alpha_clip_commands import alpha_clip
 from mllm.blip2 import AlphaBlip2ForConditionalGeneration, AlphaBlip2Processor, AlphaCLIPBlip2VisionModel
-from tests.drawn_back import iou
+from tests.alpha_maps import iou
 from tests.files import read_json, write_json
 from tests.tensors import fixture_tensors, same_tensors
 from tests.tiny import noise_image
@@ -39,7 +39,7 @@ LOADERS = {"t5": AutoModelForSeq2SeqLM, "opt": AutoModelForCausalLM}
 
 
 def save_language_model(folder, kind, vocab_size=16, width=64):
-    """A tiny T5 or OPT, its output embedding its own as Flan-T5's is, and a tokenizer without <image>."""
+    """A tiny T5 or OPT, with untied output embedding like Flan-T5, and a tokenizer without <image>."""
     torch.manual_seed(3)
     ids = {"vocab_size": vocab_size, "pad_token_id": 0, "eos_token_id": 1}
     if kind == "t5":
@@ -212,7 +212,7 @@ def test_a_stage_1_checkpoint_begins_its_projection_when_asked(sources, tmp_path
 def test_errors_leave_nothing_behind(sources, tmp_path, capsys):
     def error_of(*args, **kwargs):
         assert convert(*args, **kwargs) == 2
-        error = capsys.readouterr().err.splitlines()[-1]  # before it, progress bars
+        error = capsys.readouterr().err.splitlines()[-1]  # after progress bars
         assert error.startswith("alpha-clip convert-lavis: error: ")
         return error
 
@@ -223,12 +223,12 @@ def test_errors_leave_nothing_behind(sources, tmp_path, capsys):
 
     out = tmp_path / "out"
     vit_g = {f"Qformer.bert.encoder.layer.{i}.crossattention.self.key.weight": torch.zeros(64, 1408) for i in (0, 2)}
-    assert "1408 wide" in error_of(sources, broken("vit_g", **vit_g), out)
+    assert "width 1408" in error_of(sources, broken("vit_g", **vit_g), out)
     assert "holds more" in error_of(sources, broken("more", extra=torch.zeros(1)), out)
     assert "checkpoint not found" in error_of(sources, tmp_path / "absent", out)
-    assert "at least 23 blocks" in error_of(sources, "t5", out, blocks=23)
-    assert "holds no tower" in error_of(sources, "t5", out, tower=None)
-    assert "leads into a t5 64 wide" in error_of(sources, "t5", out, "opt")
+    assert "at least 23 layers" in error_of(sources, "t5", out, blocks=23)
+    assert "contains no tower" in error_of(sources, "t5", out, tower=None)
+    assert "is for a t5 of width 64" in error_of(sources, "t5", out, "opt")
     languages = tmp_path / "languages"
     languages.mkdir()
     for name, kind, changes in (
@@ -237,8 +237,8 @@ def test_errors_leave_nothing_behind(sources, tmp_path, capsys):
         ("llama", "llama", {}),
     ):
         save_language_model(languages / f"{name}_model", kind, **changes)
-    assert "expected room for the token <image>" in error_of(sources, "t5", out, languages / "full")
-    assert "is a t5 32 wide" in error_of(sources, "t5", out, languages / "wide")
+    assert "expected a free embedding for <image>" in error_of(sources, "t5", out, languages / "full")
+    assert "is a t5 of width 32" in error_of(sources, "t5", out, languages / "wide")
     assert "expected a T5 or OPT language model, got model_type 'llama'" in error_of(
         sources, "t5", out, languages / "llama"
     )

@@ -104,10 +104,7 @@ USAGE_ERRORS = [
     ([*EVAL, "--metrics", "semantic similarity"], "needs --sentence-model"),
     ([*EVAL, "--sentence-model", "none"], "sentence model not found: none"),
     ([*EVAL, "--model", "./none"], "directory not found: ./none"),
-    (
-        ["region-eval", "score", ".", "--out", "x", "--metrics", "CIDER"],
-        "expected metrics out of exactly right",
-    ),
+    (["region-eval", "score", ".", "--out", "x", "--metrics", "CIDER"], "expected metrics out of exactly right"),
     (["region-eval", "run", "--task", "nonsense", "--data", ".", "--out", "x"], "unknown task 'nonsense'"),
     (["region-eval", "run", "--task", "jsonl", "--data", "none", "--out", "x"], "data not found: none"),
     (["region-eval", "run", "--task", "vg/own", "--data", "r.yaml", "--out", "x"], "got the file r.yaml"),
@@ -133,10 +130,7 @@ USAGE_ERRORS = [
     (["region-tune", "--data", ".", "--optimizer", "none"], "optimizer: expected trainer or muon"),
     (["region-tune", "--data", ".", "--lora_r", "1", "--load_in", "3bit"], "load_in: expected 4bit or 8bit"),
     (["region-tune", "--data", ".", "--wordings", "none"], "wordings: expected one of own"),
-    (
-        ["region-tune"],
-        "required: --data; without a recipe everything is given by flags; the usage is",
-    ),
+    (["region-tune"], "required: --data; without a recipe all settings are given as flags; usage: "),
     (["alpha-clip"], "expected a command, one of convert, convert-lavis"),
     (["alpha-clip", "nonsense"], "invalid choice"),
     (["alpha-clip", "trian"], "did you mean 'train'"),
@@ -212,7 +206,7 @@ def test_shown_names_are_the_real_ones():
     from mllm.data.shapes import scenes, world
     from mllm.model_card import LICENSES
     from vision_tower.conversion import RELEASED_CHECKPOINTS
-    from vision_tower.image_processing_alpha_clip import GEOMETRIES
+    from vision_tower.geometry import GEOMETRIES
 
     assert task_names.TASKS == tuple(TASKS)
     assert task_names.METRICS == METRICS
@@ -225,7 +219,7 @@ def test_shown_names_are_the_real_ones():
         assert list(source_values.constant(file, name)) == list(value)
     for file, name, value in (
         ("vision_tower/conversion.py", "RELEASED_CHECKPOINTS", RELEASED_CHECKPOINTS),
-        ("vision_tower/image_processing_alpha_clip.py", "GEOMETRIES", GEOMETRIES),
+        ("vision_tower/geometry.py", "GEOMETRIES", GEOMETRIES),
         ("mllm/data/shapes/world.py", "MAX_OBJECTS", world.MAX_OBJECTS),
         ("mllm/convert/lavis_keys.py", "VIT_L_BLOCKS", VIT_L_BLOCKS),
     ):

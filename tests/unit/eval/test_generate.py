@@ -15,7 +15,7 @@ from eval.views import with_wrong_region
 from mllm.data.readers.visual_genome import read_region_questions, read_regions
 from mllm.data.shapes import visual_genome_layout
 from mllm.inference import RegionChat
-from tests.drawn_back import alpha_map, iou
+from tests.alpha_maps import alpha_map, iou
 from tests.files import read_json_lines
 from tests.tiny import build_tiny_blip2
 
@@ -68,7 +68,7 @@ def test_blip_2_has_no_blind_control(data, samples, tmp_path):
     """Its prompt begins with the picture: refused before the run as main input, left out with a note as a control."""
     blip2 = RegionChat(*build_tiny_blip2("opt"))
     assert not answers_blind(blip2) and not (tmp_path / "parts" / "0.jsonl").exists()
-    with pytest.raises(ValueError, match="one image a conversation"):
+    with pytest.raises(ValueError, match="one image per conversation"):
         run(blip2, samples, tmp_path, Settings("blind"), data=data)
 
 

@@ -15,7 +15,7 @@ import mllm
 from mllm.data.templates import DESCRIBE_REGION
 from mllm.inference import RegionChat, check_alpha
 from mllm.loading import EMBEDDED_MODEL
-from tests.drawn_back import overlap
+from tests.alpha_maps import overlap
 from tests.files import encoded_image
 from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_image, prompt
 from vision_tower import Region

@@ -143,17 +143,17 @@ def test_each_missing_or_misshapen_tensor_is_named(lavis, tower, name):
     with pytest.raises(ValueError, match=f"{name}.*(such tensors|got nothing)"):
         conversion.from_lavis(lavis, tower, 1)
     lavis[name] = whole[..., :-1]
-    with pytest.raises(ValueError, match="expected .* got|holds more|width"):
+    with pytest.raises(ValueError, match="expected .* got|contains more|width"):
         conversion.from_lavis(lavis, tower, 1)
     lavis[name] = torch.full_like(whole, torch.nan)
-    with pytest.raises(ValueError, match=f"{name} holds NaN"):
+    with pytest.raises(ValueError, match=f"{name} contains NaN"):
         conversion.from_lavis(lavis, tower, 1)
 
 
 @pytest.mark.parametrize("name", ["t5_model.shared.weight", f"{LAYER}.1.crossattention.self.key.bias", "temperature"])
 def test_each_tensor_too_many_is_named(lavis, tower, name):
     lavis[name] = torch.zeros(64)
-    with pytest.raises(ValueError, match=f"holds more.*{name}"):
+    with pytest.raises(ValueError, match=f"contains more.*{name}"):
         conversion.from_lavis(lavis, tower, 1)
 
 
@@ -174,7 +174,7 @@ def test_towers_that_do_not_fit_are_refused(lavis, tower):
         conversion.from_lavis({**vit_g, "visual_encoder.blocks.0.norm1.weight": torch.zeros(1408)}, tower, 1)
     with pytest.raises(ValueError, match="at least 23 blocks .*got 2"):
         conversion.from_lavis(lavis, tower)
-    with pytest.raises(ValueError, match="holds no tower.*--vision-tower"):
+    with pytest.raises(ValueError, match="contains no tower.*--vision-tower"):
         conversion.from_lavis(lavis)
     cut = {key: t for key, t in own_tower().items() if not key.endswith("1.ln_2.bias")}
     with pytest.raises(ValueError, match=r"visual_encoder.*lacks transformer.resblocks.1.ln_2.bias"):

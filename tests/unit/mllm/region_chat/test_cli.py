@@ -13,11 +13,11 @@ from alpha_clip_commands.region_chat import build_parser
 from alpha_clip_commands.region_chat import main as region_chat
 from alpha_clip_commands.region_options import region_in
 from mllm.region_chat import cli
-from tests.drawn_back import alpha_map
+from tests.alpha_maps import alpha_map
 from tests.files import encoded_image, write_json
 from tests.tiny import noise_image
 from vision_tower import Region
-from vision_tower.image_processing_alpha_clip import place_alpha
+from vision_tower.geometry import place_alpha
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from alpha_clip_commands.region_options import FORMER_OPTIONS, REGION_OPTIONS
 from mllm.data.templates import DESCRIBE_REGION
 from mllm.inference import RegionChat
 from mllm.region_chat import cli
-from tests.drawn_back import alpha_map
+from tests.alpha_maps import alpha_map
 from tests.files import read_json, write_json
 from tests.tiny import noise_image
 from vision_tower import Region
-from vision_tower.image_processing_alpha_clip import place_alpha
+from vision_tower.geometry import place_alpha
 
 
 @pytest.fixture
