@@ -224,7 +224,7 @@ def test_errors_leave_nothing_behind(sources, tmp_path, capsys):
     out = tmp_path / "out"
     vit_g = {f"Qformer.bert.encoder.layer.{i}.crossattention.self.key.weight": torch.zeros(64, 1408) for i in (0, 2)}
     assert "width 1408" in error_of(sources, broken("vit_g", **vit_g), out)
-    assert "holds more" in error_of(sources, broken("more", extra=torch.zeros(1)), out)
+    assert "contains more" in error_of(sources, broken("more", extra=torch.zeros(1)), out)
     assert "checkpoint not found" in error_of(sources, tmp_path / "absent", out)
     assert "at least 23 layers" in error_of(sources, "t5", out, blocks=23)
     assert "contains no tower" in error_of(sources, "t5", out, tower=None)

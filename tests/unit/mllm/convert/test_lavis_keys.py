@@ -172,7 +172,7 @@ def test_towers_that_do_not_fit_are_refused(lavis, tower):
         conversion.from_lavis(vit_g, tower, 1)
     with pytest.raises(ValueError, match="EVA ViT-g tower"):
         conversion.from_lavis({**vit_g, "visual_encoder.blocks.0.norm1.weight": torch.zeros(1408)}, tower, 1)
-    with pytest.raises(ValueError, match="at least 23 blocks .*got 2"):
+    with pytest.raises(ValueError, match="at least 23 layers .*got 2"):
         conversion.from_lavis(lavis, tower)
     with pytest.raises(ValueError, match="contains no tower.*--vision-tower"):
         conversion.from_lavis(lavis)
