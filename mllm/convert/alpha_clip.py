@@ -73,7 +73,7 @@ def read_source(source: Path) -> tuple[AlphaCLIPVisionConfig, StateDict]:
         if "visual_projection.weight" not in str(error):
             raise
         raise ValueError(
-            f"{source} contains a tower without projection (such as that of a LLaVA), which an original checkpoint has; "
+            f"{source} contains a tower without projection (such as that of a LLaVA); original checkpoints have one; "
             "convert a directory that `alpha-clip convert` wrote"
         ) from error
     if report["missing_keys"]:
