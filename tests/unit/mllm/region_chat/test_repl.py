@@ -63,7 +63,13 @@ def test_a_conversation(tiny_llava_dir, picture, tmp_path, monkeypatch, capsys):
     assert run(tiny_llava_dir, "--image", picture) == 2  # lines of a pipe failed
     captured = capsys.readouterr()
     errors = [line for line in captured.err.splitlines() if line.startswith("error:")]
-    expected = ["no region yet", "outside the image", "unknown command /nonsense", "image file not found", "no region yet"]
+    expected = [
+        "no region yet",
+        "outside the image",
+        "unknown command /nonsense",
+        "image file not found",
+        "no region yet",
+    ]
     assert all(part in line for part, line in zip(expected, errors, strict=True))
     assert Image.open(tmp_path / "overlay.png").width >= 384
     saved, again = (read_json(tmp_path / name) for name in ("turns.json", "again.json"))
