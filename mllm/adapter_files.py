@@ -1,4 +1,4 @@
-"""A LoRA adapter's files (PEFT's), checked before PEFT reads them: it builds whatever its configuration asks for."""
+"""Validation of the files of a LoRA adapter before PEFT reads them, which builds anything that its config states."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class _Lora(msgspec.Struct, forbid_unknown_fields=True):
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
-    init_lora_weights: bool | Literal["gaussian"] = True  # others change the model's own weights too
+    init_lora_weights: bool | Literal["gaussian"] = True  # others change the model's weights, too
 
 
 def read_adapter_config(folder: str | os.PathLike) -> LoraConfig:
-    """The configuration of an adapter. What only says where it came from is passed over.
+    """The configuration of an adapter, without the fields that only state its origin.
 
     Raises:
-        ValueError: If the file is missing, damaged, holds values of other types, or asks for something other than LoRA.
+        ValueError: If the file is not found, damaged, has values of other types, or is not a plain LoRA config.
     """
     path = Path(folder) / CONFIG
     try:
@@ -69,7 +69,7 @@ def read_adapter_config(folder: str | os.PathLike) -> LoraConfig:
     patterns = {name: fields[name] or {} for name in ("rank_pattern", "alpha_pattern")}
     try:
         return LoraConfig(**{**fields, **patterns}, inference_mode=True)
-    except ValueError as error:  # settings that exclude each other
+    except ValueError as error:  # mutually exclusive settings
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -77,8 +77,8 @@ def read_adapter_weights(folder: str | os.PathLike, config: LoraConfig) -> State
     """The tensors of an adapter.
 
     Raises:
-        ValueError: If the file is missing or damaged, a tensor holds NaN or infinity or is not of floats, or they are
-            of another rank than the configuration states.
+        ValueError: If the file is not found or damaged, a tensor contains NaN or Inf or is not floating point, or the
+            ranks differ from the configuration.
     """
     path = Path(folder) / WEIGHTS
     tensors = read_tensors(path)
@@ -86,13 +86,13 @@ def read_adapter_weights(folder: str | os.PathLike, config: LoraConfig) -> State
         if not tensor.is_floating_point() or tensor.element_size() == 1:
             raise ValueError(f"{path}: expected {shown(name)} as floats of 16 or 32 bits, got {tensor.dtype}")
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {shown(name)} holds NaN or infinity: the adapter is damaged")
+            raise ValueError(f"{path}: {shown(name)} contains NaN or Inf: the adapter is damaged")
     stored = {
         len(tensor) for name, tensor in tensors.items() if re.search(r"\.lora_(embedding_)?A\b", name) and tensor.ndim
     }
     stated = {config.r, *config.rank_pattern.values()}
-    if not stored <= stated or max(stored, default=0) < max(stated):  # PEFT would make them as large as stated
-        raise ValueError(f"{path} holds matrices of rank {sorted(stored)}, {CONFIG} states {sorted(stated)}")
+    if not stored <= stated or max(stored, default=0) < max(stated):  # PEFT would allocate the stated size
+        raise ValueError(f"{path} contains matrices of rank {sorted(stored)}, but {CONFIG} states {sorted(stated)}")
     return tensors
 
 

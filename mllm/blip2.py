@@ -1,8 +1,8 @@
-"""BLIP-2 with an alpha tower, in both kinds that were published.
+"""BLIP-2 with an alpha tower, for both published kinds of tower.
 
-- EVA ViT-g (all `Salesforce/blip2-*`): `AlphaBlip2VisionModel`; a stock checkpoint loads with alpha at exactly zero.
+- EVA ViT-g (all `Salesforce/blip2-*`): `AlphaBlip2VisionModel`; a stock checkpoint loads with an alpha weight of zero.
 - CLIP ViT-L/14 (LAVIS' `pretrain_vitL`, `pretrain_flant5xl_vitL`): `AlphaCLIPBlip2VisionModel`, an Alpha-CLIP tower of
-  23 blocks, which is where Alpha-CLIP's released weights fit.
+  23 layers, which Alpha-CLIP's released weights fit.
 """
 
 import os
@@ -31,9 +31,9 @@ from mllm.processing_blip2 import AlphaBlip2Processor
 from vision_tower import AlphaCLIPImageProcessor
 from vision_tower.conversion import read_tower_for
 
-# full names, as Transformers 5 wants them; a list of one's own drops the default lm_head
+# full names, as Transformers 5 requires; a custom list replaces the default, lm_head
 NEVER_QUANTIZED = ("vision_model", "qformer", "language_projection", "language_model.lm_head")
-# what can be trained or frozen -> its parameters' prefix
+# parts that can be trained or frozen -> prefix of their parameters
 PARTS = {name: name for name in ("vision_model", "query_tokens", "qformer", "language_projection", "language_model")}
 
 
@@ -47,35 +47,33 @@ def load_model(name: str | os.PathLike, config: Blip2Config, **kwargs: Any) -> A
 
     Args:
         name: Directory or hub id.
-        config: Its configuration, as `AutoConfig` gives it.
+        config: Its configuration, as returned by `AutoConfig`.
         **kwargs: As in `from_pretrained`.
 
     Raises:
-        ValueError: If a weight is missing (a stock BLIP-2 has no alpha weight, ours must), left over, or of another
-            shape.
+        ValueError: If a weight is missing, unexpected, or has another shape. Only a stock BLIP-2 may lack the alpha
+            weight.
     """
     try:
         return AlphaBlip2ForConditionalGeneration.from_pretrained(name, **kwargs)
     except SafetensorError as error:
-        raise ValueError(
-            f"the weights in {name} are damaged ({error}); were they copied or downloaded whole?"
-        ) from error
+        raise ValueError(f"the weights in {name} are damaged ({error}); was the copy or download complete?") from error
 
 
 def load_alpha_weights(model: AlphaBlip2ForConditionalGeneration, source: str | os.PathLike) -> None:
-    """Overwrite the CLIP tower of a loaded BLIP-2 with Alpha-CLIP's first blocks; the norm after it stays BLIP-2's.
+    """Replace the CLIP tower of a loaded BLIP-2 by the first layers of Alpha-CLIP; BLIP-2's norm after it is kept.
 
     Args:
         model: With a CLIP tower; changed in place.
-        source: An original checkpoint (.pth, .safetensors) or a directory of ours.
+        source: An original checkpoint (.pth, .safetensors) or a converted directory.
 
     Raises:
-        ValueError: If the model's tower is EVA's, or the checkpoint is no whole Alpha-CLIP tower that fits.
+        ValueError: If the model has an EVA tower, or the checkpoint is not a complete Alpha-CLIP tower that fits.
     """
     tower = vision_tower(model)
     if not isinstance(tower, AlphaCLIPBlip2VisionModel):
         raise ValueError(
-            "this BLIP-2 has an EVA ViT-g tower, whose Q-Former cannot read Alpha-CLIP's ViT-L; Alpha-CLIP's weights "
+            "this BLIP-2 has an EVA ViT-g tower, whose Q-Former does not fit Alpha-CLIP's ViT-L; Alpha-CLIP's weights "
             "fit LAVIS' ViT-L BLIP-2 (alpha-clip convert-lavis)"
         )
     weights = read_tower_for(tower.config, source, first_blocks=True)
@@ -84,11 +82,12 @@ def load_alpha_weights(model: AlphaBlip2ForConditionalGeneration, source: str | 
 
 
 def load_processor(name: str | os.PathLike, config: Blip2Config, **hub: Any) -> AlphaBlip2Processor:
-    """The processor of a BLIP-2 directory that knows nothing of regions: its tokenizer and image settings, pictures
-    stretched to a square as BLIP-2 was trained.
+    """Our processor with the tokenizer and image settings of a stock BLIP-2 directory.
+
+    Images are stretched to a square, as in the training of BLIP-2.
 
     Raises:
-        ValueError: If its tokenizer's `<image>` is not the token that the model looks for.
+        ValueError: If the tokenizer's `<image>` has another id than the model expects.
     """
     stock = AutoImageProcessor.from_pretrained(name, backend="pil", **hub)
     image_processor = AlphaCLIPImageProcessor.for_size(config.vision_config.image_size, "stretch", like=stock)
@@ -98,8 +97,8 @@ def load_processor(name: str | os.PathLike, config: Blip2Config, **hub: Any) -> 
     found = processor.tokenizer.convert_tokens_to_ids("<image>")
     if found != config.image_token_index:
         raise ValueError(
-            f"the tokenizer in {name} gives <image> the id {found}, the model expects {config.image_token_index}: no "
-            "image would reach it"
+            f"the tokenizer in {name} gives <image> the id {found}, the model expects {config.image_token_index}, "
+            "so images would be ignored"
         )
     return processor
 

@@ -1,5 +1,5 @@
-"""A LLaVA with our tower as stock classes, and back: stock CLIP with four channels has one patch convolution over RGB
-and alpha, where our tower has two, whose sum it is.
+"""A LLaVA with our tower as stock classes, and back. Stock CLIP with four channels has one patch convolution over RGB
+and alpha; our tower has two, which are added.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ def fused_config(config: LlavaConfig) -> LlavaConfig:
 
 
 def fused_tower_config(config: AlphaCLIPVisionConfig, **changes: Any) -> CLIPVisionConfig:
-    """The configuration of our tower as stock CLIP of four channels, with `changes`."""
+    """The configuration of our tower as stock CLIP with four channels, with `changes`."""
     fields = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "auto_map")}
     return CLIPVisionConfig(**{**fields, "num_channels": 4, **changes})
 
 
 def save_stock_image_processor(side: int, folder: str | os.PathLike) -> None:
-    """CLIP's settings for the image's three channels, at the tower's size in pixels."""
+    """Save CLIP's preprocessing of the three color channels; `side` is the tower's image size in pixels."""
     CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
         folder
     )
 
 
 def is_fused(config: PreTrainedConfig) -> bool:
-    """Whether it is the configuration of an export."""
+    """Whether a configuration is that of an export."""
     vision = getattr(config, "vision_config", None)
     return isinstance(config, LlavaConfig) and type(vision) is CLIPVisionConfig and vision.num_channels == 4
 
@@ -63,17 +63,17 @@ def load_fused(
         The model, and Transformers' loading info without the fused weight.
 
     Raises:
-        ValueError: If there is no weight of four channels, or the tower is on no device.
+        ValueError: If the patch convolution does not have four channels, or the tower is offloaded.
     """
     model, info = LlavaForConditionalGeneration.from_pretrained(name, config=config, **kwargs)
     fused = {entry for entry in info["mismatched_keys"] if entry[0].endswith(_RGB_WEIGHT) and entry[1][1:2] == (4,)}
     if not fused:
-        raise ValueError(f"the weights in {name} lack the alpha channel, which its config.json promises (num_channels)")
+        raise ValueError(f"the weights in {name} lack the alpha channel that its config.json states (num_channels)")
     embedding = model.model.vision_tower.embeddings.patch_embedding
-    if embedding.weight.is_meta or hasattr(embedding.weight, "ds_id"):  # offloaded, or in pieces (DeepSpeed's ZeRO-3)
+    if embedding.weight.is_meta or hasattr(embedding.weight, "ds_id"):  # offloaded, or partitioned (DeepSpeed's ZeRO-3)
         raise ValueError(
             f"{name} is an export, whose tower must be loaded on one device: load it with mllm.load, save model and "
-            "processor with save_pretrained, and take that directory"
+            "processor with save_pretrained, and load that directory"
         )
     stored = _stored_tensor(name, _RGB_WEIGHT, hub_options(kwargs))
     with torch.no_grad():
@@ -83,7 +83,7 @@ def load_fused(
 
 
 def _stored_tensor(name: str | os.PathLike, ending: str, hub: dict) -> torch.Tensor:
-    """The one tensor of a checkpoint whose name ends so."""
+    """The tensor of a checkpoint whose name has this ending."""
     index = cached_file(name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False, **hub)
     files = ["model.safetensors"]
     if index is not None:

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 with an alpha tower: stock `LlavaForConditionalGeneration`, its `vision_tower` one of ours."""
+"""LLaVA-1.5 with an alpha tower: a stock `LlavaForConditionalGeneration` whose `vision_tower` is ours."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCL
 from vision_tower.conversion import read_tower_for
 from vision_tower.loading import load_checked
 
-# Full names: since Transformers 5 a bare "vision_tower" skips nothing. A list of one's own drops the default lm_head.
+# Full names: since Transformers 5 a bare "vision_tower" matches nothing. A custom list replaces the default, lm_head.
 NEVER_QUANTIZED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
-# what can be trained or frozen -> its parameters' prefix
+# parts that can be trained or frozen -> prefix of their parameters
 PARTS = {
     "vision_tower": "model.vision_tower",
     "multi_modal_projector": "model.multi_modal_projector",
@@ -40,7 +40,7 @@ def vision_tower(model: LlavaForConditionalGeneration) -> AlphaCLIPVisionModel:
 
 def with_alpha_tower(config: LlavaConfig) -> LlavaConfig:
     """`config` with our tower in place of CLIP's, of three channels or four (`mllm.convert.export`); a config that
-    has it already is returned as it is.
+    already has it is returned unchanged.
 
     Raises:
         ValueError: If the tower is neither CLIP nor ours.
@@ -60,7 +60,7 @@ def with_alpha_tower(config: LlavaConfig) -> LlavaConfig:
 
 
 def load_model(name: str | os.PathLike, config: LlavaConfig, **kwargs: Any) -> LlavaForConditionalGeneration:
-    """Load a LLaVA-1.5 checkpoint, with CLIP's tower, ours, or that of an export, in any key layout.
+    """Load a LLaVA-1.5 checkpoint with the tower of CLIP, ours, or that of an export, in any key layout.
 
     Args:
         name: Directory or hub id.
@@ -68,38 +68,34 @@ def load_model(name: str | os.PathLike, config: LlavaConfig, **kwargs: Any) -> L
         **kwargs: As in `from_pretrained`.
 
     Raises:
-        ValueError: If a weight is missing (CLIP's tower has no alpha weight, ours must), left over, or of another
-            shape.
+        ValueError: If a weight is missing, unexpected, or has another shape. Only CLIP's tower may lack the alpha
+            weight.
     """
     load = load_fused if is_fused(config) else LlavaForConditionalGeneration.from_pretrained
     try:
         return load_checked(load, name, config=with_alpha_tower(config), **kwargs)
     except SafetensorError as error:
-        raise ValueError(
-            f"the weights in {name} are damaged ({error}); were they copied or downloaded whole?"
-        ) from error
+        raise ValueError(f"the weights in {name} are damaged ({error}); was the copy or download complete?") from error
 
 
 def load_alpha_weights(model: LlavaForConditionalGeneration, source: str | os.PathLike) -> None:
-    """Overwrite the tower of a loaded LLaVA, whose own one is plain CLIP, with Alpha-CLIP's: all of it, since every
-    layer was trained.
+    """Replace all weights of the tower of a loaded LLaVA by those of Alpha-CLIP, which was trained in all layers.
 
     Args:
         model: With an alpha tower; changed in place.
-        source: An original checkpoint (.pth, .safetensors) or a directory of ours.
+        source: An original checkpoint (.pth, .safetensors) or a converted directory.
 
     Raises:
-        ValueError: If the checkpoint is no whole Alpha-CLIP tower, or one of another size.
+        ValueError: If the checkpoint is not a complete Alpha-CLIP tower, or has another size.
     """
     tower = vision_tower(model)
     tower.load_state_dict(read_tower_for(tower.config, source))  # strict; casts to the tower's dtype and device
 
 
 def load_processor(name: str | os.PathLike, config: LlavaConfig, **hub: Any) -> AlphaLlavaProcessor:
-    """The processor of a LLaVA-1.5 directory that knows nothing of regions: its tokenizer and image settings, in our
-    format.
+    """Our processor with the tokenizer and image settings of a stock LLaVA-1.5 directory.
 
-    Pictures are padded to a square, as LLaVA-1.5 was trained; a centre crop could cut the region away.
+    Images are padded to a square, as in the training of LLaVA-1.5; a center crop could remove the region.
     """
     stock = AutoImageProcessor.from_pretrained(name, backend="pil", **hub)
     image_processor = AlphaCLIPImageProcessor.for_size(config.vision_config.image_size, "pad", like=stock)
@@ -107,7 +103,7 @@ def load_processor(name: str | os.PathLike, config: LlavaConfig, **hub: Any) -> 
 
 
 def build_llava_processor(image_processor: AlphaCLIPImageProcessor, tokenizer: Any, config: LlavaConfig):
-    """An `AlphaLlavaProcessor` whose token count fits `config`."""
+    """An `AlphaLlavaProcessor` with the number of image tokens in `config`."""
     return AlphaLlavaProcessor(
         image_processor,
         tokenizer,
@@ -118,12 +114,10 @@ def build_llava_processor(image_processor: AlphaCLIPImageProcessor, tokenizer: A
 
 
 class _AlphaLlavaProcessorKey(PreTrainedConfig):
-    """AutoProcessor finds a class by a config; LlavaConfig is taken by LlavaProcessor, which our models keep as their
-    config.
-    """
+    """AutoProcessor looks up classes by config; LlavaConfig, which our models use, belongs to LlavaProcessor."""
 
     model_type = "alpha_llava_processor"
 
 
-# Not beside the class: a remote copy of it must not register itself, least of all in place of this one.
+# Not in the module of the class: a remote copy of it must not register itself in place of this one.
 AutoProcessor.register(_AlphaLlavaProcessorKey, AlphaLlavaProcessor, exist_ok=True)

@@ -1,5 +1,5 @@
-"""LLaVA-NeXT (LLaVA-1.6) with an alpha tower: stock `LlavaNextForConditionalGeneration`, its `vision_tower` one of
-ours. What does not differ from LLaVA-1.5 is `mllm.llava`'s.
+"""LLaVA-NeXT (LLaVA-1.6) with an alpha tower: a stock `LlavaNextForConditionalGeneration` whose `vision_tower` is
+ours. `mllm.llava` contains what is equal in LLaVA-1.5.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PARTS = {**llava.PARTS, "image_newline": "model.image_newline"}
 
 
 def load_model(name: str | os.PathLike, config: LlavaNextConfig, **kwargs: Any) -> LlavaNextForConditionalGeneration:
-    """Load a LLaVA-NeXT checkpoint, with CLIP's tower or ours, in any key layout.
+    """Load a LLaVA-NeXT checkpoint, with the tower of CLIP or ours, in any key layout.
 
     Args:
         name: Directory or hub id.
@@ -45,8 +45,8 @@ def load_model(name: str | os.PathLike, config: LlavaNextConfig, **kwargs: Any) 
         **kwargs: As in `from_pretrained`.
 
     Raises:
-        ValueError: If the tower is another one, or a weight is missing (CLIP's tower has no alpha weight, ours must),
-            left over, or of another shape.
+        ValueError: If the tower is another one, or a weight is missing, unexpected, or has another shape. Only CLIP's
+            tower may lack the alpha weight.
     """
     if getattr(config.vision_config, "num_channels", 3) != 3:
         raise ValueError(
@@ -57,17 +57,15 @@ def load_model(name: str | os.PathLike, config: LlavaNextConfig, **kwargs: Any) 
     try:
         return load_checked(load, name, config=llava.with_alpha_tower(config), **kwargs)
     except SafetensorError as error:
-        raise ValueError(
-            f"the weights in {name} are damaged ({error}); were they copied or downloaded whole?"
-        ) from error
+        raise ValueError(f"the weights in {name} are damaged ({error}); was the copy or download complete?") from error
 
 
 def load_processor(name: str | os.PathLike, config: LlavaNextConfig, **hub: Any) -> AlphaLlavaNextProcessor:
-    """The processor of a LLaVA-NeXT directory that knows nothing of regions: its tokenizer, image settings and chat
-    template, in our format.
+    """Our processor with the tokenizer, image settings and chat template of a stock LLaVA-NeXT directory.
 
     Raises:
-        ValueError: If it has no chat template (each language model has its own), or the tiles are not the model's.
+        ValueError: If it has no chat template (each language model has another one), or its tiles differ from the
+            model's.
     """
     stock = AutoProcessor.from_pretrained(name, backend="pil", **hub)
     if stock.chat_template is None:
@@ -80,7 +78,7 @@ def load_processor(name: str | os.PathLike, config: LlavaNextConfig, **hub: Any)
     if sizes != [list(size) for size in config.image_grid_pinpoints]:
         raise ValueError(
             f"{name}: the image processor's image_grid_pinpoints are {sizes}, those of config.json "
-            f"{config.image_grid_pinpoints}; the model would read other tiles than it is given"
+            f"{config.image_grid_pinpoints}; they must be equal"
         )
     tokenizer = getattr(stock, "tokenizer", stock)  # a directory without a processor gives the tokenizer
     return build_llava_next_processor(tokenizer, config, images, chat_template=stock.chat_template)
@@ -89,9 +87,7 @@ def load_processor(name: str | os.PathLike, config: LlavaNextConfig, **hub: Any)
 def build_llava_next_processor(
     tokenizer: Any, config: LlavaNextConfig, like: Any, chat_template: str | None = None
 ) -> AlphaLlavaNextProcessor:
-    """An `AlphaLlavaNextProcessor` whose tiles and token count fit `config`, with the colors of another image processor
-    (`like`).
-    """
+    """An `AlphaLlavaNextProcessor` for `config`, with the color normalization of another image processor (`like`)."""
     side = config.vision_config.image_size
     image_processor = AlphaLlavaNextImageProcessor(
         size={"shortest_edge": side},

@@ -1,4 +1,4 @@
-"""Chat messages as Transformers takes them: checked, and with the regions of their image items."""
+"""Chat messages in the format of Transformers: validation, and the regions of their image items."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Message = Mapping[str, Any]
 
 
 def as_batch(conversation: Sequence) -> tuple[list[Sequence[Message]], bool]:
-    """A list of conversations, and whether it was one: `conversation` may be a single one.
+    """One conversation or several -> a list of conversations, and whether there were several.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If `conversation` is neither.
     """
     conversation = getattr(conversation, "messages", conversation)
     if not isinstance(conversation, list | tuple) or not conversation:
@@ -33,8 +33,8 @@ def as_batch(conversation: Sequence) -> tuple[list[Sequence[Message]], bool]:
 def check_messages(conversation: Sequence[Message]) -> list[dict]:
     """A copy of the messages, each with its role and a list of text and image items.
 
-    A key whose value is None counts as missing: `datasets` gives every item of a column the keys of all. A message
-    without content is an empty one, and other keys of a message stay, as in Transformers.
+    A key whose value is None counts as missing, since `datasets` adds the keys of all items of a column to each. A
+    message without content is empty, and other keys of a message are kept, as in Transformers.
 
     Raises:
         ValueError: If a message is malformed, a text is missing, or a key of an item would be ignored.
@@ -50,13 +50,13 @@ def check_messages(conversation: Sequence[Message]) -> list[dict]:
         if misplaced := sorted(filter(is_region_name, message)):
             raise ValueError(f"got {misplaced} in a message; a region is the key 'region' of an image item")
         items = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        # other keys are the chat template's
+        # other keys are for the chat template
         messages.append({**message, "role": role, "content": [_item(item) for item in items]})
     return messages
 
 
 def _as_dict(value: Any) -> dict:
-    """A message or item as a dict; it may be a dataclass or a pydantic model, as Transformers takes them."""
+    """A message or item as a dict; like in Transformers, it may be a dataclass or a pydantic model."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     elif callable(getattr(value, "model_dump", None)):
@@ -67,7 +67,7 @@ def _as_dict(value: Any) -> dict:
 
 
 def _is_missing(value: Any) -> bool:
-    """Whether a value is None, or a struct of `datasets` without any."""
+    """Whether a value is None, or a struct of `datasets` whose values are all None."""
     return value is None or isinstance(value, Mapping) and {*map(type, value.values())} == {type(None)}
 
 
@@ -90,11 +90,11 @@ def _item(value: Any) -> dict:
 
 
 def _from_image_url(item: dict) -> dict:
-    """OpenAI's image item as Transformers' own. Transformers keeps nothing but the URL."""
+    """Convert OpenAI's image item to that of Transformers, with the keys that Transformers would drop."""
     outer = {key: value for key, value in item.items() if key not in ("type", "image_url")}
     inner = item.get("image_url")
     inner = _as_dict(inner) if isinstance(inner, Mapping) else {"url": inner}
-    inner.pop("detail", None)  # which resolution OpenAI's models see
+    inner.pop("detail", None)  # the resolution for OpenAI's models
     if both := sorted(outer.keys() & inner.keys()):
         raise ValueError(f"got {both} twice, in an image_url item and in its image_url")
     return {"type": "image", **outer, **inner}
@@ -112,16 +112,16 @@ def image_items(conversation: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def give_regions(conversations: Sequence[Sequence[dict]], regions: Any, batched: bool) -> None:
-    """Put the `regions` of a call into the image items of checked messages.
+    """Add the `regions` of a call to the image items of checked messages.
 
     Args:
         conversations: One or several; changed in place.
-        regions: An entry for each image of a conversation, in order: a region, or a list of them. In a batch, a list of
-            these, with one for each conversation.
+        regions: An entry per image of a conversation, in order: a region, or a list of them. In a batch, a list of
+            these, one per conversation.
         batched: Whether it is a batch.
 
     Raises:
-        ValueError: If numbers differ, or an image item has a region of its own.
+        ValueError: If the numbers differ, or an image item already has a region.
     """
     parts = region_entries(regions, len(conversations), "conversations") if batched else [regions]
     for messages, part in zip(conversations, parts, strict=True):
@@ -133,7 +133,7 @@ def give_regions(conversations: Sequence[Sequence[dict]], regions: Any, batched:
 
 
 def image_slots(messages: Sequence[dict]) -> tuple[list[dict], list[list[Region]]]:
-    """Checked messages with one image item, of its type alone, for each region; and the regions of each image.
+    """Checked messages with one bare image item per region, and the regions of each image.
 
     Raises:
         ValueError: If a region is invalid.
@@ -156,7 +156,7 @@ def image_source(item: Mapping) -> Any:
     """The image of an image item: a path, URL, base64 text, array, tensor or PIL image.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If it has none.
     """
     for key in _SOURCE_KEYS:
         if key in item:
@@ -165,6 +165,6 @@ def image_source(item: Mapping) -> Any:
 
 
 def set_default(settings: dict[str, Any], name: str, value: Any) -> None:
-    """A setting of the tokenizer, unless the caller has it in one of the places that Transformers reads."""
+    """Set a tokenizer setting unless the caller passed it in one of the ways that Transformers supports."""
     if not any(name in (settings.get(place) or {}) for place in ("text_kwargs", "common_kwargs")):
         settings.setdefault(name, value)

@@ -1,5 +1,5 @@
-"""The classes of BLIP-2 with an alpha tower. They are saved with their source files, for `trust_remote_code=True`:
-stock BLIP-2 takes no tower but its own, whose patch convolution has three channels.
+"""Configuration and model classes of BLIP-2 with an alpha tower. They are saved with their source files, for
+`trust_remote_code=True`, because stock BLIP-2 supports only its own tower, with three channels.
 """
 
 import os
@@ -26,13 +26,13 @@ from vision_tower.loading import load_checked
 
 
 class AlphaBlip2VisionConfig(Blip2VisionConfig):
-    """Configuration of the EVA tower: every field is BLIP-2's."""
+    """Configuration of the EVA tower, with the fields of `Blip2VisionConfig`."""
 
     model_type = "alpha_blip2_vision_model"
 
 
 class AlphaCLIPBlip2VisionConfig(AlphaCLIPVisionConfig):
-    """Configuration of the CLIP tower as BLIP-2 uses it: 23 blocks for ViT-L, LAVIS drops the last one."""
+    """Configuration of the CLIP tower in BLIP-2: 23 layers for ViT-L, as LAVIS drops the last one."""
 
     model_type = "alpha_clip_blip2_vision_model"
 
@@ -41,13 +41,13 @@ _TOWERS = {config.model_type: config for config in (AlphaBlip2VisionConfig, Alph
 
 
 class AlphaBlip2Config(Blip2Config):
-    """Configuration of BLIP-2 with an alpha tower. A stock BLIP-2 directory is accepted: its tower becomes ours."""
+    """Configuration of BLIP-2 with an alpha tower. The tower of a stock BLIP-2 config is replaced by ours."""
 
     model_type = "alpha_blip2"
 
     def __post_init__(self, **kwargs) -> None:
         vision = self.vision_config
-        if not isinstance(vision, PreTrainedConfig):  # a dict under another type would silently become the EVA tower
+        if not isinstance(vision, PreTrainedConfig):  # a dict of another type would silently become the EVA tower
             fields = dict(vision or {})
             found = fields.pop("model_type", Blip2VisionConfig.model_type)
             if found == Blip2VisionConfig.model_type:
@@ -73,10 +73,10 @@ class AlphaBlip2Config(Blip2Config):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """Read a config file; stock BLIP-2's is taken as ours.
+        """Read a config file, ours or that of stock BLIP-2.
 
         Raises:
-            ValueError: If the directory holds another kind of model.
+            ValueError: If the directory contains another kind of model.
         """
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         found = config.get("model_type", Blip2Config.model_type)
@@ -102,7 +102,7 @@ class AlphaBlip2VisionModel(Blip2VisionModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load as in Transformers, from our tower's directory or a stock one's; errors as in `load_checked`."""
+        """Load as in Transformers, from a directory of our tower or a stock one; errors as in `load_checked`."""
         return load_checked(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
     @torch.no_grad()
@@ -113,9 +113,9 @@ class AlphaBlip2VisionModel(Blip2VisionModel):
 
 
 class AlphaCLIPBlip2VisionModel(AlphaCLIPVisionModel):
-    """An Alpha-CLIP tower whose last hidden state is normalised over all tokens, as BLIP-2's Q-Former expects.
+    """An Alpha-CLIP tower whose last hidden state is normalized over all tokens, as BLIP-2's Q-Former expects.
 
-    LAVIS keeps that norm beside the tower (`ln_vision`); here it is the tower's `post_layernorm`.
+    In LAVIS this norm is not part of the tower (`ln_vision`); here it is the tower's `post_layernorm`.
     Source: `Blip2Base.init_vision_encoder` in salesforce/LAVIS, lavis/models/blip2_models/blip2.py at 506965b.
     """
 
@@ -129,7 +129,7 @@ class AlphaCLIPBlip2VisionModel(AlphaCLIPVisionModel):
 
 
 class AlphaBlip2ForConditionalGeneration(Blip2ForConditionalGeneration):
-    """BLIP-2 whose `vision_model` is one of ours; forward, loss and `generate` are BLIP-2's.
+    """BLIP-2 with one of our towers as `vision_model`; forward, loss and `generate` are those of BLIP-2.
 
     `pixel_values` is (B, 4, H, W); build them with `AlphaBlip2Processor`.
     """
@@ -137,7 +137,7 @@ class AlphaBlip2ForConditionalGeneration(Blip2ForConditionalGeneration):
     config: AlphaBlip2Config
 
     def __init__(self, config: AlphaBlip2Config) -> None:
-        # BLIP-2's own lines, but for the first: there the tower's class is fixed
+        # as in Blip2ForConditionalGeneration, except for the tower, whose class is fixed there
         super(Blip2ForConditionalGeneration, self).__init__(config)
         eva = isinstance(config.vision_config, AlphaBlip2VisionConfig)
         self.vision_model = (AlphaBlip2VisionModel if eva else AlphaCLIPBlip2VisionModel)._from_config(
@@ -154,16 +154,16 @@ class AlphaBlip2ForConditionalGeneration(Blip2ForConditionalGeneration):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load as in Transformers, from our directory or a stock BLIP-2's.
+        """Load as in Transformers, from a directory of ours or of a stock BLIP-2.
 
         Raises:
-            ValueError: If a weight is missing, left over, or of another shape (vision_tower/loading.py); only the alpha
-                weight may be missing, from a stock BLIP-2.
+            ValueError: If a weight is missing, unexpected, or has another shape (vision_tower/loading.py). Only a stock
+                BLIP-2 may lack the alpha weight.
         """
         return load_checked(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
 
-# Stock renamings (older key layouts) hold for ours too; Transformers applies them to stock classes only.
+# Key renamings of older layouts, which Transformers applies to stock classes only.
 for _ours, _stock in (
     ("AlphaCLIPBlip2VisionModel", "CLIPVisionModel"),
     ("AlphaBlip2ForConditionalGeneration", "Blip2ForConditionalGeneration"),

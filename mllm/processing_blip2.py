@@ -1,4 +1,4 @@
-"""Processor of BLIP-2 with an alpha tower: its prompt format and its query tokens."""
+"""Processor of BLIP-2 with an alpha tower: prompt format and query tokens."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vision_tower.region_arguments import check_call, check_names, flatten_pairs
 
 
 class AlphaBlip2Processor(SavedWithSources, Blip2Processor):
-    """BLIP-2's text with its query tokens, and `AlphaCLIPImageProcessor` (geometry "stretch") behind one call.
+    """Text + images + regions -> inputs of BLIP-2 with an alpha tower. The image geometry is "stretch".
 
-    Two ways in:
+    Two ways to use it:
 
     - `processor(images=..., regions=..., text="Question: What is this? Answer:")`: `text` is the complete prompt, as
       for `Blip2Processor`; "" asks for a caption.
-    - `processor.apply_chat_template(conversation, tokenize=True, ...)`: questions and answers about one image, written
-      as BLIP-2's authors do.
+    - `processor.apply_chat_template(conversation, tokenize=True, ...)`: questions and answers about one image, in
+      the prompt format of BLIP-2's authors.
     """
 
     # A pretrained BLIP-2 captions after an empty prompt.
@@ -40,15 +40,15 @@ class AlphaBlip2Processor(SavedWithSources, Blip2Processor):
         """Prepare images with their regions and prompts.
 
         Args:
-            images: One image or a list, one for each prompt.
-            text: The whole prompt, or a list of them: "" to describe, "Question: What is this? Answer:" to ask. Without
-                `<image>`: as in `Blip2Processor`, the query tokens are put before it.
-            regions: For each image a `Region`, its JSON, its text, or None, the whole image.
+            images: One image, or a list with one per prompt.
+            text: The complete prompt, or a list of them: "" to describe, "Question: What is this? Answer:" to ask. The
+                query tokens are prepended, so it must not contain `<image>`, as in `Blip2Processor`.
+            regions: One per image: a `Region`, its JSON, its text, or None for the whole image.
             **kwargs: As in `Blip2Processor`.
 
         Returns:
-            `pixel_values` (B, 4, S, S), and `input_ids` and `attention_mask` (B, T) where there is text, which begins
-            with the image's query tokens.
+            `pixel_values` (B, 4, S, S), and with text, `input_ids` and `attention_mask` (B, T), which begin with
+            the image's query tokens.
 
         Raises:
             ValueError: If prompts, images and regions do not match, an image has several regions, a region does not fit
@@ -60,7 +60,9 @@ class AlphaBlip2Processor(SavedWithSources, Blip2Processor):
         if images is not None:
             pairs = list(flatten_pairs(match_regions(images, regions)))
             if most := max((len(entry) for _, entry in pairs if len(entry) > 1), default=0):
-                raise ValueError(f"BLIP-2 reads one image and one region a prompt, got {most} regions of one image")
+                raise ValueError(
+                    f"BLIP-2 supports one image and one region per prompt, got {most} regions of one image"
+                )
             images, kwargs["regions"] = [image for image, _ in pairs], [entry[0] for _, entry in pairs]
         if text is None:
             return super().__call__(images=images, **kwargs)
@@ -76,7 +78,7 @@ class AlphaBlip2Processor(SavedWithSources, Blip2Processor):
         if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
             raise ValueError("expected text as a string, or a list of strings")
         if images is not None and len(texts) != len(images):
-            raise ValueError(f"BLIP-2 reads one image a prompt, got {len(images)} images for {len(texts)} prompts")
+            raise ValueError(f"BLIP-2 supports one image per prompt, got {len(images)} images for {len(texts)} prompts")
 
     def _encode(
         self,
@@ -89,15 +91,15 @@ class AlphaBlip2Processor(SavedWithSources, Blip2Processor):
         pad_to_multiple_of: int | None = None,
         **settings,
     ) -> BatchFeature:
-        """Texts behind the query tokens. In `Blip2Processor` padding on the left stands between query tokens and text,
-        where it is the last token of a row without text.
+        """Tokenize texts with the query tokens prepended. `Blip2Processor` inserts left padding between query tokens
+        and text, so that a row without text ends with padding.
         """
         length = None if max_length is None else max_length - len(before)
         rows = self.tokenizer(texts, max_length=length, **settings)["input_ids"]
         if any(token in row for row in rows for token in self._query_ids[:1]):
             raise ValueError(
-                "expected text without <image>, since the processor puts the query tokens before it; what a user "
-                "writes goes through processor.apply_chat_template"
+                "expected text without <image>, since the processor prepends the query tokens; use "
+                "processor.apply_chat_template for text written by users"
             )
         padded = self.tokenizer.pad(
             {"input_ids": [before + row for row in rows]},
@@ -129,19 +131,19 @@ class AlphaBlip2Processor(SavedWithSources, Blip2Processor):
 
         Args:
             conversation: A list of messages, or a list of these.
-            regions: In place of the regions in image items, here or in `processor_kwargs`: that of the conversation's
+            regions: Instead of the regions in image items, here or in `processor_kwargs`: that of the conversation's
                 image; in a batch, a list of these.
             add_generation_prompt: Whether the prompt ends with "Answer:".
             continue_final_message: Whether the last message is an answer to be continued.
-            tokenize: Whether to return the model's inputs, not the prompt.
+            tokenize: Whether to return the model's inputs instead of the prompt.
             return_dict: BLIP-2's inputs are always a dict.
-            return_tensors: "pt", "np" or None, lists.
+            return_tensors: "pt", "np", or None for lists.
             processor_kwargs: Arguments of `__call__`.
-            **kwargs: More of these.
+            **kwargs: Further arguments of `__call__`.
 
         Raises:
             ValueError: If a message is malformed, there is not exactly one image with one region, an argument or a key
-                of an item would be ignored, or the inputs are asked for as something else than a dict.
+                of an item would be ignored, or `return_dict` is False with `tokenize`.
         """
         conversations, batched = as_batch(conversation)
         conversations = [check_messages(messages) for messages in conversations]
@@ -159,7 +161,7 @@ class AlphaBlip2Processor(SavedWithSources, Blip2Processor):
             raise ValueError("BLIP-2's inputs are a dict (pixel_values, input_ids, ...): expected return_dict=True")
         items = [_only_image(messages) for messages in conversations]
         set_default(settings, "padding", True)
-        # whatever the tokenizer says: answers begin where the prompt ends
+        # overrides the tokenizer's: answers start where the prompt ends
         set_default(settings, "padding_side", "left")
         settings["text_kwargs"] = {"split_special_tokens": True, **settings.get("text_kwargs", {})}
         return self(
@@ -171,19 +173,19 @@ class AlphaBlip2Processor(SavedWithSources, Blip2Processor):
         )
 
     def encode_conversation(self, conversation: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
-        """Token ids of a conversation with its query tokens, without preparing the image: for labels and for counting.
+        """Token ids of a conversation with its query tokens, without processing the image; for labels and lengths.
 
         A conversation that ends with an answer gets the end-of-sequence token.
 
         Raises:
-            ValueError: If it ends with an answer and has several: BLIP-2 ends a sequence once, not after each answer.
+            ValueError: If it ends with an answer and has several, as BLIP-2 has no end token after each answer.
         """
         messages = check_messages(conversation)
         answers = sum(message["role"] == "assistant" for message in messages)
         finished = messages[-1]["role"] == "assistant"
         if finished and answers > 1:
             raise ValueError(
-                f"BLIP-2 learns one answer a sample, got a conversation with {answers}; set max_turns to 1"
+                f"BLIP-2 is trained on one answer per sample, got a conversation with {answers}; set max_turns to 1"
             )
         text = conversation_prompt(messages, add_generation_prompt)
         ids = self.tokenizer(text, split_special_tokens=True)["input_ids"]
@@ -214,5 +216,5 @@ def conversation_prompt(messages: Sequence[Mapping[str, Any]], add_generation_pr
 def _only_image(messages: Sequence[Mapping]) -> Mapping:
     items = image_items(messages)
     if len(items) != 1:
-        raise ValueError(f"BLIP-2 reads one image a conversation, got {len(items)} image items")
+        raise ValueError(f"BLIP-2 supports one image per conversation, got {len(items)} image items")
     return items[0]

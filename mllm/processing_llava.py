@@ -1,4 +1,4 @@
-"""Processors of LLaVA with an alpha tower: the one home of the conversation format and of the image-token count."""
+"""Processors of LLaVA with an alpha tower: conversation format, image tokens and regions."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ VICUNA_V1_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 # LLaVA-1.5: "USER: <image>\n{question} ASSISTANT: {answer}</s>USER: ..."; equal to `conv_vicuna_v1` with its system
-# sentence, and for one turn to the template of llava-hf/llava-1.5-7b-hf. The template writes BOS and EOS itself: user
-# text is then encoded with control tokens off (`sanitize_control_tokens`), so that "<image>" or "</s>" in a question
-# stays text. What `generation` encloses are the tokens that training has labels for.
+# sentence, and for one turn to the template of llava-hf/llava-1.5-7b-hf. The template contains BOS and EOS, so user
+# text can be tokenized without control tokens (`sanitize_control_tokens`): "<image>" or "</s>" in a question is plain
+# text. `generation` encloses the tokens that have labels in training.
 _IMAGES = "{% for content in message['content'] if content['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
 _TEXTS = "{% for content in message['content'] if content['type'] == 'text' %}{{ content['text'] }}{% endfor %}"
 CHAT_TEMPLATE = (
@@ -56,7 +56,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-# What earlier versions saved: the same text, without `generation`.
+# saved by earlier versions: the same text, without `generation`
 _FORMER_CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -72,11 +72,11 @@ _STOCK_ARGUMENTS = inspect.signature(ProcessorMixin.apply_chat_template).paramet
 
 
 class RegionPrompts(SavedWithSources, ProcessorMixin):
-    """Text + images + regions, for a processor of the LLaVA kind: what `AlphaLlavaProcessor` and
-    `AlphaLlavaNextProcessor` have in common. Mixed into Transformers' own, which it calls.
+    """Mixin with what `AlphaLlavaProcessor` and `AlphaLlavaNextProcessor` have in common; it extends a processor of
+    Transformers.
     """
 
-    description_wordings = DESCRIBE_REGION_WORDINGS  # how a description is asked for; chat uses the first
+    description_wordings = DESCRIBE_REGION_WORDINGS  # prompts that request a description; chat uses the first
 
     def __init__(
         self,
@@ -91,10 +91,10 @@ class RegionPrompts(SavedWithSources, ProcessorMixin):
         **kwargs,
     ) -> None:
         if isinstance(tokenizer, TokenizersBackend):
-            # the argument of `AutoProcessor.from_pretrained(..., backend="pil")` lands, and is saved, here too
+            # `AutoProcessor.from_pretrained(..., backend="pil")` passes its argument to the tokenizer, which saves it
             tokenizer.backend = tokenizer.init_kwargs["backend"] = "tokenizers"
-        tokenizer.padding_side = "left"  # answers begin where the prompt ends; a pipeline's batches too
-        # every argument by name: `from_pretrained` drops saved ones that the signature does not show
+        tokenizer.padding_side = "left"  # answers start where the prompt ends, also in the batches of a pipeline
+        # every argument is explicit: `from_pretrained` drops saved ones that are not in the signature
         super().__init__(
             image_processor,
             tokenizer,
@@ -108,7 +108,7 @@ class RegionPrompts(SavedWithSources, ProcessorMixin):
         self.system = system
 
     def slot_tokens(self, messages: Sequence[Message]) -> Iterable[int]:
-        """The tokens of each image slot of checked messages, in order."""
+        """The number of tokens of each image slot of checked messages, in order."""
         raise NotImplementedError
 
     def __call__(
@@ -121,18 +121,18 @@ class RegionPrompts(SavedWithSources, ProcessorMixin):
         """Prepare a prompt, or a batch of them.
 
         Args:
-            images: As in `LlavaProcessor`: one image, a list of the images of all prompts, or a list of lists, one for
-                each prompt.
-            text: The whole prompt, or a list of them, with one `<image>` for each slot, as `apply_chat_template` writes
-                it.
-            regions: An entry for each image, nested as `images` are: a region, a list of N regions, which makes N slots
-                of an image that is decoded and resized once, or None, the whole image.
-            **kwargs: As in `LlavaProcessor` (`return_tensors`, `padding`, ...). Where tensors are asked for, padding is
-                on.
+            images: As in `LlavaProcessor`: one image, a list of the images of all prompts, or a list of lists, one
+                per prompt.
+            text: The complete prompt, or a list of them, with one `<image>` per slot, as returned by
+                `apply_chat_template`.
+            regions: An entry per image, nested like `images`: a region; a list of N regions, which creates N slots for
+                an image that is decoded and resized once; or None for the whole image.
+            **kwargs: As in `LlavaProcessor` (`return_tensors`, `padding`, ...). With `return_tensors`, padding
+                is on by default.
 
         Returns:
-            `input_ids` and `attention_mask` (B, T) where there is text, and `pixel_values` (N, 4, S, S) where there are
-            images, one for each slot.
+            `input_ids` and `attention_mask` (B, T) with text, and `pixel_values` (N, 4, S, S) with images, one per
+            slot.
 
         Raises:
             ValueError: If prompts, images and regions do not match, a region does not fit its image, or an argument
@@ -141,15 +141,15 @@ class RegionPrompts(SavedWithSources, ProcessorMixin):
         check_pipeline_inputs(inspect.currentframe().f_back)  # type: ignore[union-attr]
         for name in ("videos", "audio"):
             if kwargs.pop(name, None) is not None:
-                raise ValueError(f"LLaVA reads images and text, got {name}")
+                raise ValueError(f"LLaVA supports images and text, got {name}")
         regions = take_regions(regions, kwargs)
         check_call(self, images, regions, kwargs)
         if images is not None:
             images, kwargs["regions"] = self._slots(images, regions, text)
-            if not any(kwargs["regions"]):  # prompts without images, in lists
+            if not any(kwargs["regions"]):  # lists of prompts without images
                 images = None
                 del kwargs["regions"]
-        if text is not None and self._begins_with_bos(text):  # as for the prompts that `apply_chat_template` tokenizes
+        if text is not None and self._begins_with_bos(text):  # as in `apply_chat_template`
             set_default(kwargs, "add_special_tokens", False)
         if kwargs.get("return_tensors") is not None:
             set_default(kwargs, "padding", True)
@@ -161,15 +161,15 @@ class RegionPrompts(SavedWithSources, ProcessorMixin):
         return bos is not None and all(isinstance(prompt, str) and prompt.startswith(bos) for prompt in prompts)
 
     def _slots(self, images: ImageInput, regions: Any, text: Any) -> tuple[list, list]:
-        """Images and regions, one for each slot, in a list for each prompt where `images` are.
+        """Images and regions, one per slot, in a list per prompt if `images` are nested.
 
         Raises:
-            ValueError: As `match_regions`, or if the slots of one of several images belong to two prompts.
+            ValueError: As `match_regions`, or if the slots of an image belong to two prompts.
         """
         pairs = match_regions(images, regions)
         nested = isinstance(pairs, list) and any(isinstance(part, list) for part in pairs)
         if not nested and isinstance(pairs, list) and isinstance(text, list | tuple):
-            self._check_images_stay_whole([len(entry) for _, entry in pairs], text)
+            self._check_images_are_not_split([len(entry) for _, entry in pairs], text)
         slots: list[tuple[list, list]] = []
         for group in pairs if nested else [pairs]:
             slots.append(([], []))
@@ -180,21 +180,21 @@ class RegionPrompts(SavedWithSources, ProcessorMixin):
             return slots[0]
         return [images for images, _ in slots], [entries for _, entries in slots]
 
-    def _check_images_stay_whole(self, slots: list[int], prompts: Sequence[Any]) -> None:
-        """Raise ValueError if the slots of an image end in another prompt than they begin."""
+    def _check_images_are_not_split(self, slots: list[int], prompts: Sequence[Any]) -> None:
+        """Raise ValueError if the slots of an image are in different prompts."""
         ends = {0, *accumulate(slots)}
         found = [prompt.count(self.image_token) for prompt in prompts if isinstance(prompt, str)]
         if len(slots) > 1 and sum(found) == sum(slots) and not ends.issuperset(accumulate(found)):
             raise ValueError(
                 f"expected the {self.image_token} of an image in one prompt, got images with {_numbers(slots)} slots "
-                f"for prompts with {_numbers(found)}; pass images and regions in a list for each prompt"
+                f"for prompts with {_numbers(found)}; pass images and regions as one list per prompt"
             )
 
     def validate_inputs(self, images: ImageInput | None = None, text: list[str] | None = None, **kwargs) -> None:
-        """As in `ProcessorMixin`; also, each prompt has the `<image>` of its own images.
+        """As in `ProcessorMixin`; also checks that each prompt has one `<image>` per image slot.
 
         Raises:
-            ValueError: If it has not.
+            ValueError: If the numbers differ.
         """
         if text is not None and all(isinstance(prompt, str) for prompt in text):
             found = [prompt.count(self.image_token) for prompt in text]
@@ -203,8 +203,8 @@ class RegionPrompts(SavedWithSources, ProcessorMixin):
                 slots, found = [sum(slots)], [sum(found)]
             if slots != found:
                 raise ValueError(
-                    f"expected {_numbers(slots)} {self.image_token} in text, one for each image slot, got "
-                    f"{_numbers(found)}; text is the whole prompt, as processor.apply_chat_template writes it"
+                    f"expected {_numbers(slots)} {self.image_token} in text, one per image slot, got "
+                    f"{_numbers(found)}; text must be the complete prompt, as returned by processor.apply_chat_template"
                 )
         super().validate_inputs(images=images, text=text, **kwargs)
 
@@ -218,25 +218,25 @@ class RegionPrompts(SavedWithSources, ProcessorMixin):
         processor_kwargs: dict[str, Any] | None = None,
         **kwargs,
     ):
-        """As in `ProcessorMixin`; image items take a `region`, and control tokens in message texts are plain text.
+        """As in `ProcessorMixin`; image items accept a `region`, and control tokens in message texts are plain text.
 
         Args:
             conversation: A list of messages, or a list of these.
             chat_template: As in `ProcessorMixin`.
-            regions: In place of the regions in image items, here or in `processor_kwargs`: an entry for each image of
-                the conversation, in order; in a batch, a list of these.
-            tokenize: Whether to return the model's inputs, not the prompt.
+            regions: Instead of the regions in image items, here or in `processor_kwargs`: an entry per image of the
+                conversation, in order; in a batch, a list of these.
+            tokenize: Whether to return the model's inputs instead of the prompt.
             processor_kwargs: Arguments of `__call__`.
             **kwargs: As in `ProcessorMixin`.
 
         Raises:
             ValueError: If a message is malformed, images and regions do not match, or an argument or a key of an item
-                would be ignored; with `return_assistant_tokens_mask`, if a text has a control token.
+                would be ignored; with `return_assistant_tokens_mask`, if a text contains a control token.
         """
         conversations, batched = as_batch(conversation)
         conversations = [self._checked(messages) for messages in conversations]
         template = str(self.chat_template if chat_template is None else chat_template)
-        # what neither Transformers nor the template takes is for `__call__`
+        # arguments of neither Transformers nor the template are for `__call__`
         moved = kwargs.keys() - _STOCK_ARGUMENTS - set(re.findall(r"\w+", _QUOTED.sub("", template)))
         processor_kwargs = {**(processor_kwargs or {}), **{name: kwargs.pop(name) for name in moved}}
         images = processor_kwargs.pop("images", None)
@@ -249,11 +249,11 @@ class RegionPrompts(SavedWithSources, ProcessorMixin):
             if any(entries):
                 images = _images(conversations, images, batched)
                 processor_kwargs |= {"images": images if batched else images[0], "regions": entries}
-            elif images is not None:  # for a template that places them by itself
+            elif images is not None:  # for a template that inserts images itself
                 processor_kwargs["images"] = images
-            # not possible together with a mask, nor with a template that leaves BOS to the tokenizer
+            # sanitizing is not possible with a mask, or with a template that leaves BOS to the tokenizer
             if kwargs.get("return_assistant_tokens_mask") or "bos_token" not in template:
-                self._refuse_control_tokens(conversations)
+                self._check_control_tokens(conversations)
             else:
                 kwargs.setdefault("sanitize_control_tokens", True)
         return super().apply_chat_template(
@@ -264,7 +264,7 @@ class RegionPrompts(SavedWithSources, ProcessorMixin):
             **kwargs,
         )
 
-    def _refuse_control_tokens(self, conversations: Sequence[Sequence[dict]]) -> None:
+    def _check_control_tokens(self, conversations: Sequence[Sequence[dict]]) -> None:
         controls = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         texts = (
             item["text"]
@@ -281,11 +281,10 @@ class RegionPrompts(SavedWithSources, ProcessorMixin):
                 )
 
     def encode_conversation(self, conversation: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
-        """Token ids of a conversation with its image tokens, without preparing the images: for labels and for
-        counting.
+        """Token ids of a conversation with its image tokens, without processing the images; for labels and lengths.
 
         Raises:
-            ValueError: If a text has a control token, and the chat template leaves BOS to the tokenizer.
+            ValueError: If a text contains a control token and the chat template leaves BOS to the tokenizer.
         """
         messages = self._checked(conversation)
         slots, _ = image_slots(messages)
@@ -295,14 +294,14 @@ class RegionPrompts(SavedWithSources, ProcessorMixin):
                 slots, tokenize=True, return_dict=False, sanitize_control_tokens=True, **settings
             )
         else:  # as in `apply_chat_template`
-            self._refuse_control_tokens([messages])
+            self._check_control_tokens([messages])
             text = self.tokenizer.apply_chat_template(slots, tokenize=False, **settings)
             ids = self.tokenizer(text, add_special_tokens=not self._begins_with_bos(text))["input_ids"]
         counts = iter(self.slot_tokens(messages))
         return [token for token in ids for _ in range(next(counts) if token == self.image_token_id else 1)]
 
     def _checked(self, conversation: Sequence[Message]) -> list[dict]:
-        """A checked copy with the system sentence in place."""
+        """A checked copy, with the system sentence prepended."""
         messages = check_messages(conversation)
         if self.system and messages and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.system}]})
@@ -312,21 +311,21 @@ class RegionPrompts(SavedWithSources, ProcessorMixin):
 class AlphaLlavaProcessor(RegionPrompts, LlavaProcessor):
     """Text + images + regions -> inputs of LLaVA with an alpha tower.
 
-    Called as `LlavaProcessor` is, with `regions` in addition:
+    Called like `LlavaProcessor`, with `regions` in addition:
 
-    - `processor(images=..., text=prompt, regions=...)`: `text` is the whole prompt, with one `<image>` for each slot.
-      An image has one slot, an image with a list of N regions has N.
-    - `processor.apply_chat_template(conversation, tokenize=True, return_dict=True, ...)`: an image item takes a region
-      or a list of them, `{"type": "image", "image": image, "region": Region.from_box(...)}`.
+    - `processor(images=..., text=prompt, regions=...)`: `text` is the complete prompt, with one `<image>` per slot.
+      An image has one slot, or N slots with a list of N regions.
+    - `processor.apply_chat_template(conversation, tokenize=True, return_dict=True, ...)`: an image item accepts a
+      region or a list of them, `{"type": "image", "image": image, "region": Region.from_box(...)}`.
 
-    A region is a `Region`, its JSON or its text; an image without a region is seen as a whole. `system` is a sentence
-    put before every conversation that has none of its own: None (the Hugging Face LLaVA-1.5 format) or
+    A region is a `Region`, its JSON or its text; without a region, the whole image is used. `system` is a sentence
+    prepended to every conversation that has none: None (the Hugging Face LLaVA-1.5 format) or
     `VICUNA_V1_SYSTEM` (the original code's).
     """
 
     @property
     def num_image_tokens(self) -> int:
-        """Tokens an image takes: 576 at 336 pixels and patch 14."""
+        """Tokens per image slot: 576 at 336 pixels and patch 14."""
         side = self.image_processor.crop_size.height // self.patch_size
         without_cls = self.vision_feature_select_strategy == "default"
         return side * side + self.num_additional_image_tokens - without_cls
@@ -336,7 +335,7 @@ class AlphaLlavaProcessor(RegionPrompts, LlavaProcessor):
         return self.image_token * self.num_image_tokens
 
     def slot_tokens(self, messages: Sequence[Message]) -> Iterable[int]:
-        """As in `RegionPrompts`; each has as many."""
+        """As in `RegionPrompts`; the number is constant."""
         return repeat(self.num_image_tokens)
 
 

@@ -1,4 +1,4 @@
-"""Processor of LLaVA-NeXT with an alpha tower: as LLaVA-1.5's, but an image's tokens depend on its size."""
+"""Processor of LLaVA-NeXT with an alpha tower, whose number of image tokens depends on the image size."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from vision_tower.region_arguments import region_list
 class AlphaLlavaNextProcessor(RegionPrompts, LlavaNextProcessor):
     """Text + images + regions -> inputs of LLaVA-NeXT with an alpha tower.
 
-    Called as `LlavaNextProcessor` is, with `regions` in addition, as in `AlphaLlavaProcessor`. Its image processor is
-    an `AlphaLlavaNextImageProcessor`: `pixel_values` is (N, tiles, 4, S, S), and there is `image_sizes` (N, 2).
+    Called like `LlavaNextProcessor`, with `regions` as in `AlphaLlavaProcessor`. Its image processor is an
+    `AlphaLlavaNextImageProcessor`, which returns `pixel_values` (N, tiles, 4, S, S) and `image_sizes` (N, 2).
 
-    The published models have chat templates of their own, and a processor that is loaded with one keeps it; without,
-    it is that of LLaVA-1.5. Where a template leaves BOS to the tokenizer, control tokens in somebody's text are an
-    error.
+    A processor keeps the chat template that it is loaded with, as the published models have different ones; the default
+    is that of LLaVA-1.5. If a template leaves BOS to the tokenizer, control tokens in message texts are an error.
     """
 
     def slot_tokens(self, messages: Sequence[Message]) -> Iterable[int]:

@@ -1,8 +1,8 @@
-"""Source files beside a saved processor, so that `trust_remote_code=True` loads it without these packages.
+"""Saving source files next to a processor, so that `trust_remote_code=True` loads it without these packages.
 
-Transformers copies such files into one flat folder and follows `from .x import y` there, and nothing else. Its own
-`save_pretrained` copies a module as it is, which serves a package whose imports are relative and in one folder, as
-`vision_tower` is; `mllm` imports from both packages.
+Transformers copies such files into one flat folder and follows `from .x import y` there, and nothing else. Its
+`save_pretrained` copies modules unchanged, which suffices for relative imports within one folder, as in
+`vision_tower`; `mllm` imports from both packages.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _PACKAGES = ("mllm", "vision_tower")
 
 
 class SavedWithSources:
-    """For processors: what is saved names their source files (`auto_map`), which are written beside it.
+    """Mixin for processors: saves their source files, and an `auto_map` that refers to them.
 
-    With `auto_map`, `AutoProcessor` raises an error where it may not run the code; without, it would silently return a
-    bare tokenizer.
+    With `auto_map`, `AutoProcessor` raises an error if remote code is not trusted; without, it would silently return a
+    tokenizer.
     """
 
     def to_dict(self) -> dict[str, Any]:
@@ -35,27 +35,27 @@ class SavedWithSources:
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """As in `ProcessorMixin`, with the source files in the same folder.
 
-        Not in `save_pretrained`: with `push_to_hub`, that uploads what was written while it ran.
+        Not in `save_pretrained`: with `push_to_hub`, it uploads only files written during its call.
 
         Raises:
-            ValueError: If two source files have one name.
+            ValueError: If two source files have the same name.
         """
         write_sources(type(self), Path(json_file_path).parent)
         super().to_json_file(json_file_path)
 
 
 def write_sources(cls: type, folder: str | os.PathLike) -> None:
-    """Write the module of a class, and every module of ours that it imports, into one flat folder.
+    """Write the module of a class, and all modules of our packages that it imports, into one flat folder.
 
     Raises:
-        ValueError: If two modules have one file name, or an import cannot be made relative.
+        ValueError: If two modules have the same file name, or an import cannot be made relative.
     """
     for file, text in flat_sources(sys.modules[cls.__module__]).items():
         Path(folder, file).write_text(text, encoding="utf-8")
 
 
 def flat_sources(root: ModuleType) -> dict[str, str]:
-    """File name -> source text, of a module and of every module of ours that it imports.
+    """File name -> source text, for a module and all modules of our packages that it imports.
 
     Raises:
         ValueError: As `write_sources`.
@@ -66,7 +66,7 @@ def flat_sources(root: ModuleType) -> dict[str, str]:
         sources[_file(module)], imported = _flattened(module)
         modules += [other for other in imported if other not in modules]
     if len(sources) < len(modules):
-        raise ValueError(f"source files of one name cannot lie in one folder: {sorted(map(_file, modules))}")
+        raise ValueError(f"source files in one folder need different names: {sorted(map(_file, modules))}")
     return sources
 
 
@@ -75,7 +75,7 @@ def _file(module: ModuleType) -> str:
 
 
 def _flattened(module: ModuleType) -> tuple[str, list[ModuleType]]:
-    """The text of a module with relative imports in place of those from our packages, and the modules they name."""
+    """The text of a module with imports from our packages made relative, and the imported modules."""
     text = Path(inspect.getfile(module)).read_text(encoding="utf-8")
     lines = text.splitlines(keepends=True)
     imported: list[ModuleType] = []
@@ -93,7 +93,7 @@ def _flattened(module: ModuleType) -> tuple[str, list[ModuleType]]:
 
 
 def _our_imports(tree: ast.Module, module: ModuleType) -> Iterator[ast.ImportFrom]:
-    """The `from ... import ...` of our packages, wherever they stand."""
+    """All `from ... import ...` statements of our packages, including nested ones."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import) and any(alias.name.split(".")[0] in _PACKAGES for alias in node.names):
             raise ValueError(f"{module.__name__}, line {node.lineno}: expected `from module import name`")
@@ -102,7 +102,7 @@ def _our_imports(tree: ast.Module, module: ModuleType) -> Iterator[ast.ImportFro
 
 
 def _defining_module(node: ast.ImportFrom, name: str, module: ModuleType) -> ModuleType:
-    """The module to import `name` from: where a package hands on what a module of it defines, that module."""
+    """The module to import `name` from: if a package re-exports it, the module that defines it."""
     source = importlib.import_module("." * node.level + (node.module or ""), module.__package__)
     if not hasattr(source, "__path__"):
         return source

@@ -31,7 +31,6 @@ from vision_tower import (
     AlphaCLIPVisionModelWithProjection,
 )
 from vision_tower.conversion import StateDict, fuse, read_original, to_original
-from vision_tower.modeling_alpha_clip import ALPHA_WEIGHT
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,14 +67,17 @@ def read_source(source: Path) -> tuple[AlphaCLIPVisionConfig, StateDict]:
     """Config and weights of `AlphaCLIPVisionModelWithProjection`, from an original file or a converted directory."""
     if not source.is_dir():
         return read_original(source)
-    model, report = AlphaCLIPVisionModelWithProjection.from_pretrained(source, output_loading_info=True)
-    if missing := sorted(report["missing_keys"]):
-        if any(key.endswith(ALPHA_WEIGHT) for key in missing):
-            raise ValueError(f"{source} contains a plain CLIP without an alpha weight: there is nothing to convert")
+    try:
+        model, report = AlphaCLIPVisionModelWithProjection.from_pretrained(source, output_loading_info=True)
+    except ValueError as error:
+        if "visual_projection.weight" not in str(error):
+            raise
         raise ValueError(
-            f"{source} contains a tower without {missing[0]}, which an original checkpoint has (a LLaVA's tower has no "
-            "projection); convert the directory that `alpha-clip convert` wrote"
-        )
+            f"{source} contains a tower without projection (such as that of a LLaVA); original checkpoints have one; "
+            "convert a directory that `alpha-clip convert` wrote"
+        ) from error
+    if report["missing_keys"]:
+        raise ValueError(f"{source} contains a plain CLIP without an alpha weight: there is nothing to convert")
     return model.config, model.state_dict()
 
 

@@ -34,7 +34,7 @@ _MODELS = {"t5": AutoModelForSeq2SeqLM, "opt": AutoModelForCausalLM}
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, and say so; returns the exit code."""
+    """Run the command; returns the exit code."""
     check_new(args.out)
     model, processor = convert(args)
     with replacing_folder(args.out, "model", reads=[args.checkpoint], new=True) as folder:
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> tuple[AlphaBlip2ForConditionalGeneration, AlphaBlip2Processor]:
-    """Read what the arguments name, the largest file last, and put it together."""
+    """Read and combine the parts that the arguments specify, the largest file last."""
     lavis = read_lavis(args.checkpoint)
     hub = offline_options(args.language_model)
     text_config, tokenizer = read_language_config(args.language_model, hub)
@@ -58,24 +58,24 @@ def convert(args: argparse.Namespace) -> tuple[AlphaBlip2ForConditionalGeneratio
     check_language_model(lavis, text_config, args.language_model)
     side = fields["vision_config"].image_size
     if side != _LAVIS_IMAGE_SIZE:
-        logger.warning("LAVIS trained this Q-Former on %d pixels, the tower takes %d", _LAVIS_IMAGE_SIZE, side)
+        logger.warning("LAVIS trained this Q-Former at %d pixels, but the tower uses %d", _LAVIS_IMAGE_SIZE, side)
     images = AlphaCLIPImageProcessor.for_size(side, "stretch")
     processor = AlphaBlip2Processor(images, tokenizer, num_query_tokens=fields["num_query_tokens"])  # adds <image>
     image_token = tokenizer.convert_tokens_to_ids("<image>")
     if image_token >= text_config.vocab_size:  # resizing would tie Flan-T5's output to its input embedding
         raise ValueError(
-            f"expected room for the token <image> in {args.language_model}, got {text_config.vocab_size} embeddings "
-            f"for {len(tokenizer)} tokens; take the released T5 or OPT, which have rows to spare"
+            f"expected a free embedding for <image> in {args.language_model}, got {text_config.vocab_size} embeddings "
+            f"for {len(tokenizer)} tokens; use the released T5 or OPT, which have unused embeddings"
         )
     config = AlphaBlip2Config(**fields, text_config=text_config, image_token_index=image_token)
     return build(config, weights, read_language_model(args.language_model, text_config, hub)), processor
 
 
 def read_language_config(name: str, hub: dict) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Configuration of a language model, with what LAVIS changes in it, and its tokenizer.
+    """Configuration of a language model, with LAVIS' changes, and its tokenizer.
 
     Raises:
-        ValueError: If there is no such model, or it is neither T5 nor OPT.
+        ValueError: If the model is not found, or is neither T5 nor OPT.
     """
     try:
         config, tokenizer = AutoConfig.from_pretrained(name, **hub), AutoTokenizer.from_pretrained(name, **hub)
@@ -83,9 +83,9 @@ def read_language_config(name: str, hub: dict) -> tuple[PreTrainedConfig, PreTra
         reason = "expected a directory or hub id of a T5 or OPT with its tokenizer"
         raise ValueError(f"cannot load the language model {name}: {reason}") from error
     if config.model_type == "t5":
-        config.dense_act_fn = "gelu"  # Source: `Blip2T5.__init__`; Flan-T5's own is the approximate gelu
+        config.dense_act_fn = "gelu"  # Source: `Blip2T5.__init__`; Flan-T5 uses the approximate gelu
     elif config.model_type == "opt":
-        # Source: `Blip2OPT.__init__`: an answer ends with its line
+        # Source: `Blip2OPT.__init__`: an answer ends at the end of the line
         config.eos_token_id = tokenizer("\n", add_special_tokens=False).input_ids[0]
     else:
         raise ValueError(f"expected a T5 or OPT language model, got model_type {config.model_type!r} in {name}")
@@ -93,14 +93,14 @@ def read_language_config(name: str, hub: dict) -> tuple[PreTrainedConfig, PreTra
 
 
 def new_projection(lavis: StateDict, text_config: PreTrainedConfig) -> StateDict:
-    """A random projection under LAVIS' name for it.
+    """A randomly initialized projection, with the key that LAVIS uses.
 
     Raises:
-        ValueError: If the checkpoint has one, or no query tokens to project.
+        ValueError: If the checkpoint has a projection, or no query tokens.
     """
     if (found := projection_of(lavis)) is not None or "query_tokens" not in lavis:
         raise ValueError(
-            f"--new-projection is for a stage-1 checkpoint, this one has {found or 'no query_tokens'}; leave it out"
+            f"--new-projection is for a stage-1 checkpoint, but this one has {found or 'no query_tokens'}; omit it"
         )
     logger.warning("the projection is random: the model cannot answer until it is trained")
     name = next(name for name, kind in PROJECTIONS.items() if kind == text_config.model_type)
@@ -109,49 +109,49 @@ def new_projection(lavis: StateDict, text_config: PreTrainedConfig) -> StateDict
 
 
 def check_language_model(lavis: StateDict, text_config: PreTrainedConfig, name: str) -> None:
-    """Raise ValueError unless the checkpoint's projection leads into this language model."""
+    """Raise ValueError unless the checkpoint's projection fits this language model."""
     projection = projection_of(lavis)
     kind, width = PROJECTIONS[projection], len(lavis[f"{projection}.weight"])
     if (text_config.model_type, text_config.hidden_size) != (kind, width):
         raise ValueError(
-            f"the checkpoint's {projection} leads into a {kind} {width} wide, {name} is a {text_config.model_type} "
-            f"{text_config.hidden_size} wide; blip2_pretrained_flant5xl_vitL.pth belongs to google/flan-t5-xl"
+            f"the checkpoint's {projection} is for a {kind} of width {width}, {name} is a {text_config.model_type} "
+            f"of width {text_config.hidden_size}; blip2_pretrained_flant5xl_vitL.pth belongs to google/flan-t5-xl"
         )
 
 
 def read_language_model(name: str, config: PreTrainedConfig, hub: dict) -> PreTrainedModel:
-    """The language model, every weight of it, in the dtype in which it is stored.
+    """The language model, in the dtype in which it is stored.
 
     Raises:
-        ValueError: If a weight is missing or of another shape, or the file is damaged.
+        ValueError: If a weight is missing or has another shape, or the file is damaged.
     """
     try:
         model, report = _MODELS[config.model_type].from_pretrained(
             name, config=config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **hub
         )
     except SafetensorError as error:
-        raise ValueError(f"the weights in {name} are damaged ({error}); were they copied whole?") from error
+        raise ValueError(f"the weights in {name} are damaged ({error}); was the copy complete?") from error
     problems = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if problems:
-        raise ValueError(f"the weights in {name} do not fit its config.json (first: {problems[0]}); is it whole?")
+        raise ValueError(f"the weights in {name} do not fit its config.json (first: {problems[0]}); is it complete?")
     return model
 
 
 def build(
     config: AlphaBlip2Config, weights: StateDict, language_model: PreTrainedModel
 ) -> AlphaBlip2ForConditionalGeneration:
-    """The whole model: the language model in its own dtype, what LAVIS' file and the tower gave in float32."""
+    """The complete model: the language model in its dtype, all other parts in float32."""
     with torch.device("meta"):
         model = AlphaBlip2ForConditionalGeneration(config)
     weights |= {f"language_model.{key}": tensor for key, tensor in language_model.state_dict().items()}
-    model.load_state_dict(weights, assign=True)  # strict; nothing is copied
+    model.load_state_dict(weights, assign=True)  # strict, and without copies
     return model
 
 
 def save(model: AlphaBlip2ForConditionalGeneration, processor: AlphaBlip2Processor, out: Path) -> None:
-    """Model and processor; loading takes the language model's dtype (the Q-Former stays float32 beside float16)."""
+    """Save model and processor. They load in the language model's dtype, except for the Q-Former if that is float16."""
     model.save_pretrained(out)
-    model.config.dtype = model.language_model.dtype  # saving the model has put the first parameter's there
-    model.config.text_config._name_or_path = ""  # a place on this machine
+    model.config.dtype = model.language_model.dtype  # save_pretrained stores the dtype of the first parameter
+    model.config.text_config._name_or_path = ""  # a local path
     model.config.save_pretrained(out)
     processor.save_pretrained(out)

@@ -1,9 +1,9 @@
-"""LAVIS' BLIP-2 with a CLIP ViT-L -> ours: Q-Former, query tokens, `ln_vision`, and the projection into the language
-model, whose own weights are not in LAVIS' file.
+"""Keys of LAVIS' BLIP-2 with a CLIP ViT-L -> ours: Q-Former, query tokens, `ln_vision` and the projection. The weights
+of the language model are not in LAVIS' file.
 
 Source of the layout: lavis/models/blip2_models/{blip2,blip2_qformer,blip2_t5,blip2_opt,Qformer}.py and
-lavis/models/clip_vit.py of salesforce/LAVIS at 506965b. Every size is read off the tensors. The text side that stage 1
-trains is dropped by name; any other tensor too few, too many or of another shape is an error.
+lavis/models/clip_vit.py of salesforce/LAVIS at 506965b. All sizes are inferred from the tensors. The text part that
+stage 1 trains is dropped by name; any other missing or unexpected tensor, or another shape, is an error.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from vision_tower.conversion import check_tensors, count_blocks, from_original
 
 logger = logging.getLogger(__name__)
 
-VIT_L_BLOCKS = 23  # Source: `create_clip_vit_L` in lavis/models/clip_vit.py: CLIP's 24 without the last
-PROJECTIONS = {"t5_proj": "t5", "opt_proj": "opt"}  # LAVIS' name -> model_type of the language model behind it
+VIT_L_BLOCKS = 23  # Source: `create_clip_vit_L` in lavis/models/clip_vit.py: the 24 of CLIP without the last
+PROJECTIONS = {"t5_proj": "t5", "opt_proj": "opt"}  # LAVIS' name -> model_type of its language model
 
 _KEYS = {
     "query_tokens": "query_tokens",
@@ -51,8 +51,8 @@ _LAYER_KEYS = {
 _LAYER = "Qformer.bert.encoder.layer"
 _TOWER = "visual_encoder."
 _HEAD_WIDTH = 64  # Source: bert-base-uncased, from which `Blip2Base.init_Qformer` takes its configuration: 768 / 12
-# what stage 1 trains beside queries and cross-attention, and an index buffer
-_TEXT_SIDE = re.compile(
+# parts that only stage 1 uses, and an index buffer
+_TEXT_PART = re.compile(
     r"Qformer\.bert\.embeddings\.(word_embeddings\.weight|position_embeddings\.weight|position_ids)"
     r"|Qformer\.bert\.encoder\.layer\.\d+\.(intermediate\.dense|output\.dense|output\.LayerNorm)\.(weight|bias)"
     r"|Qformer\.cls\.predictions\.(bias|(decoder|transform\.dense|transform\.LayerNorm)\.(weight|bias))"
@@ -61,7 +61,7 @@ _TEXT_SIDE = re.compile(
 
 
 def read_lavis(path: str | os.PathLike) -> StateDict:
-    """The tensors of one of LAVIS' checkpoints, `{"model": {...}}`, opened without running code.
+    """The tensors of a LAVIS checkpoint, `{"model": {...}}`, read without running code.
 
     Raises:
         ValueError: As `vision_tower.checkpoint_files.read_tensors`.
@@ -70,43 +70,43 @@ def read_lavis(path: str | os.PathLike) -> StateDict:
 
 
 def projection_of(lavis: StateDict) -> str | None:
-    """Which of `PROJECTIONS` the checkpoint holds; None for a stage-1 file."""
+    """Which of `PROJECTIONS` the checkpoint contains; None for a stage-1 file."""
     return next((name for name in PROJECTIONS if f"{name}.weight" in lavis), None)
 
 
 def from_lavis(
     lavis: StateDict, tower: tuple[AlphaCLIPVisionConfig, StateDict] | None = None, blocks: int = VIT_L_BLOCKS
 ) -> tuple[dict[str, Any], StateDict]:
-    """LAVIS' tensors and a tower -> `AlphaBlip2ForConditionalGeneration`, all but its language model.
+    """LAVIS' tensors and a tower -> `AlphaBlip2ForConditionalGeneration` without its language model.
 
     Args:
-        lavis: What `read_lavis` gives.
-        tower: What `vision_tower.conversion.read_tower` gives for an Alpha-CLIP; None takes the checkpoint's own CLIP
-            tower, if it holds one, with alpha at zero.
-        blocks: How many of the tower's blocks the Q-Former was trained behind.
+        lavis: Result of `read_lavis`.
+        tower: Result of `vision_tower.conversion.read_tower` for an Alpha-CLIP. None uses the CLIP tower in the
+            checkpoint, if any, with an alpha weight of zero.
+        blocks: Number of the tower's layers that the Q-Former was trained on.
 
     Returns:
         Fields of `AlphaBlip2Config` (`vision_config`, `qformer_config`, `num_query_tokens`), and float32 weights.
 
     Raises:
-        ValueError: If a tensor is missing, left over, of another shape, or holds NaN or infinity (the first is named),
-            there is no projection into a language model, or the tower does not fit the Q-Former.
+        ValueError: If a tensor is missing, unexpected, of another shape, or contains NaN or Inf (the message names the
+            first), the projection is missing, or the tower does not fit the Q-Former.
     """
     own_blocks = _check_own_tower(lavis)
     if own_blocks not in (0, blocks):
         raise ValueError(
-            f"the Q-Former was trained behind the {own_blocks} blocks of the tower in its own file, not {blocks}; "
+            f"the Q-Former was trained on the {own_blocks} layers of the tower in its file, not {blocks}; "
             f"convert with {own_blocks} (--blocks)"
         )
     qformer_config = qformer_config_from_lavis(lavis)
     vision_config, weights = _shorten(*(tower or _own_tower(lavis)), blocks)
     if vision_config.hidden_size != qformer_config.encoder_hidden_size:
         raise ValueError(
-            f"this Q-Former reads a tower {qformer_config.encoder_hidden_size} wide (EVA ViT-g: 1408), the tower given "
-            f"is {vision_config.hidden_size} wide; Alpha-CLIP's ViT-L/14 fits LAVIS' vitL checkpoints "
-            "(blip2_pretrained_flant5xl_vitL.pth); a ViT-g BLIP-2 is loaded from Salesforce/blip2-* as it is"
+            f"this Q-Former expects a tower of width {qformer_config.encoder_hidden_size} (EVA ViT-g: 1408), got "
+            f"width {vision_config.hidden_size}; Alpha-CLIP's ViT-L/14 fits LAVIS' vitL checkpoints "
+            "(blip2_pretrained_flant5xl_vitL.pth); load a ViT-g BLIP-2 directly from Salesforce/blip2-*"
         )
-    kept = {key: t for key, t in lavis.items() if not key.startswith(_TOWER) and not _TEXT_SIDE.fullmatch(key)}
+    kept = {key: t for key, t in lavis.items() if not key.startswith(_TOWER) and not _TEXT_PART.fullmatch(key)}
     check_tensors(kept, _lavis_shapes(lavis, qformer_config), "a BLIP-2 of LAVIS")
     weights |= {_name_from_lavis(key): tensor for key, tensor in kept.items()}
     fields = {
@@ -127,30 +127,30 @@ def _name_from_lavis(key: str) -> str:
 
 
 def _check_own_tower(lavis: StateDict) -> int:
-    """How many blocks the checkpoint's own CLIP tower has, 0 for none; an EVA tower is a ValueError."""
+    """The number of layers of the CLIP tower in the checkpoint, 0 if there is none; an EVA tower is a ValueError."""
     if any(key.startswith((f"{_TOWER}blocks.", f"{_TOWER}patch_embed.")) for key in lavis):
         raise ValueError(
-            "the checkpoint holds an EVA ViT-g tower, which Alpha-CLIP's ViT-L cannot replace; take one of LAVIS' vitL "
-            "checkpoints, or load the ViT-g BLIP-2 from Salesforce/blip2-*"
+            "the checkpoint contains an EVA ViT-g tower, which Alpha-CLIP's ViT-L cannot replace; use a vitL file "
+            "of LAVIS, or load the ViT-g BLIP-2 from Salesforce/blip2-*"
         )
     return count_blocks(lavis, f"{_TOWER}transformer.resblocks.")
 
 
 def _own_tower(lavis: StateDict) -> tuple[AlphaCLIPVisionConfig, StateDict]:
-    """The CLIP tower of the checkpoint itself, its alpha weight zero."""
+    """The CLIP tower in the checkpoint, with an alpha weight of zero."""
     own = {key.removeprefix(_TOWER): tensor for key, tensor in lavis.items() if key.startswith(_TOWER)}
     if not own:
         raise ValueError(
-            "the checkpoint holds no tower (LAVIS does not save a frozen one): give Alpha-CLIP's weights "
+            "the checkpoint contains no tower (LAVIS does not save a frozen one): give Alpha-CLIP's weights "
             "(--vision-tower clip_l14_grit20m_fultune_2xe.pth)"
         )
     logger.warning(
-        "the tower is the checkpoint's own CLIP and its alpha weight is zero: every region gets the same answer until "
-        "it is trained; give --vision-tower for Alpha-CLIP's"
+        "the tower is the CLIP in the checkpoint and its alpha weight is zero: every region gets the same answer until "
+        "it is trained; use --vision-tower for Alpha-CLIP"
     )
     if (convolution := own.get("conv1.weight")) is not None and convolution.ndim == 4:  # else an error below
         width = len(convolution)
-        # an Alpha-CLIP has these besides; LAVIS' tower ends at its last block, and what follows that is not used
+        # tensors that an Alpha-CLIP has in addition; those after the last layer of LAVIS' tower are not used
         own["conv1_alpha.weight"] = torch.zeros_like(convolution[:, :1])
         own |= {"proj": torch.zeros(width, 1), "ln_post.weight": torch.zeros(width), "ln_post.bias": torch.zeros(width)}
     try:
@@ -164,12 +164,12 @@ def _own_tower(lavis: StateDict) -> tuple[AlphaCLIPVisionConfig, StateDict]:
 def _shorten(
     config: AlphaCLIPVisionConfig, weights: StateDict, blocks: int
 ) -> tuple[AlphaCLIPBlip2VisionConfig, StateDict]:
-    """The first `blocks` of a tower, without the norm after its last one."""
+    """The first `blocks` layers of a tower, without the norm after the last one."""
     found = config.num_hidden_layers
     if not 1 <= blocks <= found:
         raise ValueError(
-            f"expected a tower of at least {blocks} blocks (CLIP's ViT-L has 24), got {found}; give the ViT-L/14, or "
-            "another number of blocks (--blocks)"
+            f"expected a tower of at least {blocks} layers (CLIP's ViT-L has 24), got {found}; give the ViT-L/14, or "
+            "another number (--blocks)"
         )
     not_used = ("post_layernorm.", *(f"encoder.layers.{index}." for index in range(blocks, found)))
     not_its_own = ("model_type", "architectures", "auto_map", "dtype", "projection_dim")
@@ -179,10 +179,10 @@ def _shorten(
 
 
 def qformer_config_from_lavis(lavis: StateDict) -> Blip2QFormerConfig:
-    """The configuration of LAVIS' Q-Former, read off its tensors.
+    """The configuration of LAVIS' Q-Former, inferred from its tensors.
 
     Raises:
-        ValueError: If it is not one of LAVIS' BLIP-2 checkpoints, or one of stage 1, without a projection.
+        ValueError: If it is not a BLIP-2 checkpoint of LAVIS, or one of stage 1, without a projection.
     """
     layer = f"{_LAYER}.0"
     keys = ("query_tokens", f"{layer}.crossattention.self.key.weight", f"{layer}.intermediate_query.dense.weight")
@@ -193,13 +193,13 @@ def qformer_config_from_lavis(lavis: StateDict) -> Blip2QFormerConfig:
     if projection_of(lavis) is None:
         raise ValueError(
             "this is a stage-1 checkpoint (blip2_pretrained_vitL.pth): it has no projection into a language model "
-            "(t5_proj, opt_proj); take blip2_pretrained_flant5xl_vitL.pth, or begin a projection at random to train it "
+            "(t5_proj, opt_proj); use blip2_pretrained_flant5xl_vitL.pth, or add a random projection to train "
             "(--new-projection)"
         )
     queries, crossing, inner = (lavis[key] for key in keys)
     width = queries.shape[-1]
     if width % _HEAD_WIDTH or 0 in (*queries.shape, *crossing.shape, *inner.shape):
-        raise ValueError(f"expected query_tokens (1, queries, {_HEAD_WIDTH} a head), got {tuple(queries.shape)}")
+        raise ValueError(f"expected query_tokens (1, queries, {_HEAD_WIDTH} per head), got {tuple(queries.shape)}")
     layers = count_blocks(lavis, f"{_LAYER}.")
     crossed = [index for index in range(layers) if f"{_LAYER}.{index}.crossattention.self.key.weight" in lavis]
     return Blip2QFormerConfig(
@@ -213,11 +213,11 @@ def qformer_config_from_lavis(lavis: StateDict) -> Blip2QFormerConfig:
 
 
 def _lavis_shapes(lavis: StateDict, config: Blip2QFormerConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of such a checkpoint, but for tower and text side."""
+    """Name and shape of every tensor of the checkpoint, except for tower and text part."""
     width, inner, seen = config.hidden_size, config.intermediate_size, config.encoder_hidden_size
     projection = projection_of(lavis)
     shapes: dict[str, tuple[int, ...]] = {"query_tokens": (1, lavis["query_tokens"].shape[1], width)}
-    matrices = {projection: (*lavis[f"{projection}.weight"].shape[:1], width)}  # as wide as its language model
+    matrices = {projection: (*lavis[f"{projection}.weight"].shape[:1], width)}  # of the language model's width
     norms = {"ln_vision": seen, "Qformer.bert.embeddings.LayerNorm": width}
     for index in range(config.num_hidden_layers):
         crosses = index % config.cross_attention_frequency == 0

@@ -66,9 +66,8 @@ def run_batch(
 ) -> int:
     """Answer a file of requests.
 
-    An output line is `{"id", "answer"}` or `{"id", "error"}`, in the order of the requests. Batches consist of the
-    requests that have no answer yet, so a resumed run forms the same batches as an uninterrupted one; an interrupted
-    batch is generated again. The output is also written after an error.
+    Batches consist of the requests that have no answer yet, so a resumed run forms the same batches as an uninterrupted
+    one; an interrupted batch is generated again. The output is also written after an error.
 
     Args:
         chat: The model.
@@ -94,9 +93,8 @@ def run_batch(
         pending = [request for request in requests if request.digest not in output.answered]
         failures = len(_failed(output, requests))
         try:
-            with tqdm(
-                total=len(requests), initial=len(requests) - len(pending), desc="answers", unit="answer"
-            ) as progress:
+            done = len(requests) - len(pending)
+            with tqdm(total=len(requests), initial=done, desc="answers", unit="answer") as progress:
                 for start in range(0, len(pending), batch_size):
                     if too_many_errors(failures, len(requests), max_errors):
                         break

@@ -167,7 +167,7 @@ def test_a_plain_clip_sees_no_region(folder):
         (["--box", LEFT, "--heads", "0"], "numbers from 1 to 4"),
         (["--box", LEFT, "--heads", "5"], "numbers from 1 to 4"),
         (["--box", LEFT, "--heads", "1;2"], "numbers from 1 to 4"),
-        (["--box", LEFT, "--text", "a", " "], "a --text is empty"),
+        (["--box", LEFT, "--text", "a", " "], "expected non-empty texts as --text"),
         (["--box", LEFT, "--text", "a" * 30], "32 tokens, the text tower takes 16"),
         (["--box", LEFT, "--image", "none.png"], "image not found: none.png"),
         (["--box", LEFT, "--model", "./nothing"], "directory not found"),

@@ -110,6 +110,13 @@ def test_tower_directory_needs_no_package(checkpoint, with_projection, tmp_path,
     torch.testing.assert_close(torch.load(tmp_path / "out.pt"), expected)
 
 
+def test_a_tower_without_projection_has_no_original_layout(with_projection, tmp_path, capsys):
+    AlphaCLIPVisionModel(with_projection.config).save_pretrained(tmp_path / "tower")
+    assert convert(tmp_path / "tower", tmp_path / "a.pth", "--original") == 2
+    assert "contains a tower without projection" in capsys.readouterr().err
+    assert not (tmp_path / "a.pth").exists()
+
+
 def test_and_back(checkpoint, original, tmp_path):
     assert convert(checkpoint, tmp_path / "tower") == 0
     for name in ("back.pth", "back.safetensors"):
@@ -195,7 +202,7 @@ def test_alpha_weights_replace_the_llava_tower(checkpoint, original, clip_llava,
 
 
 def test_alpha_weights_of_another_size_are_refused(checkpoint, tiny_llava_dir):
-    with pytest.raises(ValueError, match="another tower: hidden_size 128, this model's is 32"):
+    with pytest.raises(ValueError, match="another tower: hidden_size is 128, expected 32"):
         mllm.load(tiny_llava_dir, device="cpu", alpha_weights=checkpoint)
 
 

@@ -223,12 +223,12 @@ def test_errors_leave_nothing_behind(sources, tmp_path, capsys):
 
     out = tmp_path / "out"
     vit_g = {f"Qformer.bert.encoder.layer.{i}.crossattention.self.key.weight": torch.zeros(64, 1408) for i in (0, 2)}
-    assert "1408 wide" in error_of(sources, broken("vit_g", **vit_g), out)
+    assert "width 1408" in error_of(sources, broken("vit_g", **vit_g), out)
     assert "contains more" in error_of(sources, broken("more", extra=torch.zeros(1)), out)
     assert "checkpoint not found" in error_of(sources, tmp_path / "absent", out)
-    assert "at least 23 blocks" in error_of(sources, "t5", out, blocks=23)
-    assert "holds no tower" in error_of(sources, "t5", out, tower=None)
-    assert "leads into a t5 64 wide" in error_of(sources, "t5", out, "opt")
+    assert "at least 23 layers" in error_of(sources, "t5", out, blocks=23)
+    assert "contains no tower" in error_of(sources, "t5", out, tower=None)
+    assert "is for a t5 of width 64" in error_of(sources, "t5", out, "opt")
     languages = tmp_path / "languages"
     languages.mkdir()
     for name, kind, changes in (
@@ -237,8 +237,8 @@ def test_errors_leave_nothing_behind(sources, tmp_path, capsys):
         ("llama", "llama", {}),
     ):
         save_language_model(languages / f"{name}_model", kind, **changes)
-    assert "expected room for the token <image>" in error_of(sources, "t5", out, languages / "full")
-    assert "is a t5 32 wide" in error_of(sources, "t5", out, languages / "wide")
+    assert "expected a free embedding for <image>" in error_of(sources, "t5", out, languages / "full")
+    assert "is a t5 of width 32" in error_of(sources, "t5", out, languages / "wide")
     assert "expected a T5 or OPT language model, got model_type 'llama'" in error_of(
         sources, "t5", out, languages / "llama"
     )

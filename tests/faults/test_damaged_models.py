@@ -208,11 +208,14 @@ def alpha_of(tensors):
     ("damage", "named"),
     [
         (lambda tensors: tensors.pop(alpha_of(tensors)), "another model.*alpha"),
-        (lambda tensors: tensors.update({alpha_of(tensors): torch.full((32, 1, 8, 8), torch.nan)}), "alpha.*holds NaN"),
+        (
+            lambda tensors: tensors.update({alpha_of(tensors): torch.full((32, 1, 8, 8), torch.nan)}),
+            "alpha.*contains NaN",
+        ),
         (lambda tensors: tensors.update({alpha_of(tensors): torch.zeros(32, 1, 4, 4)}), "another model"),
         (lambda tensors: tensors.update({alpha_of(tensors): torch.zeros(32, dtype=torch.int8)}), "alpha.*int8"),
         (lambda tensors: tensors.update(extra=torch.zeros(1)), "1 tensors do not match.*extra"),
-        (lambda tensors: tensors.clear(), "holds matrices of rank"),
+        (lambda tensors: tensors.clear(), "contains matrices of rank"),
     ],
 )
 def test_weights_of_an_adapter(wrapped, adapter, damage, named):

@@ -278,7 +278,7 @@ def test_pipelines_pass_on_regions(request, kind, call):
     if "TEXT" in call["text"]:
         call = call | {"text": [prompt("What?") if kind == "llava" else BLIP2_TEXT] * 2}
     elif kind == "blip2" and "text" in call and not isinstance(call["text"][0], list):
-        with pytest.raises(ValueError, match="one region a prompt, got 2 regions"):
+        with pytest.raises(ValueError, match="one region per prompt, got 2 regions"):
             fed(model, ours, **call)
         return
     pixels = torch.cat([batch["pixel_values"] for batch in fed(model, ours, **call)])
@@ -311,7 +311,9 @@ DROPPED = {
     "a dictionary": lambda pipe, item: pipe(item | {"regions": LEFT}),
     "a dictionary, another name": lambda pipe, item: pipe(item | {"region": LEFT}),
     "a generator": lambda pipe, item: list(pipe(row | {"regions": LEFT} for row in [item])),
-    "beside processor_kwargs": lambda pipe, item: pipe(**item, regions=LEFT, processor_kwargs={"padding": True}),
+    "in addition to processor_kwargs": lambda pipe, item: pipe(
+        **item, regions=LEFT, processor_kwargs={"padding": True}
+    ),
 }
 
 

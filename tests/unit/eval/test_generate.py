@@ -68,7 +68,7 @@ def test_blip_2_has_no_blind_control(data, samples, tmp_path):
     """Its prompt begins with the picture: refused before the run as main input, left out with a note as a control."""
     blip2 = RegionChat(*build_tiny_blip2("opt"))
     assert not answers_blind(blip2) and not (tmp_path / "parts" / "0.jsonl").exists()
-    with pytest.raises(ValueError, match="one image a conversation"):
+    with pytest.raises(ValueError, match="one image per conversation"):
         run(blip2, samples, tmp_path, Settings("blind"), data=data)
 
 

@@ -319,7 +319,7 @@ TEXT = prompt("a")
         (lambda: PROCESSOR(text="a", regions=BOX), "regions without images"),
         (lambda: PROCESSOR([None, IMAGE], TEXT), "got no image"),
         (lambda: PROCESSOR(IMAGE, [TEXT, None]), "string or list of strings"),
-        (lambda: PROCESSOR(IMAGE, TEXT, videos=[IMAGE]), "LLaVA reads images and text"),
+        (lambda: PROCESSOR(IMAGE, TEXT, videos=[IMAGE]), "LLaVA supports images and text"),
         (lambda: PROCESSOR.apply_chat_template([]), "expected a list of messages"),
         (lambda: PROCESSOR.apply_chat_template("a"), "expected a list of messages"),
         (lambda: PROCESSOR.apply_chat_template([{"role": "narrator", "content": "x"}]), "role out of"),

@@ -120,7 +120,7 @@ def test_own_tower_has_zero_alpha_and_says_so(lavis, tower, caplog):
 
 
 def test_the_tower_in_the_file_says_how_many_blocks(lavis, tower):
-    with pytest.raises(ValueError, match="2 blocks of the tower in its own file, not 1"):
+    with pytest.raises(ValueError, match="2 layers of the tower in its file, not 1"):
         conversion.from_lavis(lavis | own_tower(), tower, blocks=1)
 
 
@@ -143,7 +143,7 @@ def test_each_missing_or_misshapen_tensor_is_named(lavis, tower, name):
     with pytest.raises(ValueError, match=f"{name}.*(such tensors|got nothing)"):
         conversion.from_lavis(lavis, tower, 1)
     lavis[name] = whole[..., :-1]
-    with pytest.raises(ValueError, match="expected .* got|contains more|wide"):
+    with pytest.raises(ValueError, match="expected .* got|contains more|width"):
         conversion.from_lavis(lavis, tower, 1)
     lavis[name] = torch.full_like(whole, torch.nan)
     with pytest.raises(ValueError, match=f"{name} contains NaN"):
@@ -168,13 +168,13 @@ def test_towers_that_do_not_fit_are_refused(lavis, tower):
     for key in lavis:
         if key.startswith("ln_vision.") or "crossattention.self.key.w" in key or "crossattention.self.value.w" in key:
             vit_g[key] = torch.zeros(*lavis[key].shape[:-1], 1408)
-    with pytest.raises(ValueError, match=r"1408 wide .*the tower given is 128 wide.*vitL checkpoints"):
+    with pytest.raises(ValueError, match=r"width 1408 .*got width 128.*vitL checkpoints"):
         conversion.from_lavis(vit_g, tower, 1)
     with pytest.raises(ValueError, match="EVA ViT-g tower"):
         conversion.from_lavis({**vit_g, "visual_encoder.blocks.0.norm1.weight": torch.zeros(1408)}, tower, 1)
-    with pytest.raises(ValueError, match="at least 23 blocks .*got 2"):
+    with pytest.raises(ValueError, match="at least 23 layers .*got 2"):
         conversion.from_lavis(lavis, tower)
-    with pytest.raises(ValueError, match="holds no tower.*--vision-tower"):
+    with pytest.raises(ValueError, match="contains no tower.*--vision-tower"):
         conversion.from_lavis(lavis)
     cut = {key: t for key, t in own_tower().items() if not key.endswith("1.ln_2.bias")}
     with pytest.raises(ValueError, match=r"visual_encoder.*lacks transformer.resblocks.1.ln_2.bias"):

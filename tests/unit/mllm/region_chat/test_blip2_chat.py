@@ -106,9 +106,9 @@ def test_encode_conversation_is_what_the_model_gets(loaded):
     answered = [*asked, {"role": "assistant", "content": "red"}]
     whole = processor.encode_conversation(answered)
     assert whole[: len(prompt)] == prompt and whole[-1] == processor.tokenizer.eos_token_id
-    with pytest.raises(ValueError, match="one answer a sample"):
+    with pytest.raises(ValueError, match="one answer per sample"):
         processor.encode_conversation([*answered, *answered])
-    with pytest.raises(ValueError, match="one image a conversation"):
+    with pytest.raises(ValueError, match="one image per conversation"):
         processor.apply_chat_template([*asked, *asked], tokenize=True)
 
 
@@ -213,7 +213,7 @@ def test_a_region_in_every_place(loaded):
         lambda: processor(IMAGE, prompt, [LEFT, RIGHT]),
         lambda: processor.apply_chat_template(one, regions=[[LEFT, RIGHT]], **settings),
     ):
-        with pytest.raises(ValueError, match="BLIP-2 reads one image and one region a prompt, got 2 regions"):
+        with pytest.raises(ValueError, match="BLIP-2 supports one image and one region per prompt, got 2 regions"):
             call()
     for call in (
         lambda: processor([IMAGE, IMAGE], prompt),
