@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from alpha_clip_commands.command_line import too_many_errors
+from alpha_clip_commands.command_line import MAX_ERRORS, too_many_errors
 from alpha_clip_commands.progress import step
 from eval import published
 from eval.generate import Processes, Settings, run
@@ -23,7 +23,6 @@ from eval.report import OtherInput, Results, write_report
 from eval.score import Measured, check_metrics, measure, picture_of_each, score
 from eval.tasks import Task, metrics_for
 from eval.views import CONTROLS, with_wrong_region
-from mllm.data.records import MAX_ERRORS
 from mllm.data.samples import RegionSample, TarMember
 from mllm.files import claim_folder, locked, write_json
 from mllm.inference import RegionChat

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mllm.data.schemas import checked
+from mllm.data.schemas import validate
 from mllm.files import one_line, write_json
 
 
@@ -58,7 +58,7 @@ def read_journal(path: Path, kind: type) -> list[Any]:
     found = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
-            found.append(checked(json.loads(line), kind))
+            found.append(validate(json.loads(line), kind))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged (line {number}: {one_line(error)})") from error
     return found

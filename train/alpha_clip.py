@@ -268,7 +268,7 @@ def held_out(dataset: RegionTextDataset, count: int) -> list[DescribedPicture]:
     pictures = [
         (index, picture)
         for index in dataset.indexes
-        for picture in np.flatnonzero(index.split_of_picture == dataset.skipped.split)
+        for picture in np.flatnonzero(index.image_splits == dataset.skipped.split)
     ]
     refuse_empty(pictures, dataset.indexes, f"evaluation needs pictures of the split {dataset.skipped.split!r}")
     spaced = np.linspace(0, len(pictures) - 1, min(len(pictures), count)).astype(int)

@@ -20,8 +20,8 @@ from alpha_clip_commands.flag_values import finite_number, plain_text, switch, w
 from alpha_clip_commands.training.recipe import deepspeed_file, split_recipe
 from alpha_clip_commands.training.recipe_values import check_ranges, read_values
 from alpha_clip_commands.training.tuning_arguments import DataArguments, ModelArguments, PartArguments
-from mllm.data.json_files import check_kept, read_json
-from mllm.data.schemas import checked
+from mllm.data.json_files import check_serializable, read_json
+from mllm.data.schemas import validate
 
 
 def refuse_unknown_parts(args: PartArguments, parts: Collection[str]) -> None:
@@ -129,8 +129,8 @@ def _deepspeed_file(name: str) -> str:
     path = deepspeed_file(name)
     try:
         settings = read_json(path, dict, unique_keys=True)
-        check_kept(settings)
-        checked(settings, _DeepSpeedSettings, path)
+        check_serializable(settings)
+        validate(settings, _DeepSpeedSettings, path)
     except ValueError as error:
         named = str(error) if str(path) in str(error) else f"{path}: {error}"
         raise argparse.ArgumentTypeError(named) from error

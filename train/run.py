@@ -25,8 +25,8 @@ from transformers.processing_utils import ProcessorMixin
 
 from alpha_clip_commands.command_line import BAD_INPUT, FAILED, INTERRUPTED, exit_code, log_to_terminal, say
 from alpha_clip_commands.progress import step
-from mllm.data.index import TRAIN, RegionIndex, index_folder
-from mllm.data.prepare import make_index
+from mllm.data.build_index import build_index
+from mllm.data.index import TRAIN, RegionIndex, find_index
 from mllm.files import one_line, write_file
 from mllm.lost_process import lost_process
 from train.output import TRAINING_RECORD, naming_what_cannot_be_written, step_of, write_record
@@ -201,8 +201,8 @@ def open_indexes(folders: Sequence[str], training_args: TrainingArguments) -> li
 
 def open_index(folder: str) -> RegionIndex:
     """The index of a data folder, made now where there is none."""
-    if index_folder(folder) is None:
-        make_index(folder)
+    if find_index(folder) is None:
+        build_index(folder)
     return RegionIndex(folder)
 
 
@@ -215,8 +215,8 @@ def refuse_missing_pictures(indexes: Sequence[RegionIndex], max_missing: float, 
     """
     missing: Counter = Counter()
     for index in indexes:
-        missing.update(index.missing_pictures(TRAIN))
-    pictures = sum(int((index.split_of_picture == TRAIN).sum()) for index in indexes)
+        missing.update(index.missing_images(TRAIN))
+    pictures = sum(int((index.image_splits == TRAIN).sum()) for index in indexes)
     listed = Path(args.output_dir) / "missing_images.txt"
     if args.process_index == 0:
         listed.unlink(missing_ok=True)
@@ -235,7 +235,7 @@ def refuse_missing_pictures(indexes: Sequence[RegionIndex], max_missing: float, 
 def refuse_empty(samples: Sized, indexes: Sequence[RegionIndex], expected: str) -> None:
     """Raise ValueError where there are no samples: what is expected, and the splits that the data has."""
     if not len(samples):
-        splits = ", ".join(sorted({name for index in indexes for name in index.record["splits"]}))
+        splits = ", ".join(sorted({name for index in indexes for name in index.info["splits"]}))
         raise ValueError(f"{expected}, the data has only {splits}")
 
 

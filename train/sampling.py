@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from alpha_clip_commands.training.tuning_arguments import DataArguments, RegionArguments
-from mllm.data.index import RegionFacts, RegionIndex
+from mllm.data.index import IndexedRegion, RegionIndex
 from mllm.data.samples import describe_source
 from mllm.messages import Message
 from train.skipped import SkippedItems
@@ -52,16 +52,16 @@ class PictureDataset(Dataset):
         self.indexes = indexes
         self.seed = seed
         # millions of samples: arrays, no lists
-        self._groups = [group_rows(index.rows(split, kinds), index.picture_of, regions_per_sample) for index in indexes]
+        self._groups = [group_rows(index.rows(split, kinds), index.image_rows, regions_per_sample) for index in indexes]
         self._first = np.cumsum([0, *(len(bounds) - 1 for _, bounds in self._groups)])
         longest = [
-            np.maximum.reduceat(index.length_of[rows], bounds[:-1])
+            np.maximum.reduceat(index.lengths[rows], bounds[:-1])
             for index, (rows, bounds) in zip(indexes, self._groups, strict=True)
             if len(rows)
         ]
         self.lengths = np.concatenate(longest) if longest else np.zeros(0, np.int32)
         pairs = [(index, rows) for index, (rows, _) in zip(indexes, self._groups, strict=True)]
-        images = sum(len(np.unique(index.picture_of[rows])) for index, rows in pairs)
+        images = sum(len(np.unique(index.image_rows[rows])) for index, rows in pairs)
         self.skipped = SkippedItems(skipped, split, max_missing, images, sum(len(rows) for _, rows in pairs))
 
     def __len__(self) -> int:
@@ -106,7 +106,7 @@ class PictureDataset(Dataset):
         """Those of a sample's rows that are used this time: all."""
         return rows
 
-    def made_of(self, facts: RegionFacts, image: Image.Image, rng: np.random.Generator) -> Any:
+    def made_of(self, facts: IndexedRegion, image: Image.Image, rng: np.random.Generator) -> Any:
         """What a region of an opened image gives.
 
         Raises:
@@ -142,14 +142,14 @@ class ConversationDataset(PictureDataset):
         self.wordings = wordings
         self.check = check
 
-    def made_of(self, facts: RegionFacts, image: Image.Image, rng: np.random.Generator) -> Conversation:
+    def made_of(self, facts: IndexedRegion, image: Image.Image, rng: np.random.Generator) -> Conversation:
         """A conversation about the region."""
         conversation = self._conversation(facts, image, rng)
         if self.check is not None:
             self.check(conversation)
         return conversation
 
-    def _conversation(self, facts: RegionFacts, image, rng: np.random.Generator) -> Conversation:
+    def _conversation(self, facts: IndexedRegion, image, rng: np.random.Generator) -> Conversation:
         """One conversation of 1 to `max_turns` different turns about a region, in a form and with a wording drawn for
         it, as `apply_chat_template` takes it.
         """
@@ -196,7 +196,7 @@ def group_rows(rows: np.ndarray, picture_of: np.ndarray, size: int) -> tuple[np.
     return rows[np.argsort(group_of, kind="stable")], bounds
 
 
-def draw_region(facts: RegionFacts, size: tuple[int, int], args: RegionArguments, rng: np.random.Generator) -> Region:
+def draw_region(facts: IndexedRegion, size: tuple[int, int], args: RegionArguments, rng: np.random.Generator) -> Region:
     """A region in one of its forms, its box perhaps jittered, its strength perhaps below 1.
 
     Args:
@@ -208,12 +208,12 @@ def draw_region(facts: RegionFacts, size: tuple[int, int], args: RegionArguments
     Raises:
         ValueError: If a mask or a box is asked for and the region has none.
     """
-    if facts.forms[0].is_whole:
-        return facts.forms[0]
+    if facts.geometries[0].is_whole:
+        return facts.geometries[0]
     wanted = args.region_input
     if wanted == "mixed":
         wanted = "mask" if rng.random() < args.mask_share else "box"
-    region = facts.form(wanted)
+    region = facts.as_type(wanted)
     if args.box_jitter and region.kind == "box":
         region = Region.from_box(*jittered(region.data, size, args.box_jitter, rng))
     if args.min_strength < 1:

@@ -20,10 +20,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from alpha_clip_commands.command_line import too_many_errors
-from mllm.data.readers.jsonl import region_in
-from mllm.data.records import MAX_ERRORS
-from mllm.data.schemas import checked
+from alpha_clip_commands.command_line import MAX_ERRORS, too_many_errors
+from mllm.data.readers.jsonl import region_from_record
+from mllm.data.schemas import validate
 from mllm.files import one_line
 from mllm.inference import Asked, RegionChat
 from mllm.region_chat.batch_output import BatchOutput, Entry
@@ -173,7 +172,7 @@ def _read_request(number: int, line: bytes) -> Request:
         return Request(name, {}, _digest(name, line), f"not JSON: {one_line(error)}")
     problem = None
     try:
-        line = checked(record, _Line)
+        line = validate(record, _Line)
         if line.question is not None and not line.question.strip():
             problem = "the question is empty; leave it out to have the region described"
     except (ValueError, RecursionError) as error:
@@ -213,7 +212,7 @@ def _prepare(request: Request, folder: Path) -> Asked:
     if request.problem:
         raise ValueError(request.problem)
     image = _image_source(folder, request.record["image"])
-    return image, region_in(folder, request.record["region"]), request.record.get("question")
+    return image, region_from_record(folder, request.record["region"]), request.record.get("question")
 
 
 def _image_source(folder: Path, image: str) -> str | Path:

@@ -27,8 +27,8 @@ from transformers import LlavaForConditionalGeneration
 import mllm
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from alpha_clip_commands.training.tuning_arguments import DataArguments, ModelArguments
+from mllm.data.build_index import index_visual_genome
 from mllm.data.index import RegionIndex
-from mllm.data.prepare import index_visual_genome
 from mllm.llava import build_llava_processor
 from mllm.messages import image_items
 from train.lora import prepare_model

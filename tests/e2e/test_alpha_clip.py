@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from alpha_clip_commands.training.contrastive_arguments import PairArguments
+from mllm.data.build_index import build_index
 from mllm.data.index import TRAIN, RegionIndex
-from mllm.data.prepare import make_index
 from mllm.data.shapes import grit_layout
 from tests.tiny import build_tiny_clip
 from train import alpha_clip
@@ -53,7 +53,7 @@ def world(tmp_path_factory):
         processor.save_pretrained(folder / name)
     for split in ("train", "val"):
         grit_layout.write(folder / split, 8, 1, split, min_objects=1, progress=False)
-        make_index(folder / split)
+        build_index(folder / split)
     (folder / "recipe.yaml").write_text(RECIPE.format(**{n: folder / n for n in ("start", "train", "val")}))
     return folder
 

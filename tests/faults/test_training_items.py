@@ -13,8 +13,8 @@ from torch.nn import functional
 
 import mllm
 from alpha_clip_commands.training.tuning_arguments import DataArguments
+from mllm.data.build_index import build_index
 from mllm.data.index import TRAIN, RegionIndex
-from mllm.data.prepare import make_index
 from mllm.files import locked
 from tests.faults.training_runs import make_worlds
 from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_picture
@@ -47,7 +47,7 @@ def indexed(folder, regions, size=(64, 32)):
     noise_picture(*size).save(folder / "0.png")
     lines = [{"image": "0.png", "region": region, "answer": "red", "meta": {"split": TRAIN}} for region in regions]
     (folder / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    make_index(folder / "own.jsonl")
+    build_index(folder / "own.jsonl")
     return RegionIndex(folder / "own.jsonl")
 
 

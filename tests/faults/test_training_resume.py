@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from mllm.data.prepare import make_index
+from mllm.data.build_index import build_index
 from mllm.files import locked
 from tests.faults.training_runs import PROGRAMS, make_worlds
 from train import run as train_run
@@ -231,7 +231,7 @@ def spoiled(recipes, folder):
     region["x"], region["y"] = 5000, 5000
     (folder / "region_descriptions.json").write_text(json.dumps(described))
     (folder / "VG_100K" / "3.png").write_bytes(b"\x89PNG broken")
-    make_index(folder)
+    build_index(folder)
     return folder
 
 

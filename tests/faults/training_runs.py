@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 from typing import NamedTuple
 
-from mllm.data.prepare import make_index
+from mllm.data.build_index import build_index
 from mllm.data.shapes import grit_layout, visual_genome_layout
 from tests.tiny import build_tiny_clip, build_tiny_llava
 
@@ -46,7 +46,7 @@ def make_worlds(folder: Path) -> dict[str, Path]:
         processor.save_pretrained(world / "model")
         for split in ("train", "val"):
             write(world / split, 6, 1, split, progress=False)
-            make_index(world / split)
+            build_index(world / split)
         recipes[name] = world / "recipe.yaml"
         more = "lora_r: 2\nlora_dropout: 0.0\n" if name == "region-tune" else "dataloader_drop_last: true\n"
         recipes[name].write_text(RECIPE.format(**{n: world / n for n in ("model", "train", "val")}) + more)

@@ -12,12 +12,12 @@ from vision_tower import AlphaCLIPImageProcessor
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTED = {  # limit -> its value, and how the page writes it
-    "LARGEST_FILE": (2 * 2**30, "2 GiB"),
-    "LARGEST_RECORD": (16 * 2**20, "16 MiB"),
-    "DEEPEST": (100, "100 levels"),
-    "MOST_SENTENCES": (10_000, "10,000"),
-    "LARGEST_PICKLE": (256 * 2**20, "256 MiB"),
-    "LONGEST_NAME": (1024, "1,024 characters"),
+    "MAX_FILE_SIZE": (2 * 2**30, "2 GiB"),
+    "MAX_RECORD_SIZE": (16 * 2**20, "16 MiB"),
+    "MAX_DEPTH": (100, "100 levels"),
+    "MAX_SENTENCES": (10_000, "10,000"),
+    "MAX_PICKLE_BYTES": (256 * 2**20, "256 MiB"),
+    "MAX_NAME_LENGTH": (1024, "1,024 characters"),
     "LARGEST_RECIPE": (64 * 2**10, "64 KiB"),
     "MOST_BRACKETS": (1000, "1,000"),
     "MOST_VALUES": (10_000, "10,000"),

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from alpha_clip_commands.training.contrastive_arguments import PairArguments
-from mllm.data.index import RegionFacts, RegionIndex
+from mllm.data.index import IndexedRegion, RegionIndex
 from mllm.data.samples import RegionSample, describe_source
 from train.sampling import PictureDataset, draw_region
 from train.tuning.collators import check_region
@@ -69,7 +69,7 @@ class RegionTextDataset(PictureDataset):
             drawn = np.append(drawn[: max(count, 1) - 1], rng.choice(captions))
         return drawn if len(drawn) else captions[:1]  # a picture with a caption and no region
 
-    def made_of(self, facts: RegionFacts, image: Image.Image, rng: np.random.Generator) -> tuple[Region, str]:
+    def made_of(self, facts: IndexedRegion, image: Image.Image, rng: np.random.Generator) -> tuple[Region, str]:
         """A region and its text."""
         region = softened(draw_region(facts, image.size, self.pair_args, rng), image.size, self.pair_args, rng)
         answers = [answer for kind, _, answer in facts.turns if kind == "description"]
@@ -180,7 +180,7 @@ def held_out_samples(dataset: RegionTextDataset, index: RegionIndex, picture: in
     Raises:
         ValueError: If more had to be left out than `max_missing` allows.
     """
-    described = [facts for facts in index.read(np.flatnonzero(index.picture_of == picture)) if facts.sample.references]
+    described = [facts for facts in index.read(np.flatnonzero(index.image_rows == picture)) if facts.sample.references]
     if not described:
         return []
     source, wanted = describe_source(described[0].sample.image), dataset.pair_args.region_input
@@ -192,9 +192,9 @@ def held_out_samples(dataset: RegionTextDataset, index: RegionIndex, picture: in
     samples = []
     for facts in described:
         try:
-            region = facts.forms[0]
+            region = facts.geometries[0]
             if not region.is_whole:
-                region = facts.form("available" if wanted == "mixed" else wanted)
+                region = facts.as_type("available" if wanted == "mixed" else wanted)
             if dataset.image_processor is not None:
                 check_region(region, image.size, dataset.image_processor)
         except ValueError as error:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from alpha_clip_commands.command_line import say
+from alpha_clip_commands.command_line import MAX_ERRORS, say
 from alpha_clip_commands.training.contrastive_arguments import PairArguments
 from eval.region_matching import score_region_text
-from mllm.data.records import MAX_ERRORS
 from mllm.loading import hub_lookup, pick_device
 from train.alpha_clip import held_out
 from train.contrastive.data import RegionTextDataset

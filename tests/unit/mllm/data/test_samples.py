@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 
-from mllm.data.records import Folders
+from mllm.data.image_folders import ImageFolders
 from mllm.data.samples import RegionSample, TarMember, displayed_size, load_image
 from tests.tiny import noise_picture
 from vision_tower import Region
@@ -124,8 +124,8 @@ def test_a_broken_field_of_exif_does_not_matter(tmp_path):
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
-        ("none.png", lambda path: None, "there is no image file"),
-        ("folder", lambda path: path.mkdir(), "there is no image file"),
+        ("none.png", lambda path: None, "no image file|image file not found"),
+        ("folder", lambda path: path.mkdir(), "no image file|image file not found"),
         ("text.png", lambda path: path.write_text("hello"), "not an image"),
         ("empty.png", lambda path: path.write_bytes(b""), "not an image"),
         ("cut.jpg", write_truncated, "cannot read the image"),
@@ -194,10 +194,10 @@ def test_another_picture_in_a_member_s_place_is_not_taken_for_it(placed, tmp_pat
         placed._replace(offset=0),
         placed._replace(offset=10**9),
     ):
-        with pytest.raises(ValueError, match="does not lie at byte .* Make the index anew"):
+        with pytest.raises(ValueError, match="not found at byte .* rebuild the index"):
             load_image(place)
     (tmp_path / "a.tar").unlink()
-    with pytest.raises(ValueError, match="there is no image file 1.png in"):
+    with pytest.raises(ValueError, match="image file not found: 1.png in"):
         load_image(placed)
 
 
@@ -265,7 +265,7 @@ def test_another_size_than_stated_is_an_error(tmp_path):
     noise_picture(30, 20).save(tmp_path / "p.png")
     meta = {"width": 60, "height": 40}
     sample = RegionSample("7", str(tmp_path / "p.png"), (Region.whole(),), None, ("x",), meta=meta)
-    with pytest.raises(ValueError, match="30 x 20 pixels, its data set says 60 x 40"):
+    with pytest.raises(ValueError, match="30 x 20 pixels, but its dataset states 60 x 40"):
         sample.open_image()
 
 
@@ -287,5 +287,5 @@ def test_a_file_name_with_a_folder_in_it_is_found(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "train2014").mkdir()
     noise_picture(4, 4).save(tmp_path / "images" / "p.png")
-    found = Folders(tmp_path, ("train2014", "", "images")).find("images/p.png")
+    found = ImageFolders(tmp_path, ("train2014", "", "images")).find("images/p.png")
     assert found == str(tmp_path / "images" / "p.png")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from alpha_clip_commands.region_chat import build_parser
 from alpha_clip_commands.region_chat import main as region_chat
-from alpha_clip_commands.region_options import region_in
+from alpha_clip_commands.region_options import region_from_record
 from mllm.region_chat import cli
 from tests.drawn_back import fed_pixels  # noqa: F401, a fixture
 from tests.tiny import noise_picture
@@ -230,7 +230,7 @@ def test_numbers_are_understood_as_they_come(words, region):
     for arguments in ([*words, "--ask", "x"], ["--ask", "x", *words], ["--ask", "x", *words, "--json"]):
         args = build_parser().parse_args(["--image", "p.png", *arguments])
         assert cli.region_from_arguments(args) == region and args.ask == "x"
-        value = region_in(args)[1]
+        value = region_from_record(args)[1]
         assert value == value.strip()  # as it is shown in messages
 
 
