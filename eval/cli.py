@@ -81,7 +81,8 @@ def _score(args: argparse.Namespace) -> int:
     from eval.evaluate import SCORES, is_scores
     from eval.predictions import read_predictions
     from eval.score import check_metrics
-    from mllm.files import claim_folder, locked
+    from mllm.folders import claim_folder
+    from mllm.locks import locked
 
     records, notes = read_predictions(
         args.predictions, args.references, allow_missing=args.allow_missing, max_errors=args.max_errors

@@ -17,6 +17,7 @@ from eval.predictions import read_predictions
 from eval.score import Measured, measure, picture_of_each
 from eval.tasks import metrics_for
 from mllm.files import check_replaceable
+from mllm.fingerprints import with_current_keys
 
 _PAGE = "compare.html"
 _NAMED = 5  # ids named in a message
@@ -25,7 +26,7 @@ _CHANGED = 24  # samples that are shown
 # models like their prompt, and is said.
 _BINDING = ("item", "references")
 # What two runs may differ in, and a reader must know: keys of run.json
-_SAID = ("model", "weights", "alpha and adapter", "region_input", "strength", "geometry", "prompt", "max_new_tokens")
+_SAID = ("model", "weights", "alpha_and_adapter", "region_input", "strength", "geometry", "prompt", "max_new_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _run_json(path: Path) -> dict[str, Any]:
     file = (folder.parent.parent if control else folder) / "run.json"
     if not file.is_file():
         return {}
-    run = _read_json(file)
+    run = with_current_keys(_read_json(file))
     return {**run, "region_input": control} if control else run
 
 

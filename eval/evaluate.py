@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from alpha_clip_commands.command_line import MAX_ERRORS, too_many_errors
+from alpha_clip_commands.error_limit import MAX_ERRORS, too_many_errors
 from alpha_clip_commands.progress import step
 from eval import published
 from eval.generate import Processes, Settings, run
@@ -24,9 +24,11 @@ from eval.score import Measured, check_metrics, measure, picture_of_each, score
 from eval.tasks import Task, metrics_for
 from eval.views import CONTROLS, with_wrong_region
 from mllm.data.samples import RegionSample, TarMember
-from mllm.files import claim_folder, locked, write_json
+from mllm.files import write_json
+from mllm.fingerprints import model_fingerprint, with_current_keys
+from mllm.folders import claim_folder
 from mllm.inference import RegionChat
-from mllm.region_chat.batch import model_record
+from mllm.locks import locked
 from mllm.resume import claim_run
 
 logger = logging.getLogger(__name__)
@@ -110,7 +112,7 @@ def evaluate(plan: Plan, load: Callable[[], RegionChat], model_name: str) -> dic
             chat = load()
             record = run_record(plan, samples, chat, model_name)
             if processes.rank == 0:
-                claim_run(plan.out / "run.json", record, str(plan.out))
+                claim_run(plan.out / "run.json", record, str(plan.out), with_current_keys)
         _answer(plan, chat, samples, processes)
         return finish(plan, record) if processes.rank == 0 else None
 
@@ -201,7 +203,7 @@ def run_record(plan: Plan, samples: Sequence[RegionSample], chat: RegionChat, mo
         },
         "data": str(_root(plan.data)),
         "samples": digest.hexdigest(),
-        **model_record(chat.model, model_name),
+        **model_fingerprint(chat.model, model_name),
         "region_input": plan.settings.region_input,
         "strength": plan.strength,
         "geometry": chat.processor.image_processor.geometry,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alpha_clip_commands.command_line import MAX_ERRORS, too_many_errors
+from alpha_clip_commands.error_limit import MAX_ERRORS, too_many_errors
 from mllm.data.json_files import check_unique, is_utf8, read_json_or_lines, serializable_records
 from mllm.data.samples import RegionSample, TarMember
 from mllm.data.schemas import Prediction, validate

@@ -17,9 +17,9 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 from transformers.image_utils import OPENAI_CLIP_MEAN
 
-from alpha_clip_commands.command_line import MAX_ERRORS, too_many_errors
+from alpha_clip_commands.command_line import one_line
+from alpha_clip_commands.error_limit import MAX_ERRORS, too_many_errors
 from mllm.data.samples import RegionSample, describe_source
-from mllm.files import one_line
 from vision_tower import AlphaCLIPModel, AlphaCLIPProcessor, Region
 
 logger = logging.getLogger(__name__)

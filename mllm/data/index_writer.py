@@ -16,7 +16,8 @@ from mllm.data.index import FORMAT, Turn, import_datasets
 from mllm.data.json_files import read_json
 from mllm.data.read_report import ReadReport
 from mllm.data.samples import RegionSample, TarMember
-from mllm.files import MARKER, replacing_folder, write_json
+from mllm.files import write_json
+from mllm.folders import MARKER, replacing_folder
 from vision_tower import Region
 
 _ROWS_PER_WRITE = 20_000

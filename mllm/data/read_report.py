@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from alpha_clip_commands.command_line import FEW_ITEMS, MAX_ERRORS
+from alpha_clip_commands.error_limit import MAX_ERRORS, MIN_ERRORS
 from mllm.data.json_files import is_utf8
 from mllm.data.schemas import validate
 
@@ -76,7 +76,7 @@ class ReadReport:
                 one part of a dataset.
 
         Raises:
-            ValueError: If more than `MAX_ERRORS` of at least `FEW_ITEMS` records cannot be used.
+            ValueError: If more than `MAX_ERRORS` of at least `MIN_ERRORS` records cannot be used.
         """
         read = self.counts[READ]
         logger.log(logging.INFO if read else logging.WARNING, "%s: %d read", name, read)
@@ -84,7 +84,7 @@ class ReadReport:
         for reason, line in lines.items():
             logger.log(logging.INFO if reason == CLAMPED else logging.WARNING, "%s: %s", name, line)
         total = read + self.unusable
-        too_many = total >= FEW_ITEMS and self.unusable > MAX_ERRORS * total
+        too_many = total >= MIN_ERRORS and self.unusable > MAX_ERRORS * total
         if too_many or (required and self.unusable and not read):
             reasons = "; ".join(line for reason, line in lines.items() if reason != CLAMPED)
             raise ValueError(

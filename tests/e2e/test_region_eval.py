@@ -15,7 +15,8 @@ from alpha_clip_commands.region_chat import main as region_chat
 from alpha_clip_commands.region_eval import main
 from mllm.data.readers.visual_genome import read_region_questions
 from mllm.data.shapes import visual_genome_layout
-from mllm.files import locked
+from mllm.locks import locked
+from tests.files import read_json, read_json_lines, write_json, write_json_lines
 
 FAST = ["--metrics", "exactly right", "ROUGE-L"]
 
@@ -36,11 +37,11 @@ def finished(data, tmp_path_factory):
 
 
 def read(out):
-    return json.loads((out / "metrics.json").read_text())
+    return read_json(out / "metrics.json")
 
 
 def lines(out):
-    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    return read_json_lines(out / "predictions.jsonl")
 
 
 def fails(capsys, *arguments):
@@ -61,7 +62,7 @@ def test_it_looks_where_it_is_told(finished):
     assert inputs["box"] > 0.8 and inputs["whole"] < 0.3 and inputs["wrong"] < 0.1
     assert found["inputs"]["wrong"]["shown"]["exactly right"]["value"] > 0.8
     assert found["metrics"] == found["inputs"]["box"]["metrics"]
-    assert "<image>" in json.loads((finished / "run.json").read_text())["prompt"]
+    assert "<image>" in read_json(finished / "run.json")["prompt"]
     assert found["items"] == len(lines(finished)) and "same class" in found["by"]
     assert found["command"].startswith("region-eval run --task shapes-caption")
     assert {"torch", "transformers", "pycocoevalcap"} <= found["versions"].keys()
@@ -120,9 +121,9 @@ def test_scoring_the_file_again_gives_the_same(finished, tmp_path):
 
 def test_another_systems_results(tmp_path, capsys):
     results, references = tmp_path / "results.json", tmp_path / "annotations.json"
-    results.write_text(json.dumps([{"image_id": 1, "caption": "a red bus"}, {"image_id": 2, "caption": "a dog"}]))
+    write_json(results, [{"image_id": 1, "caption": "a red bus"}, {"image_id": 2, "caption": "a dog"}])
     annotations = [{"id": i + 5, "image_id": i, "caption": "a red bus"} for i in (1, 2)]
-    references.write_text(json.dumps({"images": [{"id": 1}, {"id": 2}], "annotations": annotations}))
+    write_json(references, {"images": [{"id": 1}, {"id": 2}], "annotations": annotations})
     score = ["score", str(results), "--references", str(references), "--out", str(tmp_path / "out")]
     assert main([*score, "--metrics", "exact match"]) == 0
     assert read(tmp_path / "out")["metrics"]["exact match"]["value"] == 0.5
@@ -186,7 +187,7 @@ def test_questions(data, tmp_path):
 def test_a_file_of_ones_own(data, tmp_path):
     own = tmp_path / "mine.jsonl"
     scene = lines_of(data)[0]
-    own.write_text(json.dumps({**scene, "image": os.path.relpath(data / scene["image"], tmp_path)}) + "\n")
+    write_json_lines(own, [{**scene, "image": os.path.relpath(data / scene["image"], tmp_path)}])
     assert main(["run", "--task", "jsonl", "--data", str(own), "--out", str(tmp_path / "o"), *FAST]) == 0
     assert read(tmp_path / "o")["items"] == 1
 
@@ -205,7 +206,7 @@ def test_questions_of_ones_own_are_scored_as_questions(data, tmp_path, capsys):
         | {"answer": f"{s.references[0].title()}."}
         for s in (first, second)
     ]
-    own.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json_lines(own, rows)
     run = ["run", "--task", "jsonl", "--data", own, "--out", tmp_path / "q"]
     assert main([str(argument) for argument in run]) == 0
     found = {name: entry["value"] for name, entry in read(tmp_path / "q")["metrics"].items()}

@@ -5,7 +5,6 @@ Measured worst cases stand beside the tolerances; the goldens per image are roun
 
 import functools
 import gzip
-import json
 import os
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from eval.metrics import java
 from eval.metrics.captions import BLEU, FROZEN, bleu_of_counts, freeze_document_frequency, score_captions
 from eval.metrics.intervals import resampled_totals
 from eval.metrics.questions import vqa_accuracy
+from tests.files import read_json
 
 GOLDEN_NAMES = {"METEOR": "METEOR", "ROUGE-L": "ROUGE_L", "CIDEr": "CIDEr"} | {
     n: n.replace("BLEU-", "Bleu_") for n in BLEU
@@ -25,8 +25,8 @@ GOLDEN_NAMES = {"METEOR": "METEOR", "ROUGE-L": "ROUGE_L", "CIDEr": "CIDEr"} | {
 @pytest.fixture(scope="module")
 def material(shared_data):
     folder = shared_data / "metric_parity"
-    rows = json.loads((folder / "fakecap_tokenized_cands_refs.json").read_text())
-    return rows, json.loads((folder / "fakecap_goldens.json").read_text())
+    rows = read_json(folder / "fakecap_tokenized_cands_refs.json")
+    return rows, read_json(folder / "fakecap_goldens.json")
 
 
 def score(material, names):
@@ -118,7 +118,7 @@ def test_a_german_machine_gives_the_same_meteor(material, monkeypatch):
 
 
 def expressions(shared_data):
-    rows = json.loads((shared_data / "refcocog" / "RefCOCOg_umd_val_captions.json").read_text())
+    rows = read_json(shared_data / "refcocog" / "RefCOCOg_umd_val_captions.json")
     captions = [rows[str(number)][0]["caption"][0] for number in range(1, len(rows) + 1)]
     assert len(captions) == 4896
     return java.tokenize(captions)
@@ -235,7 +235,7 @@ def test_beside_pycocoevalcap_with_empty_captions(material, monkeypatch):
 def test_vqa_accuracy_counted_by_hand(shared_data, question_id, prediction, expected):
     questions = {}
     for name in ("train", "val"):
-        content = json.loads((shared_data / "textvqa" / f"TextVQA_0.5.1_{name}.json").read_text())
+        content = read_json(shared_data / "textvqa" / f"TextVQA_0.5.1_{name}.json")
         questions |= {row["question_id"]: row["answers"] for row in content["data"]}
     assert len(questions[question_id]) == 10
     assert vqa_accuracy(prediction, questions[question_id]) == pytest.approx(expected)

@@ -15,11 +15,11 @@ from typing import Any
 
 from msgspec import UNSET
 
+from alpha_clip_commands.command_line import one_line
 from mllm.data.json_files import json_lines, parse_record
 from mllm.data.read_report import READ, ReadReport
 from mllm.data.samples import RegionSample
 from mllm.data.schemas import JsonlSample, SampleMeta, validate
-from mllm.files import one_line
 from vision_tower import Region
 
 INVALID_LINE = "lines skipped: not in the expected format"

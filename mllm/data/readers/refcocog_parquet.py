@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from alpha_clip_commands.command_line import one_line
 from mllm.data.read_report import MALFORMED, READ, ReadReport
 from mllm.data.samples import RegionSample
 from mllm.data.schemas import ParquetRow, validate
-from mllm.files import one_line
 from vision_tower import Region
 
 NO_TEXT = "skipped: no text"

@@ -171,11 +171,11 @@ REGION_ERRORS = [
     ([*CHAT, "--box-xywh=1,2,0,4"], "a width and height above 0"),
     ([*CHAT, "--nbox=0,0,500,500"], "expected fractions from 0 to 1"),
     ([*CHAT, "--points=1,2"], "expected @ and a size"),
-    ([*CHAT, "--mask", "none.png"], "there is no mask file none.png"),
+    ([*CHAT, "--mask", "none.png"], "mask file not found: none.png"),
     ([*CHAT, "--rle", "none.json"], "'rle:none.json': No such file"),
     ([*CHAT, "--rle", "[]"], "has no segmentation"),
     ([*MAP, "--box=1,2,3"], "expected 4 numbers, got 3"),
-    ([*MAP, "--box=1,2,3,4", "--mask", "none.png"], "there is no mask file none.png"),
+    ([*MAP, "--box=1,2,3,4", "--mask", "none.png"], "mask file not found: none.png"),
 ]
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from eval.compare import compare
 from eval.metrics import java
 from eval.score import Measured
+from tests.files import write_json, write_json_lines
 
 ANSWERS = ["red", "blue", "two", "a cat", "left", "yes"]
 
@@ -32,9 +33,9 @@ def records(answers, *, pictures=True, region=None):
 def write(folder, name, lines, run=None):
     folder = folder / name
     folder.mkdir(parents=True)
-    (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    write_json_lines(folder / "predictions.jsonl", lines)
     if run is not None:
-        (folder / "run.json").write_text(json.dumps(run), "utf-8")
+        write_json(folder / "run.json", run)
     return folder
 
 
@@ -189,7 +190,7 @@ def test_a_control_belongs_to_its_run(tmp_path):
 
 def test_the_metrics_are_those_of_the_first_run(tmp_path):
     a, b = write(tmp_path, "a", records(RIGHT)), write(tmp_path, "b", records(WRONG))
-    (a / "metrics.json").write_text(json.dumps({"metrics": {"contains": {}}}), "utf-8")
+    write_json(a / "metrics.json", {"metrics": {"contains": {}}})
     assert list(compare([a, b]).values) == ["contains"]
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import json
 import os
 import threading
 
@@ -17,8 +16,10 @@ from eval.predictions import read_predictions
 from eval.report import Results
 from eval.score import measure
 from mllm.data.shapes import visual_genome_layout
-from mllm.files import locked
 from mllm.inference import Answer, RegionChat
+from mllm.locks import locked
+from tests.files import read_json, write_json_lines
+from tests.processes import Killed
 
 RECORD = {"protocol": {"limited to": None}, "region_input": "box"}
 
@@ -41,7 +42,7 @@ def test_published_numbers_stand_beside_their_own_protocol_only(tmp_path, task, 
     metrics = {"task": task, "protocol": {}, "items": 1, "metrics": {"ROUGE-L": entry}, "by": {}, "notes": notes}
     results = Results({**metrics, "inputs": {}}, record, records, measure(records, ["ROUGE-L"]))
     write_results(tmp_path, tasks.find(task), results, "region-eval", 0, None)
-    published = json.loads((tmp_path / "metrics.json").read_text())["published"]
+    published = read_json(tmp_path / "metrics.json")["published"]
     assert bool(published) == beside
 
 
@@ -89,16 +90,14 @@ def test_differences_are_of_the_same_samples(plan):
     assert found["exactly right"]["value"] == pytest.approx(-1 / 3)
 
 
-class Killed(BaseException):
-    """What the process does not survive."""
-
-
 @pytest.mark.parametrize("error", [Killed(), OSError(errno.ENOSPC, "No space left on device")], ids=["killed", "full"])
 def test_stopped_at_any_moment_and_rerun_it_gives_the_same_bytes(embedded, plan, monkeypatch, error):
     """At every system call that writes: predictions and metrics are those of an uninterrupted run."""
     monkeypatch.setattr(RegionChat, "answer_each", say_something)
-    monkeypatch.setattr("mllm.region_chat.batch.fingerprint", lambda *arguments: "same")  # a tenth of a second each
-    monkeypatch.setattr("mllm.region_chat.batch.added_weights", lambda model: "same")
+    monkeypatch.setattr(
+        "mllm.fingerprints.directory_fingerprint", lambda *arguments: "same"
+    )  # a tenth of a second each
+    monkeypatch.setattr("mllm.fingerprints.added_weights_fingerprint", lambda model: "same")
     monkeypatch.setattr("eval.report.picture_of", lambda *arguments: Picture(problem="not drawn"))
     real = {name: getattr(os, name) for name in ("write", "fsync", "replace", "ftruncate")}
 
@@ -172,7 +171,7 @@ def test_too_many_samples_without_a_prediction_are_refused_even_if_missing_ones_
 
     def read(number_of_good, **options):
         lines = [{**row, "id": n} for n, row in enumerate([good] * number_of_good + [bad] * 20)]
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_json_lines(file, lines)
         return read_predictions(file, allow_missing=True, **options)
 
     with pytest.raises(ValueError, match=r"20 of 39 samples have no prediction .*than --max-errors 0.5 allows"):

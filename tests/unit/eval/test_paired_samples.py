@@ -1,6 +1,5 @@
 """A paired difference is of the same samples in both runs, and the crop control shows every pixel of the region."""
 
-import json
 from unittest import mock
 
 import numpy as np
@@ -16,6 +15,7 @@ from eval.metrics.intervals import difference_of_captions, paired_difference
 from eval.score import measure
 from eval.tasks import TASKS
 from eval.views import crop, draw_red_box
+from tests.files import write_json_lines
 from vision_tower import Region
 
 PREDICTIONS = ["a red bus", "two dogs", "a man in a coat", "a cup of tea", "the left cat", "three zebras"]
@@ -30,14 +30,12 @@ def records(order, predictions=PREDICTIONS):
     ]
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def test_the_same_answers_in_another_order_differ_in_nothing(tmp_path):
     """Not by 0 on average: sample by sample, or the interval has a width."""
-    a, b = write(tmp_path / "a.jsonl", records(range(6))), write(tmp_path / "b.jsonl", records([3, 5, 0, 4, 2, 1]))
+    a, b = (
+        write_json_lines(tmp_path / "a.jsonl", records(range(6))),
+        write_json_lines(tmp_path / "b.jsonl", records([3, 5, 0, 4, 2, 1])),
+    )
     found = compare([a, b], metrics=METRICS)
     for metric in METRICS:
         assert found.differences[metric][0][:3] == (0, 0, 0), metric
@@ -47,7 +45,10 @@ def test_the_same_answers_in_another_order_differ_in_nothing(tmp_path):
 def test_each_sample_is_compared_with_itself(tmp_path):
     shuffled = [4, 2, 5, 1, 0, 3]
     better = [REFERENCES[n] if n in (0, 3) else text for n, text in enumerate(PREDICTIONS)]
-    a, b = write(tmp_path / "a.jsonl", records(range(6))), write(tmp_path / "b.jsonl", records(shuffled, better))
+    a, b = (
+        write_json_lines(tmp_path / "a.jsonl", records(range(6))),
+        write_json_lines(tmp_path / "b.jsonl", records(shuffled, better)),
+    )
     seen, difference = [], paired_difference
     with mock.patch("eval.score.paired_difference", lambda a, b, *rest: seen.append((a, b)) or difference(a, b, *rest)):
         found = compare([a, b], metrics=["exact match"])

@@ -6,13 +6,7 @@ import re
 import pytest
 
 from eval.predictions import read_predictions, read_references
-
-
-def write(path, content):
-    lines = isinstance(content, list) and path.suffix == ".jsonl"
-    path.write_text("\n".join(map(json.dumps, content)) if lines else json.dumps(content), encoding="utf-8")
-    return path
-
+from tests.files import write_json, write_json_lines
 
 ROWS = [{"id": 1, "prediction": "a cat", "references": ["a cat"]}, {"id": "x", "prediction": "", "references": ["b"]}]
 
@@ -23,7 +17,7 @@ def test_a_folder_without_predictions_is_named(tmp_path):
 
 
 def test_jsonl_with_references(tmp_path):
-    records, notes = read_predictions(write(tmp_path / "p.jsonl", ROWS))
+    records, notes = read_predictions(write_json_lines(tmp_path / "p.jsonl", ROWS))
     assert [(r["id"], r["prediction"], r["references"]) for r in records] == [
         ("1", "a cat", ["a cat"]),
         ("x", "", ["b"]),
@@ -32,7 +26,7 @@ def test_jsonl_with_references(tmp_path):
 
 
 def test_a_single_line_is_jsonl_too(tmp_path):
-    (record,), _ = read_predictions(write(tmp_path / "p.jsonl", ROWS[:1]))
+    (record,), _ = read_predictions(write_json_lines(tmp_path / "p.jsonl", ROWS[:1]))
     assert record["prediction"] == "a cat"
 
 
@@ -62,9 +56,9 @@ MDETR = {
 )
 @pytest.mark.parametrize("results", [[{"image_id": 9, "caption": "b"}, {"image_id": 7, "caption": "a"}]])
 def test_results_of_others(tmp_path, references, expected, results):
-    file = write(tmp_path / "references.json", references)
+    file = write_json(tmp_path / "references.json", references)
     assert read_references(file) == expected
-    records, _ = read_predictions(write(tmp_path / "results.json", results), file)
+    records, _ = read_predictions(write_json(tmp_path / "results.json", results), file)
     assert [(r["id"], r["prediction"], r["references"]) for r in records] == [
         ("7", "a", expected["7"]),
         ("9", "b", expected["9"]),
@@ -72,8 +66,8 @@ def test_results_of_others(tmp_path, references, expected, results):
 
 
 def test_result_lines_of_the_google_toolkit(tmp_path):
-    results = write(tmp_path / "r.json", [{"annotation_id": 5, "generated_refexp": "tie"}])
-    references = write(tmp_path / "ref.jsonl", [{"id": 5, "references": ["the tie", "a red tie"]}])
+    results = write_json(tmp_path / "r.json", [{"annotation_id": 5, "generated_refexp": "tie"}])
+    references = write_json_lines(tmp_path / "ref.jsonl", [{"id": 5, "references": ["the tie", "a red tie"]}])
     assert read_predictions(results, references)[0][0]["prediction"] == "tie"
 
 
@@ -90,7 +84,7 @@ def test_result_lines_of_the_google_toolkit(tmp_path):
 )
 def test_an_object_of_captions_by_id(tmp_path, captions, references, indent):
     (tmp_path / "p.json").write_text(json.dumps(captions, indent=indent))
-    records, _ = read_predictions(tmp_path / "p.json", write(tmp_path / "r.json", references))
+    records, _ = read_predictions(tmp_path / "p.json", write_json(tmp_path / "r.json", references))
     assert {r["id"]: r["prediction"] for r in records} == captions
     with pytest.raises(ValueError, match="--references"):
         read_predictions(tmp_path / "p.json")
@@ -119,7 +113,7 @@ def test_an_object_of_captions_by_id(tmp_path, captions, references, indent):
 def test_other_content_is_an_error(tmp_path, text, message):
     (tmp_path / "p.json").write_text(text)
     with pytest.raises(ValueError, match=message) as found:
-        read_predictions(tmp_path / "p.json", write(tmp_path / "r.json", {"1": ["a cat"]}))
+        read_predictions(tmp_path / "p.json", write_json(tmp_path / "r.json", {"1": ["a cat"]}))
     assert "\n" not in str(found.value)
 
 
@@ -138,7 +132,7 @@ def test_other_content_is_an_error(tmp_path, text, message):
 )
 def test_bad_files_are_named(tmp_path, rows, message):
     with pytest.raises(ValueError, match=message):
-        read_predictions(write(tmp_path / "p.jsonl", rows))
+        read_predictions(write_json_lines(tmp_path / "p.jsonl", rows))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +140,7 @@ def test_bad_files_are_named(tmp_path, rows, message):
 )
 def test_bad_references_are_named(tmp_path, content):
     with pytest.raises(ValueError, match="r.json"):
-        read_references(write(tmp_path / "r.json", content))
+        read_references(write_json(tmp_path / "r.json", content))
 
 
 def test_torn_and_missing_files_are_named(tmp_path):
@@ -158,13 +152,13 @@ def test_torn_and_missing_files_are_named(tmp_path):
 
 
 def test_unknown_and_missing_ids_are_never_left_out_silently(tmp_path):
-    references = write(tmp_path / "ref.jsonl", [{"id": i, "references": ["a"]} for i in range(4)])
-    unknown = write(tmp_path / "u.jsonl", [{"id": i, "prediction": "a"} for i in (0, 1, 2, 3, 8)])
+    references = write_json_lines(tmp_path / "ref.jsonl", [{"id": i, "references": ["a"]} for i in range(4)])
+    unknown = write_json_lines(tmp_path / "u.jsonl", [{"id": i, "prediction": "a"} for i in (0, 1, 2, 3, 8)])
     with pytest.raises(ValueError, match="1 of 5 ids are unknown .* .8."):
         read_predictions(unknown, references)
     with pytest.raises(ValueError, match="unknown"):
         read_predictions(unknown, references, allow_missing=True)
-    missing = write(tmp_path / "m.jsonl", [{"id": i, "prediction": "a"} for i in (3, 0, 1)])
+    missing = write_json_lines(tmp_path / "m.jsonl", [{"id": i, "prediction": "a"} for i in (3, 0, 1)])
     with pytest.raises(ValueError, match="1 of 4 samples have no prediction .2."):
         read_predictions(missing, references)
     records, notes = read_predictions(missing, references, allow_missing=True)
@@ -174,7 +168,7 @@ def test_unknown_and_missing_ids_are_never_left_out_silently(tmp_path):
 def test_an_unanswered_sample_is_missing(tmp_path):
     rows = [ROWS[0], {"id": 2, "error": "there is no image file x.png", "references": ["b"]}]
     with pytest.raises(ValueError, match="no image file x.png"):
-        read_predictions(write(tmp_path / "p.jsonl", rows))
+        read_predictions(write_json_lines(tmp_path / "p.jsonl", rows))
     assert len(read_predictions(tmp_path / "p.jsonl", allow_missing=True)[0]) == 1
 
 
@@ -206,13 +200,13 @@ def test_an_unanswered_sample_is_missing(tmp_path):
 )
 def test_fields_of_other_types_are_named(tmp_path, changes, message):
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        read_predictions(write(tmp_path / "p.jsonl", [{**ROWS[0], **changes}, ROWS[1]]))
+        read_predictions(write_json_lines(tmp_path / "p.jsonl", [{**ROWS[0], **changes}, ROWS[1]]))
     assert "p.jsonl" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_fields_that_are_null_are_those_that_are_not_there(tmp_path):
     nulls = dict.fromkeys(("question", "image", "region", "prompt", "cut", "error", "meta"))
-    (record, _), notes = read_predictions(write(tmp_path / "p.jsonl", [{**ROWS[0], **nulls}, ROWS[1]]))
+    (record, _), notes = read_predictions(write_json_lines(tmp_path / "p.jsonl", [{**ROWS[0], **nulls}, ROWS[1]]))
     assert (record["prediction"], record["meta"], notes) == ("a cat", {}, [])
 
 
@@ -244,6 +238,7 @@ def test_references_that_cannot_be_told_apart_are_refused(tmp_path, content, mes
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.json"])
 def test_a_byte_order_mark_is_ignored(tmp_path, name):
+    write = write_json_lines if name == "p.jsonl" else write_json
     file = write(tmp_path / name, ROWS)
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     assert len(read_predictions(file)[0]) == 2

@@ -1,13 +1,12 @@
 """Protocols: every name reads what it says, counts are checked, and an own sample is called one."""
 
-import json
-
 import pytest
 
 from alpha_clip_commands.task_names import VG_SAMPLE
 from eval import published, task_list, task_samples, tasks
 from mllm.data.shapes import visual_genome_layout
 from mllm.data.splits import densecap_split
+from tests.files import read_json, write_json
 from tests.unit.mllm.data.readers.test_refcocog import MDETR
 
 
@@ -34,7 +33,7 @@ def test_only_comparable_protocols_have_published_numbers():
 
 
 def test_a_count_that_differs_is_refused(tmp_path):
-    (tmp_path / "finetune_refcocog_val.json").write_text(json.dumps(MDETR))
+    write_json(tmp_path / "finetune_refcocog_val.json", MDETR)
     task = tasks.find("refcocog-umd-val/ungrouped")
     with pytest.raises(ValueError, match="4,896 items, .* gives 3"):
         task.samples(tmp_path, "box")
@@ -63,7 +62,7 @@ def test_images_of_any_split(tmp_path, caplog):
         samples = tasks.find(name).samples(tmp_path, "box")
         assert {sample.meta["image_id"] for sample in samples} == {1, 3, 4} and not tasks.find(name).comparable
         assert "1 of 4 images are not in the folder" in caplog.text
-        records = json.loads((tmp_path / f"{FILE_OF[kind]}.json").read_text())
+        records = read_json(tmp_path / f"{FILE_OF[kind]}.json")
         of_image = {entry["id"]: len(entry[kind]) for entry in records}
         assert len(samples) == sum(count for image, count in of_image.items() if image != 2)
 

@@ -15,6 +15,7 @@ from mllm.data.readers.jsonl import read_jsonl
 from mllm.data.readers.mask_imagenet import LIST, read_mask_imagenet
 from mllm.data.readers.refcocog import read_refcocog
 from mllm.data.readers.visual_genome import read_image_questions, read_region_questions, read_regions
+from tests.files import write_json
 
 DEEP = json.loads("[" * 400 + "]" * 400)
 ODD = [None, True, 0, -1, 1, 7, 2**63, 10**30, 10**400, 0.5, float("nan"), float("inf"), "", " ", "x", "7", "\ud800"]
@@ -55,7 +56,7 @@ def refs(folder):
 
 
 def dump(path, content):
-    path.write_text(json.dumps(content))
+    write_json(path, content)
 
 
 # name: (content by file, reader)

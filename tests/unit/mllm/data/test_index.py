@@ -1,7 +1,6 @@
 """The index: images in files and tars, regions and whole images, several geometries and turns per region."""
 
 import dataclasses
-import json
 import tarfile
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import pytest
 from mllm.data.index import FORMAT, RegionIndex, find_index
 from mllm.data.index_writer import write_index
 from mllm.data.samples import RegionSample, TarMember
-from tests.tiny import noise_picture
+from tests.files import read_json, write_json
+from tests.tiny import noise_image
 from vision_tower import Region
 
 BOX, OTHER = Region.from_box(1, 1, 5, 5), Region.from_box(4, 4, 8, 8)
@@ -26,7 +26,7 @@ def sample(image, region, text, region_id=None, image_id="a", **meta):
 def members(tmp_path):
     """Two pictures in a tar, with and without their place in it."""
     for name in ("a", "b"):
-        noise_picture(10, 8, ord(name)).save(tmp_path / f"{name}.png")
+        noise_image(10, 8, ord(name)).save(tmp_path / f"{name}.png")
     (tmp_path / "t").mkdir()
     with tarfile.open(tmp_path / "t" / "x.tar", "w") as archive:
         for name in ("a", "b"):
@@ -49,7 +49,7 @@ def test_pictures_in_tars_and_in_files(tmp_path, members):
     found = index.read(range(4))
     assert [region.sample.image for region in found] == [first, second, searched, str(tmp_path / "a.png")]
     for region, seed in zip(found, "abba", strict=True):
-        assert np.array_equal(np.asarray(region.sample.open_image()), np.asarray(noise_picture(10, 8, ord(seed))))
+        assert np.array_equal(np.asarray(region.sample.open_image()), np.asarray(noise_image(10, 8, ord(seed))))
     assert index.images[0]["path"] == "t/x.tar"  # so that the folder may be moved
     assert RegionIndex(tmp_path / "index", root=tmp_path / "t").read([0])[0].sample.image.tar.endswith("t/t/x.tar")
 
@@ -112,9 +112,9 @@ def test_an_index_of_format_2_is_read():
 
 def test_an_index_of_another_format_is_an_error(tmp_path):
     write_index(tmp_path / "index", tmp_path, [sample("a.png", BOX, "x", 0)], layout="a test")
-    info = json.loads((tmp_path / "index" / "index.json").read_text())
+    info = read_json(tmp_path / "index" / "index.json")
     assert info["format"] == FORMAT == 3
-    (tmp_path / "index" / "index.json").write_text(json.dumps({**info, "format": 1}))
+    write_json(tmp_path / "index" / "index.json", {**info, "format": 1})
     with pytest.raises(ValueError, match="has format 1, expected 3; rebuild the index"):
         RegionIndex(tmp_path / "index")
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mllm.data import json_files, json_stream
 from mllm.data.json_files import check_serializable, json_lines, parse_record, read_json
 from mllm.data.json_stream import stream_json
+from tests.files import write_json
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -67,9 +68,9 @@ def test_an_entry_and_a_file_have_a_largest_size(tmp_path, monkeypatch):
     monkeypatch.setattr(json_stream, "_READ_SIZE", 10)
     monkeypatch.setattr(json_stream, "MAX_RECORD_SIZE", 100)
     file = tmp_path / "x.json"
-    file.write_text(json.dumps(["a" * 90, "b" * 90]))
+    write_json(file, ["a" * 90, "b" * 90])
     assert len(list(stream_json(file))) == 2
-    file.write_text(json.dumps([1, "b" * 200, 2]))
+    write_json(file, [1, "b" * 200, 2])
     entries = stream_json(file)
     assert next(entries) == 1
     with pytest.raises(ValueError, match="x.json: the entry at character 4 has over 100 characters"):

@@ -14,21 +14,15 @@ from mllm.data.read_report import ReadReport
 from mllm.data.readers import image_json_pairs
 from mllm.data.readers.image_json_pairs import find_pairs, has_pairs
 from mllm.data.samples import TarMember, load_image
-from tests.tiny import noise_picture
+from tests.files import encoded_image
+from tests.tiny import noise_image
 
-
-def picture(seed):
-    buffer = io.BytesIO()
-    noise_picture(8, 8, seed).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-IMAGE_SUFFIXES = {str(seed): picture(seed) for seed in range(4)}
-FILES = [(f"{key}.{suffix}", key) for key in IMAGE_SUFFIXES for suffix in ("json", "png", "txt")]
+IMAGES = {str(seed): encoded_image(noise_image(8, 8, seed)) for seed in range(4)}
+FILES = [(f"{key}.{suffix}", key) for key in IMAGES for suffix in ("json", "png", "txt")]
 
 
 def content_of(name, key):
-    return IMAGE_SUFFIXES[key] if name.lower().endswith(("png", "jpg")) else f'{{"key": "{key}"}}'.encode()
+    return IMAGES[key] if name.lower().endswith(("png", "jpg")) else f'{{"key": "{key}"}}'.encode()
 
 
 def tar(path, files=FILES, mode="w", **options):
@@ -54,7 +48,7 @@ def pairs(root):
     for pair in find_pairs(root, report):
         key = pair.key.rsplit("/", 1)[-1]
         assert pair.record == content_of("json", key)
-        assert load_image(pair.image).tobytes() == noise_picture(8, 8, int(key)).tobytes()
+        assert load_image(pair.image).tobytes() == noise_image(8, 8, int(key)).tobytes()
         found.append(pair.key)
     return found, dict(report.counts), report.examples
 
@@ -79,7 +73,7 @@ def test_names_of_every_length_and_any_order_in_the_tar(tmp_path, format_):
     files = [(name, key) for name, (_, key) in zip(names, FILES, strict=True)]
     tar(tmp_path / "0.tar", sorted(files, key=lambda file: file[0].rsplit(".")[-1]), format=format_)
     found, left_out, _ = pairs(tmp_path)
-    assert [key[-1] for key in found] == list(IMAGE_SUFFIXES) and not left_out
+    assert [key[-1] for key in found] == list(IMAGES) and not left_out
 
 
 @pytest.mark.parametrize("make", [folder, lambda path, files: tar(path / "a.tar", files)])
@@ -98,7 +92,7 @@ def test_a_name_that_comes_again_is_left_out_once(tmp_path):
     tar(tmp_path / "0.tar", [*FILES, ("0.json", "3"), ("0.png", "3")])
     tar(tmp_path / "1.tar", [("2.json", "1"), ("2.png", "1")])
     found, left_out, examples = pairs(tmp_path)
-    assert found == list(IMAGE_SUFFIXES) and left_out == {image_json_pairs.DUPLICATE_NAME: 2}
+    assert found == list(IMAGES) and left_out == {image_json_pairs.DUPLICATE_NAME: 2}
     assert examples[image_json_pairs.DUPLICATE_NAME] == ["0 in 0.tar", "2 in 1.tar"]
 
 
@@ -207,7 +201,7 @@ def test_a_json_that_is_too_large_is_left_out(tmp_path, monkeypatch, make):
 
 def test_a_pipe_among_the_files_is_not_waited_for(tmp_path):
     folder(tmp_path, FILES[:3])
-    (tmp_path / "1.png").write_bytes(picture(1))
+    (tmp_path / "1.png").write_bytes(IMAGES["1"])
     os.mkfifo(tmp_path / "1.json")
     assert pairs(tmp_path)[:2] == (["0"], {image_json_pairs.UNREADABLE_JSON: 1})
 
