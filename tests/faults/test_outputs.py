@@ -189,15 +189,16 @@ def test_the_index_lies_in_the_data_and_nothing_else_changes(place, capsys):
 
 
 def test_an_index_of_an_earlier_version_loads_and_is_replaced(place, capsys):
-    assert alpha_clip.main(["prepare", "vg", "--source", "vg"]) == 0
     index = place / "vg" / "region_index"
-    (index / ".made_by.json").unlink()
-    assert len(RegionIndex(place / "vg"))
+    earlier = ROOT / "tests" / "unit" / "mllm" / "data" / "index_format_2"
+    shutil.copytree(earlier, index)
+    assert len(RegionIndex(place / "vg")) == 3
     (index / "notes.txt").touch()
     refused(alpha_clip.main, ["prepare", "vg", "--source", "vg"], capsys)
     (index / "notes.txt").unlink()
     assert alpha_clip.main(["prepare", "vg", "--source", "vg"]) == 0
-    (index / ".made_by.json").unlink()
+    shutil.rmtree(index)
+    shutil.copytree(earlier, index)
     (index / "index.json").write_text("{}")
     refused(alpha_clip.main, ["prepare", "vg", "--source", "vg"], capsys)
 

@@ -177,7 +177,7 @@ def test_two_rows_of_one_id_are_refused(root, what, key):
     with pytest.raises(ValueError, match=rf"instances.json: ids of {what} must be unique.* \({key}\)"):
         list(read_refcocog(root))
     write_json(root / "c.json", content)
-    with pytest.raises(ValueError, match=rf"c.json: ids of {what} must differ.* \({key}\)"):
+    with pytest.raises(ValueError, match=rf"c.json: ids of {what} must be unique.* \({key}\)"):
         list(read_coco(root / "c.json", root))
 
 
