@@ -116,7 +116,6 @@ def _add_score(commands) -> None:
     )
     parser.add_argument("--task", help="the protocol that made the predictions: checks their number, names comparisons")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the images, for the report")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
     _add_scoring(parser)
 
 
@@ -125,6 +124,7 @@ def _add_scoring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sentence-model", metavar="DIR", help="adds S-IoU and semantic similarity by this sentence-transformers model"
     )
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
     parser.add_argument("--no-intervals", action="store_true", help="leave the bootstrap out: faster on large files")
     parser.add_argument("--allow-missing", action="store_true", help="score although samples have no prediction")
     add_max_errors(parser, "samples")

@@ -23,7 +23,7 @@ from alpha_clip_commands.command_line import one_line
 from eval.predictions import record_of, write_predictions
 from eval.views import show
 from mllm.data.samples import ImageSource, RegionSample
-from mllm.inference import Asked, RegionChat
+from mllm.inference import ChatRequest, RegionChat
 from mllm.lost_process import lost_process
 from mllm.resume import journal, read_journal
 
@@ -216,7 +216,7 @@ def _write(
 def _answers(chat: RegionChat, samples: Sequence[RegionSample], settings: Settings) -> list[dict[str, Any]]:
     """The answers of a batch; a sample that cannot be answered gets its error instead, and the others are answered."""
     pictures: dict[ImageSource, Image.Image] = {}  # one decoding for all regions of a picture in a batch
-    asked: list[Asked | ValueError] = []
+    asked: list[ChatRequest | ValueError] = []
     for sample in samples:
         try:
             if settings.region_input != "blind" and sample.image not in pictures:
@@ -228,7 +228,7 @@ def _answers(chat: RegionChat, samples: Sequence[RegionSample], settings: Settin
     return [
         {"error": one_line(answer)}
         if isinstance(answer, ValueError)
-        else {"prediction": answer.text, **({"cut": True} if answer.cut else {})}
+        else {"prediction": answer.text, **({"cut": True} if answer.truncated else {})}
         for answer in chat.answer_each(asked, max_new_tokens=settings.max_new_tokens)
     ]
 
