@@ -286,9 +286,9 @@ class Ours:
         """A picture with its drawn regions, as `RegionTextDataset` makes it."""
         rng = np.random.default_rng(number)
         index, rows = self.dataset.rows_of(number)
-        facts = clock.time("read", lambda: index.read(self.dataset.select_rows(index, rows, rng)))
-        image = clock.time("decode", facts[0].sample.open_image)
-        return clock.time("prepare pictures", self.dataset.build_item, facts, image, rng)
+        indexed = clock.time("read", lambda: index.read(self.dataset.select_rows(index, rows, rng)))
+        image = clock.time("decode", indexed[0].sample.open_image)
+        return clock.time("prepare pictures", self.dataset.build_item, indexed, image, rng)
 
 
 def print_speed(clocks: dict[str, list[Clock]], args: argparse.Namespace) -> None:

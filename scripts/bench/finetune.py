@@ -113,10 +113,10 @@ def batches(folder: Path, processor, regions: int, size: int, shared: bool) -> I
         clock, conversations = Clock(), []
         for number in order[first : first + size]:
             index, rows = dataset.rows_of(number % len(dataset))
-            facts = clock.time("read", index.read, rows)
-            image = clock.time("decode", facts[0].sample.open_image)
+            indexed = clock.time("read", index.read, rows)
+            image = clock.time("decode", indexed[0].sample.open_image)
             rng = np.random.default_rng(number)
-            conversations += [dataset._conversation(entry, image, rng) for entry in facts]
+            conversations += [dataset._conversation(entry, image, rng) for entry in indexed]
         yield clock, conversations
 
 

@@ -39,7 +39,9 @@ def validation_samples(dataset: RegionTextDataset, index: RegionIndex, image: in
     Raises:
         ValueError: If more items were skipped than `max_missing` allows.
     """
-    described = [facts for facts in index.read(np.flatnonzero(index.image_rows == image)) if facts.sample.references]
+    described = [
+        indexed for indexed in index.read(np.flatnonzero(index.image_rows == image)) if indexed.sample.references
+    ]
     if not described:
         return []
     source = describe_source(described[0].sample.image)
@@ -49,21 +51,21 @@ def validation_samples(dataset: RegionTextDataset, index: RegionIndex, image: in
         dataset.skipped.add(position, source, None, error)
         return []
     samples = []
-    for facts in described:
+    for indexed in described:
         try:
-            region = _validation_region(dataset, facts)
+            region = _validation_region(dataset, indexed)
             if dataset.image_processor is not None:
                 check_region(region, opened.size, dataset.image_processor)
         except ValueError as error:
-            dataset.skipped.add(position, source, facts.sample.id, error)
+            dataset.skipped.add(position, source, indexed.sample.id, error)
         else:
-            samples.append(dataclasses.replace(facts.sample, regions=(region,)))
+            samples.append(dataclasses.replace(indexed.sample, regions=(region,)))
     return samples
 
 
-def _validation_region(dataset: RegionTextDataset, facts: IndexedRegion) -> Region:
+def _validation_region(dataset: RegionTextDataset, indexed: IndexedRegion) -> Region:
     """The region without randomness."""
-    if facts.geometries[0].is_whole:
-        return facts.geometries[0]
+    if indexed.geometries[0].is_whole:
+        return indexed.geometries[0]
     requested = dataset.pair_args.region_input
-    return facts.as_type("available" if requested == "mixed" else requested)
+    return indexed.as_type("available" if requested == "mixed" else requested)
