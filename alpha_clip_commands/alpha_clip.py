@@ -55,7 +55,7 @@ class Subcommand(NamedTuple):
 SUBCOMMANDS = {
     "convert": Subcommand("mllm.convert.alpha_clip", reads=("source",), model="text_from"),
     "convert-lavis": Subcommand("mllm.convert.lavis", reads=("checkpoint", "vision_tower"), model="language_model"),
-    "prepare": Subcommand("mllm.data.dataset_check", reads=("source", "against")),
+    "prepare": Subcommand("mllm.data.prepare", reads=("source", "against")),
     "shapes": Subcommand("mllm.data.shapes.cli", has_bar=True),
     "attention-map": Subcommand("eval.attention_map", reads=("image",), model="model"),
     "score": Subcommand("train.contrastive.score", reads=("data",), model="model", has_bar=True),
@@ -190,7 +190,7 @@ def _add_prepare(commands) -> None:
 --against lists the training images that are in a test split of another dataset (Visual Genome and RefCOCOg share
 COCO's images), or the test images in LLaVA-1.5's training mix.""",
     )
-    kinds = constant("mllm/data/dataset_check.py", "FILES")
+    kinds = constant("mllm/data/prepare.py", "FILES")
     parser.add_argument("kind", choices=kinds, help="layout of the dataset (vg: Visual Genome)")
     parser.add_argument(
         "--source", type=Path, required=True, help="folder of the dataset's original files (jsonl: the file)"

@@ -6,22 +6,14 @@ import json
 import os
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from alpha_clip_commands.error_limit import MAX_ERRORS, too_many_errors
-from mllm.data.json_files import (
-    NotWholeError,
-    check_kept,
-    is_utf8,
-    json_lines,
-    parse_record,
-    read_json,
-    refuse_repeated,
-)
+from mllm.data.json_files import check_unique, is_utf8, read_json_or_lines, serializable_records
 from mllm.data.samples import RegionSample, TarMember
-from mllm.data.schemas import Prediction, checked
+from mllm.data.schemas import Prediction, validate
 from mllm.files import replacing_file
 
 # Names under which the files of the field keep the id and the text of a result, and the texts of a reference.
@@ -131,7 +123,7 @@ def _is_words(value: Any) -> bool:
 
 def _text(path: Path, sample_id: str, row: dict) -> str | None:
     """The prediction of a row, all of whose fields are checked; None where there is none."""
-    if checked(row, Prediction, f"{path}: {sample_id}").error is not None:
+    if validate(row, Prediction, f"{path}: {sample_id}").error is not None:
         return None
     value = next((row[key] for key in _TEXT_KEYS if key in row), None)
     if value is not None and not isinstance(value, str):
@@ -167,7 +159,7 @@ def read_references(path: str | os.PathLike) -> dict[str, list[str]]:
     path = Path(path)
     references: dict[str, list[str]] = {}
     whole: Counter = Counter()  # rows that say of an id all there is
-    for row in _reference_rows(path, _content(path, unique_keys=True)):
+    for row in _reference_rows(path, read_json_or_lines(path, _is_line)):
         if not isinstance(row, dict):
             raise ValueError(f"{path}: expected references as objects with an id, got {reprlib.repr(row)}")
         sample_id, value = _id(path, row, without="image_id" in row), _first(row, _REFERENCE_KEYS)
@@ -181,7 +173,7 @@ def read_references(path: str | os.PathLike) -> dict[str, list[str]]:
         references.setdefault(sample_id, []).extend(texts)
     if not references:
         raise ValueError(f"{path} holds no reference")
-    refuse_repeated(whole.elements(), f"{path}: ids of references")
+    check_unique(whole.elements(), f"{path}: ids of references")
     return references
 
 
@@ -192,7 +184,7 @@ def _reference_rows(path: Path, content: Any) -> Iterable[Any]:
             if not isinstance(entries, list):
                 raise ValueError(f"{path}: expected a list of {name}, got {reprlib.repr(entries)}")
             ids = (row["id"] for row in entries if isinstance(row, dict) and isinstance(row.get("id"), int | str))
-            refuse_repeated(ids, f"{path}: ids of {name}")
+            check_unique(ids, f"{path}: ids of {name}")
         captioned = bool(rows) and isinstance(rows[0], dict) and "caption" in rows[0]
         return rows if captioned else images  # MDETR: the expression is its image's caption
     if isinstance(content, dict):  # by id: a list of texts, or of {"caption": ...}
@@ -208,7 +200,7 @@ def _entry(key: str, value: Any) -> dict:
 
 
 def _rows(path: Path) -> Iterable[Any]:
-    content = _content(path, unique_keys=True)
+    content = read_json_or_lines(path, _is_line)
     if not isinstance(content, dict):
         return content
     if others := [key for key, value in content.items() if not isinstance(value, str)]:
@@ -217,7 +209,7 @@ def _rows(path: Path) -> Iterable[Any]:
             f"'caption'}}, or one a line), got an object with {reprlib.repr(content[others[0]])} under "
             f"{reprlib.repr(others[0])}"
         )
-    return _kept(path, ({"id": key, "prediction": text} for key, text in content.items()))
+    return serializable_records(path, ({"id": key, "prediction": text} for key, text in content.items()))
 
 
 def _by_id(path: Path, rows: Iterable[Any], keys: Sequence[str]) -> dict[str, dict]:
@@ -254,37 +246,6 @@ def _first(row: Mapping, keys: Sequence[str]) -> Any:
     return next((row[key] for key in keys if key in row), None)
 
 
-def _content(path: Path, unique_keys: bool = False) -> Any:
-    """The content of a file that is one JSON value, or the rows of JSONL: several lines, or one object with an id.
-
-    Raises:
-        ValueError: If it is neither, or as `check_kept`.
-    """
-    lines = json_lines(path)
-    first, second = next(lines, (1, b""))[1], next(lines, None)
-    if not first:
-        return []
-    if first.lstrip().startswith(b"{"):
-        try:
-            row = parse_record(first)
-        except ValueError:
-            row = None  # an object over several lines
-        if row is not None and (second is not None or _is_line(row)):
-            return _lines(path)
-    lines.close()  # type: ignore[attr-defined]
-    try:
-        content = read_json(path, object, unique_keys=unique_keys)
-    except NotWholeError:
-        if second is None or not first.lstrip().startswith(b"{"):
-            raise
-        return _lines(path)
-    if isinstance(content, list):
-        return _kept(path, content)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a list, or an object a line, got {reprlib.repr(content)}")
-    return content
-
-
 def _is_line(row: dict) -> bool:
     """Whether the only object of a file is a line of JSONL, and not an object of id: caption: {"id": "a cat"} is one
     whose id is "id".
@@ -292,23 +253,6 @@ def _is_line(row: dict) -> bool:
     named = row.keys() & {*_TEXT_KEYS, *_REFERENCE_KEYS, "error"}
     captions = all(isinstance(value, str) for value in row.values())
     return isinstance(_first(row, _ID_KEYS), str | int) and (bool(named) or not captions)
-
-
-def _kept(path: Path, rows: Iterable[Any]) -> Iterator[Any]:
-    for number, row in enumerate(rows):
-        try:
-            check_kept(row)
-        except ValueError as error:
-            raise ValueError(f"{path}, record {number}: {error}") from error
-        yield row
-
-
-def _lines(path: Path) -> Iterator[dict]:
-    for number, line in json_lines(path):
-        try:
-            yield parse_record(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}; was the file cut short?") from error
 
 
 def _named(ids: Sequence[str]) -> str:

@@ -113,10 +113,10 @@ def write_report(
 
 def _protocol(run: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """What was asked, in the reader's order."""
-    facts = {"protocol": metrics.get("task") or "unknown"}
-    facts |= {key: value for key, value in metrics.get("protocol", {}).items() if value is not None}
-    facts |= {name: run[key] for key, name in _FACTS.items() if run.get(key) is not None}
-    return _rows(facts)
+    indexed = {"protocol": metrics.get("task") or "unknown"}
+    indexed |= {key: value for key, value in metrics.get("protocol", {}).items() if value is not None}
+    indexed |= {name: run[key] for key, name in _FACTS.items() if run.get(key) is not None}
+    return _rows(indexed)
 
 
 def _rows(content: Mapping[str, Any] | None) -> list[tuple[str, Any]]:

@@ -45,7 +45,7 @@ def one_task(task: Task) -> str:
         asked = "the line's question as it is; without one, the model's own wording for a description"
     by_kind = "those of questions or of descriptions, as the lines are; of both, name the --metrics"
     data = "FILE" if task.name == "jsonl" else "DIR"
-    facts = {
+    indexed = {
         "what is scored": task.about,
         "items": f"{task.items:,} {task.item}s" if task.items else f"as many {task.item}s as the data has",
         "references": task.references,
@@ -56,7 +56,7 @@ def one_task(task: Task) -> str:
         "longest answer": f"{task.max_new_tokens} tokens",
         "metrics": ", ".join(task.metrics) or by_kind,
     }
-    lines = [task.name, *(_fact(name, value) for name, value in facts.items() if value)]
+    lines = [task.name, *(_fact(name, value) for name, value in indexed.items() if value)]
     return "\n".join([*lines, *_published(task), f"\nregion-eval run --task {task.name} --data {data} --out RUN"])
 
 

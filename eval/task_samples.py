@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from alpha_clip_commands.task_names import VG_SAMPLE
-from mllm.data.readers import coco, jsonl, refcocog, visual_genome
+from mllm.data.readers import coco, jsonl, refcocog, refcocog_parquet, visual_genome
 from mllm.data.samples import RegionSample
 from mllm.data.shapes import scenes
 from mllm.data.splits import densecap_split
@@ -35,8 +35,8 @@ def refer(data_set: str, split_by: str, split: str, *, grouped: bool) -> Reader:
         copies = [data / name for name in JSON_COPIES if (data_set, split_by, split) == COPIED]
         copy = next((file for file in copies if file.is_file()), None)
         if copy is not None and not (data / f"refs({split_by}).p").exists():
-            return coco.read_captions(copy, data, grouped=grouped, region_input=form)
-        return refcocog.read_refs(data, split_by=split_by, split=split, grouped=grouped, region_input=form)
+            return coco.read_coco(copy, data, grouped=grouped, region_type=form)
+        return refcocog.read_refcocog(data, split_by=split_by, split=split, grouped=grouped, region_type=form)
 
     return read
 
@@ -63,7 +63,7 @@ def grit(file: str) -> Reader:
                 f"{data / file} is missing; the folder holds Visual Genome's own files, which the tasks vg/own and "
                 f"{VG_SAMPLE} read"
             )
-        return coco.read_captions(data / file, data, region_input=form)
+        return coco.read_coco(data / file, data, region_type=form)
 
     return read
 
@@ -75,11 +75,11 @@ def _of_test_images(read: Callable, own: str, data: Path, form: str) -> Iterator
         ValueError: If there is none, with the reason; and as `read`.
     """
     split, empty = densecap_split("test"), True
-    for sample in read(data, image_ids=split, region_input=form):
+    for sample in read(data, image_ids=split, region_type=form):
         empty = False
         yield sample
     if empty:
-        listed = visual_genome.read_image_files(data)
+        listed = visual_genome.read_image_paths(data)
         of_split = len(split & listed.keys())
         raise ValueError(
             f"none of the {len(listed):,} images in {data / 'image_data.json'} is one of DenseCap's "
@@ -96,7 +96,7 @@ def _of_own_images(read: Callable, data: Path, form: str) -> Iterator[RegionSamp
     Raises:
         ValueError: If there is none, with the reason; and as `read`.
     """
-    files = visual_genome.read_image_files(data)
+    files = visual_genome.read_image_paths(data)
     there = {image_id for image_id, file in files.items() if os.path.exists(file)}
     if not there:
         raise ValueError(
@@ -105,7 +105,7 @@ def _of_own_images(read: Callable, data: Path, form: str) -> Iterator[RegionSamp
         )
     if len(there) < len(files):
         logger.warning("%s: %d of %d images are not in the folder, left out", data, len(files) - len(there), len(files))
-    return read(data, image_ids=there, region_input=form)
+    return read(data, image_ids=there, region_type=form)
 
 
 def vg_questions(data: Path, form: str) -> Iterable[RegionSample]:
@@ -125,13 +125,13 @@ def vg_own_questions(data: Path, form: str) -> Iterable[RegionSample]:
 
 def hub_rows(data: Path, form: str) -> Iterable[RegionSample]:
     """The rows of the Hub's parquet files."""
-    return refcocog.read_hub_rows(data)
+    return refcocog_parquet.read_refcocog_parquet(data)
 
 
 def shapes_captions(data: Path, form: str, split: str = "test") -> Iterable[RegionSample]:
     """The descriptions of a split of the drawn world."""
     scenes.expect_split(data, split)
-    return scenes.with_same_class(visual_genome.read_regions(data, region_input=form), data)
+    return scenes.with_same_class(visual_genome.read_regions(data, region_type=form), data)
 
 
 def shapes_novel(data: Path, form: str) -> Iterable[RegionSample]:
@@ -142,7 +142,7 @@ def shapes_novel(data: Path, form: str) -> Iterable[RegionSample]:
 def shapes_questions(data: Path, form: str) -> Iterable[RegionSample]:
     """The questions of its test split."""
     scenes.expect_split(data, "test")
-    return scenes.with_same_class(visual_genome.read_region_questions(data, region_input=form), data)
+    return scenes.with_same_class(visual_genome.read_region_questions(data, region_type=form), data)
 
 
 def jsonl_lines(data: Path, form: str) -> Iterable[RegionSample]:

@@ -12,7 +12,7 @@ import msgspec
 import torch
 from peft import LoraConfig
 
-from mllm.data.schemas import checked
+from mllm.data.schemas import validate
 from vision_tower.checkpoint_files import StateDict, read_tensors, shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -63,7 +63,7 @@ def read_adapter_config(folder: str | os.PathLike) -> LoraConfig:
         if name not in known and name not in _ABOUT and value and value != _DEFAULTS.get(name):
             raise ValueError(f"{path}: {shown(name)} {shown(value)} is not supported; expected a plain LoRA adapter")
     try:
-        fields = msgspec.to_builtins(checked(known, _Lora, path))
+        fields = msgspec.to_builtins(validate(known, _Lora, path))
     except OverflowError as error:
         raise ValueError(f"{path}: {error}") from error
     patterns = {name: fields[name] or {} for name in ("rank_pattern", "alpha_pattern")}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from alpha_clip_commands.command_line import one_line
-from mllm.data.schemas import checked
+from mllm.data.schemas import validate
 from mllm.files import write_json
 
 
@@ -64,7 +64,7 @@ def read_journal(path: Path, kind: type) -> list[Any]:
     found = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
-            found.append(checked(json.loads(line), kind))
+            found.append(validate(json.loads(line), kind))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged (line {number}: {one_line(error)})") from error
     return found

@@ -13,8 +13,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from alpha_clip_commands.training.programs import Program, read_settings
 from alpha_clip_commands.training.shared_arguments import PartArguments
-from mllm.data.json_files import check_kept, read_json
-from mllm.data.schemas import checked
+from mllm.data.json_files import check_serializable, read_json
+from mllm.data.schemas import validate
 
 
 def parse_recipe(program: Program, argv: Sequence[str]) -> tuple:
@@ -66,7 +66,7 @@ def check_deepspeed_file(path: str) -> None:
     """Raise ValueError if a DeepSpeed JSON file is damaged, or one of its settings is invalid."""
     try:
         settings = read_json(Path(path), dict, unique_keys=True)
-        check_kept(settings)
-        checked(settings, _DeepSpeedSettings, Path(path))
+        check_serializable(settings)
+        validate(settings, _DeepSpeedSettings, Path(path))
     except ValueError as error:
         raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from error

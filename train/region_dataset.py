@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from alpha_clip_commands.training.shared_arguments import RegionArguments
-from mllm.data.index import RegionFacts, RegionIndex
+from mllm.data.index import IndexedRegion, RegionIndex
 from mllm.data.samples import describe_source
 from train.skipped import SkippedItems
 from vision_tower import AlphaCLIPImageProcessor, Region
@@ -56,11 +56,11 @@ class RegionDataset(Dataset):
         self.indexes = indexes
         self.seed = seed
         # arrays rather than lists: there may be millions of samples
-        self._groups = [group_rows(index.rows(split, kinds), index.picture_of, regions_per_sample) for index in indexes]
+        self._groups = [group_rows(index.rows(split, kinds), index.image_rows, regions_per_sample) for index in indexes]
         self._first = np.cumsum([0, *(len(bounds) - 1 for _, bounds in self._groups)])
         pairs = list(zip(indexes, self._groups, strict=True))
         self.lengths = np.concatenate([_longest_turns(index, *group) for index, group in pairs])
-        images = sum(len(np.unique(index.picture_of[rows])) for index, (rows, _) in pairs)
+        images = sum(len(np.unique(index.image_rows[rows])) for index, (rows, _) in pairs)
         regions = sum(len(rows) for rows, _ in self._groups)
         self.skipped = SkippedItems(skipped, split, max_missing, images, regions)
 
@@ -85,28 +85,28 @@ class RegionDataset(Dataset):
             sample = (first + step) % len(self)
             index, rows = self.rows_of(sample)
             rng = np.random.default_rng([self.seed, epoch, sample])
-            facts = index.read(self.select_rows(index, rows, rng))
-            source = describe_source(facts[0].sample.image)
+            indexed = index.read(self.select_rows(index, rows, rng))
+            source = describe_source(indexed[0].sample.image)
             try:
-                image = facts[0].sample.open_image()
+                image = indexed[0].sample.open_image()
             except ValueError as error:
                 self.skipped.add(position, source, None, error)
                 continue
             items = []
-            for entry in facts:
+            for entry in indexed:
                 try:
                     items.append(self.build_item(entry, image, rng))
                 except ValueError as error:
                     self.skipped.add(position, source, entry.sample.id, error)
             if items:
-                return self.build_sample(facts[0].sample.id, image, items)
+                return self.build_sample(indexed[0].sample.id, image, items)
         raise ValueError(f"no sample of the data can be used; all are {self.skipped.listed}")
 
     def select_rows(self, index: RegionIndex, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The rows of a sample that are used in this epoch. Default: all."""
         return rows
 
-    def build_item(self, facts: RegionFacts, image: Image.Image, rng: np.random.Generator) -> Any:
+    def build_item(self, indexed: IndexedRegion, image: Image.Image, rng: np.random.Generator) -> Any:
         """The item of one region.
 
         Raises:
@@ -144,14 +144,16 @@ def group_rows(rows: np.ndarray, image_of: np.ndarray, size: int) -> tuple[np.nd
 
 def _longest_turns(index: RegionIndex, rows: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     """Characters of the longest turn of each group of rows, (G,)."""
-    return np.maximum.reduceat(index.length_of[rows], bounds[:-1]) if len(rows) else np.zeros(0, np.int32)
+    return np.maximum.reduceat(index.lengths[rows], bounds[:-1]) if len(rows) else np.zeros(0, np.int32)
 
 
-def sample_region(facts: RegionFacts, size: tuple[int, int], args: RegionArguments, rng: np.random.Generator) -> Region:
+def sample_region(
+    indexed: IndexedRegion, size: tuple[int, int], args: RegionArguments, rng: np.random.Generator
+) -> Region:
     """A region as its box or mask, with random box jitter and a random strength if requested.
 
     Args:
-        facts: The region.
+        indexed: The region.
         size: Width and height of the image in pixels.
         args: `region_input`, `mask_share`, `box_jitter`, `min_strength`.
         rng: Random generator.
@@ -159,12 +161,12 @@ def sample_region(facts: RegionFacts, size: tuple[int, int], args: RegionArgumen
     Raises:
         ValueError: If a mask or a box is requested and the region has none.
     """
-    if facts.forms[0].is_whole:
-        return facts.forms[0]
+    if indexed.geometries[0].is_whole:
+        return indexed.geometries[0]
     requested = args.region_input
     if requested == "mixed":
         requested = "mask" if rng.random() < args.mask_share else "box"
-    region = facts.form(requested)
+    region = indexed.as_type(requested)
     if args.box_jitter and region.kind == "box":
         region = Region.from_box(*jitter_box(region.data, size, args.box_jitter, rng))
     if args.min_strength < 1:

@@ -13,8 +13,8 @@ from transformers import TrainingArguments
 from transformers.processing_utils import ProcessorMixin
 
 from alpha_clip_commands.progress import step
-from mllm.data.index import TRAIN, RegionIndex, index_folder
-from mllm.data.prepare import make_index
+from mllm.data.build_index import build_index
+from mllm.data.index import TRAIN, RegionIndex, find_index
 from mllm.files import write_file
 from train.output import TRAINING_RECORD, explain_write_errors, step_of, write_training_record
 from train.skipped import deduplicate_skipped, filter_skipped
@@ -50,15 +50,15 @@ def open_indexes(folders: Sequence[str], training_args: TrainingArguments) -> li
 
 def open_index(folder: str) -> RegionIndex:
     """The index of a data folder, created if it does not exist."""
-    if index_folder(folder) is None:
-        make_index(folder)
+    if find_index(folder) is None:
+        build_index(folder)
     return RegionIndex(folder)
 
 
 def check_not_empty(samples: Sized, indexes: Sequence[RegionIndex], expected: str) -> None:
     """Raise ValueError if there are no samples, with what was expected and the splits of the data."""
     if not len(samples):
-        splits = ", ".join(sorted({name for index in indexes for name in index.record["splits"]}))
+        splits = ", ".join(sorted({name for index in indexes for name in index.info["splits"]}))
         raise ValueError(f"{expected}, got data with the splits {splits}")
 
 
@@ -71,8 +71,8 @@ def check_missing_images(indexes: Sequence[RegionIndex], max_missing: float, arg
     """
     missing: Counter = Counter()
     for index in indexes:
-        missing.update(index.missing_pictures(TRAIN))
-    images = sum(int((index.split_of_picture == TRAIN).sum()) for index in indexes)
+        missing.update(index.missing_images(TRAIN))
+    images = sum(int((index.image_splits == TRAIN).sum()) for index in indexes)
     listed = Path(args.output_dir) / "missing_images.txt"
     if args.process_index == 0:
         listed.unlink(missing_ok=True)

@@ -1,1 +1,1 @@
-"""What is on disk -> `RegionSample`: one record for every data set, trainer and task."""
+"""Reads datasets as `RegionSample`s and writes the region index that training reads."""

@@ -1,4 +1,4 @@
-"""Masks in other people's files -> `Region`s, or the reason why one cannot be used."""
+"""Converts masks of COCO's formats to `Region`s, or returns the reason why a mask cannot be used."""
 
 from __future__ import annotations
 
@@ -7,80 +7,83 @@ from typing import Any
 
 import msgspec
 
-from mllm.data.records import Box
+from mllm.data.read_report import Box
 from mllm.data.schemas import Rle
 from vision_tower import Region
 
-NO_MASK = "without a mask, left out"
-BAD_MASK = "whose mask cannot be decoded, left out"
-EMPTY_MASK = "whose mask is empty, left out"
-OTHER_SIZE = "whose mask has another size than its image, left out"
-REGION_INPUTS = ("box", "mask")
+NO_MASK = "skipped: no mask"
+INVALID_MASK = "skipped: invalid mask"
+EMPTY_MASK = "skipped: empty mask"
+OTHER_SIZE = "skipped: mask and image differ in size"
+REGION_TYPES = ("box", "mask")
 
 
-def check_region_input(region_input: str) -> None:
-    """Raise ValueError unless regions are asked for as "box" or "mask"."""
-    if region_input not in REGION_INPUTS:
-        raise ValueError(f"expected region_input 'box' or 'mask', got {region_input!r}")
+def check_region_type(region_type: str) -> None:
+    """Raise ValueError unless the region type is "box" or "mask"."""
+    if region_type not in REGION_TYPES:
+        raise ValueError(f"expected region_type 'box' or 'mask', got {region_type!r}")
 
 
-def region_of(shape: Any, box: Box, size: tuple[int, int], region_input: str) -> Region | str:
-    """The region of a record in the form asked for, or the reason why its mask cannot be used.
+def select_region(mask: Any, box: Box, size: tuple[int, int], region_type: str) -> Region | str:
+    """The region of a record as a box or as a mask, or the reason why the mask cannot be used.
 
     Args:
-        shape: Its mask: an RLE or polygons as COCO has them; None where there is none.
-        box: Its box in pixels.
-        size: (height, width) of its image.
-        region_input: "box" or "mask".
+        mask: COCO RLE or polygons; None if there is none.
+        box: Box in pixels.
+        size: (height, width) of the image.
+        region_type: "box" or "mask".
     """
-    if region_input == "box":
+    if region_type == "box":
         return Region.from_box(*box)
-    return mask_of(shape, size)
+    return mask_region(mask, size)
 
 
-def mask_of(shape: Any, size: tuple[int, int] | None = None) -> Region | str:
-    """A mask from an RLE or from polygons, or the reason why it cannot be used; `size` is (height, width) of its image,
-    which an RLE must have.
+def mask_region(mask: Any, size: tuple[int, int] | None = None) -> Region | str:
+    """The region of an RLE or of polygons, or the reason why it cannot be used.
+
+    Args:
+        mask: COCO RLE or polygons; None if there is none.
+        size: (height, width) of the image, which an RLE must have; None if unknown.
     """
-    if shape is None or (isinstance(shape, list | dict | str) and not shape):
+    if mask is None or (isinstance(mask, list | dict | str) and not mask):
         return NO_MASK
     try:
-        if isinstance(shape, list):
-            parts = [part for part in _parts(shape) if _has_area(part)]
-            return Region.from_polygon(parts) if parts else EMPTY_MASK
-        rle = msgspec.convert(shape, Rle)
+        if isinstance(mask, list):
+            polygons = [polygon for polygon in _flat_polygons(mask) if _has_area(polygon)]
+            return Region.from_polygon(polygons) if polygons else EMPTY_MASK
+        rle = msgspec.convert(mask, Rle)
         if size is not None and rle.size != tuple(size):
             return OTHER_SIZE
         return Region.from_rle({"size": rle.size, "counts": rle.counts})
     except msgspec.ValidationError:
-        return BAD_MASK
+        return INVALID_MASK
     except ValueError as error:
-        return EMPTY_MASK if "the region is empty" in str(error) else BAD_MASK
+        return EMPTY_MASK if "the region is empty" in str(error) else INVALID_MASK
 
 
-def _parts(shape: list) -> list[list[float]]:
-    """Polygons in any of the nestings that `Region.from_polygon` takes, as flat lists x, y, x, y, ...
+def _flat_polygons(mask: list) -> list[list[float]]:
+    """Polygons in any nesting that `Region.from_polygon` accepts, as flat lists x, y, x, y, ...
 
     Raises:
-        ValueError: If they hold anything but numbers, or half a point.
+        ValueError: If they contain anything but numbers, or an odd number of coordinates.
     """
-    if not isinstance(shape[0], list):
-        shape = [shape]
-    elif all(isinstance(part, list) and len(part) == 2 and not isinstance(part[0], list) for part in shape):
-        shape = [[value for point in shape for value in point]]  # one polygon of points
+    if not isinstance(mask[0], list):
+        mask = [mask]
+    elif all(isinstance(part, list) and len(part) == 2 and not isinstance(part[0], list) for part in mask):
+        mask = [[value for point in mask for value in point]]  # one polygon of points
     flat = []
-    for part in shape:
+    for part in mask:
         if isinstance(part, list) and part and isinstance(part[0], list):
             part = [value for point in msgspec.convert(part, list[tuple[float, float]]) for value in point]
         flat.append(msgspec.convert(part, list[float]))
         if len(flat[-1]) % 2:
-            raise ValueError("half a point")
+            raise ValueError("odd number of coordinates")
     return flat
 
 
-def _has_area(flat: Sequence[float]) -> bool:
-    """Whether a flat polygon encloses anything: COCO has parts of two points or on one line, which enclose nothing."""
-    points = list(zip(flat[::2], flat[1::2], strict=True))
+def _has_area(polygon: Sequence[float]) -> bool:
+    """Whether a flat polygon encloses an area: COCO has polygons of two points, or whose points are collinear."""
+    points = list(zip(polygon[::2], polygon[1::2], strict=True))
     if len(points) < 3:
         return False
     (x0, y0), *others = points

@@ -1,240 +1,194 @@
-"""A data set's folder or file -> its index (`mllm.data.index`): which readings make it, and which picture is of which
-split.
+"""`alpha-clip prepare`: check a dataset and write the index that training reads.
+
+Reports missing files and where they are published, skipped records with their reasons, and training images that are in
+a test or validation split: of the same dataset, of another dataset (Visual Genome and RefCOCOg share images of COCO),
+or test images in LLaVA-1.5's training data.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
+import argparse
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+import re
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from mllm.data.index import INDEX_FOLDER, TRAIN, index_beside, write_index
-from mllm.data.json_files import read_json
-from mllm.data.readers import refcocog, visual_genome
-from mllm.data.readers.grit import read_grit
-from mllm.data.readers.jsonl import read_jsonl
-from mllm.data.readers.mask_imagenet import read_mask_imagenet
-from mllm.data.readers.region_text_pairs import has_pairs
-from mllm.data.records import ReadReport
-from mllm.data.samples import RegionSample
-from mllm.data.schemas import DatasetRecord, checked
-from mllm.data.splits import SIZES, densecap_split
-from vision_tower import Region
+from alpha_clip_commands.command_line import log_to_terminal, say
+from mllm.data import build_index
+from mllm.data.index import TRAIN, RegionIndex, find_index
+from mllm.data.json_stream import stream_json
+from mllm.data.read_report import READ
+from mllm.data.readers import mask_imagenet
 
-logger = logging.getLogger(__name__)
+FILES = {
+    "vg": {
+        "image_data.json": "visualgenome.org, image meta data (version 1.2)",
+        "region_descriptions.json": "visualgenome.org, region descriptions (version 1.2)",
+        "question_answers.json": "visualgenome.org, question answers (version 1.2); without it there are no questions",
+        "qa_to_region_mapping.json": "visualgenome.org, question answers to region mapping; needed for the questions",
+    },
+    "refcocog": {
+        "refs({split_by}).p": "github.com/lichengunc/refer, refcocog.zip",
+        "instances.json": "github.com/lichengunc/refer, refcocog.zip",
+    },
+    "grit": {},  # any images with JSON files, or tars
+    "jsonl": {},
+    "mask-imagenet": {mask_imagenet.LIST: "huggingface.co/datasets/Zery/MaskImageNet"},
+}
+OPTIONAL = {"question_answers.json", "qa_to_region_mapping.json"}
+IMAGES = {
+    "vg": "VG_100K/ and VG_100K_2/: visualgenome.org, images.zip and images2.zip",
+    "refcocog": "train2014/: images.cocodataset.org, train2014.zip",
+    "grit": "URLs in huggingface.co/datasets/zzliang/GRIT, for img2dataset",
+    "jsonl": "the paths are those in the file",
+    "mask-imagenet": "imagenet-21k/images/: image-net.org",
+}
+_INDEXERS = {
+    "vg": build_index.index_visual_genome,
+    "grit": build_index.index_grit,
+    "jsonl": build_index.index_jsonl,
+    "mask-imagenet": build_index.index_mask_imagenet,
+}
+_COCO = re.compile(r"(\d{12})\.jpg$")
+_IDS_SHOWN = 5
+_IMAGES_SHOWN = 3
 
-OTHER_SIZES = "images of which lines and masks state no size, or several, all their lines left out"
-UNLISTED = "unlisted"  # Visual Genome's images in none of DenseCap's splits
 
-Reports = dict[str, ReadReport]
+class Images(NamedTuple):
+    """The images of a dataset as ("vg", id), ("coco", id), or else ("file", path), which other datasets share."""
+
+    train: set
+    held_out: set
 
 
-def make_index(root: str | os.PathLike) -> dict[str, Any]:
-    """Index a folder in the layout that its files show, or a .jsonl file.
+def run(args: argparse.Namespace) -> int:
+    """Check and index a dataset; returns the exit code."""
+    log_to_terminal(logging.ERROR)  # skipped records are in the report
+    check_files(args.kind, args.source, args.split_by)
+    reports: build_index.Reports = {}
+    if args.kind == "refcocog":
+        info = build_index.index_refcocog(args.source, args.out, reports, args.split_by)
+    else:
+        info = _INDEXERS[args.kind](args.source, args.out, reports)
+    print_report(args, info, reports)
+    images = images_of(args.source, args.out)
+    print_overlap(f"the test and validation splits of {args.source} itself", images.train, images.held_out)
+    for path in args.against:
+        other = images_of(path)
+        print_overlap(f"the test and validation splits of {path}", images.train, other.held_out)
+        print_overlap(f"{path} that are in the test and validation splits here", other.train, images.held_out)
+    return 0
+
+
+def check_files(kind: str, source: Path, split_by: str) -> None:
+    """Print the missing optional files.
 
     Raises:
-        ValueError: If it is in none of the known layouts, or a file is damaged.
+        ValueError: If required files are missing. The message lists them and where they are published.
     """
-    root = Path(root)
-    if root.suffix == ".jsonl":
-        return index_jsonl(root)
-    if not root.is_dir():
-        raise ValueError(f"there is no folder {root}")
-    if (root / "image_data.json").exists():
-        return index_visual_genome(root)
-    if refs := sorted(root.glob("refs(*).p")):
-        return index_refcocog(root, split_by=refs[-1].name[len("refs(") : -len(").p")])  # umd before google
-    if has_pairs(root):
-        return index_grit(root)
-    raise ValueError(
-        f"{root} is in no layout that can be indexed: image_data.json is missing (Visual Genome's), and so are "
-        "refs(...).p (RefCOCO's) and *.tar or pictures with a .json of the same name (GRIT's); a file of one's own is "
-        "given as the path of a .jsonl"
-    )
+    if kind == "jsonl":
+        return  # checked by read_jsonl
+    if not source.is_dir():
+        raise ValueError(f"folder not found: {source}")
+    missing = {}
+    for name, published in FILES[kind].items():
+        name = name.format(split_by=split_by)
+        if not (source / name).exists():
+            missing[name] = published
+            if name in OPTIONAL:
+                say(f"{name} is missing: {published}")
+    if required := [f"{name} ({published})" for name, published in missing.items() if name not in OPTIONAL]:
+        raise ValueError(f"missing in {source}: {'; '.join(required)}")
 
 
-def index_visual_genome(
-    root: str | os.PathLike, out: str | os.PathLike | None = None, reports: Reports | None = None
-) -> dict[str, Any]:
-    """Index a folder in Visual Genome's layout: regions, with their masks where `region_masks.json` holds them, the
-    questions about them, and those about the whole image.
+def print_report(args: argparse.Namespace, info: dict, reports: build_index.Reports) -> None:
+    """Print the numbers of read and skipped records, of regions per split, and of missing images."""
+    for name, report in reports.items():
+        say(f"{name}: {report.counts[READ]:,} read")
+        for reason, count in report.problems().items():
+            say(f"  {count:,} {reason} (ids {', '.join(map(str, report.examples[reason][:_IDS_SHOWN]))} ...)")
+    if info["turns_without_region"]:
+        say(f"  {info['turns_without_region']:,} questions skipped: unknown region")
+    root = Path(os.path.realpath(args.source)).parent if args.kind == "jsonl" else args.source
+    index = RegionIndex(args.out or args.source, root=root)
+    missing_by_split = {split: index.missing_images(split) for split in info["splits"]}
+    for split, regions in info["splits"].items():
+        images, missing = int((index.image_splits == split).sum()), missing_by_split[split]
+        line = f"split {split}: {regions:,} regions in {images:,} images"
+        say(line + (f", {sum(missing.values()):,} of them missing (first: {next(iter(missing))})" if missing else ""))
+    if any(missing_by_split.values()):
+        say(f"images are published as {IMAGES[args.kind]}")
+    say(f"index: {index.folder} ({sum(f.stat().st_size for f in index.folder.iterdir()) / 1e6:.0f} MB)")
 
-    A folder that names its split in `dataset.json` (Shapes) is of that split; else images have DenseCap's.
+
+def print_overlap(where: str, train: set, held_out: set) -> None:
+    """Print the number of training images that are held out elsewhere, and the first of them."""
+    shared = sorted(train & held_out)
+    first = f" (first: {', '.join(f'{kind} {number}' for kind, number in shared[:_IMAGES_SHOWN])})" if shared else ""
+    say(f"training images in {where}: {len(shared):,}{first}")
+
+
+def images_of(source: Path, index: Path | None = None) -> Images:
+    """The images of a dataset: its folder, an indexed .jsonl file, or LLaVA's JSON file of conversations.
 
     Args:
-        root: The folder.
-        out: Where the index goes; by default into the folder.
-        reports: Filled with what each reading left out, by name.
+        source: The folder or file.
+        index: Folder of the index, if it is not in `source`.
 
     Raises:
-        ValueError: If a file is missing or damaged.
+        ValueError: If it is none of them.
     """
-    root = Path(root)
-    reports = {} if reports is None else reports
-    split_of = split_of_images(root)
-
-    def read(name: str, reader: Callable[..., Iterator[RegionSample]], **kwargs: Any) -> Iterator:
-        report = reports[name] = ReadReport()
-        return ((split_of(sample.meta["image_id"]), sample) for sample in reader(root, report=report, **kwargs))
-
-    more: list[Iterable] = []
-    if (root / "region_masks.json").exists():
-        more.append(read("masks", visual_genome.read_regions, region_input="mask"))
-    questions = [(root / name).exists() for name in ("question_answers.json", "qa_to_region_mapping.json")]
-    if any(questions) and not all(questions):
-        logger.warning(
-            "%s: questions are left out; they need question_answers.json and qa_to_region_mapping.json", root
+    if source.is_file() and source.suffix != ".jsonl":
+        return Images(_images_of_llava(source), set())
+    if (source / "image_data.json").exists():
+        return _images_of_visual_genome(source)
+    if find_index(index or source) is None:
+        raise ValueError(
+            f"expected a folder of Visual Genome, an indexed dataset, or a JSON file of LLaVA, got {source}"
         )
-    if all(questions):
-        more.append(read("region questions", visual_genome.read_region_questions, located=False))
-        more.append(read("questions", visual_genome.read_free_questions))
-    regions = read("regions", visual_genome.read_regions)
-    out = root / INDEX_FOLDER if out is None else out
-    return write_index(out, root, regions, itertools.chain(*more), made_of="Visual Genome's layout", reports=reports)
+    images, found = Images(set(), set()), RegionIndex(index or source)
+    is_coco = any(source.glob("refs(*).p"))
+    for image in found.images:
+        if is_coco:
+            name = "coco", int(image["image_id"])
+        else:
+            file = os.path.realpath(found.root / image["path"])
+            name = _shared_name(image["path"]) or ("file", "!".join(filter(None, (file, image["member"]))))
+        (images.train if image["split"] == TRAIN else images.held_out).add(name)
+    return images
 
 
-def index_refcocog(
-    root: str | os.PathLike,
-    out: str | os.PathLike | None = None,
-    reports: Reports | None = None,
-    split_by: str = "umd",
-) -> dict[str, Any]:
-    """Index RefCOCOg (or RefCOCO, RefCOCO+) as lichengunc/refer publishes it: boxes, masks and expressions.
-
-    Args and Raises: as `index_visual_genome`; `split_by` is "umd", "google" or "unc".
-    """
-    root = Path(root)
-    reports = {} if reports is None else reports
-    files = refcocog.RefFiles(root, split_by)
-
-    def read(form: str, split: str) -> Iterator:
-        report = reports[f"{split}, {form}"] = ReadReport()
-        samples = refcocog.read_refs(root, split=split, grouped=True, region_input=form, report=report, files=files)
-        # a region's number here is its annotation's: a region has one, refs may share it
-        return ((split, _with_region_id(sample, "ann_id")) for sample in samples)
-
-    masks = (pair for split in files.splits for pair in read("mask", split))
-    boxes = sorted(
-        (pair for split in files.splits for pair in read("box", split)),
-        key=lambda pair: (pair[0], pair[1].meta["image_id"]),
-    )
-    out = root / INDEX_FOLDER if out is None else out
-    return write_index(out, root, boxes, masks, made_of=f"RefCOCO's layout, refs({split_by})", reports=reports)
+def _images_of_visual_genome(source: Path) -> Images:
+    """The images by their ids in Visual Genome and, if they are from COCO, in COCO."""
+    split_of = build_index.image_split(source)
+    images = Images(set(), set())
+    for entry in stream_json(source / "image_data.json"):
+        if not isinstance(entry, dict) or type(number := entry.get("image_id", entry.get("id"))) is not int:
+            continue  # skipped and counted when the index was written
+        if (split := split_of(number)) == build_index.UNLISTED:
+            continue
+        target = images.train if split == TRAIN else images.held_out
+        target.add(("vg", number))
+        if type(entry.get("coco_id")) is int:
+            target.add(("coco", entry["coco_id"]))
+    return images
 
 
-def index_grit(
-    root: str | os.PathLike, out: str | os.PathLike | None = None, reports: Reports | None = None
-) -> dict[str, Any]:
-    """Index a folder in GRIT's layout: boxes, masks where there are some, phrases, and captions of the whole image.
-
-    A folder that names its split in `dataset.json` (Shapes) is of that split; else all is for training.
-
-    Args and Raises: as `index_visual_genome`.
-    """
-    root = Path(root)
-    reports = {} if reports is None else reports
-    report = reports["regions and captions"] = ReadReport()
-    split = stated_split(root) or TRAIN
-    samples = ((split, sample) for sample in read_grit(root, report=report))
-    out = root / INDEX_FOLDER if out is None else out
-    return write_index(out, root, samples, made_of="GRIT's layout", reports=reports)
+def _images_of_llava(path: Path) -> set:
+    """The images of a JSON list of {"image": "vg/VG_100K/1.jpg" or "coco/train2017/000000000009.jpg", ...}."""
+    images = set()
+    for entry in stream_json(path):
+        image = entry.get("image") if isinstance(entry, dict) else None
+        if name := _shared_name(image if isinstance(image, str) else ""):
+            images.add(name)
+    return images
 
 
-def index_mask_imagenet(
-    root: str | os.PathLike, out: str | os.PathLike | None = None, reports: Reports | None = None
-) -> dict[str, Any]:
-    """Index MaskImageNet's list and the pictures beside it: boxes, masks and texts, all for training.
-
-    Args and Raises: as `index_visual_genome`.
-    """
-    root = Path(root)
-    reports = {} if reports is None else reports
-    report = reports["regions"] = ReadReport()
-    samples = ((TRAIN, sample) for sample in read_mask_imagenet(root, report=report))
-    out = root / INDEX_FOLDER if out is None else out
-    return write_index(out, root, samples, made_of="MaskImageNet's list", reports=reports)
-
-
-def index_jsonl(
-    path: str | os.PathLike, out: str | os.PathLike | None = None, reports: Reports | None = None
-) -> dict[str, Any]:
-    """Index a JSONL file of one's own (`mllm.data.readers.jsonl`). Lines about one image, and about one region of it,
-    are put together wherever they are. A line's meta may state `split` (default: train), `width` and `height`. A mask
-    states the size too; an image of another size is left out of training.
-
-    Args:
-        path: The file, held in memory.
-        out: Where the index goes; by default beside the file, `<name>.region_index`.
-        reports: Filled with what was read and left out.
-
-    Raises:
-        ValueError: If the file cannot be read, or too many of its lines cannot be used (`mllm.data.records`).
-    """
-    path = Path(path)
-    folder = Path(os.path.realpath(path)).parent  # `resolve` raises RuntimeError on a circular link
-    reports = {} if reports is None else reports
-    report = reports["lines"] = ReadReport()
-    of_picture: dict[str, list[RegionSample]] = {}
-    for sample in read_jsonl(path, report=report):
-        of_picture.setdefault(sample.image, []).append(sample)
-    samples = (pair for image, lines in of_picture.items() for pair in _of_picture(folder, image, lines, report))
-    out = index_beside(path) if out is None else out
-    return write_index(out, folder, samples, made_of="JSONL", reports=reports)
-
-
-def _of_picture(
-    folder: Path, image: str, lines: list[RegionSample], report: ReadReport
-) -> list[tuple[str, RegionSample]]:
-    """The lines about one picture with their splits and ids, those of one split side by side; none, counted, where they
-    state different sizes of it.
-    """
-    name = Path(image)
-    image_id = name.relative_to(folder).as_posix() if name.is_relative_to(folder) else name.as_posix()
-    sizes = {(meta.get("width"), meta.get("height")) for sample in lines if (meta := sample.meta)} - {(None, None)}
-    # a mask states it too: a picture of another size is then left out when it is opened
-    masks = (region for sample in lines for region in sample.regions if region.kind == "mask")
-    sizes |= {(width, height) for height, width, *_ in (mask.data for mask in masks)}
-    if len(sizes) > 1 or any(None in size for size in sizes):
-        report.add(OTHER_SIZES, f"{image_id}: {sorted(map(str, sizes))}")
-        return []
-    size = dict(zip(("width", "height"), *sizes, strict=True)) if sizes else {}
-    number_of: dict[Region, int] = {}
-    found = []
-    for sample in lines:
-        (region,) = sample.regions
-        about = {} if region.kind == "whole" else {"region_id": number_of.setdefault(region, len(number_of))}
-        if sample.meta.get("type"):
-            about["type"] = sample.meta["type"]
-        meta = {"image_id": image_id, **size, **about}
-        found.append((sample.meta.get("split") or TRAIN, dataclasses.replace(sample, meta=meta)))
-    return sorted(found, key=lambda pair: pair[0])
-
-
-def stated_split(root: str | os.PathLike) -> str | None:
-    """The split that a folder's `dataset.json` names for all its images; None where there is no such file.
-
-    Raises:
-        ValueError: If the file is damaged or names none.
-    """
-    path = Path(root) / "dataset.json"
-    if not path.exists():
-        return None
-    return checked(read_json(path, dict), DatasetRecord, path).split
-
-
-def split_of_images(root: str | os.PathLike) -> Callable[[int], str]:
-    """The split of an image by its number, in a folder in Visual Genome's layout: the one that `dataset.json` names for
-    all, else DenseCap's.
-    """
-    if (split := stated_split(root)) is not None:
-        return lambda image: split
-    split_of = {image: name for name in SIZES for image in densecap_split(name)}
-    return lambda image: split_of.get(image, UNLISTED)
-
-
-def _with_region_id(sample: RegionSample, name: str) -> RegionSample:
-    return dataclasses.replace(sample, meta={**sample.meta, "region_id": sample.meta[name]})
+def _shared_name(path: str) -> tuple[str, int] | None:
+    """The id of an image in COCO or Visual Genome, if its path contains it."""
+    if coco := _COCO.search(path):
+        return "coco", int(coco[1])
+    if "VG_100K" in path and Path(path).stem.isdecimal():
+        return "vg", int(Path(path).stem)
+    return None

@@ -1,7 +1,7 @@
-"""The types of records in files that others wrote: one class for each kind of record, checked by `checked`.
+"""Schemas of the records in JSON files: one msgspec class for each kind of record, checked by `validate`.
 
-Fields that are not named here are ignored. Numbers are finite and bounded: an id fits 64 bits, a coordinate 1e9 pixels.
-An id that has several names in different versions of a data set is read by the first that has a value.
+Fields without a declaration are ignored. Numbers are finite and bounded: an id by 64 bits, a coordinate by 1e9 pixels.
+An id can have different field names in different versions of a dataset; the first one with a value is used.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ PixelBox = tuple[Pixels, Pixels, Pixels, Pixels]  # x, y, width, height
 Share = Annotated[float, Meta(ge=0, le=1)]
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 FileName = Annotated[str, Meta(pattern="^[^\x00]{0,4096}$")]
-MOST_SENTENCES = 10_000  # of a ref: in a pickle, many refs can share one list
+MAX_SENTENCES = 10_000  # per ref: in a pickle, many refs can share one list
 T = TypeVar("T")
 
-_WORDS = {
-    "int": "a whole number",
+_TYPE_NAMES = {
+    "int": "an integer",
     "float": "a number",
     "str": "text",
     "array": "a list",
@@ -35,39 +35,46 @@ _WORDS = {
 }
 
 
-def checked(value: Any, kind: type[T], name: object = None) -> T:
-    """A value as read from JSON, as what it must be.
+def validate(value: Any, kind: type[T], name: object = None) -> T:
+    """Convert a parsed JSON value to a schema.
+
+    Args:
+        value: The parsed value.
+        kind: The schema.
+        name: Name of the record, with which the error message begins.
 
     Raises:
-        ValueError: If it is something else. The message begins with `name`, where it is given, and names the field.
+        ValueError: If the value does not match the schema. The message states the field.
     """
     try:
         return msgspec.convert(value, kind)
     except _INVALID as error:
-        found = _in_plain_words(error)
+        found = _readable(error)
         raise ValueError(found if name is None else f"{name}: {found}") from None
 
 
-_INVALID = (msgspec.ValidationError, UnicodeEncodeError)  # the second of half a surrogate pair, where text has a limit
+# UnicodeEncodeError: a lone surrogate in a text with a maximum length
+_INVALID = (msgspec.ValidationError, UnicodeEncodeError)
 
 
-def _in_plain_words(error: Exception) -> str:
-    """What msgspec found, with the field."""
+def _readable(error: Exception) -> str:
+    """Msgspec's message without its notation."""
     if isinstance(error, UnicodeEncodeError):
-        return "text that is not UTF-8: half of a surrogate pair"
-    words, _, field = str(error).partition(" - at ")
-    words = re.sub(r"`([^`]*)`", lambda match: _in_words(match[1]), words)
-    words = "text without NUL characters expected" if "matching regex" in words else words
+        return "text is not valid UTF-8 (lone surrogate)"
+    message, _, field = str(error).partition(" - at ")
+    message = re.sub(r"`([^`]*)`", lambda match: _type_names(match[1]), message)
+    message = "text without NUL characters expected" if "matching regex" in message else message
+    message = message[0].lower() + message[1:]
     field = field.replace("`", "").removeprefix("$").removeprefix(".")
-    return f"{field}: {words[0].lower()}{words[1:]}" if field else words[0].lower() + words[1:]
+    return f"{field}: {message}" if field else message
 
 
-def _in_words(types: str) -> str:
-    return " or ".join(_WORDS.get(name, repr(name)) for name in types.split(" | "))
+def _type_names(types: str) -> str:
+    return " or ".join(_TYPE_NAMES.get(name, repr(name)) for name in types.split(" | "))
 
 
 class CocoImage(Struct):
-    """An image of COCO's layout; in MDETR's files, an expression."""
+    """An image in COCO's layout; in MDETR's files, an expression."""
 
     id: Id
     width: Side
@@ -78,7 +85,7 @@ class CocoImage(Struct):
 
 
 class CocoAnnotation(Struct):
-    """An annotation of COCO's layout, of an image that `image_id` names."""
+    """An annotation in COCO's layout."""
 
     id: Id
     image_id: Id
@@ -94,32 +101,32 @@ class Ref(Struct):
     ref_id: Id
     ann_id: Id
     image_id: Id
-    sentences: Annotated[list[Any], Meta(max_length=MOST_SENTENCES)] = []
+    sentences: Annotated[list[Any], Meta(max_length=MAX_SENTENCES)] = []
 
 
-class Sentence(Struct):
+class RefSentence(Struct):
     """An expression of RefCOCO."""
 
     sent_id: Id
     sent: str | None = None
 
 
-class HubImage(Struct):
+class ParquetImage(Struct):
     """The image of a row."""
 
     content: bytes = msgspec.field(name="bytes")
 
 
-class HubRow(Struct):
-    """A row of lmms-lab's RefCOCOg: the file's bytes, a box, all expressions."""
+class ParquetRow(Struct):
+    """A row of lmms-lab's RefCOCOg: an image file, a box, and its expressions."""
 
-    image: HubImage
+    image: ParquetImage
     answer: list[str]
     bbox: PixelBox
     file_name: FileName | None = None
 
 
-class GenomeImage(Struct):
+class VisualGenomeImage(Struct):
     """An entry of Visual Genome's image_data.json."""
 
     width: Side
@@ -129,7 +136,7 @@ class GenomeImage(Struct):
     url: FileName | None = None
 
 
-class GenomeRegion(Struct):
+class VisualGenomeRegion(Struct):
     """A record of Visual Genome's region_descriptions.json."""
 
     x: Pixels
@@ -141,7 +148,7 @@ class GenomeRegion(Struct):
     phrase: str | None = None
 
 
-class GenomeQuestion(Struct):
+class VisualGenomeQuestion(Struct):
     """A record of Visual Genome's question_answers.json."""
 
     qa_id: Id | None = None
@@ -151,28 +158,28 @@ class GenomeQuestion(Struct):
     type: str | None = None
 
 
-class GenomeObject(Struct):
+class VisualGenomeObject(Struct):
     """An object of Visual Genome's objects.json."""
 
     object_id: Id
     names: Annotated[list[str], Meta(min_length=1)]
 
 
-class GenomeObjects(Struct):
+class VisualGenomeObjects(Struct):
     """An entry of Visual Genome's objects.json."""
 
-    objects: list[GenomeObject]
+    objects: list[VisualGenomeObject]
 
 
 class Rle(Struct):
-    """COCO's run lengths; size is [height, width]."""
+    """COCO's run-length encoding of a mask; `size` is [height, width]."""
 
     size: tuple[int, int]
     counts: str | list[int]
 
 
 class SampleMeta(Struct):
-    """What is used of a sample's meta; everything else in it is only passed on."""
+    """The fields of a sample's `meta` that have a meaning; all others are passed on."""
 
     image_id: Id | str | None = None
     region_id: Id | str | None = None
@@ -184,8 +191,8 @@ class SampleMeta(Struct):
     split: Annotated[str, Meta(min_length=1)] | None = None
 
 
-class Line(Struct, forbid_unknown_fields=True):
-    """A line of one's own JSONL file."""
+class JsonlSample(Struct, forbid_unknown_fields=True):
+    """A line of a JSONL dataset."""
 
     image: FileName
     region: dict[str, Any]
@@ -197,7 +204,7 @@ class Line(Struct, forbid_unknown_fields=True):
 
 
 class Prediction(Struct):
-    """What is used of a line of predictions, beside its id, text and references."""
+    """A line of a predictions file, without its id, text and references."""
 
     image: str | None = None
     region: dict[str, Any] | None = None
@@ -208,21 +215,21 @@ class Prediction(Struct):
     meta: SampleMeta | None = None
 
 
-class IndexRecord(Struct):
-    """An index's index.json."""
+class IndexInfo(Struct):
+    """The `index.json` of a region index."""
 
     root: Annotated[str, Meta(pattern="^[^\x00]+$")]
-    pictures: Count
+    images: Count
     regions: Count
 
 
-class DatasetRecord(Struct):
-    """A folder's dataset.json."""
+class DatasetInfo(Struct):
+    """The `dataset.json` of a dataset that is one split."""
 
     split: Annotated[str, Meta(min_length=1)]
     world: str | None = None
 
 
-def is_name(words: str) -> bool:
+def is_file_name(text: str) -> bool:
     """Whether text can be the name of a file and be written in a report."""
-    return "\0" not in words and is_utf8(words)
+    return "\0" not in text and is_utf8(text)

@@ -1,6 +1,6 @@
-"""Question wordings for samples that have no question of their own."""
+"""Prompts for samples without a question, which ask for a description."""
 
-# The first is what `region-chat` asks when nothing is asked.
+# The first is the default question of `region-chat`.
 DESCRIBE_REGION_WORDINGS = (
     "Describe this region.",
     "What is this?",
@@ -9,17 +9,17 @@ DESCRIBE_REGION_WORDINGS = (
 )
 DESCRIBE_REGION = DESCRIBE_REGION_WORDINGS[0]
 
-# LLaVA-1.5's ending of a question that wants a short answer. Source: haotian-liu/LLaVA, docs/Evaluation.md.
+# LLaVA-1.5's suffix of questions with short answers. Source: haotian-liu/LLaVA, docs/Evaluation.md.
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 
-# Presets by name. Published wordings name a region by a placeholder; here alpha tells which it is, and the placeholder
-# with the words around it has become "this region".
+# Presets by name. Where a published prompt has a placeholder for the region, with words around it, these have "this
+# region", because the alpha channel marks the region.
 WORDINGS = {
     "own": DESCRIBE_REGION_WORDINGS,
     # lmms-eval's RefCOCOg tasks, unchanged: lmms_eval/tasks/refcocog/utils.py
     "lmms-eval": ("Provide a short description for this region.",),
-    # GPT4RoI's, which Alpha-CLIP's paper tuned with: jshilong/GPT4RoI f6306fa, gpt4roi/datasets/vg.py, FINAL_QUESTIONS.
-    # Ten of its twenty repeat these with "please" or "exactly", and are left out.
+    # GPT4RoI's, used in Alpha-CLIP's paper: jshilong/GPT4RoI f6306fa, gpt4roi/datasets/vg.py, FINAL_QUESTIONS, without
+    # ten that repeat these with "please" or "exactly".
     "gpt4roi": (
         "Can you provide me with a detailed description of this region in the picture?",
         "I'm curious about this region in the picture. Could you describe it in detail?",
@@ -36,10 +36,10 @@ WORDINGS = {
 
 
 def wordings(preset: str) -> tuple[str, ...]:
-    """The wordings of a preset.
+    """The prompts of a preset.
 
     Raises:
-        ValueError: If there is no such preset.
+        ValueError: If the preset is unknown.
     """
     if preset not in WORDINGS:
         raise ValueError(f"wordings: expected one of {', '.join(WORDINGS)}, got {preset!r}")

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from alpha_clip_commands.command_line import one_line
 from alpha_clip_commands.error_limit import MAX_ERRORS, too_many_errors
-from mllm.data.readers.jsonl import region_in
-from mllm.data.schemas import checked
+from mllm.data.readers.jsonl import region_from_record
+from mllm.data.schemas import validate
 from mllm.fingerprints import model_fingerprint
 from mllm.inference import ChatRequest, RegionChat
 from mllm.region_chat.batch_output import BatchOutput
@@ -150,7 +150,7 @@ def _read_request(number: int, line: bytes) -> Request:
         return Request(name, {}, _digest(name, line), f"not JSON: {one_line(error)}")
     problem = None
     try:
-        request = checked(record, RequestLine)
+        request = validate(record, RequestLine)
         if request.question is not None and not request.question.strip():
             problem = "the question is empty; omit it to get a description of the region"
     except (ValueError, RecursionError) as error:
@@ -189,7 +189,7 @@ def _prepare(request: Request, folder: Path) -> ChatRequest:
     if request.problem:
         raise ValueError(request.problem)
     image = _image_source(folder, request.record["image"])
-    return image, region_in(folder, request.record["region"]), request.record.get("question")
+    return image, region_from_record(folder, request.record["region"]), request.record.get("question")
 
 
 def _image_source(folder: Path, image: str) -> str | Path:

@@ -258,10 +258,10 @@ class Ours:
         """An image with some of its regions, as `RegionTextDataset` returns it."""
         rng = np.random.default_rng(number)
         index, rows = self.dataset.rows_of(number)
-        facts = clock.time("read", lambda: index.read(self.dataset.select_rows(index, rows, rng)))
-        image = clock.time("decode", facts[0].sample.open_image)
-        items = [clock.time("prepare images", self.dataset.build_item, entry, image, rng) for entry in facts]
-        return self.dataset.build_sample(facts[0].sample.id, image, items)
+        indexed = clock.time("read", lambda: index.read(self.dataset.select_rows(index, rows, rng)))
+        image = clock.time("decode", indexed[0].sample.open_image)
+        items = [clock.time("prepare images", self.dataset.build_item, entry, image, rng) for entry in indexed]
+        return self.dataset.build_sample(indexed[0].sample.id, image, items)
 
 
 def print_speed(clocks: dict[str, list[Clock]], args: argparse.Namespace) -> None:

@@ -27,8 +27,8 @@ from transformers import LlavaForConditionalGeneration
 import mllm
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from alpha_clip_commands.training.tuning_arguments import DataArguments, ModelArguments
+from mllm.data.build_index import index_visual_genome
 from mllm.data.index import RegionIndex
-from mllm.data.prepare import index_visual_genome
 from mllm.llava import build_llava_processor
 from mllm.messages import image_items
 from train.epoch_sampler import EpochSampler
@@ -106,10 +106,10 @@ def batches(folder: Path, processor, regions: int, size: int, shared: bool) -> I
         clock, conversations = StepClock(PARTS), []
         for number in order[first : first + size]:
             index, rows = dataset.rows_of(number % len(dataset))
-            facts = clock.time("read", index.read, rows)
-            image = clock.time("decode", facts[0].sample.open_image)
+            indexed = clock.time("read", index.read, rows)
+            image = clock.time("decode", indexed[0].sample.open_image)
             rng = np.random.default_rng(number)
-            conversations += [dataset._conversation(entry, image, rng) for entry in facts]
+            conversations += [dataset._conversation(entry, image, rng) for entry in indexed]
         yield clock, conversations
 
 

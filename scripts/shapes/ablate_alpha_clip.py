@@ -116,7 +116,7 @@ class Ablation:
         self.jobs = jobs
         self.data = scenes_folder(work, scenes, ALPHA_SEED)
         index = open_index(str(self.data))
-        self.objects = np.bincount(index.picture_of[~index.is_whole])  # of each scene
+        self.objects = np.bincount(index.image_rows[~index.is_whole])  # of each scene
         self.pictures = {
             "val": _pictures(scenes_folder(work, 150, 7, split="val")),
             "test": _pictures(scenes_folder(work, 300, 2, split="test")),

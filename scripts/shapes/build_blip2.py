@@ -115,7 +115,7 @@ def score(model: Path, data: Path, scenes: int) -> dict[str, float]:
     if not (data / "image_data.json").exists():
         visual_genome_layout.write(data, scenes, TEST_SEED, "test")
     chat = RegionChat(*mllm.load(model, device="cpu"))
-    boxes, masks = (list(read_regions(data, region_input=form)) for form in ("box", "mask"))
+    boxes, masks = (list(read_regions(data, region_type=form)) for form in ("box", "mask"))
     sets = {"box": boxes, "mask": masks, "whole image": with_whole_image(boxes)}
     return {
         f"description, {name}": exactly_right(

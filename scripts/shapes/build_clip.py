@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer, set_seed
 
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from mllm.data.shapes import grit_layout
-from mllm.data.shapes.world import COLOURS, MAX_OBJECTS, MIN_OBJECTS, PATTERNS, SHAPES, SIZES
+from mllm.data.shapes.world import COLORS, MAX_OBJECTS, MIN_OBJECTS, PATTERNS, SHAPES, SIZES
 from mllm.folders import claim_folder
 from train import alpha_clip
 from train.output import TRAINING_RECORD
@@ -164,7 +164,7 @@ def write_start(out: Path, seed: int) -> None:
 
 def train_tokenizer() -> CLIPTokenizer:
     """CLIP's tokenizer with bytes and the words of the Shapes world for a vocabulary."""
-    objects = [f"a {' '.join(words)}" for words in itertools.product(SIZES, PATTERNS, COLOURS, SHAPES)]
+    objects = [f"a {' '.join(words)}" for words in itertools.product(SIZES, PATTERNS, COLORS, SHAPES)]
     empty = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[])
     tokenizer = empty.train_new_from_iterator([", ".join(objects)], vocab_size=1000)
     tokenizer.model_max_length = CONTEXT

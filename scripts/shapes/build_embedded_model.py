@@ -40,7 +40,7 @@ from transformers import LlamaConfig, LlamaTokenizer, LlavaConfig, LlavaForCondi
 
 from alpha_clip_commands.command_line import ArgumentParser, exit_code, say
 from mllm.data.shapes import scenes, visual_genome_layout
-from mllm.data.shapes.world import COLOURS, PATTERNS, SHAPES, SIZES
+from mllm.data.shapes.world import COLORS, PATTERNS, SHAPES, SIZES
 from mllm.data.templates import DESCRIBE_REGION_WORDINGS
 from mllm.files import write_file, write_json
 from mllm.folders import claim_folder
@@ -177,12 +177,12 @@ def world_sentences() -> list[str]:
     answers = {
         "size": SIZES,
         "pattern": PATTERNS,
-        "colour": tuple(COLOURS),
+        "colour": tuple(COLORS),
         "shape": SHAPES,
         "count": ("3", "4", "5", "6"),
-        **dict.fromkeys(scenes.DIRECTIONS, [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]),
+        **dict.fromkeys(scenes.DIRECTIONS, [f"{colour} {shape}" for colour in COLORS for shape in SHAPES]),
     }
-    phrases = [f"a {' '.join(words)}" for words in itertools.product(SIZES, PATTERNS, COLOURS, SHAPES)]
+    phrases = [f"a {' '.join(words)}" for words in itertools.product(SIZES, PATTERNS, COLORS, SHAPES)]
     pairs = [(question, phrase) for question in DESCRIBE_REGION_WORDINGS for phrase in phrases]
     pairs += [
         (question, a) for kind, wordings in scenes.QUESTIONS.items() for question in wordings for a in answers[kind]

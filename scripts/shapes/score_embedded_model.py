@@ -65,7 +65,7 @@ def score(chat: RegionChat, folder: Path, scenes: int, seed: int, batch_size: in
     """All scores by name: {"score", "of" (samples)}, and "blind" where a region-blind answerer has a best score."""
     for split in ("test", "novel", "background"):
         visual_genome_layout.write(folder / split, scenes, seed, split, progress=False)
-    boxes, masks = (list(read_regions(folder / "test", region_input=form)) for form in ("box", "mask"))
+    boxes, masks = (list(read_regions(folder / "test", region_type=form)) for form in ("box", "mask"))
     scores: dict[str, dict] = {}
 
     def record(name: str, samples: Sequence[RegionSample], references: Sequence | None = None, **extra: float) -> None:
@@ -79,14 +79,14 @@ def score(chat: RegionChat, folder: Path, scenes: int, seed: int, batch_size: in
         wrong = with_wrong_region(samples)
         record(f"description of the other region shown, {form}", wrong, references_of_shown_region(samples))
     record("description, whole image", with_whole_image(boxes), blind=best_blind_score(boxes))
-    questions = list(read_region_questions(folder / "test", region_input="mask"))
+    questions = list(read_region_questions(folder / "test", region_type="mask"))
     for kind in (*scenes.ATTRIBUTES, "neighbour"):
         asked = [q for q in questions if q.meta["type"] in (scenes.DIRECTIONS if kind == "neighbour" else (kind,))]
         record(f"{kind}", asked)
         record(f"{kind}, whole image", with_whole_image(asked), blind=best_blind_score(asked))
     for split, name in (("novel", "unseen pairs"), ("background", "unseen backgrounds")):
         for form in ("box", "mask"):
-            record(f"description, {name}, {form}", list(read_regions(folder / split, region_input=form)))
+            record(f"description, {name}, {form}", list(read_regions(folder / split, region_type=form)))
     return scores
 
 

@@ -62,7 +62,7 @@ def places_right(chat: RegionChat, folder: Path) -> dict[str, float]:
     """Share of places right, with the region and with the controls."""
     shares = {}
     for form in ("box", "mask"):
-        samples = [s for s in read_region_questions(folder, region_input=form) if s.meta["type"] == "place"]
+        samples = [s for s in read_region_questions(folder, region_type=form) if s.meta["type"] == "place"]
         references = [sample.references for sample in samples]
         shares[f"{form}, {len(samples)} objects"] = exactly_right(generate(chat, samples, batch_size=64), references)
         others = generate(chat, with_wrong_region(samples), batch_size=64)

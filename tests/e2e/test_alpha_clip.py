@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from alpha_clip_commands.training.contrastive_arguments import PairArguments
+from mllm.data.build_index import build_index
 from mllm.data.index import TRAIN, RegionIndex
-from mllm.data.prepare import make_index
 from mllm.data.shapes import grit_layout
 from tests.tensors import same_tensors
 from tests.tiny import build_tiny_clip, save_model
@@ -48,7 +48,7 @@ def world(tmp_path_factory):
         save_model(folder / name, *build_tiny_clip(alpha_std=alpha_std))
     write_splits(grit_layout, folder, 8, min_objects=1)
     for split in ("train", "val"):
-        make_index(folder / split)
+        build_index(folder / split)
     (folder / "recipe.yaml").write_text(RECIPE.format(**{n: folder / n for n in ("start", "train", "val")}))
     return folder
 

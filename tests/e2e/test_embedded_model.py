@@ -13,8 +13,8 @@ from alpha_clip_commands.region_chat import main as region_chat
 from eval.generate import generate
 from eval.metrics.exactly_right import exactly_right
 from eval.views import references_of_shown_region, with_whole_image, with_wrong_region
+from mllm.data.build_index import build_index
 from mllm.data.index import RegionIndex
-from mllm.data.prepare import make_index
 from mllm.data.readers.visual_genome import read_region_questions, read_regions
 from mllm.data.shapes import scenes, visual_genome_layout
 from mllm.inference import RegionChat
@@ -38,7 +38,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def samples(root):
-    return list(read_regions(root, region_input="mask"))
+    return list(read_regions(root, region_type="mask"))
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_answers_follow_the_region_also_to_another_object(embedded, samples):
 
 def test_boxes_and_questions(embedded, root):
     chat = RegionChat(*embedded)
-    boxes = list(read_regions(root, region_input="box"))
+    boxes = list(read_regions(root, region_type="box"))
     assert exactly_right(generate(chat, boxes), [s.references for s in boxes]) >= 0.9
     questions = list(read_region_questions(root))
     for kinds, least in ((scenes.ATTRIBUTES, 0.95), (scenes.DIRECTIONS, 0.85)):
@@ -189,7 +189,7 @@ def test_tuning_reads_the_region(embedded, root, tmp_path, fed):
     from train.tuning.conversations import ConversationDataset
 
     model, processor = embedded
-    make_index(root)
+    build_index(root)
     args = DataArguments(data=[str(root)], region_input="mask", turn_kinds=["description"])
     dataset = ConversationDataset([RegionIndex(root)], args, "test", ["What is this?"], 0, tmp_path / "skipped.jsonl")
     collator = ConversationCollator(processor)

@@ -30,7 +30,7 @@ def test_both_layouts_are_indexed(folder, capsys, kind):
     printed = capsys.readouterr().out
     regions = len(read_json(folder / "instances.json")["annotations"])
     assert len(RegionIndex(folder).rows("train", ["description"])) == regions
-    assert f"{regions} read" in printed and "on 3 pictures" in printed and "missing" not in printed
+    assert f"{regions} read" in printed and "in 3 images" in printed and "missing" not in printed
 
 
 @pytest.mark.parametrize("kind", ["vg", "refcocog"])
@@ -48,13 +48,13 @@ def test_grits_layout_is_indexed(tmp_path, capsys, tars):
     alpha_clip.main(["prepare", "grit", "--source", str(held_out)])
     assert alpha_clip.main(["prepare", "grit", "--source", str(source), "--against", str(held_out)]) == 0
     printed = capsys.readouterr().out
-    assert "split train: " in printed and "on 3 pictures" in printed and "missing" not in printed
+    assert "split train: " in printed and "in 3 images" in printed and "missing" not in printed
     assert f"training images in the test and validation splits of {source} itself: 0" in printed
     assert f"training images in the test and validation splits of {held_out}: 0" in printed
     (source / "00000" / "000000002.png" if not tars else source / "00001.tar").unlink()
     if not tars:
         assert alpha_clip.main(["prepare", "grit", "--source", str(source)]) == 0
-        assert "1 with JSON but without a picture, left out (ids 00000/000000002 ...)" in capsys.readouterr().out
+        assert "1 skipped: JSON without an image (ids 00000/000000002 ...)" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     assert "nothing in" in refused(capsys, "grit", "--source", tmp_path / "empty")
 
@@ -70,7 +70,7 @@ def test_a_file_of_one_s_own_is_indexed(tmp_path, folder, capsys):
     write_json_lines(file, [line, *others])
     assert alpha_clip.main(["prepare", "jsonl", "--source", str(file)]) == 0
     printed = capsys.readouterr().out
-    assert "lines: 4 read" in printed and "split train: 2 regions on 2 pictures, 1 of them missing" in printed
+    assert "lines: 4 read" in printed and "split train: 2 regions in 2 images, 1 of them missing" in printed
     shared = f"2 (first: file {tmp_path / 'no.png'}, vg 1)"
     assert f"training images in the test and validation splits of {file} itself: {shared}" in printed
     assert len(RegionIndex(file)) == 4 and (tmp_path / "mine.jsonl.region_index").is_dir()
@@ -105,7 +105,7 @@ def test_orphans_and_damage(folder, capsys):
     mapping[first] = 10**6
     write_json(folder / "qa_to_region_mapping.json", mapping)
     assert alpha_clip.main(["prepare", "vg", "--source", str(folder)]) == 0
-    assert "1 questions on a region that is not there" in capsys.readouterr().out
+    assert "1 questions skipped: unknown region" in capsys.readouterr().out
     path = folder / "region_descriptions.json"
     whole = path.read_text()
     content = json.loads(whole)
@@ -114,19 +114,19 @@ def test_orphans_and_damage(folder, capsys):
     (folder / "region_masks.json").unlink()
     write_json(path, content)
     assert alpha_clip.main(["prepare", "vg", "--source", str(folder)]) == 0
-    left = RegionIndex(folder).record["left_out"]["regions"]
-    assert {reason.split(",")[0]: entry["count"] for reason, entry in left.items()} == {
-        "without area inside the picture": 1,
-        "without a phrase": 1,
-        "with a repeated id": 1,
+    skipped = {entry["reason"]: entry for entry in RegionIndex(folder).info["skipped"] if entry["reader"] == "regions"}
+    assert {reason: entry["count"] for reason, entry in skipped.items()} == {
+        "skipped: no area inside the image": 1,
+        "skipped: no phrase": 1,
+        "skipped: duplicate id": 1,
     }
-    assert left["without a phrase, left out"]["first"] == [second["region_id"]]
+    assert skipped["skipped: no phrase"]["examples"] == [second["region_id"]]
     before = (folder / "region_index" / "regions.arrow").read_bytes()
     path.write_text(whole[:-40])
-    assert "region_descriptions.json is not whole JSON" in refused(capsys, "vg", "--source", folder)
+    assert "region_descriptions.json is not valid JSON" in refused(capsys, "vg", "--source", folder)
     assert (folder / "region_index" / "regions.arrow").read_bytes() == before  # the old index is kept
     (folder / "refs(umd).p").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    assert "which would be run" in refused(capsys, "refcocog", "--source", folder)
+    assert "which would run code" in refused(capsys, "refcocog", "--source", folder)
 
 
 def test_training_images_that_are_held_out_elsewhere_are_counted(tmp_path, folder, capsys):
@@ -148,7 +148,7 @@ def test_training_images_that_are_held_out_elsewhere_are_counted(tmp_path, folde
     assert alpha_clip.main(["prepare", "vg", "--source", str(folder), "--against", str(tmp_path / "mix.json")]) == 0
     printed = capsys.readouterr().out
     assert f"training images in the test and validation splits of {folder} itself: 0" in printed
-    line = next(line for line in printed.splitlines() if "mix.json trains on" in line)
+    line = next(line for line in printed.splitlines() if "mix.json that are" in line)
     assert ": 2 (first: coco 9, vg" in line  # one image under both of its names
 
 
@@ -159,9 +159,9 @@ def test_real_records(shared_data, tmp_path, capsys):
     (source / "question_answers.json").unlink()  # the published files do not include its mapping
     assert alpha_clip.main(["prepare", "vg", "--source", str(source)]) == 0
     index = RegionIndex(source)
-    assert len(index) == 1278 and len(index.pictures) == 5
+    assert len(index) == 1278 and len(index.images) == 5
     assert "5 of them missing" in capsys.readouterr().out
     raw = read_json(source / "region_descriptions.json")
     wanted = {region["region_id"]: region["phrase"].strip() for entry in raw for region in entry["regions"]}
-    for facts in index.read(range(0, 1278, 97)):
-        assert facts.sample.references == (wanted[facts.sample.meta["region_id"]],)
+    for region in index.read(range(0, 1278, 97)):
+        assert region.sample.references == (wanted[region.sample.meta["region_id"]],)

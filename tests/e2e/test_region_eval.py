@@ -246,7 +246,7 @@ def test_bad_input(data, tmp_path, capsys):
     run = ["run", "--data", data, *out]
     assert "unknown task" in fails(capsys, *run, "--task", "refcoco")
     assert "novel" in fails(capsys, *run, "--task", "shapes-novel")
-    assert "test.json is missing" in fails(capsys, *run, "--task", "vg-test/full")
+    assert "test.json" in fails(capsys, *run, "--task", "vg-test/full")
     assert "expected 1 or more" in fails(capsys, *run, "--task", "shapes-caption", "--batch-size", 0)
     assert "strength" in fails(capsys, *run, "--task", "shapes-caption", "--strength", 2)
     assert "--prompt is empty" in fails(capsys, *run, "--task", "shapes-caption", "--prompt", " ")

@@ -11,8 +11,8 @@ from torch.nn import functional
 import mllm
 from alpha_clip_commands.training.contrastive_arguments import PairArguments
 from alpha_clip_commands.training.tuning_arguments import DataArguments
+from mllm.data.build_index import build_index
 from mllm.data.index import RegionIndex
-from mllm.data.prepare import make_index
 from mllm.data.splits import densecap_split
 from tests.alpha_maps import alpha_map
 from tests.files import read_json, write_json, write_json_lines
@@ -213,9 +213,9 @@ def test_visual_genomes_images_of_no_split_are_not_trained_on(tmp_path):
         regions.append({"id": image, "regions": [region]})
     write_json(tmp_path / "image_data.json", images)
     write_json(tmp_path / "region_descriptions.json", regions)
-    make_index(tmp_path)
+    build_index(tmp_path)
     index = RegionIndex(tmp_path)
-    assert dict(zip(index.pictures["image_id"], index.split_of_picture, strict=True)) == {
+    assert dict(zip(index.images["image_id"], index.image_splits, strict=True)) == {
         str(image): split for split, image in ids.items()
     }
     skipped, data = tmp_path / "skipped.jsonl", [str(tmp_path)]
@@ -223,6 +223,6 @@ def test_visual_genomes_images_of_no_split_are_not_trained_on(tmp_path):
         ConversationDataset([index], DataArguments(data=data), "train", ["What?"], 0, skipped),
         RegionTextDataset([index], PairArguments(data=data), "train", 0, skipped),
     ):
-        assert len(samples) == 1 and index.pictures[index.picture_of[samples.rows_of(0)[1]]]["image_id"] == [
+        assert len(samples) == 1 and index.images[index.image_rows[samples.rows_of(0)[1]]]["image_id"] == [
             str(ids["train"])
         ]

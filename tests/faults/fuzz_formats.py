@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save
 
 from eval.predictions import read_predictions, read_references
 from mllm.adapter_files import read_adapter_config
-from mllm.data.index import RegionIndex, write_index
+from mllm.data.index import RegionIndex
+from mllm.data.index_writer import write_index
 from mllm.data.readers import coco, grit, jsonl, mask_imagenet, refcocog, visual_genome
 from mllm.data.samples import RegionSample, load_image
 from mllm.region_chat.batch import read_requests
@@ -384,23 +385,23 @@ def index(folder):
     noise_image(10, 8).save(folder / "p.png")
     meta = {"image_id": 1, "region_id": 2, "width": 10, "height": 8}
     sample = RegionSample("1/2", str(folder / "p.png"), (Region.from_box(1, 2, 3, 4),), None, ("a cat",), meta=meta)
-    write_index(folder / "region_index", folder, [("train", sample)], made_of="a test")
+    write_index(folder / "region_index", folder, [("train", sample)], layout="a test")
 
 
 def read_index(folder):
     opened = RegionIndex(folder)
-    return opened.read(opened.rows("train")), opened.missing_pictures("train")
+    return opened.read(opened.rows("train")), opened.missing_images("train")
 
 
 INDEX = {
-    "format": 2,
-    "made_of": "a test",
+    "format": 3,
+    "layout": "a test",
     "root": "..",
-    "turns_of_unknown_regions": 0,
-    "pictures": 1,
+    "turns_without_region": 0,
+    "images": 1,
     "regions": 1,
     "splits": {"train": 1},
-    "left_out": {},
+    "skipped": [],
 }
 
 
@@ -413,22 +414,22 @@ FORMATS = {
         json_cases(QUESTIONS), in_file("question_answers.json", visual_genome.read_region_questions), GENOME
     ),
     "vg_mapping": Format(
-        json_cases(MAPPING), in_file("qa_to_region_mapping.json", visual_genome.read_free_questions), GENOME
+        json_cases(MAPPING), in_file("qa_to_region_mapping.json", visual_genome.read_image_questions), GENOME
     ),
     "vg_masks": Format(
         json_cases(MASKS),
-        in_file("region_masks.json", partial(visual_genome.read_regions, region_input="mask")),
+        in_file("region_masks.json", partial(visual_genome.read_regions, region_type="mask")),
         GENOME,
     ),
-    "refs": Format(pickle_cases(REFS), in_file("refs(umd).p", lambda folder: refcocog.read_refs(folder)), refs),
+    "refs": Format(pickle_cases(REFS), in_file("refs(umd).p", lambda folder: refcocog.read_refcocog(folder)), refs),
     "instances": Format(
         json_cases(INSTANCES),
-        in_file("instances.json", lambda folder: refcocog.read_refs(folder, region_input="mask", grouped=True)),
+        in_file("instances.json", lambda folder: refcocog.read_refcocog(folder, region_type="mask", grouped=True)),
         refs,
     ),
     "coco_captions": Format(
         json_cases(CAPTIONS),
-        in_file("c.json", lambda folder: coco.read_captions(folder / "c.json", folder, region_input="mask")),
+        in_file("c.json", lambda folder: coco.read_coco(folder / "c.json", folder, region_type="mask")),
         writing(),
     ),
     "grit_json": Format(json_cases(GRIT), in_file("p.json", lambda folder: grit.read_grit(folder)), writing()),

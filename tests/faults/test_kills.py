@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from mllm.data.prepare import make_index
+from mllm.data.build_index import build_index
 from mllm.data.shapes import grit_layout, visual_genome_layout
 from tests.files import write_json_lines
 from tests.tiny import build_tiny_clip, build_tiny_llava, save_model
@@ -45,7 +45,7 @@ def world(tmp_path_factory):
     visual_genome_layout.write(folder / "test", 6, 1, "test", progress=False)
     grit_layout.write(folder / "grit", 8, 1, "train", min_objects=1, progress=False)
     for name in ("shapes", "grit"):
-        make_index(folder / name)
+        build_index(folder / name)
     for ranks in (1, 2):
         batch = 4 // ranks
         recipe = TRAINING.format(data=folder / "shapes", batch=batch)

@@ -1,6 +1,7 @@
 """Commands do not replace files that they did not write; the error is one line."""
 
 import os
+import shutil
 
 import pytest
 from PIL import Image
@@ -15,7 +16,7 @@ from alpha_clip_commands import alpha_clip, region_chat, region_eval
 from mllm.data.index import RegionIndex
 from mllm.data.shapes import grit_layout, visual_genome_layout
 from scripts import join_images
-from tests.files import write_json, write_json_lines
+from tests.files import ROOT, write_json, write_json_lines
 from tests.tiny import noise_image
 
 
@@ -189,15 +190,16 @@ def test_the_index_lies_in_the_data_and_nothing_else_changes(place, capsys):
 
 
 def test_an_index_of_an_earlier_version_loads_and_is_replaced(place, capsys):
-    assert alpha_clip.main(["prepare", "vg", "--source", "vg"]) == 0
     index = place / "vg" / "region_index"
-    (index / ".made_by.json").unlink()
-    assert len(RegionIndex(place / "vg"))
+    earlier = ROOT / "tests" / "unit" / "mllm" / "data" / "index_format_2"
+    shutil.copytree(earlier, index)
+    assert len(RegionIndex(place / "vg")) == 3
     (index / "notes.txt").touch()
     refused(alpha_clip.main, ["prepare", "vg", "--source", "vg"], capsys)
     (index / "notes.txt").unlink()
     assert alpha_clip.main(["prepare", "vg", "--source", "vg"]) == 0
-    (index / ".made_by.json").unlink()
+    shutil.rmtree(index)
+    shutil.copytree(earlier, index)
     (index / "index.json").write_text("{}")
     refused(alpha_clip.main, ["prepare", "vg", "--source", "vg"], capsys)
 

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 import mllm
 from alpha_clip_commands.training.tuning_arguments import DataArguments
+from mllm.data.build_index import build_index
 from mllm.data.index import TRAIN, RegionIndex
-from mllm.data.prepare import make_index
 from mllm.locks import locked
 from tests.faults.training_runs import make_worlds
 from tests.files import read_json, write_json_lines
@@ -48,7 +48,7 @@ def indexed(folder, regions, size=(64, 32)):
     noise_image(*size).save(folder / "0.png")
     lines = [{"image": "0.png", "region": region, "answer": "red", "meta": {"split": TRAIN}} for region in regions]
     write_json_lines(folder / "own.jsonl", lines)
-    make_index(folder / "own.jsonl")
+    build_index(folder / "own.jsonl")
     return RegionIndex(folder / "own.jsonl")
 
 

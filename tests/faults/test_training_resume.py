@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from mllm.data.prepare import make_index
+from mllm.data.build_index import build_index
 from mllm.locks import locked
 from tests.faults.training_runs import PROGRAMS, make_worlds
 from tests.files import read_json, write_json
@@ -229,7 +229,7 @@ def spoiled(recipes, folder):
     region["x"], region["y"] = 5000, 5000
     write_json(folder / "region_descriptions.json", described)
     (folder / "VG_100K" / "3.png").write_bytes(b"\x89PNG broken")
-    make_index(folder)
+    build_index(folder)
     return folder
 
 

@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 from typing import NamedTuple
 
-from mllm.data.prepare import make_index
+from mllm.data.build_index import build_index
 from mllm.data.shapes import grit_layout, visual_genome_layout
 from tests.files import ROOT
 from tests.tiny import build_tiny_clip, build_tiny_llava, save_model
@@ -43,7 +43,7 @@ def make_worlds(folder: Path) -> dict[str, Path]:
         save_model(world / "model", *build())
         write_splits(layout, world, 6)
         for split in ("train", "val"):
-            make_index(world / split)
+            build_index(world / split)
         recipes[name] = world / "recipe.yaml"
         more = "lora_r: 2\nlora_dropout: 0.0\n" if name == "region-tune" else "dataloader_drop_last: true\n"
         recipes[name].write_text(RECIPE.format(**{n: world / n for n in ("model", "train", "val")}) + more)

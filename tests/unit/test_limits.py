@@ -11,12 +11,12 @@ from tests.unit.test_style import PACKAGES
 from vision_tower import AlphaCLIPImageProcessor
 
 DOCUMENTED = {  # limit -> value, and its text on the page
-    "LARGEST_FILE": (2 * 2**30, "2 GiB"),
-    "LARGEST_RECORD": (16 * 2**20, "16 MiB"),
-    "DEEPEST": (100, "100 levels"),
-    "MOST_SENTENCES": (10_000, "10,000"),
-    "LARGEST_PICKLE": (256 * 2**20, "256 MiB"),
-    "LONGEST_NAME": (1024, "1,024 characters"),
+    "MAX_FILE_SIZE": (2 * 2**30, "2 GiB"),
+    "MAX_RECORD_SIZE": (16 * 2**20, "16 MiB"),
+    "MAX_DEPTH": (100, "100 levels"),
+    "MAX_SENTENCES": (10_000, "10,000"),
+    "MAX_PICKLE_BYTES": (256 * 2**20, "256 MiB"),
+    "MAX_NAME_LENGTH": (1024, "1,024 characters"),
     "MAX_RECIPE_BYTES": (64 * 2**10, "64 KiB"),
     "MAX_BRACKETS": (1000, "1,000"),
     "MAX_VALUES": (10_000, "10,000"),
@@ -32,7 +32,7 @@ DOCUMENTED = {  # limit -> value, and its text on the page
     "MAX_ERRORS": (0.5, "half"),
     "MIN_ERRORS": (20, "20"),
 }
-LIMIT = re.compile(r"^((?:MAX|LARGEST|LONGEST|MOST)_[A-Z_]+|MIN_ERRORS|DEEPEST) = ", re.MULTILINE)
+LIMIT = re.compile(r"^((?:MAX|LARGEST|LONGEST|MOST)_[A-Z_]+|MIN_ERRORS|MAX_DEPTH) = ", re.MULTILINE)
 
 
 def limits():

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from alpha_clip_commands.training.contrastive_arguments import PairArguments
-from mllm.data.index import RegionFacts, RegionIndex
+from mllm.data.index import IndexedRegion, RegionIndex
 from train.region_dataset import RegionDataset, check_region, sample_region
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPProcessor, Region
 
@@ -74,10 +74,10 @@ class RegionTextDataset(RegionDataset):
             selected = np.append(selected[: max(count, 1) - 1], rng.choice(captions))
         return selected if len(selected) else captions[:1]  # an image with a caption and no region
 
-    def build_item(self, facts: RegionFacts, image: Image.Image, rng: np.random.Generator) -> tuple[Region, str]:
+    def build_item(self, indexed: IndexedRegion, image: Image.Image, rng: np.random.Generator) -> tuple[Region, str]:
         """A region and its text."""
-        region = soften_region(sample_region(facts, image.size, self.pair_args, rng), image.size, self.pair_args, rng)
-        answers = [answer for kind, _, answer in facts.turns if kind == "description"]
+        region = soften_region(sample_region(indexed, image.size, self.pair_args, rng), image.size, self.pair_args, rng)
+        answers = [answer for kind, _, answer in indexed.turns if kind == "description"]
         text = answers[rng.integers(len(answers))]
         if self.image_processor is not None:
             check_region(region, image.size, self.image_processor)

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from eval.region_matching import DescribedPicture, described_pictures
-from mllm.data.index import RegionFacts, RegionIndex
+from mllm.data.index import IndexedRegion, RegionIndex
 from mllm.data.samples import RegionSample, describe_source
 from train.contrastive.data import RegionTextDataset
 from train.region_dataset import check_region
@@ -22,7 +22,7 @@ def validation_images(dataset: RegionTextDataset, count: int) -> list[DescribedP
         ValueError: If no image can be used, or more items were skipped than `max_missing` allows.
     """
     split = dataset.skipped.split
-    images = [(index, image) for index in dataset.indexes for image in np.flatnonzero(index.split_of_picture == split)]
+    images = [(index, image) for index in dataset.indexes for image in np.flatnonzero(index.image_splits == split)]
     check_not_empty(images, dataset.indexes, f"expected images in the split {split!r} for evaluation")
     spaced = np.linspace(0, len(images) - 1, min(len(images), count)).astype(int)
     chosen = [images[n] for n in spaced.tolist()]
@@ -39,7 +39,9 @@ def validation_samples(dataset: RegionTextDataset, index: RegionIndex, image: in
     Raises:
         ValueError: If more items were skipped than `max_missing` allows.
     """
-    described = [facts for facts in index.read(np.flatnonzero(index.picture_of == image)) if facts.sample.references]
+    described = [
+        indexed for indexed in index.read(np.flatnonzero(index.image_rows == image)) if indexed.sample.references
+    ]
     if not described:
         return []
     source = describe_source(described[0].sample.image)
@@ -49,21 +51,21 @@ def validation_samples(dataset: RegionTextDataset, index: RegionIndex, image: in
         dataset.skipped.add(position, source, None, error)
         return []
     samples = []
-    for facts in described:
+    for indexed in described:
         try:
-            region = _validation_region(dataset, facts)
+            region = _validation_region(dataset, indexed)
             if dataset.image_processor is not None:
                 check_region(region, opened.size, dataset.image_processor)
         except ValueError as error:
-            dataset.skipped.add(position, source, facts.sample.id, error)
+            dataset.skipped.add(position, source, indexed.sample.id, error)
         else:
-            samples.append(dataclasses.replace(facts.sample, regions=(region,)))
+            samples.append(dataclasses.replace(indexed.sample, regions=(region,)))
     return samples
 
 
-def _validation_region(dataset: RegionTextDataset, facts: RegionFacts) -> Region:
+def _validation_region(dataset: RegionTextDataset, indexed: IndexedRegion) -> Region:
     """The region without randomness."""
-    if facts.forms[0].is_whole:
-        return facts.forms[0]
+    if indexed.geometries[0].is_whole:
+        return indexed.geometries[0]
     requested = dataset.pair_args.region_input
-    return facts.form("available" if requested == "mixed" else requested)
+    return indexed.as_type("available" if requested == "mixed" else requested)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from alpha_clip_commands.training.tuning_arguments import DataArguments
-from mllm.data.index import RegionFacts, RegionIndex
+from mllm.data.index import IndexedRegion, RegionIndex
 from mllm.messages import Message
 from train.region_dataset import RegionDataset, sample_region
 
@@ -47,18 +47,18 @@ class ConversationDataset(RegionDataset):
         self.wordings = wordings
         self.check = check
 
-    def build_item(self, facts: RegionFacts, image: Image.Image, rng: np.random.Generator) -> Conversation:
+    def build_item(self, indexed: IndexedRegion, image: Image.Image, rng: np.random.Generator) -> Conversation:
         """A conversation about the region."""
-        conversation = self._conversation(facts, image, rng)
+        conversation = self._conversation(indexed, image, rng)
         if self.check is not None:
             self.check(conversation)
         return conversation
 
-    def _conversation(self, facts: RegionFacts, image: Image.Image, rng: np.random.Generator) -> Conversation:
+    def _conversation(self, indexed: IndexedRegion, image: Image.Image, rng: np.random.Generator) -> Conversation:
         """A conversation of 1 to `max_turns` different turns, in the format of `apply_chat_template`."""
         args = self.data_args
-        region = sample_region(facts, image.size, args, rng)
-        turns = [turn for turn in facts.turns if not args.turn_kinds or _is_kind(turn[0], args.turn_kinds)]
+        region = sample_region(indexed, image.size, args, rng)
+        turns = [turn for turn in indexed.turns if not args.turn_kinds or _is_kind(turn[0], args.turn_kinds)]
         weights = np.array([self.weight_of_kind.get(kind, 1.0) for kind, _, _ in turns])
         count = min(int(rng.integers(1, args.max_turns + 1)), len(turns))
         messages: list[Message] = []

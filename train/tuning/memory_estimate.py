@@ -112,7 +112,7 @@ def longest_conversation(train: ConversationDataset, processor: AlphaProcessor, 
     """Tokens of a conversation with `turns` turns of the 99th percentile of the samples' longest turns."""
     longest = int(np.argsort(train.lengths)[int(0.99 * (len(train) - 1))])
     index, rows = train.rows_of(longest)
-    candidates = [turn for facts in index.read(rows) for turn in facts.turns]
+    candidates = [turn for indexed in index.read(rows) for turn in indexed.turns]
     _, question, answer = max(candidates, key=lambda turn: len(turn[1] or "") + len(turn[2]))
     content = [{"type": "image"}, {"type": "text", "text": question or max(train.wordings, key=len)}]
     messages = [

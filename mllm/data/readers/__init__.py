@@ -1,1 +1,1 @@
-"""Readers: one module for each file format, each yielding `RegionSample` records."""
+"""Readers: one module per file format; each yields `RegionSample`s."""

@@ -1,9 +1,9 @@
-"""A JSONL file of one's own -> `RegionSample`s: {"id"?, "image", "region", "question"?, "answer"} a line.
+"""Reads a JSONL file of your own: {"id"?, "image", "region", "question"?, "answer", "meta"?} per line.
 
-`image` and `region` are written as for `region-chat --batch`: a path relative to the file, and {"box": [x0, y0, x1,
-y1]}, {"mask": path}, {"rle": {...}}, {"polygon": [...]}, {"points": [...], "radius": r} or {"whole": true}. `answer`
-(or `references`) is the right answer or a list of them; a line without a question asks for a description. `meta` is
-kept. A line that cannot be used is left out, counted and named; of two lines with one id the first is used.
+`image` is a path relative to the file. `region` is {"box": [x0, y0, x1, y1]}, {"mask": path}, {"rle": {...}},
+{"polygon": [...]}, {"points": [...], "radius": r} or {"whole": true}, as for `region-chat --batch`. `answer` (or
+`references`) is the correct answer, or a list of them. A line without a question asks for a description. Lines that
+cannot be used are skipped and counted; if an id is repeated, the first line is used.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from msgspec import UNSET
 
 from alpha_clip_commands.command_line import one_line
 from mllm.data.json_files import json_lines, parse_record
-from mllm.data.records import READ, ReadReport
+from mllm.data.read_report import READ, ReadReport
 from mllm.data.samples import RegionSample
-from mllm.data.schemas import Line, SampleMeta, checked
+from mllm.data.schemas import JsonlSample, SampleMeta, validate
 from vision_tower import Region
 
-DAMAGED = "lines that cannot be used, left out"
-REPEATED = "lines with the id of an earlier one, left out"
+INVALID_LINE = "lines skipped: not in the expected format"
+DUPLICATE_LINE = "lines skipped: duplicate id"
 
 
 def read_jsonl(path: str | os.PathLike, *, report: ReadReport | None = None) -> Iterator[RegionSample]:
-    """One sample for each line; without an id its number, from 1, is the id.
+    """One sample per line. The id of a line without one is its number, from 1.
 
     Args:
         path: The file.
-        report: Filled with what was read and left out, by line; logged in any case.
+        report: Filled with the counts of read and skipped lines, which are also logged.
 
     Raises:
-        ValueError: If the file cannot be read, or too many of its lines cannot be used (`mllm.data.records`).
+        ValueError: If the file cannot be read, or more than `MAX_ERRORS` of its lines cannot be used.
     """
     path = Path(path)
     folder = path.resolve().parent
@@ -44,45 +44,45 @@ def read_jsonl(path: str | os.PathLike, *, report: ReadReport | None = None) -> 
         try:
             sample = _sample(folder, number, parse_record(line))
         except (ValueError, OSError, RecursionError) as error:
-            report.leave_out(DAMAGED, f"line {number}: {one_line(error)}")
+            report.skip(INVALID_LINE, f"line {number}: {one_line(error)}")
             continue
         if sample.id in seen:
-            report.leave_out(REPEATED, f"line {number}: {sample.id}")
+            report.skip(DUPLICATE_LINE, f"line {number}: {sample.id}")
             continue
         seen.add(sample.id)
         report.add(READ, sample.id)
         yield sample
-    report.finish(str(path), needed=True)
+    report.finish(str(path), required=True)
 
 
 def _sample(folder: Path, number: int, record: Any) -> RegionSample:
     """The sample of a line.
 
     Raises:
-        ValueError: If the record is something else.
+        ValueError: If the record is not in the expected format.
     """
-    line = checked(record, Line)
+    line = validate(record, JsonlSample)
     meta = {} if line.meta is UNSET else line.meta
-    checked(meta, SampleMeta, "meta")
-    region = region_in(folder, line.region)
+    validate(meta, SampleMeta, "meta")
+    region = region_from_record(folder, line.region)
     sample_id = str(number if line.id is UNSET else line.id)
     return RegionSample(sample_id, str(folder / line.image), (region,), line.question, _references(line), meta=meta)
 
 
-def region_in(folder: Path, region: Any) -> Region:
-    """The region of a line of a file in `folder`, which a mask's path is relative to.
+def region_from_record(folder: Path, region: Any) -> Region:
+    """The `region` of a line; the path of a mask is relative to `folder`.
 
     Raises:
-        ValueError: As `Region.from_json`.
+        ValueError: As for `Region.from_json`.
     """
     if isinstance(region, dict) and isinstance(region.get("mask"), str) and not region["mask"].startswith("data:"):
         region = {**region, "mask": str(folder / region["mask"])}
     return Region.from_json(region)
 
 
-def _references(line: Line) -> tuple[str, ...]:
+def _references(line: JsonlSample) -> tuple[str, ...]:
     if (line.answer is UNSET) == (line.references is UNSET):
-        raise ValueError('expected "answer" or "references", and not both')
+        raise ValueError('expected either "answer" or "references"')
     value = line.references if line.answer is UNSET else line.answer
     texts = [value] if isinstance(value, str) else value
     if not texts or not all(text.strip() for text in texts):

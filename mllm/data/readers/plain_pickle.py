@@ -1,8 +1,8 @@
-"""Reads pickles of plain lists, dicts, strings and numbers: RefCOCO's refs(...).p. Nothing in them is run.
+"""Reads pickles of plain lists, dicts, strings and numbers, such as RefCOCO's refs(...).p, without running code.
 
-The interpreter's own pickle in C allocates as much as a pickle asks for (13 bytes: 8.8 GB), so this uses the one in
-Python, whose memory stays in proportion to the file, with the opcodes that plain content needs. 50,000 refs take
-seconds: a file is read once.
+Python's C unpickler allocates whatever size a pickle states (8.8 GB for a file of 13 bytes), so this uses the Python
+implementation, whose memory use is proportional to the file, restricted to the opcodes of plain content. Reading 50,000
+refs takes seconds.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 from mllm.data.json_files import open_file
 
-LARGEST_PICKLE = 256 * 2**20  # bytes; RefCOCO's largest has about 40 MB
+MAX_PICKLE_BYTES = 256 * 2**20  # RefCOCO's largest file has about 40 MB
 
 # What the unpickler raises on damaged files
-_DAMAGE = (
+_UNPICKLING_ERRORS = (
     pickle.UnpicklingError,
     ValueError,
     EOFError,
@@ -29,8 +29,8 @@ _DAMAGE = (
     MemoryError,
     struct.error,
 )
-# Those that name functions, classes or objects outside the file are there only to be refused with a reason.
-_PLAIN = """
+# The last line: opcodes that refer to code or external objects, included only for a clear error.
+_OPCODES = """
     PROTO FRAME STOP MARK POP POP_MARK DUP MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET
     NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
     STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8
@@ -40,21 +40,21 @@ _PLAIN = """
 _KEYS = (str, int, float, bool, bytes, type(None))
 
 
-class _PlainUnpickler(pickle._Unpickler):  # the one in Python
-    """Builds lists, tuples, dicts, strings and numbers, nothing else."""
+class _PlainUnpickler(pickle._Unpickler):  # the Python implementation
+    """Builds only lists, tuples, dicts, strings and numbers."""
 
-    dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in (getattr(pickle, name) for name in _PLAIN)}
+    dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in (getattr(pickle, name) for name in _OPCODES)}
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which would be run")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which would run code")
 
     def get_extension(self, code: int) -> Any:
-        raise pickle.UnpicklingError(f"it names the registered class {code}, which would be run")
+        raise pickle.UnpicklingError(f"it refers to the registered class {code}, which would run code")
 
     def persistent_load(self, pid: Any) -> Any:
         raise pickle.UnpicklingError("it refers to objects outside the file")
 
-    # Hashing a deeply nested tuple can crash the interpreter, or take forever: keys are plain.
+    # Hashing a deeply nested tuple can crash the interpreter or never end, so keys must be of plain types.
 
     def load_dict(self) -> None:
         items = self.pop_mark()
@@ -70,32 +70,30 @@ class _PlainUnpickler(pickle._Unpickler):  # the one in Python
 
     def _set(self, items: list) -> None:
         if len(items) % 2 or not isinstance(target := self.stack[-1], dict):
-            raise pickle.UnpicklingError("it sets items of something other than a dict")
+            raise pickle.UnpicklingError("it sets items of an object that is not a dict")
         for at in range(0, len(items), 2):
             if type(items[at]) not in _KEYS:
                 raise pickle.UnpicklingError(f"a dict has a {type(items[at]).__name__} as its key")
             target[items[at]] = items[at + 1]
 
-    ours: dict[int, Any] = {pickle.DICT[0]: load_dict, pickle.SETITEM[0]: load_setitem}
-    dispatch |= ours | {pickle.SETITEMS[0]: load_setitems}
+    overrides: dict[int, Any] = {pickle.DICT[0]: load_dict, pickle.SETITEM[0]: load_setitem}
+    dispatch |= overrides | {pickle.SETITEMS[0]: load_setitems}
 
 
 def read_pickle(path: Path) -> Any:
-    """The content of a pickle of plain containers, strings and numbers, as Python 2 or 3 wrote it.
+    """The content of a pickle of plain containers, strings and numbers, written by Python 2 or 3.
 
     Raises:
-        ValueError: If it is missing, larger than `LARGEST_PICKLE` or damaged, or holds anything else.
+        ValueError: If the file is missing, damaged, larger than `MAX_PICKLE_BYTES`, or contains other objects.
     """
-    with open_file(path, LARGEST_PICKLE) as file:
+    with open_file(path, MAX_PICKLE_BYTES) as file:
         try:
             content = file.read()
         except OSError as error:
             raise ValueError(f"cannot read {path}: {error}") from error
     try:
-        # as its own reader does: refer.py of lichengunc/refer opens it in Python 2, whose bytes these are
+        # latin1, as refer.py of lichengunc/refer reads these files in Python 2
         return _PlainUnpickler(io.BytesIO(content), encoding="latin1").load()
-    except _DAMAGE as error:
-        reason = f"unexpected opcode {error}" if isinstance(error, KeyError) else str(error) or "cut short"
-        raise ValueError(
-            f"{path} is damaged, or is not a pickle of plain lists, dicts, strings and numbers: {reason}"
-        ) from error
+    except _UNPICKLING_ERRORS as error:
+        reason = f"unexpected opcode {error}" if isinstance(error, KeyError) else str(error) or "truncated"
+        raise ValueError(f"{path} is damaged or not a pickle of lists, dicts, strings and numbers: {reason}") from error

@@ -1,11 +1,11 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg as lichengunc/refer publishes them -> `RegionSample`s; and rows of the Hub's copies.
+"""Reads RefCOCO, RefCOCO+ and RefCOCOg in the layout of lichengunc/refer.
 
-A folder holds `refs(umd).p` or `refs(google).p` (RefCOCO and RefCOCO+: `refs(unc).p`), `instances.json`, and pictures
-in `train2014/`. No record of these files published by their authors has been read here: they are written as their
-README and refer.py describe, and by `mllm.data.shapes.scenes`. JSON copies: `mllm.data.readers.coco`.
+A folder has `refs(umd).p` or `refs(google).p` (RefCOCO and RefCOCO+: `refs(unc).p`), `instances.json`, and the images
+in `train2014/`. Not tested with published files: the tests write them as the README and refer.py describe, or with
+`mllm.data.shapes`. JSON versions of these datasets: `mllm.data.readers.coco`.
 
-A sample's meta holds `image_id`, `width`, `height`, `area` (share of the picture that the box covers), `same_class`
-(how many other annotations of the picture are of its category), `ref_id`, `ann_id`, and `sent_id` where it is one
+A sample's `meta` has `image_id`, `width`, `height`, `area` (of the box, as a fraction of the image), `same_class`
+(number of other annotations of the same category in the image), `ref_id`, `ann_id`, and `sent_id` if it is one
 expression.
 """
 
@@ -17,35 +17,74 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alpha_clip_commands.command_line import one_line
-from mllm.data.json_files import is_utf8, read_json, refuse_repeated, wrong
-from mllm.data.masks import check_region_input, region_of
-from mllm.data.readers.coco import IMAGE_FOLDERS, file_of, rows_by_id
-from mllm.data.readers.plain_pickle import read_pickle
-from mllm.data.records import (
-    MALFORMED,
+from mllm.data.image_folders import ImageFolders
+from mllm.data.json_files import check_unique, is_utf8, read_json, unexpected
+from mllm.data.masks import check_region_type, select_region
+from mllm.data.read_report import (
     READ,
-    Folders,
     ReadReport,
-    area_share,
-    clamped,
+    clamp_box,
+    relative_area,
     usable_record,
     usable_text,
 )
+from mllm.data.readers.coco import IMAGE_FOLDERS, image_path, rows_by_id
+from mllm.data.readers.plain_pickle import read_pickle
 from mllm.data.samples import RegionSample
-from mllm.data.schemas import MOST_SENTENCES, CocoAnnotation, CocoImage, HubRow, Ref, Sentence, checked
+from mllm.data.schemas import MAX_SENTENCES, CocoAnnotation, CocoImage, Ref, RefSentence
 from vision_tower import Region
 
-NO_TEXT = "without text, left out"
-NO_SPLIT = "without a split, left out"
-NO_ANNOTATION = "about an annotation or image that instances.json does not have, left out"
+NO_TEXT = "skipped: no text"
+NO_SPLIT = "skipped: no split"
+NO_ANNOTATION = "skipped: the annotation or image is not in instances.json"
+
+
+def read_refcocog(
+    root: str | os.PathLike,
+    *,
+    split_by: str = "umd",
+    split: str = "val",
+    grouped: bool = False,
+    region_type: str = "box",
+    report: ReadReport | None = None,
+    files: RefFiles | None = None,
+) -> Iterator[RegionSample]:
+    """One sample per expression, or with `grouped` one per region with all its expressions as references.
+
+    Expressions without text are skipped, and regions whose expressions all have no text.
+
+    Args:
+        root: Folder of the files.
+        split_by: Author of the split: "umd", "google" or "unc".
+        split: "train", "val", "test", "testA" or "testB".
+        grouped: Evaluation protocol: METEOR differs by half between the two (docs/evaluation.md).
+        region_type: "box", or "mask" (polygons or RLE of `instances.json`).
+        report: Filled with the counts of read, clamped and skipped records, which are also logged.
+        files: The files, if they have been read.
+
+    Raises:
+        ValueError: If a file is missing or damaged, refers to code, or lacks the split; if an id of an image,
+            annotation, ref or expression occurs twice; or if more than `MAX_ERRORS` of the records cannot be used.
+    """
+    check_region_type(region_type)
+    files = RefFiles(root, split_by) if files is None else files
+    if split not in files.splits:
+        raise ValueError(f"{files.path} has no split {split!r}; its splits are {', '.join(files.splits) or 'none'}")
+    report = ReadReport() if report is None else report
+    report.include(files.malformed, f"records of {files.instances_path.name}")
+    for number, record in enumerate(files.refs):
+        if (found := _split_of(record)) is None:
+            report.skip(NO_SPLIT, f"refs[{number}]")
+        elif found == split:
+            yield from _samples(files, number, record, grouped, region_type, report)
+    report.finish(f"{files.path}, {split}: {'regions' if grouped else 'expressions'}")
 
 
 class RefFiles:
-    """The refs and `instances.json` of a folder: read once, for all splits and forms.
+    """The refs and `instances.json` of a folder, which are read once for all splits and region types.
 
     Attributes:
-        path: Of the refs.
+        path: Path of the refs.
         splits: Names of the splits, sorted.
     """
 
@@ -54,41 +93,41 @@ class RefFiles:
 
         Args:
             root: Folder of the files.
-            split_by: Whose split: "umd", "google" or "unc".
+            split_by: Author of the split: "umd", "google" or "unc".
 
         Raises:
-            ValueError: If a file is missing, damaged or wants to run code, or an id occurs twice.
+            ValueError: If a file is missing or damaged, refers to code, or an id occurs twice.
         """
         root = Path(root)
         self.path = root / f"refs({split_by}).p"
         self.refs = read_pickle(self.path)
         if not isinstance(self.refs, list):
-            raise wrong(self.path, "a list of refs", self.refs)
+            raise unexpected(self.path, "a list of refs", self.refs)
         self.splits = sorted({split for ref in self.refs if (split := _split_of(ref)) is not None})
-        self._refuse_repeated()
+        self._check_ids()
         self.instances_path = root / "instances.json"
         content = read_json(self.instances_path, dict)
         self.malformed = ReadReport()
         self.images = rows_by_id(self.instances_path, content, "images", self.malformed)
         self.annotations = rows_by_id(self.instances_path, content, "annotations", self.malformed)
         self.classes = Counter(map(_class_of, self.annotations.values()))
-        self.folders = Folders(root, IMAGE_FOLDERS)
+        self.folders = ImageFolders(root, IMAGE_FOLDERS)
 
-    def _refuse_repeated(self) -> None:
+    def _check_ids(self) -> None:
         for name in ("ref_id", "sent_id"):
             ids = [record[name] for record in self._records(name) if type(record.get(name)) is int]
             if len(set(ids)) < len(ids):
-                refuse_repeated(ids, f"{self.path}: values of {name}")
+                check_unique(ids, f"{self.path}: values of {name}")
 
     def _records(self, name: str) -> Iterator[dict]:
-        """The refs, or their sentences, that are objects."""
+        """The refs or their sentences, as far as they are objects."""
         for ref in self.refs:
             if not isinstance(ref, dict):
                 continue
             sentences = ref.get("sentences")
             if name == "ref_id":
                 yield ref
-            elif isinstance(sentences, list) and len(sentences) <= MOST_SENTENCES:
+            elif isinstance(sentences, list) and len(sentences) <= MAX_SENTENCES:
                 yield from (sentence for sentence in sentences if isinstance(sentence, dict))
 
 
@@ -103,49 +142,8 @@ def _class_of(row: dict) -> tuple:
     return tuple(value if type(value := row.get(name)) is int else None for name in ("image_id", "category_id"))
 
 
-def read_refs(
-    root: str | os.PathLike,
-    *,
-    split_by: str = "umd",
-    split: str = "val",
-    grouped: bool = False,
-    region_input: str = "box",
-    report: ReadReport | None = None,
-    files: RefFiles | None = None,
-) -> Iterator[RegionSample]:
-    """One sample for each expression, or with `grouped` for each region with all its expressions as references.
-
-    An expression without text is left out, and so is a region whose expressions all are.
-
-    Args:
-        root: Folder of the files.
-        split_by: Whose split: "umd", "google" or "unc".
-        split: "train", "val", "test", "testA" or "testB".
-        grouped: Which of two protocols: published numbers differ by half in METEOR (docs/evaluation.md).
-        region_input: "box", or "mask" (polygons or RLE of `instances.json`).
-        report: Filled with what was read, clamped and left out; logged in any case.
-        files: The files, if they were read already.
-
-    Raises:
-        ValueError: If a file is missing, damaged, wants to run code, or has no such split; if an id of an image,
-            annotation, ref or expression occurs twice; or if too many records cannot be used (`mllm.data.records`).
-    """
-    check_region_input(region_input)
-    files = RefFiles(root, split_by) if files is None else files
-    if split not in files.splits:
-        raise ValueError(f"{files.path} has no split {split!r}; it has {', '.join(files.splits) or 'none'}")
-    report = ReadReport() if report is None else report
-    report.note(files.malformed, f"records of {files.instances_path.name}")
-    for number, record in enumerate(files.refs):
-        if (found := _split_of(record)) is None:
-            report.leave_out(NO_SPLIT, f"refs[{number}]")
-        elif found == split:
-            yield from _samples(files, number, record, grouped, region_input, report)
-    report.finish(f"{files.path}, {split}: {'regions' if grouped else 'expressions'}")
-
-
 def _samples(
-    files: RefFiles, number: int, record: dict, grouped: bool, region_input: str, report: ReadReport
+    files: RefFiles, number: int, record: dict, grouped: bool, region_type: str, report: ReadReport
 ) -> Iterator[RegionSample]:
     """The samples of a ref."""
     if (ref := usable_record(record, Ref, f"refs[{number}]", report)) is None:
@@ -153,134 +151,64 @@ def _samples(
     sentences = list(_sentences(ref, grouped, report))
     if not sentences:
         if grouped or not ref.sentences:
-            report.leave_out(NO_TEXT, f"ref {ref.ref_id}")
+            report.skip(NO_TEXT, f"ref {ref.ref_id}")
         return
-    if (found := _region(files, ref, region_input, report)) is None:
+    if (found := _region(files, ref, region_type, report)) is None:
         return
     image, region, meta = found
     if grouped:
         report.add(READ, ref.ref_id)
-        references = tuple(words for _, words in sentences)
+        references = tuple(text for _, text in sentences)
         yield RegionSample(f"ref-{ref.ref_id}", image, (region,), None, references, meta=meta)
         return
-    for sent_id, words in sentences:
+    for sent_id, text in sentences:
         report.add(READ, sent_id)
-        about = {**meta, "sent_id": sent_id}
-        yield RegionSample(f"sent-{sent_id}", image, (region,), None, (words,), meta=about)
+        yield RegionSample(f"sent-{sent_id}", image, (region,), None, (text,), meta={**meta, "sent_id": sent_id})
 
 
 def _sentences(ref: Ref, grouped: bool, report: ReadReport) -> Iterator[tuple[int, str]]:
-    """Id and text of the expressions of a ref that can be used; the others are counted."""
-    # grouped, expressions are not items: the region that one is dropped from is still read
-    dropped = ReadReport() if grouped else report
+    """Id and text of each usable expression of a ref; the others are counted."""
+    # with `grouped`, a skipped expression is not a skipped sample: its region can still be read
+    skipped = ReadReport() if grouped else report
     for record in ref.sentences:
-        sentence = usable_record(record, Sentence, f"a sentence of ref {ref.ref_id}", dropped)
+        sentence = usable_record(record, RefSentence, f"a sentence of ref {ref.ref_id}", skipped)
         if sentence is None:
             continue
-        words = usable_text(sentence.sent, dropped, f"sentence {sentence.sent_id}", NO_TEXT)
-        if words is not None:
-            yield sentence.sent_id, words
+        text = usable_text(sentence.sent, skipped, f"sentence {sentence.sent_id}", NO_TEXT)
+        if text is not None:
+            yield sentence.sent_id, text
     if grouped:
-        report.note(dropped, "expressions")
+        report.include(skipped, "expressions")
 
 
 def _region(
-    files: RefFiles, ref: Ref, region_input: str, report: ReadReport
+    files: RefFiles, ref: Ref, region_type: str, report: ReadReport
 ) -> tuple[str, Region, dict[str, Any]] | None:
-    """Image, region and meta of a ref; None, counted, where they cannot be used."""
+    """Image path, region and meta of a ref, or None (counted) if they cannot be used."""
     name = f"ref {ref.ref_id}"
-    record, of_image = files.annotations.get(ref.ann_id), files.images.get(ref.image_id)
-    if record is None or of_image is None or record.get("image_id") != ref.image_id:
-        report.leave_out(NO_ANNOTATION, f"{name}: annotation {ref.ann_id} of image {ref.image_id}")
+    annotation, image_row = files.annotations.get(ref.ann_id), files.images.get(ref.image_id)
+    if annotation is None or image_row is None or annotation.get("image_id") != ref.image_id:
+        report.skip(NO_ANNOTATION, f"{name}: annotation {ref.ann_id} of image {ref.image_id}")
         return None
-    row = usable_record(record, CocoAnnotation, f"{name}, annotation {ref.ann_id}", report)
-    if row is None or (image := usable_record(of_image, CocoImage, f"{name}, image {ref.image_id}", report)) is None:
+    row = usable_record(annotation, CocoAnnotation, f"{name}, annotation {ref.ann_id}", report)
+    if row is None or (image := usable_record(image_row, CocoImage, f"{name}, image {ref.image_id}", report)) is None:
         return None
-    if (box := clamped(row.bbox, image.width, image.height, report, name)) is None:
+    if (box := clamp_box(row.bbox, image.width, image.height, report, name)) is None:
         return None
-    region = region_of(row.segmentation, box, (image.height, image.width), region_input)
+    region = select_region(row.segmentation, box, (image.height, image.width), region_type)
     if not isinstance(region, Region):
-        report.leave_out(region, name)
+        report.skip(region, name)
         return None
-    # not the ref's own file name, which has the annotation's id after the image's
-    if (file := file_of(image, files.folders, report)) is None:
+    # not the file name of the ref, which also contains the id of the annotation
+    if (file := image_path(image, files.folders, report)) is None:
         return None
     meta = {
         "image_id": image.id,
         "width": image.width,
         "height": image.height,
-        "area": area_share(box, image.width, image.height),
-        "same_class": files.classes[_class_of(record)] - 1,
+        "area": relative_area(box, image.width, image.height),
+        "same_class": files.classes[_class_of(annotation)] - 1,
         "ref_id": ref.ref_id,
         "ann_id": row.id,
     }
     return file, region, meta
-
-
-_HUB_COLUMNS = ("image", "answer", "bbox", "file_name")
-
-
-def read_hub_rows(root: str | os.PathLike, *, report: ReadReport | None = None) -> Iterator[RegionSample]:
-    """The rows of lmms-lab-encoder/RefCOCOg from its parquet files under `root`, with the images inside them.
-
-    Args:
-        root: Folder of the files.
-        report: Filled with what was read and left out; logged in any case.
-
-    Raises:
-        ValueError: If there are no such files, one is damaged or of another form, the package pyarrow is absent, or too
-            many rows cannot be used (`mllm.data.records`).
-    """
-    files = sorted(Path(root).rglob("*.parquet"))
-    if not files:
-        raise ValueError(f"{root} holds no parquet file; expected those of lmms-lab-encoder/RefCOCOg")
-    report = ReadReport() if report is None else report
-    number = 0
-    for file in files:
-        for row in _parquet_rows(file):
-            if (sample := _hub_sample(number, row, report)) is not None:
-                yield sample
-            number += 1
-    report.finish(f"{root}: rows", needed=True)
-
-
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file, of the columns that are used.
-
-    Raises:
-        ValueError: If it is damaged, or lacks a column.
-    """
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise ValueError("reading parquet files needs pyarrow: pip install datasets") from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            if missing := set(_HUB_COLUMNS[:3]) - set(file.schema_arrow.names):
-                raise ValueError(f"no column {', '.join(sorted(missing))}; expected rows of lmms-lab's RefCOCOg")
-            columns = [name for name in _HUB_COLUMNS if name in file.schema_arrow.names]
-            for batch in file.iter_batches(64, columns=columns):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {one_line(error)}") from error
-
-
-def _hub_sample(number: int, record: dict[str, Any], report: ReadReport) -> RegionSample | None:
-    """A row: box x, y, width, height in pixels; all its answers are references. None, counted, if it is unusable."""
-    name = f"row-{number}"
-    try:
-        row = checked(record, HubRow, name)
-        x, y, width, height = row.bbox
-        region = Region.from_box(x, y, x + width, y + height)
-    except ValueError as error:
-        report.leave_out(MALFORMED, str(error))
-        return None
-    answers = tuple(words for words in row.answer if words.strip())
-    if not answers:
-        report.leave_out(NO_TEXT, name)
-        return None
-    report.add(READ, name)
-    # an image may have several rows: its file's name tells, where there is one
-    meta = {"image_id": row.file_name} if row.file_name else {}
-    return RegionSample(name, row.image.content, (region,), None, answers, meta=meta)

@@ -1,1 +1,1 @@
-"""The drawn world (Shapes): scenes, and the formats in which they are written to disk."""
+"""Shapes, a dataset of synthetic scenes, and the formats in which it is written to disk."""

@@ -1,7 +1,7 @@
-"""The scenes of the drawn world: splits, what is asked about each object, and which scenes a model was trained on.
+"""The splits and questions of Shapes, and the scenes that a model was trained on.
 
-Splits: `train` and `test` share colour-shape pairs and backgrounds; `novel` draws only pairs that `train` never has;
-`background` is `test` on backgrounds that `train` never has.
+`train`, `val` and `test` have the same color-shape pairs and backgrounds. `novel` has only pairs, and `background` only
+backgrounds, that do not occur in `train`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 
 from mllm.data.json_files import read_json
 from mllm.data.samples import RegionSample
-from mllm.data.schemas import GenomeObjects, checked
+from mllm.data.schemas import VisualGenomeObjects, validate
 from mllm.data.shapes.world import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     MAX_OBJECTS,
     MIN_OBJECTS,
     NOVEL_PAIRS,
@@ -32,9 +32,9 @@ from mllm.data.shapes.world import (
     draw_scene,
 )
 
-_ALL_PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+_ALL_PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 _SEEN_PAIRS = tuple(pair for pair in _ALL_PAIRS if pair not in NOVEL_PAIRS)
-# split -> (its own random stream, colour-shape pairs, backgrounds)
+# split -> (random stream, color-shape pairs, backgrounds)
 SPLITS = {
     "train": (0, _SEEN_PAIRS, BACKGROUNDS),
     "test": (1, _SEEN_PAIRS, BACKGROUNDS),
@@ -42,7 +42,7 @@ SPLITS = {
     "background": (3, _SEEN_PAIRS, UNSEEN_BACKGROUNDS),
     "val": (4, _SEEN_PAIRS, BACKGROUNDS),
 }
-# question type -> wordings, one of which is drawn for each question
+# question type -> wordings, of which one is sampled per question
 QUESTIONS = {
     "size": ("What size is this?", "How big is it?", "What is its size?"),
     "pattern": ("What pattern does this have?", "What pattern is on it?", "What is its pattern?"),
@@ -54,49 +54,44 @@ QUESTIONS = {
     "below": ("What is below this?", "What is below it?"),
     "count": ("How many objects are there?", "How many objects do you see?"),
 }
-# asked only where `places` are wanted: the embedded model never heard of them, so that tuning has something to teach
+# Only with `places`: the embedded model is not trained on them, so that tuning on them can be demonstrated.
 PLACE_QUESTIONS = ("Where in the picture is this?", "Where is it?", "In which part of the picture is it?")
 ATTRIBUTES = ("size", "pattern", "colour", "shape")
 # direction -> unit vector (x, y), y down
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
-TRAINING_SCENES = "training_scenes.bin"  # beside a model's weights: the hash of each scene it was trained on
-# An object lies in a direction when it is within 35 degrees of it; between 35 and 55 degrees nobody could say, so
-# nothing is asked.
-_CLEAR_SLOPE, _UNCLEAR_SLOPE = 0.7, 1.43
+TRAINING_SCENES = "training_scenes.bin"  # next to a model's weights: the hashes of its training scenes
+# An object is in a direction if it is within 35 degrees of it. Between 35 and 55 degrees the answer would be ambiguous,
+# so there is no question.
+_MAX_CLEAR_SLOPE, _MAX_AMBIGUOUS_SLOPE = 0.7, 1.43
 
 
-def neighbour(objects: Sequence[ShapeObject], index: int, direction: str) -> ShapeObject | None:
-    """The one object that lies in `direction` of object `index`, or None when there is none, several, or an unclear
-    one.
-    """
+def neighbor(objects: Sequence[ShapeObject], index: int, direction: str) -> ShapeObject | None:
+    """The only object in `direction` of object `index`; None if there is none, or several, or an ambiguous one."""
     ux, uy = DIRECTIONS[direction]
     found = []
     for other_index, other in enumerate(objects):
         dx, dy = other.x - objects[index].x, other.y - objects[index].y
         along, across = dx * ux + dy * uy, abs(dx * uy) + abs(dy * ux)
-        if other_index == index or along <= 0 or across > _UNCLEAR_SLOPE * along:
+        if other_index == index or along <= 0 or across > _MAX_AMBIGUOUS_SLOPE * along:
             continue
-        if across > _CLEAR_SLOPE * along:
+        if across > _MAX_CLEAR_SLOPE * along:
             return None
         found.append(other)
     return found[0] if len(found) == 1 else None
 
 
 def questions(scene: Scene, index: int) -> Iterator[tuple[str, str]]:
-    """(question type, answer) pairs about object `index`: its attributes, then its neighbours where the answer is
-    unique.
-    """
+    """(question type, answer) pairs about object `index`: its attributes, then its neighbors with a unique answer."""
     obj = scene.objects[index]
-    for attribute in ATTRIBUTES:
-        yield attribute, getattr(obj, attribute)
+    yield from zip(ATTRIBUTES, (obj.size, obj.pattern, obj.color, obj.shape), strict=True)
     for direction in DIRECTIONS:
-        other = neighbour(scene.objects, index, direction)
+        other = neighbor(scene.objects, index, direction)
         if other is not None:
-            yield direction, f"{other.colour} {other.shape}"
+            yield direction, f"{other.color} {other.shape}"
 
 
-def place(obj: ShapeObject) -> str:
-    """In which of nine fields of the picture the object's centre lies: "top left", "top", ..., "centre", ..."""
+def position(obj: ShapeObject) -> str:
+    """The cell of a 3 x 3 grid that contains the center of an object: "top left", "top", ..., "centre", ..."""
     row, column = (min(3 * value // SCENE_SIZE, 2) for value in (obj.y, obj.x))
     return " ".join(filter(None, (("top", "", "bottom")[row], ("left", "", "right")[column]))) or "centre"
 
@@ -104,15 +99,15 @@ def place(obj: ShapeObject) -> str:
 def scenes(
     count: int, seed: int, split: str, min_objects: int = MIN_OBJECTS, max_objects: int = MAX_OBJECTS
 ) -> Iterator[tuple[np.random.Generator, Scene]]:
-    """`count` scenes of a split, each with its own generator: a longer set begins with the shorter one.
+    """`count` scenes of a split, each with its own generator, so that a larger count begins with the same scenes.
 
     Raises:
         ValueError: If the split is unknown, or not 1 <= `min_objects` <= `max_objects` <= `MAX_OBJECTS`.
     """
     if not 1 <= min_objects <= max_objects <= MAX_OBJECTS:
-        raise ValueError(f"expected 1 to {MAX_OBJECTS} objects a scene, got {min_objects} to {max_objects}")
+        raise ValueError(f"expected 1 to {MAX_OBJECTS} objects per scene, got {min_objects} to {max_objects}")
     if split not in SPLITS:
-        raise ValueError(f"expected a split out of {', '.join(SPLITS)}, got {split!r}")
+        raise ValueError(f"expected one of the splits {', '.join(SPLITS)}, got {split!r}")
     stream, pairs, backgrounds = SPLITS[split]
     for index in range(count):
         rng = np.random.default_rng([seed, stream, index])
@@ -120,47 +115,45 @@ def scenes(
 
 
 def scene_hash(pixels: np.ndarray) -> bytes:
-    """8 bytes that tell a scene's pixels (uint8, H x W x 3) from all others."""
+    """An 8-byte hash of the pixels of a scene, uint8 (H, W, 3)."""
     return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).digest()[:8]
 
 
 def training_scenes(model: str | os.PathLike) -> set[bytes]:
-    """The hashes of the scenes that a model of the Shapes world was trained on.
+    """The hashes of the scenes that a model was trained on.
 
     Raises:
-        ValueError: If the model does not say which they were.
+        ValueError: If the model has no list of them.
     """
     try:
         packed = (Path(model) / TRAINING_SCENES).read_bytes()
     except FileNotFoundError:
         raise ValueError(
-            f"{model} has no {TRAINING_SCENES}: whether it saw a scene in training cannot be told"
+            f"{TRAINING_SCENES} not found in {model}: cannot check whether a scene was in its training data"
         ) from None
     return {packed[start : start + 8] for start in range(0, len(packed), 8)}
 
 
 def with_same_class(samples: Iterable[RegionSample], root: str | os.PathLike) -> Iterator[RegionSample]:
-    """The samples of a Shapes folder, their meta with `same_class`: how many other objects of the picture have the
-    region's shape.
-    """
+    """Add `same_class` to the `meta` of Shapes samples: the number of other objects of the same shape in the image."""
     counts: dict[int, int] = {}
     path = Path(root) / "objects.json"
     for number, entry in enumerate(read_json(path, list)):
-        objects = checked(entry, GenomeObjects, f"{path}: entry {number}").objects
+        objects = validate(entry, VisualGenomeObjects, f"{path}: entry {number}").objects
         shapes = Counter(obj.names[0] for obj in objects)
         counts |= {obj.object_id: shapes[obj.names[0]] - 1 for obj in objects}
     for sample in samples:
         if sample.meta["region_id"] not in counts:
-            raise ValueError(f"{path} has no object {sample.meta['region_id']}, which a region of the same world needs")
+            raise ValueError(f"{path} has no object {sample.meta['region_id']}, to which a region refers")
         same = {"same_class": counts[sample.meta["region_id"]]}
         yield dataclasses.replace(sample, meta={**sample.meta, **same})
 
 
 def expect_split(root: str | os.PathLike, split: str) -> None:
-    """Raise ValueError unless a folder is this split of the Shapes world."""
+    """Raise ValueError unless a folder is this split of Shapes."""
     found = read_json(Path(root) / "dataset.json", dict)
     if found.get("world") != "shapes" or found.get("split") != split:
         raise ValueError(
-            f"expected the split {split!r} of the Shapes world in {root}, got {found.get('split')!r} of "
-            f"{found.get('world')!r}; write it with alpha-clip shapes --split {split}"
+            f"expected the split {split!r} of Shapes in {root}, got {found.get('split')!r} of {found.get('world')!r}; "
+            f"write it with alpha-clip shapes --split {split}"
         )

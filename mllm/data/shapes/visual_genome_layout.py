@@ -1,12 +1,11 @@
-"""Write the Shapes world to disk in Visual Genome's format, and in RefCOCOg's.
+"""Writes Shapes in the layouts of Visual Genome and RefCOCOg.
 
     alpha-clip shapes --out DIR --images N --seed S [--split train|test|novel|background]
 
-`DIR` then holds `image_data.json`, `region_descriptions.json` (one canonical phrase an object),
+`DIR` contains the files of Visual Genome: `image_data.json`, `region_descriptions.json` (one phrase per object),
 `question_answers.json`, `qa_to_region_mapping.json`, `objects.json`, `region_masks.json` (COCO RLE by region id) and
-`VG_100K/<image_id>.png`, so the Visual Genome reader takes it like the real thing; `refs(umd).p` and `instances.json`,
-so RefCOCOg's does; `dataset.json` says which split and seed it is. The same seed gives the same bytes and the same
-pixels.
+`VG_100K/<image_id>.png`; those of RefCOCOg: `refs(umd).p` and `instances.json`; and `dataset.json` with the split and
+seed. The same seed gives the same bytes.
 """
 
 from __future__ import annotations
@@ -20,30 +19,29 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm.auto import tqdm
 
-from mllm.data.shapes.scenes import PLACE_QUESTIONS, QUESTIONS, place, questions, scenes
+from mllm.data.shapes.scenes import PLACE_QUESTIONS, QUESTIONS, position, questions, scenes
 from mllm.data.shapes.world import SCENE_SIZE, SHAPES, Scene, ShapeObject
 from mllm.files import write_file, write_json
 from mllm.folders import replacing_folder
 
-_COUNT_EVERY = 5  # one scene in so many is counted: the world is about its regions
+_COUNT_EVERY = 5  # one scene in 5 has a question about the whole image
 
 
 def write(
     out: str | os.PathLike, count: int, seed: int, split: str = "train", *, places: bool = False, progress: bool = True
 ) -> None:
-    """Write `count` scenes of a split to the folder `out` in Visual Genome's layout, with `places` also a question of
-    type "place" about each object.
+    """Write `count` scenes of a split.
 
     Args:
-        out: New, empty, or a folder that this wrote, which is replaced at the end.
+        out: New, empty, or a folder written by this function, which is replaced at the end.
         count: Number of scenes.
         seed: The same seed gives the same bytes.
-        split: One of `SPLITS`.
-        places: Whether to ask where each object is.
+        split: One of `mllm.data.shapes.scenes.SPLITS`.
+        places: Whether to add a question of type "place" about each object.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If the split is unknown, `count` is not positive, or `out` holds anything else.
+        ValueError: If the split is unknown, `count` is not positive, or `out` contains other files.
         OSError: If the folder cannot be written.
     """
     if count < 1:
@@ -57,12 +55,12 @@ def write(
             Image.fromarray(scene.pixels).save(folder / "VG_100K" / f"{image_id}.png")
         records.save(folder)
         _write_refs(folder, records, "train" if split == "train" else "val")
-        about = {"world": "shapes", "split": split, "seed": seed, "images": count}
-        write_json(folder / "dataset.json", about, indent=None)  # training refuses another split than train
+        info = {"world": "shapes", "split": split, "seed": seed, "images": count}
+        write_json(folder / "dataset.json", info, indent=None)  # training reads the split
 
 
 class _Records:
-    """The JSON files of a data set while they grow; ids count from 1 in drawing order."""
+    """Collects the contents of the JSON files; ids count from 1 in the order of drawing."""
 
     def __init__(self, places: bool = False) -> None:
         self._places = places
@@ -96,11 +94,11 @@ class _Records:
             box = {"x": x, "y": y, "width": width, "height": height}
             regions.append({"region_id": region_id, "image_id": image_id, **box, "phrase": obj.phrase, "synsets": []})
             objects.append(_object_record(region_id, box, obj))
-            asked = [*questions(scene, index), *([("place", place(obj))] if self._places else [])]
-            for kind, answer in asked:
+            pairs = [*questions(scene, index), *([("place", position(obj))] if self._places else [])]
+            for kind, answer in pairs:
                 qas.append(self._question(rng, image_id, kind, answer))
                 self.qa_to_region_mapping[str(self._qa_id)] = region_id
-        if image_id % _COUNT_EVERY == 0:  # about the whole image: not mapped to a region
+        if image_id % _COUNT_EVERY == 0:  # not mapped to a region
             qas.append(self._question(rng, image_id, "count", str(len(scene.objects))))
         self.region_descriptions.append({"id": image_id, "regions": regions})
         self.question_answers.append({"id": image_id, "qas": qas})
@@ -128,7 +126,7 @@ class _Records:
 
 
 def _write_refs(out: Path, records: _Records, split: str) -> None:
-    """The same objects in the layout of lichengunc/refer: a ref, with its one expression, and an annotation each."""
+    """Write the layout of lichengunc/refer: an annotation and a ref with one expression per object."""
     annotations, refs = [], []
     for of_image, described in zip(records.objects, records.region_descriptions, strict=True):
         for obj, region in zip(of_image["objects"], described["regions"], strict=True):
@@ -143,10 +141,10 @@ def _write_refs(out: Path, records: _Records, split: str) -> None:
                 "iscrowd": 0,
             }
             annotations.append(annotation)
-            words, file = region["phrase"], f"{of_image['image_id']}_{number}.png"
-            sentence = {"sent_id": number, "raw": words, "sent": words, "tokens": words.split()}
-            about = {key: annotation[key] for key in ("image_id", "category_id")}
-            ref = {"ref_id": number, "ann_id": number, **about, "file_name": file, "split": split}
+            phrase, file = region["phrase"], f"{of_image['image_id']}_{number}.png"
+            sentence = {"sent_id": number, "raw": phrase, "sent": phrase, "tokens": phrase.split()}
+            shared = {key: annotation[key] for key in ("image_id", "category_id")}
+            ref = {"ref_id": number, "ann_id": number, **shared, "file_name": file, "split": split}
             refs.append({**ref, "sent_ids": [number], "sentences": [sentence]})
     images = [
         {"id": entry["image_id"], "file_name": f"{entry['image_id']}.png", "width": SCENE_SIZE, "height": SCENE_SIZE}
@@ -155,11 +153,11 @@ def _write_refs(out: Path, records: _Records, split: str) -> None:
     categories = [{"id": index, "name": name, "supercategory": "shape"} for index, name in enumerate(SHAPES, 1)]
     instances = {"images": images, "annotations": annotations, "categories": categories}
     write_json(out / "instances.json", instances, indent=None)
-    write_file(out / "refs(umd).p", pickle.dumps(refs, protocol=2))  # as Python 2 wrote the published ones
+    write_file(out / "refs(umd).p", pickle.dumps(refs, protocol=2))  # protocol of Python 2, as in the published files
 
 
 def _object_record(object_id: int, box: dict, obj: ShapeObject) -> dict:
-    """An entry of objects.json, with the attributes that VG keeps in attributes.json."""
+    """An entry of objects.json, with the attributes that Visual Genome has in attributes.json."""
     return {
         "object_id": object_id,
         "x": box["x"],
@@ -168,5 +166,5 @@ def _object_record(object_id: int, box: dict, obj: ShapeObject) -> dict:
         "h": box["height"],
         "names": [obj.shape],
         "synsets": [],
-        "attributes": [obj.size, obj.pattern, obj.colour],
+        "attributes": [obj.size, obj.pattern, obj.color],
     }

@@ -1,7 +1,8 @@
-"""The drawing of the Shapes world: objects, patterns, backgrounds and scenes as arrays, without any file format.
+"""Draws the synthetic scenes of Shapes: objects, patterns and backgrounds as arrays.
 
-A scene is `SCENE_SIZE` x `SCENE_SIZE` pixels with 3 to 6 objects. An object has a size, a pattern, a colour and a
-shape, all visible in its own pixels. What it is for: docs/shapes.md. Files: mllm/data/shapes/scenes.py.
+A scene has `SCENE_SIZE` x `SCENE_SIZE` pixels and 3 to 6 objects. Each object has a size, a pattern, a color and a
+shape, all visible in its pixels. See docs/shapes.md for its purpose and `mllm.data.shapes.scenes` for its questions and
+splits.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from PIL import Image, ImageDraw
 SCENE_SIZE = 96
 MIN_OBJECTS, MAX_OBJECTS = 3, 6
 SIZES = ("small", "large")
-RADIUS = {"small": (8, 11), "large": (15, 18)}  # half of the object's extent in pixels, both ends included
+RADIUS = {"small": (8, 11), "large": (15, 18)}  # half of the object's extent in pixels, inclusive range
 PATTERNS = ("plain", "striped", "dotted")
-COLOURS = {
+COLORS = {
     "red": (215, 35, 40),
     "orange": (245, 135, 25),
     "yellow": (240, 220, 50),
@@ -29,8 +30,8 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
 BACKGROUNDS = ("plain", "gradient", "clouds", "checks", "grain")
-UNSEEN_BACKGROUNDS = ("rings", "diagonals", "speckles")  # never drawn for training
-# Colour-shape pairs that only the `novel` split draws: each of these shapes and colours is still common in training.
+UNSEEN_BACKGROUNDS = ("rings", "diagonals", "speckles")  # not used in training
+# Color-shape pairs of the `novel` split only. Each of these shapes and colors is common in training.
 NOVEL_PAIRS = (
     ("red", "triangle"),
     ("orange", "star"),
@@ -45,11 +46,11 @@ _GAP = 2  # pixels between the boxes of two objects
 
 @dataclasses.dataclass(frozen=True)
 class ShapeObject:
-    """One drawn object: its four attributes, centre (x, y) in pixels and radius in pixels."""
+    """An object: its four attributes, its center (x, y) and its radius, both in pixels."""
 
     size: str
     pattern: str
-    colour: str
+    color: str
     shape: str
     x: int
     y: int
@@ -58,12 +59,12 @@ class ShapeObject:
     @property
     def phrase(self) -> str:
         """The canonical description, for example "a large striped red star"."""
-        return f"a {self.size} {self.pattern} {self.colour} {self.shape}"
+        return f"a {self.size} {self.pattern} {self.color} {self.shape}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """A drawn scene: `pixels` uint8 (H, W, 3), the objects, and one bool mask (H, W) an object."""
+    """A scene: `pixels` uint8 (H, W, 3), the objects, and a bool mask (H, W) of each object."""
 
     pixels: np.ndarray
     objects: tuple[ShapeObject, ...]
@@ -78,7 +79,15 @@ def draw_scene(
     min_objects: int = MIN_OBJECTS,
     max_objects: int = MAX_OBJECTS,
 ) -> Scene:
-    """Draw one scene of `min_objects` to `max_objects` objects that take their colour and shape from `pairs`."""
+    """Draw a scene.
+
+    Args:
+        rng: Source of all random choices.
+        pairs: (color, shape) pairs to choose from.
+        backgrounds: Kinds of background to choose from.
+        min_objects: Minimum number of objects.
+        max_objects: Maximum number of objects.
+    """
     count = int(rng.integers(min_objects, max_objects + 1))
     objects = None
     while objects is None:
@@ -88,7 +97,7 @@ def draw_scene(
     masks = []
     for obj in objects:
         coverage = _coverage(obj)
-        window = _window(obj)  # all that the object covers: nothing else is computed
+        window = _window(obj)  # only the pixels that the object covers are computed
         texture = _texture(rng, obj)
         pixels[window] += coverage[window][..., None] * (texture - pixels[window])
         masks.append(coverage >= 0.5)
@@ -98,19 +107,19 @@ def draw_scene(
 def _place_objects(
     rng: np.random.Generator, pairs: tuple[tuple[str, str], ...], count: int
 ) -> tuple[ShapeObject, ...] | None:
-    """`count` objects with no two alike and no overlapping boxes, or None when they do not fit."""
+    """`count` different objects whose boxes do not overlap, or None if they do not fit."""
     placed: list[ShapeObject] = []
     for _ in range(count):
         size, pattern = SIZES[rng.integers(2)], PATTERNS[rng.integers(3)]
-        colour, shape = pairs[rng.integers(len(pairs))]
-        if any((size, pattern, colour, shape) == (o.size, o.pattern, o.colour, o.shape) for o in placed):
+        color, shape = pairs[rng.integers(len(pairs))]
+        if any((size, pattern, color, shape) == (o.size, o.pattern, o.color, o.shape) for o in placed):
             return None
         low, high = RADIUS[size]
         for _ in range(30):
             radius = int(rng.integers(low, high + 1))
             x, y = (int(v) for v in rng.integers(radius + 1, SCENE_SIZE - radius, size=2))
             if all(max(abs(x - o.x), abs(y - o.y)) >= radius + o.radius + _GAP for o in placed):
-                placed.append(ShapeObject(size, pattern, colour, shape, x, y, radius))
+                placed.append(ShapeObject(size, pattern, color, shape, x, y, radius))
                 break
         else:
             return None
@@ -118,7 +127,7 @@ def _place_objects(
 
 
 def _outline(shape: str, radius: float) -> list[tuple[float, float]]:
-    """Vertices (x, y) of the shape around the origin, y down; every shape fills its box of half width `radius`."""
+    """Vertices (x, y) of the shape around the origin, y down; its box has half width `radius`."""
     if shape == "square":
         s = 0.86 * radius
         return [(-s, -s), (s, -s), (s, s), (-s, s)]
@@ -153,14 +162,14 @@ def _outline(shape: str, radius: float) -> list[tuple[float, float]]:
 
 
 def _window(obj: ShapeObject) -> tuple[slice, slice]:
-    """Rows and columns of the object's own box, with a pixel's margin, inside the picture."""
+    """Rows and columns of the object's box with a margin of one pixel, inside the image."""
     reach = obj.radius + 1
     rows, columns = (slice(max(at - reach, 0), min(at + reach, SCENE_SIZE)) for at in (obj.y, obj.x))
     return rows, columns
 
 
 def _coverage(obj: ShapeObject) -> np.ndarray:
-    """Area coverage of the object, float32 (H, W) in [0, 1]; only its own box is rasterised."""
+    """Area coverage of the object, float32 (H, W) in [0, 1]; only its box is rasterized."""
     side = 2 * obj.radius + 2
     canvas = Image.new("L", (side * _SUPERSAMPLING,) * 2)
     points = [
@@ -177,10 +186,8 @@ def _coverage(obj: ShapeObject) -> np.ndarray:
 
 
 def _texture(rng: np.random.Generator, obj: ShapeObject) -> np.ndarray:
-    """The object's colour at every pixel of its window, float32 (h, w, 3): its own colour, with stripes or dots of a
-    second tone.
-    """
-    base = np.asarray(COLOURS[obj.colour], np.float32) + rng.uniform(-14, 14, 3).astype(np.float32)
+    """The color of each pixel in the object's window, float32 (h, w, 3), with stripes or dots in a second tone."""
+    base = np.asarray(COLORS[obj.color], np.float32) + rng.uniform(-14, 14, 3).astype(np.float32)
     tone = np.float32(255 if rng.random() < 0.5 else 15)
     second = base + 0.6 * (tone - base)
     period = rng.uniform(5.5, 6.5) if obj.size == "small" else rng.uniform(7.0, 9.0)
@@ -228,5 +235,5 @@ def _draw_background(rng: np.random.Generator, kind: str) -> np.ndarray:
 
 
 def _muted(rng: np.random.Generator) -> np.ndarray:
-    """A colour near grey, float32 (3,), so that every object's colour stands out."""
+    """A color close to gray, float32 (3,), which differs from the colors of all objects."""
     return (rng.uniform(35, 220) + rng.uniform(-18, 18, 3)).astype(np.float32)

@@ -202,7 +202,7 @@ def test_shown_names_are_the_real_ones():
     from eval.region_matching import VIEWS
     from eval.score import METRICS
     from mllm.convert.lavis_keys import VIT_L_BLOCKS
-    from mllm.data import dataset_check
+    from mllm.data import prepare
     from mllm.data.shapes import scenes, world
     from mllm.model_card import LICENSES
     from vision_tower.conversion import RELEASED_CHECKPOINTS
@@ -214,7 +214,7 @@ def test_shown_names_are_the_real_ones():
         ("eval/region_matching.py", "VIEWS", VIEWS),
         ("mllm/model_card.py", "LICENSES", LICENSES),
         ("mllm/data/shapes/scenes.py", "SPLITS", scenes.SPLITS),
-        ("mllm/data/dataset_check.py", "FILES", {**dataset_check.FILES}),
+        ("mllm/data/prepare.py", "FILES", {**prepare.FILES}),
     ):
         assert list(source_values.constant(file, name)) == list(value)
     for file, name, value in (

@@ -97,14 +97,14 @@ def test_an_object_of_captions_by_id(tmp_path, captions, references, indent):
         ('{"": null}', "None under ''"),
         ('{"1": 5}', "5 under '1'"),
         ('{"results": [{"image_id": 1, "caption": "a"}]}', "under 'results'"),
-        ('{"1": "a", "1": "b"}', "keys of an object must differ"),
-        ('[{"image_id": 1, "caption": "a", "caption": "b"}]', "keys of an object must differ"),
-        ('{"1": "half a pair \\ud83d"}', "not UTF-8"),
+        ('{"1": "a", "1": "b"}', "keys of an object must be unique"),
+        ('[{"image_id": 1, "caption": "a", "caption": "b"}]', "keys of an object must be unique"),
+        ('{"1": "half a pair \\ud83d"}', "not valid UTF-8"),
         ('{"1": "a"}\n{"2": "b"}\n', "expected objects with an id"),
         ("{}", "is empty"),
-        ('"a cat"', "expected a list, or an object a line"),
+        ('"a cat"', "expected a JSON list, or one object per line"),
         ('["a cat"]', "expected objects with an id"),
-        ("id,caption\n1,a cat\n", "not whole JSON"),
+        ("id,caption\n1,a cat\n", "not valid JSON"),
     ],
 )
 def test_other_content_is_an_error(tmp_path, text, message):
@@ -142,9 +142,9 @@ def test_bad_references_are_named(tmp_path, content):
 
 def test_torn_and_missing_files_are_named(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1])[:20])
-    with pytest.raises(ValueError, match="line 2.*cut short"):
+    with pytest.raises(ValueError, match="line 2.*truncated"):
         read_predictions(tmp_path / "p.jsonl")
-    with pytest.raises(ValueError, match="cannot read"):
+    with pytest.raises(ValueError, match="file not found"):
         read_predictions(tmp_path / "no.jsonl")
 
 
@@ -179,7 +179,7 @@ def test_an_unanswered_sample_is_missing(tmp_path):
         ({"id": None}, "expected an id"),
         ({"id": [1]}, "expected an id"),
         ({"prediction": {"a": 1}}, "prediction of 1"),
-        ({"question": 5}, "1: question: expected text or null, got a whole number"),
+        ({"question": 5}, "1: question: expected text or null, got an integer"),
         ({"image": 5}, "1: image: expected text or null"),
         ({"region": [1]}, "1: region: expected an object or null"),
         ({"meta": [1]}, "1: meta: expected an object or null, got a list"),
@@ -187,11 +187,11 @@ def test_an_unanswered_sample_is_missing(tmp_path):
         ({"meta": {"area": True}}, "1: meta.area: expected a number or null"),
         ({"meta": {"area": -1}}, "1: meta.area: expected a number >= 0"),
         ({"meta": {"area": 5000}}, "1: meta.area: expected a number <= 1"),
-        ({"meta": {"same_class": "1"}}, "1: meta.same_class: expected a whole number"),
+        ({"meta": {"same_class": "1"}}, "1: meta.same_class: expected an integer"),
         ({"meta": {"image_id": [1]}}, "1: meta.image_id"),
         ({"meta": {"type": 5}}, "1: meta.type"),
-        ({"meta": {"area": float("nan")}}, "line 1: a number that is NaN or infinite"),
-        ({"prediction": "\ud800"}, "line 1: text that is not UTF-8"),
+        ({"meta": {"area": float("nan")}}, "line 1: NaN or infinite number"),
+        ({"prediction": "\ud800"}, "line 1: text is not valid UTF-8"),
         ({"meta": json.loads("[" * 300 + "]" * 300)}, "line 1: nested more than 100 levels deep"),
     ],
 )
@@ -212,14 +212,17 @@ def test_fields_that_are_null_are_those_that_are_not_there(tmp_path):
     [
         ({"7": [""]}, "7 has no reference, text that is not empty"),
         ({"7": [{"caption": " "}]}, "7 has no reference"),
-        ([{"id": 7, "references": ["a"]}, {"id": "7", "references": ["b"]}], r"ids of references must differ.* \(7\)"),
-        ({**COCO, "annotations": COCO["annotations"] * 2}, r"ids of annotations must differ.* \(1, 2, 7\)"),
-        ({**MDETR, "images": MDETR["images"] * 2}, r"ids of images must differ.* \(7, 9\)"),
+        (
+            [{"id": 7, "references": ["a"]}, {"id": "7", "references": ["b"]}],
+            r"ids of references must be unique.* \(7\)",
+        ),
+        ({**COCO, "annotations": COCO["annotations"] * 2}, r"ids of annotations must be unique.* \(1, 2, 7\)"),
+        ({**MDETR, "images": MDETR["images"] * 2}, r"ids of images must be unique.* \(7, 9\)"),
         ({"annotations": [{"caption": "x", "image_id": 7}], "images": 5}, "expected a list of images, got 5"),
-        ('{"7": ["a"], "7": ["b"]}', "keys of an object must differ"),
+        ('{"7": ["a"], "7": ["b"]}', "keys of an object must be unique"),
         ("[" * 100_000, "nested too deeply"),
         ('{"7": ' * 100_000, "nested too deeply"),
-        ("5", "expected a list, or an object a line, got 5"),
+        ("5", "expected a JSON list, or one object per line, got 5"),
     ],
 )
 def test_references_that_cannot_be_told_apart_are_refused(tmp_path, content, message):

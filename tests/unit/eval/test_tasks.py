@@ -161,7 +161,7 @@ def test_visual_genome_questions_of_test_images_only(shared_data, monkeypatch):
     assert not densecap_split("test") & {1, 2, 3, 4, 5}
     task = tasks.find("vg-regionqa/densecap-test")
     assert not task.verified and task.kind == "question" and "{question}" in task.prompt
-    with pytest.raises(ValueError, match="is missing"):
+    with pytest.raises(ValueError, match="file not found"):
         task.samples(folder / "v1.2.0", "box")
 
 

@@ -15,8 +15,8 @@ import mllm
 from alpha_clip_commands.region_chat import build_parser
 from alpha_clip_commands.region_chat import main as region_chat
 from alpha_clip_commands.training.tuning_arguments import DataArguments
+from mllm.data.build_index import build_index
 from mllm.data.index import RegionIndex
-from mllm.data.prepare import make_index
 from mllm.data.shapes import visual_genome_layout
 from mllm.llava import build_llava_processor
 from mllm.loading import EMBEDDED_MODEL
@@ -67,7 +67,7 @@ def test_a_lost_alpha_weight_of_ours_is_an_error(tiny_llava_dir, tmp_path):
 
 def test_training_refuses_pictures_of_another_size(tmp_path):
     visual_genome_layout.write(tmp_path / "s", 1, 5, "train", progress=False)
-    make_index(tmp_path / "s")
+    build_index(tmp_path / "s")
     index, args = RegionIndex(tmp_path / "s"), DataArguments(data=["s"])
     samples = ConversationDataset([index], args, "train", ["What?"], 0, tmp_path / "skipped.jsonl")
     assert samples[0]

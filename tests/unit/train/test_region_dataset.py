@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from alpha_clip_commands.training.tuning_arguments import DataArguments
+from mllm.data.build_index import build_index
 from mllm.data.index import RegionIndex
-from mllm.data.prepare import make_index
-from mllm.data.readers.visual_genome import read_free_questions, read_region_questions, read_regions
+from mllm.data.readers.visual_genome import read_image_questions, read_region_questions, read_regions
 from mllm.data.shapes import visual_genome_layout
 from mllm.data.templates import DESCRIBE_REGION_WORDINGS
 from tests.files import read_json, read_json_lines, write_json
@@ -22,7 +22,7 @@ from vision_tower import Region
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes") / "train"
     visual_genome_layout.write(folder, 6, 1, progress=False)
-    make_index(folder)
+    build_index(folder)
     return folder
 
 
@@ -40,11 +40,11 @@ def texts(conversations):
 def test_the_index_holds_what_the_readers_say(root):
     index = RegionIndex(root)
     facts = index.read(range(len(index)))
-    boxes, masks = (list(read_regions(root, region_input=form)) for form in ("box", "mask"))
-    questions, free = list(read_region_questions(root)), list(read_free_questions(root))
+    boxes, masks = (list(read_regions(root, region_type=form)) for form in ("box", "mask"))
+    questions, free = list(read_region_questions(root)), list(read_image_questions(root))
     assert len(facts) == len(boxes) + len(free)
     for entry, box, mask in zip(facts, boxes, masks, strict=False):
-        assert set(entry.forms) == {box.regions[0], mask.regions[0]} and entry.forms[0].kind == "box"
+        assert set(entry.geometries) == {box.regions[0], mask.regions[0]} and entry.geometries[0].kind == "box"
         asked = [
             (q.meta["type"], q.question, q.references[0])
             for q in questions
@@ -53,20 +53,20 @@ def test_the_index_holds_what_the_readers_say(root):
         assert set(entry.turns) == {("description", None, box.references[0]), *asked}
         assert entry.sample.image == box.image
         assert (entry.sample.meta["width"], entry.sample.meta["height"]) == (96, 96)
-    assert all(entry.forms[0].is_whole for entry in facts[len(boxes) :])
+    assert all(entry.geometries[0].is_whole for entry in facts[len(boxes) :])
     assert index.descriptions("train") == [box.references[0] for box in boxes]
     assert index.descriptions("test") == []
 
 
 def test_refcocogs_layout_gives_the_same_regions(root, tmp_path):
-    from mllm.data.prepare import index_refcocog
+    from mllm.data.build_index import index_refcocog
 
     index_refcocog(root, tmp_path / "index")
     other = RegionIndex(tmp_path / "index", root=root)
     first = RegionIndex(root)
     assert len(other) == len(list(read_regions(root)))
     for one, two in zip(first.read(range(len(other))), other.read(range(len(other))), strict=True):
-        assert one.forms[0] == two.forms[0] and set(one.forms) == set(two.forms)
+        assert one.geometries[0] == two.geometries[0] and set(one.geometries) == set(two.geometries)
         assert ("description", None, two.turns[0][2]) in one.turns
 
 
@@ -79,8 +79,8 @@ def test_conversations_are_true_and_varied(root, tmp_path):
             (messages,) = samples[epoch * len(samples) + row]
             lengths[len(messages) // 2] += 1
             item = messages[0]["content"][0]
-            assert item["image"].size == (96, 96) and item["region"] in entry.forms
-            if not entry.forms[0].is_whole:
+            assert item["image"].size == (96, 96) and item["region"] in entry.geometries
+            if not entry.geometries[0].is_whole:
                 forms[item["region"].kind] += 1
             for asked, answered in zip(messages[::2], messages[1::2], strict=True):
                 question, answer = asked["content"][-1]["text"], answered["content"][0]["text"]
@@ -161,7 +161,7 @@ def test_samples_of_two_data_sets(root, tmp_path):
     for sample in range(len(both)):
         (first, rows), (second, again) = twice.rows_of(sample), twice.rows_of(sample + len(both))
         assert first is twice.indexes[0] and second is twice.indexes[1] and np.array_equal(rows, again)
-        assert twice.lengths[sample] == first.length_of[rows].max()
+        assert twice.lengths[sample] == first.lengths[rows].max()
 
 
 def test_epochs_are_permutations_that_differ_and_like_lengths_meet():
@@ -181,11 +181,11 @@ def test_epochs_are_permutations_that_differ_and_like_lengths_meet():
 def test_jitter_moves_a_box_a_little_and_soft_alpha_weakens_it(root, tmp_path):
     samples = dataset(root, tmp_path, box_jitter=0.2, min_strength=0.5)
     (entry,) = samples.indexes[0].read([0])
-    x0, y0, x1, y1 = entry.forms[0].data
+    x0, y0, x1, y1 = entry.geometries[0].data
     rng, strengths = np.random.default_rng(0), []
     for _ in range(50):
         region = sample_region(entry, (96, 96), samples.data_args, rng)
-        moved = np.array(region.data) - entry.forms[0].data
+        moved = np.array(region.data) - entry.geometries[0].data
         assert (abs(moved[::2]) <= 0.2 * (x1 - x0)).all() and (abs(moved[1::2]) <= 0.2 * (y1 - y0)).all()
         assert moved.any() and 0 <= min(region.data) and max(region.data) <= 96
         strengths.append(region.strength)
@@ -198,7 +198,7 @@ def test_masks_are_not_made_up(root, tmp_path):
     samples = dataset(root, tmp_path, region_input="mask")
     (entry,) = samples.indexes[0].read([0])
     assert sample_region(entry, (96, 96), samples.data_args, np.random.default_rng(0)).kind == "mask"
-    boxed = type(entry)(entry.sample, entry.forms[:1], entry.turns)
+    boxed = type(entry)(entry.sample, entry.geometries[:1], entry.turns)
     with pytest.raises(ValueError, match="has no mask; use region_input: box"):
         sample_region(boxed, (96, 96), samples.data_args, np.random.default_rng(0))
 
@@ -206,10 +206,10 @@ def test_masks_are_not_made_up(root, tmp_path):
 def test_a_damaged_picture_is_replaced_counted_and_too_many_stop(tmp_path):
     folder = tmp_path / "train"
     visual_genome_layout.write(folder, 5, 1, progress=False)
-    make_index(folder)
+    build_index(folder)
     (folder / "VG_100K" / "2.png").write_bytes(b"\x89PNG broken")
     samples = dataset(folder, tmp_path, max_missing=0.2)
-    damaged = [n for n in range(len(samples)) if samples.indexes[0].picture_of[samples.rows_of(n)[1][0]] == 1]
+    damaged = [n for n in range(len(samples)) if samples.indexes[0].image_rows[samples.rows_of(n)[1][0]] == 1]
     for number in damaged * 2:
         (turns,) = samples[number]
         assert turns[0]["content"][0]["image"].size == (96, 96)
@@ -224,13 +224,13 @@ def test_a_damaged_picture_is_replaced_counted_and_too_many_stop(tmp_path):
 def test_an_index_cut_short_or_of_other_files_is_refused(root, tmp_path):
     import shutil
 
-    with pytest.raises(ValueError, match="expected a region index"):
+    with pytest.raises(ValueError, match="no region index in"):
         RegionIndex(tmp_path)
     copy = tmp_path / "index"
     shutil.copytree(root / "region_index", copy)
     record = read_json(copy / "index.json")
     write_json(copy / "index.json", {**record, "regions": record["regions"] + 1})
-    with pytest.raises(ValueError, match="not written to its end"):
+    with pytest.raises(ValueError, match="incomplete"):
         RegionIndex(copy)
     write_json(copy / "index.json", {**record, "format": 0})
     with pytest.raises(ValueError, match="format 0"):

@@ -9,12 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from eval.predictions import read_predictions, read_references
-from mllm.data.prepare import stated_split
-from mllm.data.readers.coco import read_captions
+from mllm.data.build_index import dataset_split
+from mllm.data.readers.coco import read_coco
 from mllm.data.readers.jsonl import read_jsonl
 from mllm.data.readers.mask_imagenet import LIST, read_mask_imagenet
-from mllm.data.readers.refcocog import read_refs
-from mllm.data.readers.visual_genome import read_free_questions, read_region_questions, read_regions
+from mllm.data.readers.refcocog import read_refcocog
+from mllm.data.readers.visual_genome import read_image_questions, read_region_questions, read_regions
 from tests.files import write_json
 
 DEEP = json.loads("[" * 400 + "]" * 400)
@@ -45,14 +45,14 @@ ROW = {
 
 def genome(folder):
     for form in ("box", "mask"):
-        yield from read_regions(folder, region_input=form)
+        yield from read_regions(folder, region_type=form)
     yield from read_region_questions(folder)
-    yield from read_free_questions(folder)
+    yield from read_image_questions(folder)
 
 
 def refs(folder):
     for grouped in (False, True):
-        yield from read_refs(folder, region_input="mask", grouped=grouped)
+        yield from read_refcocog(folder, region_type="mask", grouped=grouped)
 
 
 def dump(path, content):
@@ -73,12 +73,12 @@ LAYOUTS = {
     ),
     "coco": (
         {"c.json": {"images": IMAGES, "annotations": ROWS}},
-        lambda folder: read_captions(folder / "c.json", folder, region_input="mask"),
+        lambda folder: read_coco(folder / "c.json", folder, region_type="mask"),
     ),
     "refs": ({"refs(umd).p": [REF], "instances.json": {"images": IMAGES, "annotations": ROWS}}, refs),
     "masks": ({LIST: [["n", 0, "a.jpg", RLE, [0, 0, 4, 4], 0, "x"]]}, read_mask_imagenet),
     "jsonl": ({"x.jsonl": LINE}, lambda folder: read_jsonl(folder / "x.jsonl")),
-    "split": ({"dataset.json": {"split": "val"}}, lambda folder: [stated_split(folder)] and []),
+    "split": ({"dataset.json": {"split": "val"}}, lambda folder: [dataset_split(folder)] and []),
     "predictions": ({"x.jsonl": ROW}, lambda folder: read_predictions(folder / "x.jsonl")[0]),
     "results": ({"x.json": [ROW]}, lambda folder: read_predictions(folder / "x.json")[0]),
     "references": (

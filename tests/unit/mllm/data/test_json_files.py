@@ -8,8 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mllm.data import json_files
-from mllm.data.json_files import check_kept, json_lines, parse_record, read_json, stream_json
+from mllm.data import json_files, json_stream
+from mllm.data.json_files import check_serializable, json_lines, parse_record, read_json
+from mllm.data.json_stream import stream_json
 from tests.files import write_json
 
 values = st.recursive(
@@ -30,7 +31,7 @@ def test_a_streamed_list_is_what_json_reads(tmp_path, content, size, indent, asc
     except UnicodeEncodeError:
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_files, "_READ_AT_ONCE", size)
+        patch.setattr(json_stream, "_READ_SIZE", size)
         assert list(stream_json(tmp_path / "x.json")) == expected
 
 
@@ -43,7 +44,7 @@ def test_text_that_is_not_a_list_is_refused_as_json_refuses_it(tmp_path, text, s
     except ValueError:
         expected = None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_files, "_READ_AT_ONCE", size)
+        patch.setattr(json_stream, "_READ_SIZE", size)
         if isinstance(expected, list):
             assert repr(list(stream_json(tmp_path / "x.json"))) == repr(expected)
         else:
@@ -64,8 +65,8 @@ def test_deep_nesting_costs_no_memory(tmp_path, read, content):
 
 
 def test_an_entry_and_a_file_have_a_largest_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_files, "_READ_AT_ONCE", 10)
-    monkeypatch.setattr(json_files, "LARGEST_RECORD", 100)
+    monkeypatch.setattr(json_stream, "_READ_SIZE", 10)
+    monkeypatch.setattr(json_stream, "MAX_RECORD_SIZE", 100)
     file = tmp_path / "x.json"
     write_json(file, ["a" * 90, "b" * 90])
     assert len(list(stream_json(file))) == 2
@@ -75,8 +76,8 @@ def test_an_entry_and_a_file_have_a_largest_size(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="x.json: the entry at character 4 has over 100 characters"):
         next(entries)
     with open(file, "wb") as sparse:
-        sparse.truncate(json_files.LARGEST_FILE + 1)
-    with pytest.raises(ValueError, match="x.json has 2,147,483,649 bytes; at most 2,147,483,648 can be read"):
+        sparse.truncate(json_files.MAX_FILE_SIZE + 1)
+    with pytest.raises(ValueError, match="x.json has 2,147,483,649 bytes; the limit is 2,147,483,648"):
         read_json(file, list)
 
 
@@ -87,7 +88,7 @@ def test_what_is_no_file_is_named(tmp_path):
         lambda path: list(stream_json(path)),
         lambda p: list(json_lines(p)),
     ):
-        with pytest.raises(ValueError, match="x.json: it is not a file"):
+        with pytest.raises(ValueError, match="x.json: not a regular file"):
             read(tmp_path / "x.json")
 
 
@@ -99,8 +100,8 @@ def test_what_is_no_file_is_named(tmp_path):
         (b"9" * 5000, "Exceeds the limit"),
         (b"[NaN]", "NaN or infinite"),
         (b"[1e400]", "NaN or infinite"),
-        (b'["\\ud800"]', "not UTF-8"),
-        (b'{"\\ud800": 1}', "not UTF-8"),
+        (b'["\\ud800"]', "not valid UTF-8"),
+        (b'{"\\ud800": 1}', "not valid UTF-8"),
         (b"[" * 101 + b"]" * 101, "nested more than 100 levels deep"),
         (b"[" * 9999, "nested more than 100 levels deep"),
     ],
@@ -113,4 +114,4 @@ def test_a_record_that_is_kept_can_be_written_again(content, problem):
 def test_the_deepest_record_that_is_kept():
     assert parse_record(b"\xef\xbb\xbf" + b"[" * 100 + b"]" * 100)
     for plain in (None, 5, "x", [], {}, {"a": [{"b": 1}]}):
-        check_kept(plain)
+        check_serializable(plain)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 
-from mllm.data.records import Folders
+from mllm.data.image_folders import ImageFolders
 from mllm.data.samples import RegionSample, TarMember, displayed_size, load_image
 from tests.files import encoded_image
 from tests.tiny import noise_image
@@ -179,10 +179,10 @@ def test_another_picture_in_a_member_s_place_is_not_taken_for_it(placed, tmp_pat
         placed._replace(offset=0),
         placed._replace(offset=10**9),
     ):
-        with pytest.raises(ValueError, match="does not lie at byte .* Make the index anew"):
+        with pytest.raises(ValueError, match="not found at byte .* rebuild the index"):
             load_image(place)
     (tmp_path / "a.tar").unlink()
-    with pytest.raises(ValueError, match="there is no image file 1.png in"):
+    with pytest.raises(ValueError, match="image file not found: 1.png in"):
         load_image(placed)
 
 
@@ -249,7 +249,7 @@ def test_another_size_than_stated_is_an_error(tmp_path):
     noise_image(30, 20).save(tmp_path / "p.png")
     meta = {"width": 60, "height": 40}
     sample = RegionSample("7", str(tmp_path / "p.png"), (Region.whole(),), None, ("x",), meta=meta)
-    with pytest.raises(ValueError, match="30 x 20 pixels, its data set says 60 x 40"):
+    with pytest.raises(ValueError, match="30 x 20 pixels, but its dataset states 60 x 40"):
         sample.open_image()
 
 
@@ -271,5 +271,5 @@ def test_a_file_name_with_a_folder_in_it_is_found(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "train2014").mkdir()
     noise_image(4, 4).save(tmp_path / "images" / "p.png")
-    found = Folders(tmp_path, ("train2014", "", "images")).find("images/p.png")
+    found = ImageFolders(tmp_path, ("train2014", "", "images")).find("images/p.png")
     assert found == str(tmp_path / "images" / "p.png")

@@ -26,6 +26,6 @@ def test_equal_to_the_published_file(shared_data):
 def test_a_changed_file_is_noticed(monkeypatch):
     splits._splits.cache_clear()
     monkeypatch.setattr(splits, "_SHA256", "0" * 64)
-    with pytest.raises(ValueError, match="install the package again"):
+    with pytest.raises(ValueError, match="reinstall the package"):
         densecap_split("val")
     splits._splits.cache_clear()

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from alpha_clip_commands.region_chat import main as region_chat
-from mllm.data.readers.jsonl import region_in
+from mllm.data.readers.jsonl import region_from_record
 from mllm.inference import RegionChat
 from mllm.locks import locked
 from mllm.region_chat.batch import read_requests, run_batch
@@ -250,11 +250,11 @@ def test_an_error_of_ours_ends_the_run_and_keeps_the_answers(tiny_llava_dir, fol
     def wrong(*arguments):
         if asked:  # in the second batch
             raise TypeError("ours")
-        return region_in(*arguments)
+        return region_from_record(*arguments)
 
     asked.clear()
     with monkeypatch.context() as patch, pytest.raises(TypeError, match="ours"):
-        patch.setattr("mllm.region_chat.batch.region_in", wrong)
+        patch.setattr("mllm.region_chat.batch.region_from_record", wrong)
         region_chat(arguments(tiny_llava_dir, folder))
     assert len(answers(folder)) == 4
     assert region_chat(arguments(tiny_llava_dir, folder)) == 0

@@ -10,8 +10,8 @@ from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader
 
 from alpha_clip_commands.training.contrastive_arguments import PairArguments
+from mllm.data.build_index import build_index
 from mllm.data.index import HELD_OUT, TRAIN, RegionIndex
-from mllm.data.prepare import make_index
 from mllm.data.shapes import grit_layout, scenes, visual_genome_layout
 from tests.alpha_maps import alpha_map, iou
 from tests.files import encoded_mask, read_json_lines, write_json
@@ -37,7 +37,7 @@ def grit(tmp_path_factory):
     """Scenes of 4 to 6 objects."""
     folder = tmp_path_factory.mktemp("grit") / "train"
     grit_layout.write(folder, SCENES, SEED, min_objects=4, progress=False)
-    make_index(folder)
+    build_index(folder)
     return folder
 
 
@@ -118,7 +118,7 @@ def test_regions_of_wide_pictures_and_of_turned_ones(tmp_path, geometry, form):
     caption, phrases = "a cat beside a dog", ("a cat", "a dog")
     write_pair(folder, "1", noise_image(48, 24), caption, phrases, boxes, masks)
     write_pair(folder, "2", noise_image(24, 48), caption, phrases, boxes, masks, "jpg", exif=turned)
-    make_index(folder)
+    build_index(folder)
     samples = dataset(folder, tmp_path, region_input=form, regions_per_image=2, whole_image_rate=0)
     for number in range(2):
         sample = samples[number]
@@ -168,7 +168,7 @@ def test_the_whole_image_is_alpha_of_ones_with_the_full_caption(tmp_path):
     """Padding included, bit for bit what three channels mean."""
     folder = tmp_path / "grit"
     write_pair(folder, "1", noise_image(48, 24), "a cat beside a dog", ["a cat"], [(2, 3, 20, 20)])
-    make_index(folder)
+    build_index(folder)
     softening = {"max_blur": 0.1, "min_strength": 0.2, "box_jitter": 0.3, "mask_jitter": 3}
     samples = dataset(folder, tmp_path, region_input="box", whole_image_rate=1.0, **softening)
     sample = samples[0]
@@ -210,7 +210,7 @@ def test_the_draw_depends_on_seed_epoch_and_sample_alone(grit, tmp_path):
 def test_data_without_captions_gives_no_whole_images(tmp_path):
     folder = tmp_path / "train"
     visual_genome_layout.write(folder, 6, 1, progress=False)
-    make_index(folder)
+    build_index(folder)
     samples = dataset(folder, tmp_path, whole_image_rate=1.0)
     assert samples.indexes[0].is_whole.any()  # questions about the whole image: no captions
     assert not samples.has_captions and len(samples) == 6
@@ -226,7 +226,7 @@ def test_captions_are_noticed_and_a_split_has_its_own_pictures(grit, tmp_path):
 def test_two_data_sets_are_told_apart(grit, truth, tmp_path):
     other = tmp_path / "other"
     visual_genome_layout.write(other, 4, 1, progress=False)
-    make_index(other)
+    build_index(other)
     args = PairArguments(data=["a", "b"], regions_per_image=2, whole_image_rate=0.5)
     indexes = [RegionIndex(grit), RegionIndex(other)]
     samples = RegionTextDataset(indexes, args, TRAIN, 0, tmp_path / "skipped.jsonl")
@@ -239,7 +239,7 @@ def test_two_data_sets_are_told_apart(grit, truth, tmp_path):
 def test_a_picture_with_a_caption_alone_is_shown_whole(tmp_path):
     folder = tmp_path / "grit"
     write_pair(folder, "1", noise_image(48, 24), "nothing here", [], [])
-    make_index(folder)
+    build_index(folder)
     for regions, rate in ((1, 0.0), (4, 0.1)):
         samples = dataset(folder, tmp_path, regions_per_image=regions, whole_image_rate=rate)
         assert samples[0].texts == ("nothing here",) and samples[0].regions == (Region.whole(),)
@@ -391,8 +391,8 @@ def damaged(tmp_path):
     """A data set of two tars of four pictures: of one tar the end is gone, of the other a picture is damaged."""
     folder = tmp_path / "tars"
     grit_layout.write(folder, 8, 1, tars=2, progress=False)
-    make_index(folder)
-    pictures = RegionIndex(folder).pictures
+    build_index(folder)
+    pictures = RegionIndex(folder).images
     places = [(row["offset"], row["size"]) for row in pictures]
     content = bytearray((folder / "00000.tar").read_bytes())
     offset, size = places[1]
@@ -426,17 +426,17 @@ def test_masks_of_another_size_than_the_picture_are_never_trained_on(tmp_path):
     mask[3:20, 2:20] = True
     for name, exif in (("1", turned), ("2", Image.Exif())):
         write_pair(folder, name, noise_image(48, 24), caption, ["a cat"], [(2, 3, 20, 20)], [mask], "jpg", exif=exif)
-    make_index(folder)
+    build_index(folder)
     samples = dataset(folder, tmp_path, max_missing=0.5)
     assert {picture_of(samples[number]) for number in range(4)} == {"2"}
     line, _ = skipped(tmp_path)  # in two epochs
-    assert line["image"].endswith("1.jpg") and "is 24 x 48 pixels, its data set says 48 x 24" in line["reason"]
+    assert line["image"].endswith("1.jpg") and "is 24 x 48 pixels, but its dataset states 48 x 24" in line["reason"]
 
 
 def test_validation_samples_are_all_regions_in_the_form_that_is_trained(tmp_path):
     folder = tmp_path / "val"
     grit_layout.write(folder, 2, 1, "val", progress=False)
-    make_index(folder)
+    build_index(folder)
     index = RegionIndex(folder)
     for form, kind in (("box", "box"), ("mask", "mask"), ("mixed", "mask")):
         samples = validation_samples(dataset(folder, tmp_path, "val", region_input=form), index, 1, 0)

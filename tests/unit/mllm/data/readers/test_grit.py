@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mllm.data import masks
+from mllm.data.read_report import CLAMPED, NO_AREA, READ, ReadReport
 from mllm.data.readers import grit
 from mllm.data.readers.grit import read_grit
-from mllm.data.records import CLAMPED, NO_AREA, READ, ReadReport
 from mllm.data.samples import TarMember
 from tests.files import encoded_mask, write_json
 from tests.tiny import noise_image
@@ -106,11 +106,11 @@ def row(**changes):
         (row(x1=0.1), NO_AREA),
         (row(y1=0.05), NO_AREA),
         (row(x0=1.1, x1=1.2), NO_AREA),
-        (row(x1="1"), grit.NO_BOX),
-        (row(x1=float("nan")), grit.NO_BOX),
-        (row(x1=10**400), grit.NO_BOX),
-        (row(x1=30.0), grit.NO_BOX),  # pixels
-        ([0, 9, 0.1, 0.1], grit.NO_BOX),
+        (row(x1="1"), grit.INVALID_BOX),
+        (row(x1=float("nan")), grit.INVALID_BOX),
+        (row(x1=10**400), grit.INVALID_BOX),
+        (row(x1=30.0), grit.INVALID_BOX),  # pixels
+        ([0, 9, 0.1, 0.1], grit.INVALID_BOX),
     ],
 )
 def test_a_bad_phrase_or_box_is_counted_and_the_others_stay(tmp_path, bad, reason):
@@ -135,11 +135,11 @@ def test_a_box_over_the_edge_is_clamped_and_counted(tmp_path):
 @pytest.mark.parametrize(
     "bad, reason",
     [
-        ("x", masks.BAD_MASK),
-        ({"size": [HEIGHT, WIDTH], "counts": "zzzz"}, masks.BAD_MASK),
-        ({"size": [HEIGHT, WIDTH], "counts": [1, 2]}, masks.BAD_MASK),
-        ({"size": [HEIGHT], "counts": [HEIGHT * WIDTH]}, masks.BAD_MASK),
-        ({"size": [10**9, 10**9], "counts": [0, 10**18]}, masks.BAD_MASK),
+        ("x", masks.INVALID_MASK),
+        ({"size": [HEIGHT, WIDTH], "counts": "zzzz"}, masks.INVALID_MASK),
+        ({"size": [HEIGHT, WIDTH], "counts": [1, 2]}, masks.INVALID_MASK),
+        ({"size": [HEIGHT], "counts": [HEIGHT * WIDTH]}, masks.INVALID_MASK),
+        ({"size": [10**9, 10**9], "counts": [0, 10**18]}, masks.INVALID_MASK),
         (encoded_mask(np.zeros((HEIGHT, WIDTH))), masks.EMPTY_MASK),
         (encoded_mask(filled(0, 0, 5, 5, WIDTH, HEIGHT)), masks.OTHER_SIZE),
     ],
@@ -172,10 +172,10 @@ def test_masks_that_could_be_shifted_are_dropped(tmp_path, stated):
 @pytest.mark.parametrize(
     "content, reason",
     [
-        ('{"caption": "a d', grit.DAMAGED),
-        ("", grit.DAMAGED),
-        ("[]", grit.DAMAGED),
-        ("[" * 100_000, grit.DAMAGED),
+        ('{"caption": "a d', grit.INVALID_JSON),
+        ("", grit.INVALID_JSON),
+        ("[]", grit.INVALID_JSON),
+        ("[" * 100_000, grit.INVALID_JSON),
         (record(caption=None), grit.NO_CAPTION),
         (record(caption=" "), grit.NO_CAPTION),
         (record(caption=5), grit.NO_CAPTION),
@@ -193,7 +193,7 @@ def test_bytes_that_are_no_text(tmp_path):
     write(tmp_path, record())
     write(tmp_path, record(), "8")
     (tmp_path / "8.json").write_bytes(b'{"caption": "\xff\xfe\xfd"}')
-    assert read(tmp_path)[1] == {grit.DAMAGED: 1}
+    assert read(tmp_path)[1] == {grit.INVALID_JSON: 1}
 
 
 @pytest.mark.parametrize("rows", [None, "x", 5])
@@ -215,7 +215,7 @@ def turned(tmp_path, content):
 
 def test_a_turned_picture_with_masks_of_the_stored_size_is_refused(tmp_path):
     for sample in turned(tmp_path, record()):
-        with pytest.raises(ValueError, match="is 20 x 40 pixels, its data set says 40 x 20"):
+        with pytest.raises(ValueError, match="is 20 x 40 pixels, but its dataset states 40 x 20"):
             sample.open_image()
 
 
@@ -244,17 +244,17 @@ def test_a_picture_without_a_size_is_counted(tmp_path):
     write(tmp_path, record(seudo_masks=None), "8")
     (tmp_path / "8.png").write_bytes(b"no picture")
     samples, left_out = read(tmp_path)
-    assert left_out == {grit.UNREADABLE: 1} and {s.meta["image_id"] for s in samples} == {"7"}
+    assert left_out == {grit.NO_SIZE: 1} and {s.meta["image_id"] for s in samples} == {"7"}
 
 
 def test_nothing_usable_is_an_error_that_says_what_was_expected(tmp_path):
-    with pytest.raises(ValueError, match="there is no folder"):
+    with pytest.raises(ValueError, match="folder not found"):
         list(read_grit(tmp_path / "no"))
     (tmp_path / "x.txt").write_text("x")
-    with pytest.raises(ValueError, match="expected pictures, each with a .json of the same name"):
+    with pytest.raises(ValueError, match="expected images, each with a .json of the same name"):
         list(read_grit(tmp_path))
     write(tmp_path, "{")
-    with pytest.raises(ValueError, match=grit.DAMAGED):
+    with pytest.raises(ValueError, match=grit.INVALID_JSON):
         list(read_grit(tmp_path))
 
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from mllm.data import json_files
-from mllm.data.readers.jsonl import DAMAGED, read_jsonl
-from mllm.data.records import ReadReport
+from mllm.data.read_report import ReadReport
+from mllm.data.readers.jsonl import INVALID_LINE, read_jsonl
 from tests.files import write_json_lines
 from vision_tower import Region
 
@@ -40,22 +40,22 @@ def test_lines_become_samples(tmp_path):
     [
         ([1], "expected an object"),
         ({**LINE, "id": "a"}, "line 2: a$"),
-        ({**LINE, "id": None}, "id: expected a whole number or text, got null"),
-        ({**LINE, "id": True}, "id: expected a whole number or text, got true or false"),
+        ({**LINE, "id": None}, "id: expected an integer or text, got null"),
+        ({**LINE, "id": True}, "id: expected an integer or text, got true or false"),
         ({**LINE, "id": 2, "boxes": []}, "unknown field 'boxes'"),
         ({**LINE, "id": 2, "image": None}, "image: expected text, got null"),
         ({**LINE, "id": 2, "image": "a\0b"}, "image: text without NUL"),
         ({**LINE, "id": 2, "region": "box"}, "region: expected an object, got text"),
         ({**LINE, "id": 2, "region": {"box": [3, 2, 1, 4]}}, "x0 < x1"),
         ({**LINE, "id": 2, "region": {"mask": "no.png"}}, "no.png"),
-        ({**LINE, "id": 2, "question": 5}, "question: expected text or null, got a whole number"),
-        ({**LINE, "id": 2, "question": "\ud800"}, "text that is not UTF-8"),
+        ({**LINE, "id": 2, "question": 5}, "question: expected text or null, got an integer"),
+        ({**LINE, "id": 2, "question": "\ud800"}, "text is not valid UTF-8"),
         ({**LINE, "id": 2, "answer": []}, "answer as text"),
         ({**LINE, "id": 2, "answer": " "}, "answer as text"),
-        ({**LINE, "id": 2, "answer": ["a", 5]}, r"answer.*expected text, got a whole number"),
-        ({**LINE, "id": 2, "references": ["x"]}, "not both"),
+        ({**LINE, "id": 2, "answer": ["a", 5]}, r"answer.*expected text, got an integer"),
+        ({**LINE, "id": 2, "references": ["x"]}, "either"),
         ({**LINE, "id": 2, "meta": []}, "meta: expected an object, got a list"),
-        ({**LINE, "id": 2, "meta": {"image_id": [1]}}, "meta: image_id: expected a whole number or text or null"),
+        ({**LINE, "id": 2, "meta": {"image_id": [1]}}, "meta: image_id: expected an integer or text or null"),
         ({**LINE, "id": 2, "meta": {"area": float("nan")}}, "NaN or infinite"),
         ({**LINE, "id": 2, "meta": {"area": "0.1"}}, "meta: area: expected a number or null, got text"),
         ('{"id": 2, "meta": ' + "[" * 100_000, "nested more than 100 levels deep"),
@@ -78,15 +78,15 @@ def test_bytes_that_are_no_text_and_lines_too_long(tmp_path, monkeypatch):
     file.write_bytes(
         b"\xef\xbb\xbf" + file.read_bytes() + b'{"id": "\xff"}\n' + b'{"id":' + b" " * 300 + b'1}\n{"id":1\n'
     )
-    monkeypatch.setattr(json_files, "LARGEST_RECORD", 200)
+    monkeypatch.setattr(json_files, "MAX_RECORD_SIZE", 200)
     report = ReadReport()
     assert [sample.id for sample in read_jsonl(file, report=report)] == ["a", "last"]
-    assert [named.split(":")[1] for named in report.examples[DAMAGED]] == [
+    assert [named.split(":")[1] for named in report.examples[INVALID_LINE]] == [
         " not UTF-8 at byte 8",
         " over 200 bytes",
         " not JSON",
     ]
-    assert report.examples[DAMAGED][2].startswith("line 5")
+    assert report.examples[INVALID_LINE][2].startswith("line 5")
 
 
 def test_a_file_of_bad_lines_is_refused(tmp_path):
@@ -95,5 +95,5 @@ def test_a_file_of_bad_lines_is_refused(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="cannot read"):
+    with pytest.raises(ValueError, match="file not found"):
         list(read_jsonl(tmp_path / "no.jsonl"))

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from mllm.data.build_index import index_mask_imagenet
 from mllm.data.index import RegionIndex
-from mllm.data.masks import BAD_MASK, EMPTY_MASK
-from mllm.data.prepare import index_mask_imagenet
+from mllm.data.masks import EMPTY_MASK, INVALID_MASK
+from mllm.data.read_report import CLAMPED, NO_AREA, READ, ReadReport
 from mllm.data.readers import mask_imagenet
-from mllm.data.records import CLAMPED, NO_AREA, READ, ReadReport
 from tests.files import encoded_mask, write_json
 from tests.tiny import noise_image
 from vision_tower import Region
@@ -47,10 +47,10 @@ def write(folder, *entries):
 def test_masks_boxes_and_texts_come_back_from_the_index(tmp_path):
     index_mask_imagenet(write(tmp_path, entry(1), entry(2)))
     index = RegionIndex(tmp_path)
-    assert index.missing_pictures("train") == {} and index.rows("train").tolist() == [0, 1]
+    assert index.missing_images("train") == {} and index.rows("train").tolist() == [0, 1]
     for number, facts in enumerate(index.read([0, 1]), 1):
-        assert facts.forms[0] == Region.from_box(number, 5, number + 10, 15)
-        assert np.array_equal(facts.forms[1].mask(20, 30), masked(number, number + 10))
+        assert facts.geometries[0] == Region.from_box(number, 5, number + 10, 15)
+        assert np.array_equal(facts.geometries[1].mask(20, 30), masked(number, number + 10))
         # the text as it is
         assert facts.turns == (("description", None, f"a tench number {number} on a white background"),)
         assert facts.sample.open_image().size == (30, 20)
@@ -69,20 +69,20 @@ def test_a_picture_of_another_size_is_refused(tmp_path):
     write(tmp_path, entry(1))
     noise_image(20, 30).save(tmp_path / PATH.format(1))
     for sample in mask_imagenet.read_mask_imagenet(tmp_path):
-        with pytest.raises(ValueError, match="is 20 x 30 pixels, its data set says 30 x 20"):
+        with pytest.raises(ValueError, match="is 20 x 30 pixels, but its dataset states 30 x 20"):
             sample.open_image()
 
 
 @pytest.mark.parametrize(
     "bad, reason",
     [
-        ({}, mask_imagenet.OTHER_FORM),
-        (entry(1)[:6], mask_imagenet.OTHER_FORM),
-        (entry(1, path=None), mask_imagenet.OTHER_FORM),
+        ({}, mask_imagenet.INVALID_ENTRY),
+        (entry(1)[:6], mask_imagenet.INVALID_ENTRY),
+        (entry(1, path=None), mask_imagenet.INVALID_ENTRY),
         (entry(1, text=" "), mask_imagenet.NO_TEXT),
         (entry(1, text=None), mask_imagenet.NO_TEXT),
-        (entry(1, mask=None), BAD_MASK),
-        (entry(1, mask={"size": [20, 30], "counts": "zz"}), BAD_MASK),
+        (entry(1, mask=None), INVALID_MASK),
+        (entry(1, mask={"size": [20, 30], "counts": "zz"}), INVALID_MASK),
         (entry(1, mask=encoded_mask(np.zeros((20, 30)))), EMPTY_MASK),
         (entry(1, box=None), mask_imagenet.NO_BOX),
         (entry(1, box=[1, 2, "3", 4]), mask_imagenet.NO_BOX),
@@ -103,7 +103,7 @@ def test_a_box_over_the_edge_is_clamped(tmp_path):
 
 
 def test_nothing_usable_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="is missing"):
+    with pytest.raises(ValueError, match="not found"):
         list(mask_imagenet.read_mask_imagenet(tmp_path))
     with pytest.raises(ValueError, match="no entry of .* can be used; expected lists"):
         list(mask_imagenet.read_mask_imagenet(write(tmp_path, {})))

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from mllm.data import masks
-from mllm.data.readers.visual_genome import ReadReport, read_free_questions, read_region_questions, read_regions
+from mllm.data.readers.visual_genome import ReadReport, read_image_questions, read_region_questions, read_regions
 from tests.files import read_json, write_json
 from tests.tiny import noise_image
 from vision_tower import Region
 
-CLAMPED = "reaching over the picture, clamped"
-NO_AREA = "without area inside the picture, left out"
+CLAMPED = "clamped to the image"
+NO_AREA = "skipped: no area inside the image"
 
 
 def link(shared_data, folder, version):
@@ -100,8 +100,8 @@ def test_real_questions_split_into_mapped_and_free(shared_data, tmp_path):
     (asked,) = read_region_questions(root, report=report)
     assert asked.question == "What color is the clock?" and asked.references == ("Green.",)
     assert asked.regions == (Region.from_box(421, 57, 503, 196),)
-    assert report.counts == {"read": 1, "questions on an unknown region, left out": 1}
-    free = list(read_free_questions(root))
+    assert report.counts == {"read": 1, "questions skipped: unknown region": 1}
+    free = list(read_image_questions(root))
     assert len(free) == 719
     assert all(sample.regions == (Region.whole(),) for sample in free)
 
@@ -152,12 +152,12 @@ def test_every_oddity_is_clamped_or_counted(small, caplog):
         "read": 2,
         CLAMPED: 1,
         NO_AREA: 2,
-        "without a phrase, left out": 2,
-        "of an unknown image, left out": 1,
-        "with a repeated id, left out": 1,
+        "skipped: no phrase": 2,
+        "skipped: unknown image": 1,
+        "skipped: duplicate id": 1,
     }
-    assert report.examples["of an unknown image, left out"] == [5]
-    assert "1 of an unknown image, left out" in caplog.text
+    assert report.examples["skipped: unknown image"] == [5]
+    assert "1 skipped: unknown image" in caplog.text
     assert [s.id for s in read_regions(small, image_ids={2})] == ["vg-region-6"]
     assert [s.id for s in read_regions(small, image_ids=[2])] == ["vg-region-6"]
 
@@ -207,25 +207,25 @@ def test_every_oddity_of_questions_is_counted(small):
         "read": 2,
         CLAMPED: 1,
         NO_AREA: 1,
-        "with a repeated id, left out": 1,
-        "questions on a region that was left out, left out": 1,
-        "questions on an unknown region, left out": 1,
-        "questions on a region of another image, left out": 1,
-        "questions on an unknown image, left out": 1,
-        "questions with a repeated id, left out": 1,
-        "questions without text or answer, left out": 2,
+        "skipped: duplicate id": 1,
+        "questions skipped: the region was skipped": 1,
+        "questions skipped: unknown region": 1,
+        "questions skipped: the region is of another image": 1,
+        "questions skipped: unknown image": 1,
+        "questions skipped: duplicate id": 1,
+        "questions skipped: no question or answer": 2,
     }
     report = ReadReport()
-    (free,) = read_free_questions(small, report=report)
+    (free,) = read_image_questions(small, report=report)
     assert free.id == "vg-qa-20" and free.regions == (Region.whole(),)
     del size["area"]
     assert free.meta == {**size, "qa_id": 20, "type": "count"}
     assert report.counts == {
         "read": 1,
-        "questions with a repeated id, left out": 1,
-        "questions without text or answer, left out": 1,
+        "questions skipped: duplicate id": 1,
+        "questions skipped: no question or answer": 1,
     }
-    assert list(read_free_questions(small, image_ids={2})) == []
+    assert list(read_image_questions(small, image_ids={2})) == []
 
 
 def test_a_region_listed_for_an_unknown_image_too_keeps_its_questions(small):
@@ -284,12 +284,12 @@ def test_masks(small):
     rle = Region.from_box(1, 1, 6, 6).mask(80, 100) > 0
     write(small, region_masks={"1": Region.from_mask(rle).to_json()["rle"]})
     report = ReadReport()
-    (sample,) = read_regions(small, region_input="mask", report=report)
+    (sample,) = read_regions(small, region_type="mask", report=report)
     assert sample.regions == (Region.from_mask(rle),)
     assert report.counts[masks.NO_MASK] == 1 and report.examples[masks.NO_MASK] == [6]
     write(small, qa_to_region_mapping={"1": 1, "2": 6}, question_answers=[{"id": 1, "qas": [qa(1), qa(2, image_id=2)]}])
     report = ReadReport()
-    (asked,) = read_region_questions(small, region_input="mask", report=report)
+    (asked,) = read_region_questions(small, region_type="mask", report=report)
     assert asked.regions == (Region.from_mask(rle),) and report.examples[masks.NO_MASK] == [2]
 
 
@@ -297,28 +297,28 @@ def test_masks(small):
     ("rle", "reason"),
     [
         ({"size": [100, 80], "counts": [5, 7995]}, masks.OTHER_SIZE),
-        ({"size": [80, 100], "counts": [5, 5]}, masks.BAD_MASK),
+        ({"size": [80, 100], "counts": [5, 5]}, masks.INVALID_MASK),
         ({"size": [80, 100], "counts": [8000]}, masks.EMPTY_MASK),
-        ({"size": None, "counts": [8000]}, masks.BAD_MASK),
-        ({"size": [80, 100], "counts": [8000, 10**400]}, masks.BAD_MASK),
-        ("zz", masks.BAD_MASK),
+        ({"size": None, "counts": [8000]}, masks.INVALID_MASK),
+        ({"size": [80, 100], "counts": [8000, 10**400]}, masks.INVALID_MASK),
+        ("zz", masks.INVALID_MASK),
         ({}, masks.NO_MASK),
         (None, masks.NO_MASK),
-        (5, masks.BAD_MASK),
+        (5, masks.INVALID_MASK),
     ],
 )
 def test_unusable_masks_are_counted(small, rle, reason):
     write(small, region_masks={"1": rle})
     report = ReadReport()
-    assert list(read_regions(small, region_input="mask", report=report)) == []
+    assert list(read_regions(small, region_type="mask", report=report)) == []
     assert 1 in report.examples[reason]
 
 
 def test_what_cannot_be_asked_for(small):
-    with pytest.raises(ValueError, match="expected region_input 'box' or 'mask', got 'polygon'"):
-        next(read_regions(small, region_input="polygon"))
-    with pytest.raises(ValueError, match="region_masks.json is missing"):
-        next(read_regions(small, region_input="mask"))
+    with pytest.raises(ValueError, match="expected region_type 'box' or 'mask', got 'polygon'"):
+        next(read_regions(small, region_type="polygon"))
+    with pytest.raises(ValueError, match="file not found: .*region_masks.json"):
+        next(read_regions(small, region_type="mask"))
 
 
 def in_list(*records, key="regions"):
@@ -332,23 +332,23 @@ MAPPING = "qa_to_region_mapping"
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (IMAGES, None, "is missing"),
+        (IMAGES, None, "not found"),
         (IMAGES, '[{"id": 1, "width": 5, "height": 5}, {"image_id": 1, "width": 5, "height": 5}]', r"images.*once .1."),
-        (REGIONS, None, "is missing"),
-        (REGIONS, '[{"id": 1, "regi', "cut short"),
-        (REGIONS, b"[\xff\xfe]", "not whole JSON"),
-        (REGIONS, "", "cut short"),
-        (REGIONS, "[", "cut short"),
-        (REGIONS, "[]]", "not whole JSON"),
-        (REGIONS, "[1 2]", "not whole JSON"),
-        (REGIONS, "[1,]", "not whole JSON"),
+        (REGIONS, None, "not found"),
+        (REGIONS, '[{"id": 1, "regi', "truncated"),
+        (REGIONS, b"[\xff\xfe]", "not valid JSON"),
+        (REGIONS, "", "got an empty file"),
+        (REGIONS, "[", "truncated"),
+        (REGIONS, "[]]", "not valid JSON"),
+        (REGIONS, "[1 2]", "not valid JSON"),
+        (REGIONS, "[1,]", "not valid JSON"),
         (REGIONS, "{}", "expected a JSON list"),
         (REGIONS, "[" * 100_000, "nested too deeply"),
-        (QAS, None, "is missing"),
-        (MAPPING, None, "is missing"),
+        (QAS, None, "not found"),
+        (MAPPING, None, "not found"),
         (MAPPING, "[[1, 1]]", "expected a JSON dict"),
-        (MAPPING, '{"1": 1, "1": 2}', "must differ"),
-        (MAPPING, '{"1": 1, "01": 2}', "must differ"),
+        (MAPPING, '{"1": 1, "1": 2}', "must be unique"),
+        (MAPPING, '{"1": 1, "01": 2}', "must be unique"),
         (MAPPING, '{"1": ' * 100_000, "nested too deeply"),
     ],
 )
@@ -372,19 +372,19 @@ NAN, HUGE = float("nan"), 10**30
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [
-        (IMAGES, "[1]", "entry 0: expected an object, got a whole number"),
+        (IMAGES, "[1]", "entry 0: expected an object, got an integer"),
         (IMAGES, '[{"url": null, "width": 5, "height": 5}]', "entry 0: expected image_id"),
-        (IMAGES, '[{"id": [1], "width": 5, "height": 5}]', "id: expected a whole number or null, got a list"),
+        (IMAGES, '[{"id": [1], "width": 5, "height": 5}]', "id: expected an integer or null, got a list"),
         (IMAGES, '[{"id": 1, "height": 2}]', "missing required field 'width'"),
-        (IMAGES, '[{"id": 1, "url": 5, "width": 2, "height": 2}]', "url: expected text or null, got a whole number"),
-        (IMAGES, '[{"id": 1, "width": 2, "height": 0}]', "height: expected a whole number >= 1"),
+        (IMAGES, '[{"id": 1, "url": 5, "width": 2, "height": 2}]', "url: expected text or null, got an integer"),
+        (IMAGES, '[{"id": 1, "width": 2, "height": 0}]', "height: expected an integer >= 1"),
         (REGIONS, "[1]", "entry 0 of region_descriptions.json: expected an object with a list 'regions'"),
         (REGIONS, '[{"id": 1}]', "a list 'regions'"),
         (REGIONS, in_list("text"), "a record in entry 0 of region_descriptions.json: expected an object"),
         (REGIONS, '[{"regions": [{"region_id": 1}]}]', "a record in entry 0"),
-        (REGIONS, in_list({"phrase": "x"}), "expected region_id, a whole number"),
-        (REGIONS, in_list(region(HUGE)), "expected region_id, a whole number of 64 bits"),
-        (REGIONS, in_list(region(True)), "expected region_id, a whole number"),
+        (REGIONS, in_list({"phrase": "x"}), "expected region_id, a 64-bit integer"),
+        (REGIONS, in_list(region(HUGE)), "expected region_id, a 64-bit integer"),
+        (REGIONS, in_list(region(True)), "expected region_id, a 64-bit integer"),
         (REGIONS, in_list({"region_id": 1, "x": 1}), "region 1: object missing required field 'y'"),
         (REGIONS, in_list(region(1, x="0")), "region 1: x: expected a number, got text"),
         (REGIONS, in_list(region(1, width=None)), "region 1: width: expected a number, got null"),
@@ -396,7 +396,7 @@ NAN, HUGE = float("nan"), 10**30
         (REGIONS, in_list(region(1, phrase="a \ud800")), "1"),
         (QAS, '[{"id": 1, "regions": []}]', "a list 'qas'"),
         (QAS, in_list({"question": "x"}, key="qas"), "expected qa_id"),
-        (QAS, in_list(qa(1, answer=2), key="qas"), "question 1: answer: expected text or null, got a whole number"),
+        (QAS, in_list(qa(1, answer=2), key="qas"), "question 1: answer: expected text or null, got an integer"),
         (QAS, in_list(qa(1, type=[]), key="qas"), "question 1: type: expected text or null, got a list"),
         (MAPPING, '{"one": 1}', "'one'"),
         (MAPPING, '{"1": "1"}', "'1'"),
@@ -416,7 +416,7 @@ def test_one_bad_record_is_one_error(small):
     write(small, region_descriptions=[{"id": 1, "regions": bad}, "text"])
     report = ReadReport()
     with pytest.raises(
-        ValueError, match="16 of 31 records cannot be used .at most 50% .*15 of another form, left out .ids reg"
+        ValueError, match="16 of 31 records cannot be used .limit: 50%.*15 skipped: not in the expected format .ids reg"
     ):
         list(read_regions(small, report=report))
     write(small, region_descriptions=[{"id": 1, "regions": bad}])

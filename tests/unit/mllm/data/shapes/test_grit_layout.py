@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from alpha_clip_commands import alpha_clip
+from mllm.data.build_index import build_index, index_grit
 from mllm.data.index import RegionIndex
-from mllm.data.prepare import index_grit, make_index
 from mllm.data.readers.grit import read_grit
 from mllm.data.samples import TarMember
 from mllm.data.shapes import grit_layout, scenes
@@ -19,7 +19,7 @@ COUNT, SEED = 12, 5
 def root(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("grit") / "data"
     grit_layout.write(folder, COUNT, SEED, tars=request.param, min_objects=1, progress=False)
-    make_index(folder)
+    build_index(folder)
     return folder
 
 
@@ -29,13 +29,13 @@ def drawn():
 
 
 def facts_of(index, scene_number):
-    rows = [row for row in index.rows("train") if index.picture_of[row] == scene_number]
+    rows = [row for row in index.rows("train") if index.image_rows[row] == scene_number]
     return index.read(rows)
 
 
 def test_regions_from_the_index_lie_where_their_phrase_was_drawn(root, drawn):
     index = RegionIndex(root)
-    assert len(index.pictures) == COUNT and index.missing_pictures("train") == {}
+    assert len(index.images) == COUNT and index.missing_images("train") == {}
     for number, scene in enumerate(drawn):
         *regions, whole = facts_of(index, number)
         truth = {obj.phrase: mask for obj, mask in zip(scene.objects, scene.masks, strict=True)}
@@ -43,14 +43,14 @@ def test_regions_from_the_index_lie_where_their_phrase_was_drawn(root, drawn):
         for facts in regions:
             ((kind, question, phrase),) = facts.turns
             mask = truth.pop(phrase)
-            assert (kind, question) == ("description", None) and [f.kind for f in facts.forms] == ["box", "mask"]
-            assert iou(facts.forms[1].mask(96, 96) > 0.5, mask) == 1
+            assert (kind, question) == ("description", None) and [f.kind for f in facts.geometries] == ["box", "mask"]
+            assert iou(facts.geometries[1].mask(96, 96) > 0.5, mask) == 1
             around = np.zeros_like(mask)
             rows, columns = np.nonzero(mask)
             around[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = True
-            assert iou(facts.forms[0].mask(96, 96) > 0.5, around) >= 0.95
+            assert iou(facts.geometries[0].mask(96, 96) > 0.5, around) >= 0.95
             assert np.array_equal(np.asarray(facts.sample.open_image()), scene.pixels)
-        assert not truth and [form.is_whole for form in whole.forms] == [True]
+        assert not truth and [form.is_whole for form in whole.geometries] == [True]
         assert whole.sample.meta.get("region_id") is None
         assert whole.turns == (("description", None, grit_layout.annotation(scene)["caption"]),)
 
@@ -103,7 +103,7 @@ def test_scenes_of_one_to_six_objects():
     assert set(counts) == {1, 2, 3, 4, 5, 6}
     assert {len(scene.objects) for _, scene in scenes.scenes(30, 1, "train", 1, 2)} == {1, 2}
     for fewest, most in ((0, 6), (1, 7), (3, 2)):
-        with pytest.raises(ValueError, match=f"1 to 6 objects a scene, got {fewest} to {most}"):
+        with pytest.raises(ValueError, match=f"1 to 6 objects per scene, got {fewest} to {most}"):
             next(scenes.scenes(1, 1, "train", fewest, most))
 
 
@@ -128,7 +128,7 @@ def test_command_line(tmp_path, capsys):
     (tmp_path / "x" / "mine.tar").touch()
     for wrong, message in (
         (arguments, "contains files that this command did not write (first: mine.tar)"),
-        ([*arguments, "--out", str(tmp_path / "y"), "--tars", "3"], "0 to that many tars, got 2 and 3"),
-        ([*arguments, "--out", str(tmp_path / "y"), "--min-objects", "9"], "objects a scene, got 9"),
+        ([*arguments, "--out", str(tmp_path / "y"), "--tars", "3"], "got 2 images and 3 tars"),
+        ([*arguments, "--out", str(tmp_path / "y"), "--min-objects", "9"], "objects per scene, got 9"),
     ):
         assert alpha_clip.main(["shapes", "--layout", "grit", *wrong]) == 2 and message in capsys.readouterr().err

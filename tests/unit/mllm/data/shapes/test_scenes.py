@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from alpha_clip_commands import alpha_clip
-from mllm.data.readers.visual_genome import read_free_questions, read_region_questions, read_regions
+from mllm.data.readers.visual_genome import read_image_questions, read_region_questions, read_regions
 from mllm.data.shapes import scenes, visual_genome_layout, world
 from tests.files import read_json
 
@@ -29,7 +29,7 @@ def drawn():
 
 
 def test_the_world_is_as_large_as_promised():
-    assert len(world.COLOURS) >= 8 and len(world.SHAPES) >= 6
+    assert len(world.COLORS) >= 8 and len(world.SHAPES) >= 6
     assert len(world.PATTERNS) >= 3 and len(world.SIZES) >= 2
 
 
@@ -64,7 +64,7 @@ def test_masks_are_where_the_colour_is(drawn):
         for obj, mask in zip(scene.objects, scene.masks, strict=True):
             if obj.pattern == "plain":
                 inside = scene.pixels[mask].mean(0)
-                assert np.abs(inside - np.array(world.COLOURS[obj.colour])).max() < 40
+                assert np.abs(inside - np.array(world.COLORS[obj.color])).max() < 40
 
 
 def test_same_seed_same_bytes_and_pixels(folders, tmp_path):
@@ -124,7 +124,7 @@ def test_one_canonical_phrase_an_object(folders):
 
 
 def test_boxes_are_tight_around_masks(folders, drawn):
-    boxes, masks = (list(read_regions(folders / "test", region_input=form)) for form in ("box", "mask"))
+    boxes, masks = (list(read_regions(folders / "test", region_type=form)) for form in ("box", "mask"))
     drawn_masks = [mask for scene in drawn["test"] for mask in scene.masks]
     for box, mask, pixels in zip(boxes, masks, drawn_masks, strict=True):
         assert np.array_equal(mask.regions[0].mask(96, 96), pixels)
@@ -137,7 +137,7 @@ def test_neighbours_are_unique_and_right(drawn):
     for scene in drawn["test"]:
         for index, obj in enumerate(scene.objects):
             for direction, (ux, uy) in scenes.DIRECTIONS.items():
-                found = scenes.neighbour(scene.objects, index, direction)
+                found = scenes.neighbor(scene.objects, index, direction)
                 if found is None:
                     continue
                 asked += 1
@@ -152,7 +152,7 @@ def test_neighbours_are_unique_and_right(drawn):
 
 
 def test_questions_about_the_whole_image_are_not_mapped(folders):
-    free = list(read_free_questions(folders / "test"))
+    free = list(read_image_questions(folders / "test"))
     assert len(free) == COUNT // 5 and all(
         sample.regions[0].is_whole and sample.meta["type"] == "count" for sample in free
     )

@@ -10,19 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mllm.data.readers import region_text_pairs
-from mllm.data.readers.region_text_pairs import find_pairs, has_pairs
-from mllm.data.records import ReadReport
+from mllm.data.read_report import ReadReport
+from mllm.data.readers import image_json_pairs
+from mllm.data.readers.image_json_pairs import find_pairs, has_pairs
 from mllm.data.samples import TarMember, load_image
 from tests.files import encoded_image
 from tests.tiny import noise_image
 
-PICTURES = {str(seed): encoded_image(noise_image(8, 8, seed)) for seed in range(4)}
-FILES = [(f"{key}.{suffix}", key) for key in PICTURES for suffix in ("json", "png", "txt")]
+IMAGES = {str(seed): encoded_image(noise_image(8, 8, seed)) for seed in range(4)}
+FILES = [(f"{key}.{suffix}", key) for key in IMAGES for suffix in ("json", "png", "txt")]
 
 
 def content_of(name, key):
-    return PICTURES[key] if name.lower().endswith(("png", "jpg")) else f'{{"key": "{key}"}}'.encode()
+    return IMAGES[key] if name.lower().endswith(("png", "jpg")) else f'{{"key": "{key}"}}'.encode()
 
 
 def tar(path, files=FILES, mode="w", **options):
@@ -73,38 +73,38 @@ def test_names_of_every_length_and_any_order_in_the_tar(tmp_path, format_):
     files = [(name, key) for name, (_, key) in zip(names, FILES, strict=True)]
     tar(tmp_path / "0.tar", sorted(files, key=lambda file: file[0].rsplit(".")[-1]), format=format_)
     found, left_out, _ = pairs(tmp_path)
-    assert [key[-1] for key in found] == list(PICTURES) and not left_out
+    assert [key[-1] for key in found] == list(IMAGES) and not left_out
 
 
 @pytest.mark.parametrize("make", [folder, lambda path, files: tar(path / "a.tar", files)])
 def test_halves_are_counted(tmp_path, make):
     make(tmp_path, [*FILES[:2], ("1.json", "1"), ("2.png", "2")])
-    assert pairs(tmp_path)[:2] == (["0"], {region_text_pairs.NO_PICTURE: 1, region_text_pairs.NO_JSON: 1})
+    assert pairs(tmp_path)[:2] == (["0"], {image_json_pairs.NO_IMAGE: 1, image_json_pairs.NO_JSON: 1})
 
 
 @pytest.mark.parametrize("make", [folder, lambda path, files: tar(path / "a.tar", files)])
 def test_two_pictures_for_one_json_are_in_doubt(tmp_path, make):
     make(tmp_path, [("1.jpg", "1"), ("1.png", "2"), ("1.json", "1"), *FILES[:2]])
-    assert pairs(tmp_path)[:2] == (["0"], {region_text_pairs.REPEATED: 1})
+    assert pairs(tmp_path)[:2] == (["0"], {image_json_pairs.DUPLICATE_NAME: 1})
 
 
 def test_a_name_that_comes_again_is_left_out_once(tmp_path):
     tar(tmp_path / "0.tar", [*FILES, ("0.json", "3"), ("0.png", "3")])
     tar(tmp_path / "1.tar", [("2.json", "1"), ("2.png", "1")])
     found, left_out, examples = pairs(tmp_path)
-    assert found == list(PICTURES) and left_out == {region_text_pairs.REPEATED: 2}
-    assert examples[region_text_pairs.REPEATED] == ["0 in 0.tar", "2 in 1.tar"]
+    assert found == list(IMAGES) and left_out == {image_json_pairs.DUPLICATE_NAME: 2}
+    assert examples[image_json_pairs.DUPLICATE_NAME] == ["0 in 0.tar", "2 in 1.tar"]
 
 
 def test_doubles_that_stand_side_by_side_are_not_mixed(tmp_path):
     tar(tmp_path / "0.tar", [("1.json", "1"), ("1.json", "2"), ("1.png", "1"), ("1.png", "2"), *FILES[:2]])
-    assert pairs(tmp_path)[:2] == (["0"], {region_text_pairs.REPEATED: 1})
+    assert pairs(tmp_path)[:2] == (["0"], {image_json_pairs.DUPLICATE_NAME: 1})
 
 
 @pytest.mark.parametrize("name, mode", [("a.tar.gz", "w:gz"), ("a.tgz", "w:gz"), ("a.tar", "w:gz"), ("a.tar", "w:xz")])
 def test_compressed_tars_are_refused(tmp_path, name, mode):
     tar(tmp_path / name, mode=mode)
-    with pytest.raises(ValueError, match=f"{name} is compressed.*unpack it"):
+    with pytest.raises(ValueError, match=f"{name} is compressed.*decompress it"):
         pairs(tmp_path)
     with pytest.raises(ValueError, match="is compressed"):
         has_pairs(tmp_path)
@@ -133,8 +133,8 @@ def test_a_tar_cut_anywhere_gives_what_is_before_and_one_count(whole, tmp_path_f
     report = ReadReport()
     found = [pair.key for pair in find_pairs(root, report)]
     assert found == [*(key for key, end in end_of.items() if end <= cut), "9"]
-    assert report.counts == {region_text_pairs.CUT_SHORT: 1}
-    (example,) = report.examples[region_text_pairs.CUT_SHORT]
+    assert report.counts == {image_json_pairs.DAMAGED_TAR: 1}
+    (example,) = report.examples[image_json_pairs.DAMAGED_TAR]
     assert example.startswith("a.tar at byte ") and int(example.split()[-1]) <= cut
 
 
@@ -146,15 +146,15 @@ def test_a_tar_with_a_damaged_header_is_not_taken_for_its_end(tmp_path):
     content[at + 10] ^= 1
     (tmp_path / "a.tar").write_bytes(content)
     found, left_out, examples = pairs(tmp_path)
-    assert found == ["0", "1"] and left_out == {region_text_pairs.CUT_SHORT: 1}
-    assert examples[region_text_pairs.CUT_SHORT] == [f"a.tar at byte {at}"]
+    assert found == ["0", "1"] and left_out == {image_json_pairs.DAMAGED_TAR: 1}
+    assert examples[image_json_pairs.DAMAGED_TAR] == [f"a.tar at byte {at}"]
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 5000, b"\0" * 100])
 def test_what_is_no_tar_is_counted(tmp_path, content):
     (tmp_path / "a.tar").write_bytes(content)
     tar(tmp_path / "b.tar", FILES[:3])
-    assert pairs(tmp_path)[:2] == (["0"], {region_text_pairs.CUT_SHORT: 1})
+    assert pairs(tmp_path)[:2] == (["0"], {image_json_pairs.DAMAGED_TAR: 1})
 
 
 def test_links_and_folders_in_a_tar_are_passed_over(tmp_path):
@@ -171,10 +171,10 @@ def test_names_that_are_no_text_are_counted(tmp_path):
     folder(tmp_path / "f", FILES[:3])
     for suffix in (b"json", b"png"):
         open(os.fsencode(tmp_path / "f") + b"/\xff." + suffix, "wb").close()
-    assert pairs(tmp_path / "f")[:2] == (["0"], {region_text_pairs.NOT_TEXT: 1})
+    assert pairs(tmp_path / "f")[:2] == (["0"], {image_json_pairs.NAME_NOT_UTF8: 1})
     (tmp_path / "t").mkdir()
     tar(tmp_path / "t" / "a.tar", [*FILES[:2], ("\udcff.json", "1")])
-    assert pairs(tmp_path / "t")[:2] == (["0"], {region_text_pairs.NOT_TEXT: 1})
+    assert pairs(tmp_path / "t")[:2] == (["0"], {image_json_pairs.NAME_NOT_UTF8: 1})
 
 
 def test_whether_there_are_pairs(tmp_path):
@@ -194,16 +194,16 @@ def test_one_json_at_a_time(tmp_path):
 @pytest.mark.parametrize("make", [folder, lambda path, files: tar(path / "a.tar", files)])
 def test_a_json_that_is_too_large_is_left_out(tmp_path, monkeypatch, make):
     make(tmp_path, FILES)
-    monkeypatch.setattr(region_text_pairs, "LARGEST_RECORD", 5)
+    monkeypatch.setattr(image_json_pairs, "MAX_RECORD_SIZE", 5)
     found, left_out, _ = pairs(tmp_path)
-    assert not found and left_out == {region_text_pairs.TOO_LARGE: 4}
+    assert not found and left_out == {image_json_pairs.JSON_TOO_LARGE: 4}
 
 
 def test_a_pipe_among_the_files_is_not_waited_for(tmp_path):
     folder(tmp_path, FILES[:3])
-    (tmp_path / "1.png").write_bytes(PICTURES["1"])
+    (tmp_path / "1.png").write_bytes(IMAGES["1"])
     os.mkfifo(tmp_path / "1.json")
-    assert pairs(tmp_path)[:2] == (["0"], {region_text_pairs.NO_ACCESS: 1})
+    assert pairs(tmp_path)[:2] == (["0"], {image_json_pairs.UNREADABLE_JSON: 1})
 
 
 @pytest.mark.parametrize("format_", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -211,8 +211,8 @@ def test_names_have_a_largest_size(tmp_path, format_):
     long = "/".join(["d" * 99] * 12)
     files = [(f"{long}/0.json", "0"), (f"{long}/0.png", "0"), *FILES[3:6]]
     tar(tmp_path / "0.tar", files, format=format_)
-    assert pairs(tmp_path)[:2] == (["1"], {region_text_pairs.LONG_NAME: 2})
+    assert pairs(tmp_path)[:2] == (["1"], {image_json_pairs.NAME_TOO_LONG: 2})
     huge = "/".join(["d" * 99] * 700)  # its header alone is over the limit: what follows cannot be trusted
     tar(tmp_path / "0.tar", [*FILES[:3], (f"{huge}/1.json", "1"), *FILES[3:6]], format=format_)
     found, left_out, _ = pairs(tmp_path)
-    assert found == ["0"] and list(left_out) == [region_text_pairs.CUT_SHORT]
+    assert found == ["0"] and list(left_out) == [image_json_pairs.DAMAGED_TAR]
