@@ -29,7 +29,7 @@ from transformers.integrations.deepspeed import (
 from alpha_clip_commands.progress import step
 from alpha_clip_commands.region_tune import train_alpha_clip as main
 from alpha_clip_commands.training.contrastive_arguments import PairArguments, TowerArguments
-from eval.region_matching import DescribedPicture, described_pictures
+from eval.region_matching import DescribedImage, described_images
 from mllm.data.index import HELD_OUT, TRAIN
 from mllm.loading import hub_lookup
 from train.arguments import refuse_unknown_parts
@@ -236,7 +236,7 @@ def adapted(model: AlphaCLIPModel, args: TowerArguments) -> PreTrainedModel:
 
 def read_data(
     pair_args: PairArguments, training_args: TrainingArguments, image_processor: AlphaCLIPImageProcessor
-) -> tuple[RegionTextDataset, list[DescribedPicture]]:
+) -> tuple[RegionTextDataset, list[DescribedImage]]:
     """The training samples (split train), and held-out pictures (split val) where the run evaluates.
 
     Raises:
@@ -259,7 +259,7 @@ def read_data(
     return train, held_out(dataset(HELD_OUT), pair_args.eval_pictures)
 
 
-def held_out(dataset: RegionTextDataset, count: int) -> list[DescribedPicture]:
+def held_out(dataset: RegionTextDataset, count: int) -> list[DescribedImage]:
     """Up to `count` pictures of a dataset, evenly spaced; what cannot be read is left out.
 
     Raises:
@@ -276,7 +276,7 @@ def held_out(dataset: RegionTextDataset, count: int) -> list[DescribedPicture]:
     usable = [held_out_samples(dataset, index, picture, at) for at, (index, picture) in enumerate(chosen)]
     if not any(usable):
         raise ValueError(f"no image for evaluation can be used; all are {dataset.skipped.listed}")
-    return described_pictures(sample for samples in usable for sample in samples)
+    return described_images(sample for samples in usable for sample in samples)
 
 
 if __name__ == "__main__":

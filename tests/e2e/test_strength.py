@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 
 from alpha_clip_commands.region_chat import main as region_chat
 from alpha_clip_commands.region_eval import main as region_eval
-from eval.region_matching import DescribedPicture, embed_regions
+from eval.region_matching import DescribedImage, embed_regions
 from mllm.convert.export import export
 from mllm.inference import RegionChat
 from tests.tiny import build_tiny_blip2, build_tiny_clip, build_tiny_llava, noise_picture
@@ -82,7 +82,7 @@ def test_clip(fed, geometry, region):
     model.get_image_features(**processor(images=IMAGE, regions=region, return_tensors="pt"))
     check(fed, geometry)
     if region is SOFT:
-        embed_regions(model, processor, [DescribedPicture(IMAGE, (SOFT,), ("a",), None)])
+        embed_regions(model, processor, [DescribedImage(IMAGE, (SOFT,), ("a",), None)])
         assert len(fed) == 2
         check(fed, geometry)
 

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.utils import CONFIG_NAME
 
 from alpha_clip_commands.training.contrastive_arguments import PairArguments
-from eval.region_matching import DescribedPicture, score_region_text
+from eval.region_matching import DescribedImage, score_region_text
 from train.contrastive.data import chunks_of
 from train.contrastive.gradient_cache import Embeddings, cached_backward
 from train.contrastive.losses import region_patch_embeds, region_text_loss, released_learning_rate_factor, released_loss
@@ -38,7 +38,7 @@ class RegionTextTrainer(RegionTrainer):
     """
 
     def __init__(
-        self, *args: Any, pair_args: PairArguments, decay_all: bool, pictures: Sequence[DescribedPicture], **kwargs: Any
+        self, *args: Any, pair_args: PairArguments, decay_all: bool, pictures: Sequence[DescribedImage], **kwargs: Any
     ) -> None:
         super().__init__(*args, eval_dataset=list(pictures), **kwargs)
         self.pair_args = pair_args

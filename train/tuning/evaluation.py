@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from eval.metrics.captions import FROZEN, DocumentFrequency, score_captions
-from eval.metrics.exactly_right import exactly_right
+from eval.metrics.literal_match import literal_match
 from mllm.inference import RegionChat
 from mllm.loading import AlphaProcessor
 from mllm.messages import image_items
@@ -87,18 +87,18 @@ class AnswerScorer:
         """Shares of exactly right answers: all, descriptions, questions; CIDEr of descriptions where asked for."""
         texts = [text for _, text in sorted(answered)]
         references = [(held.answer,) for held in self.asked]
-        scores = {"exactly_right": exactly_right(texts, references)}
+        scores = {"exactly_right": literal_match(texts, references)}
         places: dict[str, list[int]] = {"descriptions": [], "questions": []}
         for place, held in enumerate(self.asked):
             places["descriptions" if held.is_description else "questions"].append(place)
         if all(places.values()):
             for kind, chosen in places.items():
-                scores[f"exactly_right_{kind}"] = exactly_right(
+                scores[f"exactly_right_{kind}"] = literal_match(
                     [texts[n] for n in chosen], [references[n] for n in chosen]
                 )
         if self.frequency is not None and (chosen := places["descriptions"]):
             scored = score_captions(
-                [texts[n] for n in chosen], [references[n] for n in chosen], ("CIDEr",), frozen=self.frequency
+                [texts[n] for n in chosen], [references[n] for n in chosen], ("cider",), frozen=self.frequency
             )
             scores["cider_frozen_df"] = scored.corpus[FROZEN]
         return scores

@@ -11,7 +11,7 @@ import torch
 import mllm
 from eval.evaluate import answers_blind
 from eval.generate import Processes, Settings, generate, run
-from eval.views import with_wrong_region
+from eval.views import with_other_region
 from mllm.data.readers.visual_genome import read_region_questions, read_regions
 from mllm.data.shapes import visual_genome_layout
 from mllm.inference import RegionChat
@@ -53,7 +53,7 @@ def test_the_region_reaches_the_model_under_every_input(chat, samples, data, tmp
     mask = sample.regions[0].mask(96, 96)
     for name in ("box", "wrong", "whole", "crop", "blur", "red-box", "blind"):
         fed.clear()
-        chosen = with_wrong_region(samples)[:1] if name == "wrong" else [sample]
+        chosen = with_other_region(samples)[:1] if name == "wrong" else [sample]
         run(chat, chosen, tmp_path / name, Settings(name), data=data)
         if name == "blind":
             assert fed[-1] is None

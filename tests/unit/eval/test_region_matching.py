@@ -10,9 +10,9 @@ from transformers.image_utils import OPENAI_CLIP_MEAN
 
 from eval.region_matching import (
     VIEWS,
-    DescribedPicture,
+    DescribedImage,
     _nearest,
-    described_pictures,
+    described_images,
     embed_regions,
     embed_texts,
     embed_whole,
@@ -72,7 +72,7 @@ class ByAlpha(torch.nn.Module):
 
 def picture(*described, caption=None, image=None):
     regions, texts = zip(*described, strict=True) if described else ((), ())
-    return DescribedPicture(image or noise_picture(32, 32), regions, texts, caption)
+    return DescribedImage(image or noise_picture(32, 32), regions, texts, caption)
 
 
 def test_scores_counted_by_hand(processor):
@@ -147,7 +147,7 @@ def test_what_has_nothing_to_count_is_absent(processor):
         with pytest.raises(ValueError, match="nothing can be told apart"):
             score_region_text(ByAlpha(), processor, nothing)
     with pytest.raises(ValueError, match="a text for each of 2 regions of a picture, got 1"):
-        score_region_text(ByAlpha(), processor, [DescribedPicture(noise_picture(32, 32), (LEFT, RIGHT), ("a",), None)])
+        score_region_text(ByAlpha(), processor, [DescribedImage(noise_picture(32, 32), (LEFT, RIGHT), ("a",), None)])
 
 
 def test_captions_belong_to_their_pictures(model, processor):
@@ -351,7 +351,7 @@ def test_samples_of_one_image_are_one_picture(tmp_path):
     for number in range(3):
         noise_picture(32, 32, seed=number).save(tmp_path / f"{number}.png")
         files.append(str(tmp_path / f"{number}.png"))
-    pictures = described_pictures(
+    pictures = described_images(
         [
             sample(7, LEFT, "a", "not this", image=files[0]),
             sample(7, Region.whole(), "all", image=files[0]),
@@ -382,7 +382,7 @@ def test_samples_of_one_image_are_one_picture(tmp_path):
 )
 def test_only_descriptions_of_one_region_are_taken(wrong):
     with pytest.raises(ValueError, match="expected a description of one region"):
-        described_pictures([wrong])
+        described_images([wrong])
 
 
 def test_images_that_cannot_be_used_are_left_out_counted_and_named(tmp_path, caplog):
@@ -395,20 +395,20 @@ def test_images_that_cannot_be_used_are_left_out_counted_and_named(tmp_path, cap
         sample(9, LEFT, "a", image=str(tmp_path / "good.png")),
         sample(9, outside, "b", image=str(tmp_path / "good.png")),
     ]
-    (kept,) = described_pictures(samples)
+    (kept,) = described_images(samples)
     assert kept.texts == ("a",)
     assert "3 of 4 images cannot be used" in caplog.text
     assert "damaged.png" in caplog.text and "missing.png" in caplog.text and "outside" in caplog.text
     missing = [sample(n, LEFT, "a", image=str(tmp_path / f"{n}.png")) for n in range(20)]
     with pytest.raises(ValueError, match="20 of 20 images cannot be used"):
-        described_pictures(missing)
+        described_images(missing)
     good = [sample(n, LEFT, "a", image=str(tmp_path / "good.png")) for n in range(100, 120)]
-    assert len(described_pictures([*missing, *good])) == 20  # no more than half
+    assert len(described_images([*missing, *good])) == 20  # no more than half
     with pytest.raises(ValueError, match="20 of 39 images"):
-        described_pictures([*missing, *good[1:]])
+        described_images([*missing, *good[1:]])
 
 
 def test_an_error_of_ours_is_no_unreadable_image(tmp_path, monkeypatch):
     monkeypatch.setattr(RegionSample, "open_image", lambda self: len(None))
     with pytest.raises(TypeError):
-        described_pictures([sample(1, LEFT, "a")])
+        described_images([sample(1, LEFT, "a")])
