@@ -6,7 +6,6 @@ import argparse
 import difflib
 import json
 import logging
-import math
 import os
 import re
 import signal
@@ -14,8 +13,6 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
-MAX_ERRORS = 0.5  # share of records, requests or samples that may fail before a reader or a command refuses to proceed
-FEW_ITEMS = 20  # so few never stop it
 FAILED, BAD_INPUT, INTERRUPTED, CLOSED_PIPE = 1, 2, 128 + 2, 128 + 13  # the last two as a shell reports the signals
 LAUNCHER_FLAGS = ("--local_rank=", "--local-rank=")  # what a launcher may put before all other arguments
 _LONGEST = 1500  # characters of an error
@@ -173,32 +170,6 @@ def leave_current_folder() -> None:
         return
     if here != os.path.realpath(os.path.join(os.path.dirname(__file__), os.pardir)):
         sys.path[:] = [place for place in sys.path if os.path.realpath(place or os.curdir) != here]
-
-
-def add_max_errors(parser: argparse._ActionsContainer, items: str) -> None:
-    """Add the option --max-errors."""
-    parser.add_argument(
-        "--max-errors",
-        type=_fraction,
-        default=MAX_ERRORS,
-        metavar="FRACTION",
-        help=f"stop when more than this share of the {items}, and at least {FEW_ITEMS}, failed (default {MAX_ERRORS})",
-    )
-
-
-def _fraction(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number <= 1:  # also NaN
-        raise argparse.ArgumentTypeError(f"expected a fraction from 0 to 1, got {text!r:.80}")
-    return number
-
-
-def too_many_errors(failed: int, total: int, max_errors: float = MAX_ERRORS) -> bool:
-    """Whether so many of `total` items failed that something other than the items must be wrong."""
-    return failed >= FEW_ITEMS and failed > max_errors * total
 
 
 def one_line(error: BaseException) -> str:

@@ -21,6 +21,21 @@ def finite_number(text: str) -> float:
     return number
 
 
+def fraction(text: str) -> float:
+    """A number from 0 to 1.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is something else.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:  # also NaN
+        raise argparse.ArgumentTypeError(f"expected a fraction from 0 to 1, got {text!r:.80}")
+    return number
+
+
 def whole_number(text: str) -> int:
     """A whole number of up to 32 bits.
 

@@ -15,14 +15,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from alpha_clip_commands.command_line import (
-    ArgumentParser,
-    add_command,
-    add_max_errors,
-    check_found,
-    exit_code,
-    leave_current_folder,
-)
+from alpha_clip_commands.command_line import ArgumentParser, add_command, check_found, exit_code, leave_current_folder
+from alpha_clip_commands.error_limit import add_max_errors
 from alpha_clip_commands.flag_values import positive_number
 from alpha_clip_commands.model_options import add_model_arguments, check_model_arguments, check_strength
 from alpha_clip_commands.progress import STARTING, step

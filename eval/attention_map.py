@@ -8,7 +8,6 @@ A tower without texts is enough without them.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,8 @@ from alpha_clip_commands.command_line import check_model, say
 from eval.region_matching import embed_texts
 from mllm.data.samples import load_image
 from mllm.files import check_replaceable
-from mllm.loading import hub_answers, pick_device
+from mllm.hub import offline_options
+from mllm.loading import pick_device
 from mllm.overlay import draw_overlay, save_png
 from mllm.quiet import CUT_OFF, dropping
 from vision_tower import (
@@ -103,7 +103,7 @@ def load(name: str, *, with_text: bool, device: str, revision: str | None):
     """
     device = pick_device(device)
     check_model(name)
-    hub = {"revision": revision, "local_files_only": os.path.isdir(name) or not hub_answers()}
+    hub = {"revision": revision, **offline_options(name)}
     model_class, processor_class = (
         (AlphaCLIPModel, AlphaCLIPProcessor) if with_text else (AlphaCLIPVisionModel, AlphaCLIPImageProcessor)
     )

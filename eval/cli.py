@@ -84,7 +84,8 @@ def _score(args: argparse.Namespace) -> int:
     from eval.predictions import read_predictions
     from eval.results import RUN_FILE
     from eval.score import check_metrics
-    from mllm.files import claim_folder, locked
+    from mllm.folders import claim_folder
+    from mllm.locks import locked
 
     predictions, notes = read_predictions(
         args.predictions, args.references, allow_missing=args.allow_missing, max_errors=args.max_errors

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from eval.predictions import Prediction
-from mllm.files import check_file, check_replaceable, check_shared_folder, check_unread, locked, made_by, write_json
+from mllm.files import check_file, check_replaceable, check_unread, made_by, write_json
+from mllm.folders import check_shared_folder
+from mllm.locks import locked
 
 RESULTS, ANNOTATIONS = "results.json", "annotations.json"
 _KIND = "COCO export"

@@ -14,9 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
-from msgspec import structs
+from msgspec import structs, to_builtins
 
-from alpha_clip_commands.command_line import too_many_errors
+from alpha_clip_commands.error_limit import MAX_ERRORS, too_many_errors
 from alpha_clip_commands.progress import step
 from eval import published
 from eval.generate import GenerationSettings, Processes, run
@@ -31,18 +31,19 @@ from eval.results import (
     RunConfig,
     Scores,
     ViewResult,
-    claim_run,
     json_object,
+    upgrade_run_config,
     write_result,
 )
 from eval.score import Measured, check_metrics, image_groups, measure, metric_values, score
 from eval.tasks import Task, metrics_for
 from eval.views import VIEWS, with_other_region
-from mllm.data.records import MAX_ERRORS
 from mllm.data.samples import RegionSample, TarMember
-from mllm.files import claim_folder, locked
+from mllm.fingerprints import model_fingerprint
+from mllm.folders import claim_folder
 from mllm.inference import RegionChat
-from mllm.region_chat.batch import model_record
+from mllm.locks import locked
+from mllm.resume import claim_run
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ def evaluate(config: EvalConfig, load: Callable[[], RegionChat], model_name: str
             chat = load()
             run_config = make_run_config(config, samples, chat, model_name)
             if processes.rank == 0:
-                claim_run(config.out, run_config)
+                claim_run(config.out / RUN_FILE, to_builtins(run_config), str(config.out), upgrade_run_config)
         _answer(config, chat, samples, processes)
         return finish(config, run_config) if processes.rank == 0 else None
 
@@ -223,7 +224,7 @@ def make_run_config(
         ),
         data=str(_image_root(config.data)),
         samples=digest.hexdigest(),
-        **model_record(chat.model, model_name),
+        **model_fingerprint(chat.model, model_name),
         view=settings.view,
         strength=config.strength,
         geometry=chat.processor.image_processor.geometry,

@@ -19,10 +19,10 @@ import torch.distributed
 from PIL import Image
 from tqdm.auto import tqdm
 
+from alpha_clip_commands.command_line import one_line
 from eval.predictions import PREDICTIONS_FILE, prediction_of, write_predictions
 from eval.views import apply_view
 from mllm.data.samples import ImageSource, RegionSample
-from mllm.files import one_line
 from mllm.inference import Asked, RegionChat
 from mllm.lost_process import lost_process
 from mllm.resume import journal, read_journal

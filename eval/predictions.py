@@ -10,10 +10,9 @@ from typing import Any, cast
 
 from msgspec import Struct, structs
 
-from alpha_clip_commands.command_line import too_many_errors
+from alpha_clip_commands.error_limit import MAX_ERRORS, too_many_errors
 from eval.external_formats import TEXT_KEYS, is_nonempty_text, listed, read_references, rows_by_id
 from mllm.data import schemas
-from mllm.data.records import MAX_ERRORS
 from mllm.data.samples import RegionSample, TarMember
 from mllm.files import replacing_file
 

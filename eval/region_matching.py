@@ -17,11 +17,10 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.image_utils import OPENAI_CLIP_MEAN
 
-from alpha_clip_commands.command_line import too_many_errors
+from alpha_clip_commands.command_line import one_line
+from alpha_clip_commands.error_limit import MAX_ERRORS, too_many_errors
 from eval.views import blur_outside, replace_outside
-from mllm.data.records import MAX_ERRORS
 from mllm.data.samples import RegionSample, describe_source
-from mllm.files import one_line
 from vision_tower import AlphaCLIPModel, AlphaCLIPProcessor, Region
 
 logger = logging.getLogger(__name__)

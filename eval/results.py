@@ -14,7 +14,6 @@ from eval.metrics.intervals import Difference
 from eval.published import PublishedResult
 from mllm.data.schemas import checked
 from mllm.files import write_json
-from mllm.resume import expect_same_run
 
 RUN_FILE, METRICS_FILE = "run.json", "metrics.json"
 DOCUMENT_FREQUENCIES_OF_ALL = "cider_df_of_all_items"
@@ -114,7 +113,7 @@ class Scores(Struct, kw_only=True):
 
     items: int
     metrics: dict[str, MetricValue]
-    by: dict[str, dict[str, dict[str, float]]] = {}
+    by: dict[str, dict[str, dict[str, int | float]]] = {}
     length: dict[str, float] = {}
     counts: dict[str, int] = {}
     notes: list[str] = []
@@ -165,20 +164,9 @@ def label(metric: str) -> str:
     return LABELS.get(metric, metric)
 
 
-def claim_run(folder: Path, config: RunConfig) -> None:
-    """Write the settings of a run, or check that they are those of the run that the folder contains.
-
-    Raises:
-        ValueError: If the folder belongs to another run, or its run.json cannot be read.
-        OSError: If run.json cannot be written.
-    """
-    file = folder / RUN_FILE
-    if not file.exists():
-        write_json(file, msgspec.to_builtins(config))
-        return
-    earlier = read_run_config(file)
-    remedy = f"choose another output, or delete it and {file}"
-    expect_same_run(msgspec.to_builtins(earlier), msgspec.to_builtins(config), str(folder), remedy)
+def upgrade_run_config(settings: dict[str, Any]) -> dict[str, Any]:
+    """The content of a run.json, also of version 0.1.0, as `RunConfig` writes it."""
+    return msgspec.to_builtins(checked(_with_current_keys(settings), RunConfig, "run.json"))
 
 
 def read_run_config(file: Path) -> RunConfig:
@@ -245,7 +233,7 @@ _FORMER_KEYS = {
 
 
 def _with_current_keys(content: Any) -> Any:
-    """Content of version 0.1.0 with the current keys, and the current name of the view."""
+    """The content of a run.json or metrics.json of version 0.1.0 with the current keys and names of views."""
     if isinstance(content, list):
         return [_with_current_keys(value) for value in content]
     if not isinstance(content, dict):

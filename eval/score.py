@@ -196,7 +196,7 @@ def image_groups(predictions: Sequence[Prediction]) -> list | None:
 
 def _breakdown(
     predictions: Sequence[Prediction], metrics: Sequence[str], measured: Measured
-) -> dict[str, dict[str, dict[str, float]]]:
+) -> dict[str, dict[str, dict[str, int | float]]]:
     """Values by groups of samples, for each property that has more than one group."""
     result = {}
     for name, group_of in _PROPERTIES.items():

@@ -31,7 +31,7 @@ def all_tasks() -> str:
             rows[VG_SAMPLE] = _SAMPLE_ROW
     head = f"{'task':<{_NAME}}{'items':>{_ITEMS}}   what is scored"
     tail = [
-        "* comparable published results exist.  - the number of items depends on the data.",
+        "* has comparable published results.  - the number of items depends on the data.",
         "Results of different tasks are not comparable. For the details of a task:",
         "  region-eval tasks NAME",
     ]

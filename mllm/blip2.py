@@ -32,7 +32,7 @@ from vision_tower import AlphaCLIPImageProcessor
 from vision_tower.conversion import read_tower_for
 
 # full names, as Transformers 5 wants them; a list of one's own drops the default lm_head
-NEVER_QUANTISED = ("vision_model", "qformer", "language_projection", "language_model.lm_head")
+NEVER_QUANTIZED = ("vision_model", "qformer", "language_projection", "language_model.lm_head")
 # what can be trained or frozen -> its parameters' prefix
 PARTS = {name: name for name in ("vision_model", "query_tokens", "qformer", "language_projection", "language_model")}
 

@@ -23,7 +23,7 @@ from vision_tower.conversion import read_tower_for
 from vision_tower.loading import load_checked
 
 # Full names: since Transformers 5 a bare "vision_tower" skips nothing. A list of one's own drops the default lm_head.
-NEVER_QUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
+NEVER_QUANTIZED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 # what can be trained or frozen -> its parameters' prefix
 PARTS = {
     "vision_tower": "model.vision_tower",

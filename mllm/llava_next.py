@@ -17,13 +17,13 @@ from transformers import (
 )
 
 from mllm import llava
-from mllm.llava import NEVER_QUANTISED, load_alpha_weights, vision_tower
+from mllm.llava import NEVER_QUANTIZED, load_alpha_weights, vision_tower
 from mllm.processing_llava_next import AlphaLlavaNextProcessor
 from vision_tower import AlphaLlavaNextImageProcessor
 from vision_tower.loading import load_checked
 
 __all__ = [
-    "NEVER_QUANTISED",
+    "NEVER_QUANTIZED",
     "PARTS",
     "build_llava_next_processor",
     "load_alpha_weights",

@@ -9,16 +9,12 @@ import logging
 import os
 import pickle
 import re
-import socket
 import sysconfig
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
-import huggingface_hub
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -34,9 +30,9 @@ from transformers.initialization import no_init_weights
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 import vision_tower
-from alpha_clip_commands.command_line import check_model
+from alpha_clip_commands.command_line import check_model, one_line
 from mllm import blip2, llava, llava_next
-from mllm.files import one_line
+from mllm.hub import offline_options
 from mllm.processing_blip2 import AlphaBlip2Processor
 from mllm.processing_llava import AlphaLlavaProcessor
 from mllm.processing_llava_next import AlphaLlavaNextProcessor
@@ -90,14 +86,14 @@ def load(
         ValueError: If there is no such model, it is of another kind, or its weights do not fit.
     """
     name = EMBEDDED_MODEL if model is None else model
-    hub = {"revision": revision, "trust_remote_code": trust_remote_code, **hub_lookup(name)}
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code, **offline_options(name)}
     config = _read_config(name, hub)
     if load_in is not None and device_map is None:
         device_map = {"": pick_device(device)}  # quantised on the device, never moved afterwards
     if os.path.isdir(name):
         _check_sizes(name, config)
     family = FAMILIES[config.model_type]
-    quantised = quantization(load_in, family.NEVER_QUANTISED)
+    quantised = quantization(load_in, family.NEVER_QUANTIZED)
     with reading(name, "cannot load the model"):
         loaded = family.load_model(
             name,
@@ -126,21 +122,14 @@ def load(
 def load_config(model: str | os.PathLike | None = None) -> PreTrainedConfig:
     """The configuration alone; arguments and errors as in `load`."""
     name = EMBEDDED_MODEL if model is None else model
-    return _read_config(name, hub_lookup(name))
+    return _read_config(name, offline_options(name))
 
 
 def load_processor(model: str | os.PathLike | None = None) -> AlphaProcessor:
     """The processor alone; arguments and errors as in `load`, and no weights are read."""
     name = EMBEDDED_MODEL if model is None else model
-    hub = hub_lookup(name)
+    hub = offline_options(name)
     return _load_processor(name, _read_config(name, hub), hub)
-
-
-def hub_lookup(name: str | os.PathLike) -> dict[str, bool]:
-    """How a hub id is looked up when the hub cannot be reached: in the cache or not at all, at once, where Transformers
-    would retry for half a minute.
-    """
-    return {} if os.path.isdir(name) or hub_answers() else {"local_files_only": True}
 
 
 def _ignores_regions(model: PreTrainedModel) -> bool:
@@ -150,8 +139,8 @@ def _ignores_regions(model: PreTrainedModel) -> bool:
     return not any(weight.is_meta or hasattr(weight, "ds_id") or weight.any() for weight in alphas)
 
 
-def quantization(load_in: str | None, never_quantised: Sequence[str]) -> BitsAndBytesConfig | None:
-    """How bitsandbytes loads a model but for the modules `never_quantised`; None as it is stored.
+def quantization(load_in: str | None, never_quantized: Sequence[str]) -> BitsAndBytesConfig | None:
+    """How bitsandbytes loads a model but for the modules `never_quantized`; None as it is stored.
 
     Raises:
         ValueError: If bitsandbytes is absent or the name is neither "4bit" nor "8bit".
@@ -167,7 +156,7 @@ def quantization(load_in: str | None, never_quantised: Sequence[str]) -> BitsAnd
         load_in_8bit=load_in == "8bit",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        llm_int8_skip_modules=list(never_quantised),
+        llm_int8_skip_modules=list(never_quantized),
     )
 
 
@@ -261,18 +250,6 @@ def pick_device(device: str = "auto") -> str:
     if not present.get(kind):
         raise ValueError(f"expected a device out of {[n for n, there in present.items() if there]}, got {device!r}")
     return device
-
-
-def hub_answers() -> bool:
-    """Whether the hub can be reached; behind a proxy only a request could tell, so yes."""
-    url = urlsplit(huggingface_hub.constants.ENDPOINT)
-    if getproxies():
-        return True
-    try:
-        socket.create_connection((url.hostname, url.port or 443), timeout=2).close()
-    except OSError:
-        return False
-    return True
 
 
 def _read_config(name: str | os.PathLike, hub: dict) -> PreTrainedConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.distributed
 
-from mllm.files import one_line
+from alpha_clip_commands.command_line import one_line
 
 # In the errors of gloo, which are not DistErrors
 _LOST_PEER = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")

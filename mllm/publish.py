@@ -15,9 +15,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from alpha_clip_commands.command_line import say
-from mllm.files import check_new, one_line, replacing_folder, write_file
-from mllm.loading import hub_answers
+from alpha_clip_commands.command_line import one_line, say
+from mllm.files import write_file
+from mllm.folders import check_new, replacing_folder
+from mllm.hub import hub_is_available
 from mllm.model_card import check_base_model, model_card, read_json
 
 # what only the machine that trained can use, or that names its folders
@@ -53,7 +54,7 @@ def publish(args: argparse.Namespace) -> None:
         with replacing_folder(args.to, "published model", reads=[args.folder], new=True) as folder:
             gather(args, card, folder, shutil.copy2)
         return
-    if not hub_answers():
+    if not hub_is_available():
         raise ValueError("the hub does not answer; with --to FOLDER the files are written without it")
     if get_token() is None:
         raise ValueError("the hub needs to know who publishes: `hf auth login`, or its token in HF_TOKEN")

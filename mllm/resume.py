@@ -1,7 +1,7 @@
-"""What lets an interrupted run resume: the settings that make it, and journals of what is done.
+"""Resuming interrupted runs: their settings, and journals of what is done.
 
-A journal holds JSON objects, one a line, each on disk before the next one begins. A killed process or a full disk can
-leave only its last line incomplete; that line is cut off when the journal is opened again.
+A journal contains one JSON object per line. Each line is on disk before the next one is written, so a killed process or
+a full disk can leave only the last line incomplete; it is removed when the journal is opened again.
 """
 
 from __future__ import annotations
@@ -13,33 +13,39 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from alpha_clip_commands.command_line import one_line
 from mllm.data.schemas import checked
-from mllm.files import one_line, write_json
+from mllm.files import write_json
 
 
-def claim_run(record_path: Path, record: Mapping[str, Any], output: str) -> None:
-    """Write down what makes a run, or check that it is what made the earlier one.
+def claim_run(
+    record_path: Path,
+    record: Mapping[str, Any],
+    output: str,
+    upgrade: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> None:
+    """Write the settings of a run, or check that they are those of the run that is resumed.
 
     Args:
-        record_path: JSON file of the record.
-        record: Whatever must be the same for two runs to write one output.
-        output: The output's name, for messages.
+        record_path: JSON file of the settings.
+        record: Everything that must be equal for a run to be resumed.
+        output: Name of the output, for messages.
+        upgrade: Maps the settings that an earlier version wrote to those of this version.
 
     Raises:
-        ValueError: If the output belongs to another run, or its record is damaged.
-        OSError: If the record cannot be read or written.
+        ValueError: If the output belongs to a run with other settings, or the file is damaged.
+        OSError: If the file cannot be read or written.
     """
     if not record_path.exists():
         write_json(record_path, record)
         return
-    remedy = f"choose another output, or delete it together with {output}"
     try:
         earlier = json.loads(record_path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         earlier = None
     if not isinstance(earlier, dict):
-        raise ValueError(f"{record_path} is damaged; {remedy}")
-    expect_same_run(earlier, record, output, f"choose another output, or delete it and {record_path}")
+        raise ValueError(f"{record_path} is damaged; choose another output, or delete it together with {output}")
+    expect_same_run(upgrade(earlier), record, output, f"choose another output, or delete it and {record_path}")
 
 
 def expect_same_run(earlier: Mapping[str, Any], record: Mapping[str, Any], output: str, remedy: str) -> None:
@@ -49,10 +55,10 @@ def expect_same_run(earlier: Mapping[str, Any], record: Mapping[str, Any], outpu
 
 
 def read_journal(path: Path, kind: type) -> list[Any]:
-    """The complete lines of a journal, each checked to be a `kind`; an incomplete last line is left out.
+    """The complete lines of a journal, each validated as a `kind`. An incomplete last line is skipped.
 
     Raises:
-        ValueError: If a line is something else; file and line are named.
+        ValueError: If a line is invalid; the message includes file and line.
         OSError: If the journal cannot be read.
     """
     found = []
@@ -66,15 +72,15 @@ def read_journal(path: Path, kind: type) -> list[Any]:
 
 @contextlib.contextmanager
 def journal(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Open a journal, without its incomplete last line; yields a function that appends an object as a line.
+    """Open a journal and remove its incomplete last line; yields a function that appends an object as a line.
 
     Raises:
-        OSError: If it cannot be written. What was appended before is kept.
+        OSError: If it cannot be written. The lines appended before are kept.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
     try:
         size = os.fstat(descriptor).st_size
-        end = _end_of_lines(path) if size else 0
+        end = path.read_bytes().rfind(b"\n") + 1 if size else 0
         if end < size:
             os.ftruncate(descriptor, end)
         os.lseek(descriptor, 0, os.SEEK_END)
@@ -92,13 +98,9 @@ def _append(path: Path, descriptor: int, line: bytes) -> None:
         os.fsync(descriptor)
         written = True
     except OSError as error:
-        error.filename = os.fspath(path)  # a write to a full disk names no file
+        error.filename = os.fspath(path)  # the error of a full disk does not include the file
         raise
     finally:
-        if not written:  # whoever appends later must not continue half a line
-            with contextlib.suppress(OSError):  # it is cut off when the journal is opened again
+        if not written:  # the next append must not continue an incomplete line
+            with contextlib.suppress(OSError):  # it is removed when the journal is opened again
                 os.ftruncate(descriptor, start)
-
-
-def _end_of_lines(path: Path) -> int:
-    return path.read_bytes().rfind(b"\n") + 1

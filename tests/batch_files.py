@@ -7,15 +7,16 @@ import pytest
 from mllm.inference import RegionChat
 from mllm.region_chat.batch import read_requests, run_batch
 from mllm.region_chat.batch_output import BatchOutput
-from tests.tiny import noise_picture
+from tests.files import read_json_lines
+from tests.tiny import noise_image
 
 BOX = {"box": [2, 2, 30, 30]}
 
 
 @pytest.fixture(name="folder")
 def request_folder(tmp_path):
-    noise_picture(60, 40).save(tmp_path / "a.png")
-    noise_picture(40, 60, seed=1).save(tmp_path / "b.png")
+    noise_image(60, 40).save(tmp_path / "a.png")
+    noise_image(40, 60, seed=1).save(tmp_path / "b.png")
     return tmp_path
 
 
@@ -36,7 +37,7 @@ def arguments(model, folder, output="answers.jsonl", size=4, tokens=3):
 
 
 def answers(folder, output="answers.jsonl"):
-    return [json.loads(line) for line in (folder / output).read_text().removesuffix("\n").split("\n")]
+    return read_json_lines(folder / output)
 
 
 @pytest.fixture(name="asked")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tests.compatibility import (  # noqa: F401, pytest finds hooks and fixtures here
     measured,
@@ -22,10 +23,10 @@ from tests.compatibility import (  # noqa: F401, pytest finds hooks and fixtures
     pytest_sessionfinish,
 )
 from tests.drawn_back import fed_pixels  # noqa: F401, a fixture
+from tests.files import ROOT
 from tests.processes import ForkServer
-from tests.tiny import build_tiny_llava, build_tiny_llava_next
+from tests.tiny import build_tiny_llava, build_tiny_llava_next, save_model, tiny_vision_config
 
-ROOT = Path(__file__).resolve().parent.parent
 # A shell's background jobs ignore Ctrl-C, and what they start would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Nor one started with nohup; a handler of ours, which what we start does not inherit, so that it heeds SIGHUP.
@@ -71,14 +72,18 @@ def embedded():
 
 
 @pytest.fixture(scope="session")
+def clip_dir(tmp_path_factory):
+    """A random tiny CLIP vision tower of Transformers, in a folder."""
+    torch.manual_seed(0)
+    model = CLIPVisionModel(CLIPVisionConfig(**tiny_vision_config()))
+    return save_model(tmp_path_factory.mktemp("clip"), model)
+
+
+@pytest.fixture(scope="session")
 def tiny_llava_dir(tmp_path_factory):
     """A random tiny LLaVA with our tower (alpha weight not zero) and its processor, in a folder."""
     folder = tmp_path_factory.mktemp("tiny_llava")
-    model, processor = build_tiny_llava()
-    torch.nn.init.normal_(model.model.vision_tower.embeddings.patch_embedding.alpha.weight, std=0.3)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save_model(folder, *build_tiny_llava(alpha_std=0.3))
 
 
 @pytest.fixture(scope="session")

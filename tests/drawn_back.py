@@ -20,13 +20,22 @@ def fed_pixels(monkeypatch):
     return seen
 
 
+def alpha_map(pixel_values):
+    """The alpha in [0, 1], (..., H, W), of what a tower is given, (..., 4, H, W)."""
+    return pixel_values[..., 3, :, :] * ALPHA_STD + ALPHA_MEAN
+
+
+def iou(first, second):
+    """Intersection over union of two masks."""
+    return float((first & second).sum() / (first | second).sum())
+
+
 def overlap(pixel_values, region, height, width):
     """IoU of the alpha (4, S, S) that was fed, drawn back onto the padded image, with the region."""
     side = max(height, width)
-    alpha = pixel_values[3].float().numpy() * ALPHA_STD + ALPHA_MEAN
+    alpha = alpha_map(pixel_values).float().numpy()
     drawn = np.asarray(Image.fromarray(alpha).resize((side, side), Image.Resampling.BILINEAR)) >= 0.5
     top, left = (side - height) // 2, (side - width) // 2
     assert not drawn[:top].any() and not drawn[:, :left].any()
     drawn = drawn[top : top + height, left : left + width]
-    wanted = region.mask(height, width) >= 0.5
-    return (drawn & wanted).sum() / (drawn | wanted).sum()
+    return iou(drawn, region.mask(height, width) >= 0.5)

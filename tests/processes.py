@@ -24,6 +24,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
+class Killed(BaseException):
+    """Stands for SIGKILL in this process: no code of ours handles it."""
+
+
 class Process:
     """A started process: its own session and process group, its output in a file.
 

@@ -1,4 +1,4 @@
-"""Tiny random models and pictures that the tests share; nothing is downloaded."""
+"""Tiny random models and images. Nothing is downloaded."""
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from vision_tower import (
     AlphaCLIPModel,
     AlphaCLIPProcessor,
     AlphaCLIPVisionConfig,
+    AlphaCLIPVisionModel,
     AlphaConv2d,
 )
 
@@ -40,6 +41,13 @@ def alpha_of(model):
     """The weight of the one alpha convolution in a model."""
     (weight,) = (module.weight for module in model.modules() if isinstance(module, AlphaConv2d))
     return weight
+
+
+def save_model(folder, *parts):
+    """Save a model and its processor, and return the folder."""
+    for part in parts:
+        part.save_pretrained(folder)
+    return folder
 
 
 def tiny_vision_config(**changes):
@@ -73,8 +81,8 @@ def tiny_clip_config(**text_changes):
     return CLIPConfig(text_config=text, vision_config=tiny_vision_config(), projection_dim=16)
 
 
-def noise_picture(width, height, seed=0):
-    """An RGB picture of random pixels."""
+def noise_image(width, height, seed=0):
+    """An RGB image of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -102,6 +110,14 @@ def tiny_clip_tokenizer():
     return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
 
 
+def build_tiny_tower(alpha_std=0.3):
+    """A random Alpha-CLIP vision tower."""
+    torch.manual_seed(0)
+    tower = AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**tiny_vision_config())).eval()
+    torch.nn.init.normal_(alpha_of(tower), std=alpha_std)
+    return tower
+
+
 def build_tiny_clip(geometry="pad", alpha_std=0.3):
     """A random Alpha-CLIP of both towers (with `alpha_std` 0 a CLIP), and its processor."""
     torch.manual_seed(0)
@@ -109,7 +125,7 @@ def build_tiny_clip(geometry="pad", alpha_std=0.3):
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = tiny_clip_config(vocab_size=len(tokenizer), max_position_embeddings=77, **ids).to_dict()
     model = AlphaCLIPModel(AlphaCLIPConfig(**{**config, "model_type": "alpha_clip"})).eval()
-    torch.nn.init.normal_(model.vision_model.embeddings.patch_embedding.alpha.weight, std=alpha_std)
+    torch.nn.init.normal_(alpha_of(model), std=alpha_std)
     return model, AlphaCLIPProcessor(AlphaCLIPImageProcessor.for_size(32, geometry), tokenizer)
 
 
@@ -135,16 +151,15 @@ def tiny_llava_config(tokenizer, vision_config):
     )
 
 
-def build_tiny_llava(geometry="pad"):
+def build_tiny_llava(geometry="pad", alpha_std=0.0):
     """A random LLaVA with our tower, and its processor."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
     config = tiny_llava_config(tokenizer, AlphaCLIPVisionConfig(**tiny_vision_config()))
     model = LlavaForConditionalGeneration(config).eval()
-    image_processor = AlphaCLIPImageProcessor(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, geometry=geometry
-    )
-    return model, build_llava_processor(image_processor, tokenizer, config)
+    if alpha_std:
+        torch.nn.init.normal_(alpha_of(model), std=alpha_std)
+    return model, build_llava_processor(AlphaCLIPImageProcessor.for_size(32, geometry), tokenizer, config)
 
 
 def tiny_llava_next_config(tokenizer, vision_config):
@@ -161,7 +176,7 @@ def build_tiny_llava_next(alpha_std=0.3):
     tokenizer = tiny_tokenizer()
     config = tiny_llava_next_config(tokenizer, AlphaCLIPVisionConfig(**tiny_vision_config()))
     model = LlavaNextForConditionalGeneration(config).eval()
-    torch.nn.init.normal_(model.model.vision_tower.embeddings.patch_embedding.alpha.weight, std=alpha_std)
+    torch.nn.init.normal_(alpha_of(model), std=alpha_std)
     return model, build_llava_next_processor(tokenizer, config, like=LlavaNextImageProcessorPil())
 
 
@@ -193,6 +208,6 @@ def build_tiny_blip2(kind):
     vision = AlphaCLIPBlip2VisionConfig(**tiny_vision_config(initializer_range=0.2))
     model = AlphaBlip2ForConditionalGeneration(AlphaBlip2Config(vision_config=vision, **config, initializer_range=0.2))
     torch.nn.init.normal_(model.query_tokens)  # at zero, all queries are alike
-    torch.nn.init.normal_(model.vision_model.embeddings.patch_embedding.alpha.weight, std=0.3)
+    torch.nn.init.normal_(alpha_of(model), std=0.3)
     images = AlphaCLIPImageProcessor.for_size(32, "stretch")
     return model.eval(), AlphaBlip2Processor(images, tokenizer, num_query_tokens=config["num_query_tokens"])

@@ -31,7 +31,7 @@ from alpha_clip_commands.region_tune import train_alpha_clip as main
 from alpha_clip_commands.training.contrastive_arguments import PairArguments, TowerArguments
 from eval.region_matching import DescribedImage, described_images
 from mllm.data.index import HELD_OUT, TRAIN
-from mllm.loading import hub_lookup
+from mllm.hub import offline_options
 from train.arguments import refuse_unknown_parts
 from train.contrastive.arguments import parse_args
 from train.contrastive.data import RegionTextCollator, RegionTextDataset, held_out_samples
@@ -164,7 +164,7 @@ def load_model(args: TowerArguments) -> tuple[AlphaCLIPModel, AlphaCLIPProcessor
         ValueError: If there is no such model, it is no full CLIP (text tower and projections too), or its towers do
             not fit each other.
     """
-    config, hub = read_config(args.model), hub_lookup(args.model)
+    config, hub = read_config(args.model), offline_options(args.model)
     attention = args.attn_implementation
     # weights kept in 16 bits would not move at these learning rates: autocast computes in 16, float32 is trained
     model = AlphaCLIPModel.from_pretrained(
@@ -188,7 +188,7 @@ def read_config(name: str) -> AlphaCLIPConfig:
         ValueError: If there is none, or it is of another model.
     """
     try:
-        return AlphaCLIPConfig.from_pretrained(name, **hub_lookup(name))
+        return AlphaCLIPConfig.from_pretrained(name, **offline_options(name))
     except (OSError, ValueError) as error:
         reason = error if os.path.isdir(name) else "there is no such directory, and no such model on a hub in reach"
         raise ValueError(

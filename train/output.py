@@ -16,8 +16,11 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mllm.files import cannot_write, claim_folder, locked, one_line, sync_files, write_json
+from alpha_clip_commands.command_line import one_line
+from mllm.files import cannot_write, sync_files, write_json
+from mllm.folders import claim_folder
 from mllm.loading import EMBEDDED_MODEL
+from mllm.locks import locked
 from train.skipped import SKIPPED, SkippedItem
 
 WHOLE = "whole.json"  # written last into a checkpoint: without it one is incomplete

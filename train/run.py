@@ -23,11 +23,11 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments
 from transformers.processing_utils import ProcessorMixin
 
-from alpha_clip_commands.command_line import BAD_INPUT, FAILED, INTERRUPTED, exit_code, log_to_terminal, say
+from alpha_clip_commands.command_line import BAD_INPUT, FAILED, INTERRUPTED, exit_code, log_to_terminal, one_line, say
 from alpha_clip_commands.progress import step
 from mllm.data.index import TRAIN, RegionIndex, index_folder
 from mllm.data.prepare import make_index
-from mllm.files import one_line, write_file
+from mllm.files import write_file
 from mllm.lost_process import lost_process
 from train.output import TRAINING_RECORD, naming_what_cannot_be_written, step_of, write_record
 from train.skipped import keep_skipped, only_once

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-from mllm.files import one_line, write_file
+from alpha_clip_commands.command_line import one_line
+from mllm.files import write_file
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,7 +14,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.processing_utils import ImagesKwargs
 
-from .regions import MAX_MASK_PIXELS, Region
+from .region_masks import is_packed_mask
+from .regions import Region
 
 _LIKE_A_REGION = re.compile("region|mask|alpha|box|points|stroke|polygon")
 _FIELDS = ("kind", "data", "strength")
@@ -214,19 +214,7 @@ def _from_fields(kind: Any, data: Any = (), strength: Any = 1.0) -> Region:
         return Region.from_json({kind: parts[0], size: parts[1], "strength": strength})
     if kind == "whole" and not parts:
         return Region("whole", strength=strength)
-    if kind == "mask" and len(parts) == 4 and isinstance(parts[3], bytes):  # bytes come from a Region, never from JSON
-        height, width, depth, packed = parts
-        return _mask_from_fields(height, width, depth, packed, strength)
+    # Only a Region contains bytes, JSON does not.
+    if kind == "mask" and len(parts) == 4 and is_packed_mask(*parts):
+        return Region("mask", tuple(parts), strength)
     raise ValueError(f"expected the fields of a Region, got kind {kind!r:.80} and data {data!r:.80}")
-
-
-def _mask_from_fields(height: Any, width: Any, depth: Any, packed: bytes, strength: Any) -> Region:
-    if all(isinstance(side, int) and side > 0 for side in (height, width)) and height * width <= MAX_MASK_PIXELS:
-        length = {"binary": -(-height * width // 8), "soft": height * width}.get(depth)
-        try:
-            unpacked = zlib.decompressobj().decompress(packed, length + 1) if length else b""
-        except zlib.error:
-            unpacked = b""
-        if len(unpacked) == length:
-            return Region("mask", (height, width, depth, packed), strength)
-    raise ValueError(f"expected the fields of a mask, got {height!r:.20} x {width!r:.20} pixels, {depth!r:.20}")

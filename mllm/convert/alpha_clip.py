@@ -16,9 +16,11 @@ from transformers import AutoTokenizer, CLIPModel
 import mllm
 from alpha_clip_commands.command_line import say
 from mllm.convert.export import export
-from mllm.files import check_new, locked, replacing_file, replacing_folder, work_folder
+from mllm.files import replacing_file
+from mllm.folders import check_new, replacing_folder, work_folder
 from mllm.fused import fused_tower_config, save_stock_image_processor
-from mllm.loading import hub_lookup
+from mllm.hub import offline_options
+from mllm.locks import locked
 from vision_tower import (
     AlphaCLIPConfig,
     AlphaCLIPImageProcessor,
@@ -99,7 +101,7 @@ def save_with_text(config: AlphaCLIPVisionConfig, weights: StateDict, text_from:
     Raises:
         ValueError: If there is no such CLIP, or its text space has another size than the visual projection.
     """
-    hub = hub_lookup(text_from)
+    hub = offline_options(text_from)
     try:
         clip = CLIPModel.from_pretrained(text_from, **hub)
     except OSError as error:

@@ -14,7 +14,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from alpha_clip_commands.command_line import say
 from mllm.blip2 import AlphaBlip2ForConditionalGeneration
-from mllm.files import check_new, replacing_folder
+from mllm.folders import check_new, replacing_folder
 from mllm.fused import fused_config, save_stock_image_processor
 from mllm.llava import vision_tower
 from mllm.loading import AlphaProcessor, load, load_adapter

@@ -22,8 +22,8 @@ from transformers import (
 from alpha_clip_commands.command_line import say
 from mllm.blip2 import AlphaBlip2Config, AlphaBlip2ForConditionalGeneration, AlphaBlip2Processor
 from mllm.convert.lavis_keys import PROJECTIONS, from_lavis, projection_of, read_lavis
-from mllm.files import check_new, replacing_folder
-from mllm.loading import hub_lookup
+from mllm.folders import check_new, replacing_folder
+from mllm.hub import offline_options
 from vision_tower import AlphaCLIPImageProcessor
 from vision_tower.conversion import StateDict, read_tower
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 def convert(args: argparse.Namespace) -> tuple[AlphaBlip2ForConditionalGeneration, AlphaBlip2Processor]:
     """Read what the arguments name, the largest file last, and put it together."""
     lavis = read_lavis(args.checkpoint)
-    hub = hub_lookup(args.language_model)
+    hub = offline_options(args.language_model)
     text_config, tokenizer = read_language_config(args.language_model, hub)
     if args.new_projection:
         lavis |= new_projection(lavis, text_config)

@@ -6,7 +6,7 @@ import argparse
 
 import mllm
 from alpha_clip_commands.command_line import say
-from mllm.files import check_new, replacing_folder
+from mllm.folders import check_new, replacing_folder
 from mllm.loading import load_adapter
 
 

@@ -28,7 +28,8 @@ from mllm.data.json_files import read_json
 from mllm.data.records import READ, ReadReport
 from mllm.data.samples import RegionSample, TarMember
 from mllm.data.schemas import IndexRecord, checked
-from mllm.files import MARKER, replacing_folder, write_json
+from mllm.files import write_json
+from mllm.folders import MARKER, replacing_folder
 from vision_tower import Region
 
 FORMAT = 2

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from alpha_clip_commands.command_line import FEW_ITEMS, MAX_ERRORS
+from alpha_clip_commands.error_limit import MAX_ERRORS, MIN_ERRORS
 from mllm.data.json_files import is_utf8
 from mllm.data.schemas import checked
 
@@ -73,7 +73,7 @@ class ReadReport:
             needed: Refuse a file of which nothing can be used, however small; else it may be a part of a data set.
 
         Raises:
-            ValueError: If more than `MAX_ERRORS` of at least `FEW_ITEMS` records could not be used.
+            ValueError: If more than `MAX_ERRORS` of at least `MIN_ERRORS` records could not be used.
         """
         read = self.counts[READ]
         logger.log(logging.INFO if read else logging.WARNING, "%s: %d read", what, read)
@@ -81,7 +81,7 @@ class ReadReport:
         for reason, line in lines.items():
             logger.log(logging.INFO if reason == CLAMPED else logging.WARNING, "%s: %s", what, line)
         seen = read + self.unusable
-        too_many = seen >= FEW_ITEMS and self.unusable > MAX_ERRORS * seen
+        too_many = seen >= MIN_ERRORS and self.unusable > MAX_ERRORS * seen
         if too_many or (needed and self.unusable and not read):
             reasons = "; ".join(line for reason, line in lines.items() if reason != CLAMPED)
             raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from mllm.files import one_line
+from alpha_clip_commands.command_line import one_line
 from vision_tower import Region
 from vision_tower.image_decoding import decode_image, describe, image_size
 

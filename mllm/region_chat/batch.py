@@ -16,20 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
-from alpha_clip_commands.command_line import too_many_errors
+from alpha_clip_commands.command_line import one_line
+from alpha_clip_commands.error_limit import MAX_ERRORS, too_many_errors
 from mllm.data.readers.jsonl import region_in
-from mllm.data.records import MAX_ERRORS
 from mllm.data.schemas import checked
-from mllm.files import one_line
+from mllm.fingerprints import model_fingerprint
 from mllm.inference import Asked, RegionChat
 from mllm.region_chat.batch_output import BatchOutput, Entry
-
-_HASH_WHOLE_FILES_UP_TO = 200_000_000  # bytes; larger weights are told apart by name, size and time
-_ADDED = ("vision_tower.", "vision_model.", ".lora_", ".modules_to_save.")  # parts of the names of such weights
 
 
 class _Line(msgspec.Struct, forbid_unknown_fields=True):
@@ -231,51 +226,9 @@ def _run_record(
     except ValueError:  # on another drive
         pass
     return {
-        **model_record(chat.model, model_name, besides=output),
-        "request file": requests.as_posix(),
+        **model_fingerprint(chat.model, model_name, output),
+        "request_file": requests.as_posix(),
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
         "version": version("alpha-clip-mllm"),
     }
-
-
-def model_record(model: PreTrainedModel, name: str, besides: Path | None = None) -> dict[str, str]:
-    """What must be the same of a model, called `name`, for two runs to write one output (`besides`)."""
-    return {
-        "model": name,
-        "weights": fingerprint(model.config._name_or_path, model.config, besides),
-        "quantised": str(getattr(model, "quantization_method", None)),
-        "alpha and adapter": added_weights(model),
-        "dtype": str(model.get_input_embeddings().weight.dtype),  # BLIP-2 keeps its Q-Former in float32
-    }
-
-
-def added_weights(model: PreTrainedModel) -> str:
-    """A hash of the weights as loaded that may come from elsewhere than the model directory: those of the vision tower
-    (alpha weights), and of an adapter.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in model.named_parameters():
-        if any(part in name for part in _ADDED):
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def fingerprint(name: str, config: Any, besides: Path | None = None) -> str:
-    """A hash of a model directory's config and weights, or the commit of a hub id. What a run itself writes there, its
-    output (`besides`) and its lock, is not part of it.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        return f"{name}@{config._commit_hash}"
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix not in (".json", ".safetensors", ".bin", ".jinja", ".model", ".txt") or not file.is_file():
-            continue
-        if file.name.startswith(".") or (besides is not None and file.resolve() == besides):
-            continue
-        status = file.stat()
-        small = status.st_size <= _HASH_WHOLE_FILES_UP_TO
-        digest.update(file.name.encode())
-        digest.update(file.read_bytes() if small else f"{status.st_size} {status.st_mtime_ns}".encode())
-    return digest.hexdigest()

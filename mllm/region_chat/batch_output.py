@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from mllm.files import MADE_BY, check_file, write_file, write_json
+from mllm.fingerprints import with_current_keys
 from mllm.resume import expect_same_run, journal, read_journal
 
 
@@ -129,7 +130,7 @@ class BatchOutput:
             raise ValueError(f"{error}; {remedy}") from error
         if header.made_by != MADE_BY or header.run is None:
             raise ValueError(f"{self.journal_path} is not the journal of a batch run; {remedy}")
-        expect_same_run(header.run, json.loads(json.dumps(run)), str(self.path), remedy)
+        expect_same_run(with_current_keys(header.run), json.loads(json.dumps(run)), str(self.path), remedy)
         written, retrying = set(), False
         for line in lines:
             self.answered |= line.answered

@@ -114,7 +114,7 @@ def _added(args: argparse.Namespace) -> dict[str, str | None]:
 
 
 def _batch(args: argparse.Namespace) -> int:
-    from mllm.files import locked
+    from mllm.locks import locked
     from mllm.region_chat.batch import read_requests, run_batch
     from mllm.region_chat.batch_output import BatchOutput
 

@@ -10,9 +10,9 @@ from typing import TextIO
 from PIL import Image
 from transformers import TextStreamer
 
-from alpha_clip_commands.command_line import printable, say
+from alpha_clip_commands.command_line import one_line, printable, say
 from alpha_clip_commands.region_options import FORMER_OPTIONS, REGION_OPTIONS
-from mllm.files import check_replaceable, made_by, one_line, write_json
+from mllm.files import check_replaceable, made_by, write_json
 from mllm.inference import RegionChat, Turn
 from mllm.overlay import check_overlay, save_overlay
 from mllm.quiet import CUT_OFF, dropping

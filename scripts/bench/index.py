@@ -22,7 +22,8 @@ from pathlib import Path
 
 from alpha_clip_commands import alpha_clip
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
-from mllm.files import claim_folder, write_json
+from mllm.files import write_json
+from mllm.folders import claim_folder
 
 IMAGES, REGIONS_AN_IMAGE, QUESTIONS_AN_IMAGE = 108_077, 50, 16
 WORDS = "the a clock man tree white wooden standing on of with his window black small table sky green is in".split()

@@ -23,7 +23,8 @@ from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConf
 
 import mllm
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
-from mllm.files import claim_folder, write_json
+from mllm.files import write_json
+from mllm.folders import claim_folder
 from mllm.inference import RegionChat
 from mllm.loading import EMBEDDED_MODEL
 from vision_tower import Region

@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer, set_seed
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from mllm.data.shapes import grit_layout
 from mllm.data.shapes.world import COLOURS, MAX_OBJECTS, MIN_OBJECTS, PATTERNS, SHAPES, SIZES
-from mllm.files import claim_folder
+from mllm.folders import claim_folder
 from train import alpha_clip
 from train.output import TRAINING_RECORD
 from vision_tower import (

@@ -42,7 +42,8 @@ from alpha_clip_commands.command_line import ArgumentParser, exit_code, say
 from mllm.data.shapes import scenes, visual_genome_layout
 from mllm.data.shapes.world import COLOURS, PATTERNS, SHAPES, SIZES
 from mllm.data.templates import DESCRIBE_REGION_WORDINGS
-from mllm.files import claim_folder, write_file, write_json
+from mllm.files import write_file, write_json
+from mllm.folders import claim_folder
 from mllm.llava import build_llava_processor
 from mllm.loading import EMBEDDED_MODEL
 from mllm.processing_llava import VICUNA_V1_SYSTEM

@@ -1,10 +1,6 @@
 """`python -m train.alpha_clip` as a process among others: killed, and on two ranks under each of DeepSpeed's stages."""
 
-import json
-import os
-import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,14 +12,15 @@ from alpha_clip_commands.training.contrastive_arguments import PairArguments
 from mllm.data.index import TRAIN, RegionIndex
 from mllm.data.prepare import make_index
 from mllm.data.shapes import grit_layout
-from tests.tiny import build_tiny_clip
+from tests.tensors import same_tensors
+from tests.tiny import build_tiny_clip, save_model
+from tests.training import assert_equal_runs, launch, recipe_arguments, write_splits
 from train import alpha_clip
 from train.contrastive.data import RegionTextDataset
 from train.output import last_whole_checkpoint
 from train.sampling import EpochSampler
 from vision_tower import AlphaCLIPModel
 
-ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
 DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port", "29613"]
 ALPHA = "vision_model.embeddings.patch_embedding.alpha.weight"
@@ -48,68 +45,17 @@ def world(tmp_path_factory):
     """A folder with a tiny model (its alpha weight not zero), its data and a recipe."""
     folder = tmp_path_factory.mktemp("world")
     for name, alpha_std in (("start", 0.3), ("blind", 0.0)):
-        model, processor = build_tiny_clip(alpha_std=alpha_std)
-        model.save_pretrained(folder / name)
-        processor.save_pretrained(folder / name)
+        save_model(folder / name, *build_tiny_clip(alpha_std=alpha_std))
+    write_splits(grit_layout, folder, 8, min_objects=1)
     for split in ("train", "val"):
-        grit_layout.write(folder / split, 8, 1, split, min_objects=1, progress=False)
         make_index(folder / split)
     (folder / "recipe.yaml").write_text(RECIPE.format(**{n: folder / n for n in ("start", "train", "val")}))
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As many as a rank has: rounding depends on it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def arguments(world, out, *flags):
-    return [str(argument) for argument in (world / "recipe.yaml", "--output_dir", out, *flags)]
-
-
 def train(world, out, *flags):
-    assert alpha_clip.main(arguments(world, out, *flags)) == 0
+    assert alpha_clip.main(recipe_arguments(world, out, *flags)) == 0
     return out
-
-
-def launch(world, out, command, *flags, cwd=ROOT):
-    """Run it as a process; returns its exit code and what it said."""
-    if "--deepspeed" in flags and shutil.which(os.environ.get("CXX", "c++")) is None:
-        pytest.skip("DeepSpeed compiles what its ranks on CPUs talk through: no C++ compiler here")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    started = subprocess.Popen(
-        [*command, *arguments(world, out, *flags)],
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "PATH": path, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=cwd,
-        start_new_session=True,
-    )
-    try:
-        output, _ = started.communicate(timeout=400)
-    except subprocess.TimeoutExpired:
-        os.killpg(started.pid, signal.SIGKILL)  # its ranks too
-        raise
-    return started.returncode, output
-
-
-def losses(out):
-    record = json.loads((out / "training_record.json").read_text())
-    return [entry["loss"] for entry in record["log"] if "loss" in entry]
-
-
-def assert_same(one, two, tolerance, of_losses):
-    first, second = (load_file(out / "model.safetensors") for out in (one, two))
-    assert first.keys() == second.keys()
-    assert all(first[name].shape == second[name].shape for name in first)
-    worst = max((first[name] - second[name]).abs().max().item() for name in first)
-    assert worst <= tolerance, worst
-    assert losses(one) == pytest.approx(losses(two), abs=of_losses)
 
 
 SAVING = ("--save_strategy", "steps", "--save_steps", 3, "--save_total_limit", 2)
@@ -130,13 +76,13 @@ alpha_clip.main(sys.argv[1:])
 def test_a_run_killed_within_an_epoch_goes_on_to_the_same_end(world, tmp_path, processes):
     """Killed at step 5; the checkpoint of step 3 lies in the middle of the second epoch."""
     flags = (*SAVING, "--region_input", "mixed", "--min_strength", 0.5, "--mask_jitter", 1)
-    killed = processes.start(KILLED_AT_FIVE, arguments(world, tmp_path / "killed", *flags))
+    killed = processes.start(KILLED_AT_FIVE, recipe_arguments(world, tmp_path / "killed", *flags))
     assert killed.wait() == -signal.SIGKILL, killed.output()[-3000:]
     assert last_whole_checkpoint(tmp_path / "killed").name == "checkpoint-3"
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     train(world, tmp_path / "killed", *flags)
     train(world, tmp_path / "undisturbed", *flags)
-    assert_same(tmp_path / "undisturbed", tmp_path / "killed", 0, 0)
+    assert_equal_runs(tmp_path / "undisturbed", tmp_path / "killed", "model.safetensors", 0, 0)
 
 
 def test_ranks_have_unequal_numbers_of_pairs(world, tmp_path):
@@ -184,13 +130,14 @@ def test_two_ranks_learn_what_one_does(world, tmp_path, processes, stage, flags)
     train(world, tmp_path / "one", *flags, "--cache_chunk", 0)
     two = ["--per_device_train_batch_size", 2]
     if stage == "processes":
-        ranks = processes.start_ranks("train.alpha_clip:main", arguments(world, tmp_path / "two", *flags, *two))
+        ranks = processes.start_ranks("train.alpha_clip:main", recipe_arguments(world, tmp_path / "two", *flags, *two))
         assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output()[-3000:]
     else:
         two += ["--deepspeed", stage] if stage else []
-        code, output = launch(world, tmp_path / "two", [*TORCHRUN, "-m", "train.alpha_clip"], *flags, *two)
+        arguments = recipe_arguments(world, tmp_path / "two", *flags, *two)
+        code, output = launch([*TORCHRUN, "-m", "train.alpha_clip"], arguments)
         assert code == 0, output[-3000:]
-    assert_same(tmp_path / "one", tmp_path / "two", TOLERANCE, OF_LOSSES)
+    assert_equal_runs(tmp_path / "one", tmp_path / "two", "model.safetensors", TOLERANCE, OF_LOSSES)
     before, after = (load_file(folder / "model.safetensors") for folder in (world / "start", tmp_path / "two"))
     assert max((before[name] - after[name]).abs().max().item() for name in before) > 1e-2
     assert (before[ALPHA] - after[ALPHA]).abs().max() > 1e-3
@@ -212,9 +159,9 @@ def test_the_documented_commands_learn_what_one_process_does(world, tmp_path, co
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('the wrong file')\n")
     train(world, tmp_path / "one", *PLAIN)
     two = ["--per_device_train_batch_size", 2, *deepspeed]
-    code, output = launch(world, tmp_path / "two", command, *PLAIN, *two, cwd=tmp_path)
+    code, output = launch(command, recipe_arguments(world, tmp_path / "two", *PLAIN, *two), cwd=tmp_path)
     assert code == 0, output[-3000:]
-    assert_same(tmp_path / "one", tmp_path / "two", TOLERANCE, OF_LOSSES)
+    assert_equal_runs(tmp_path / "one", tmp_path / "two", "model.safetensors", TOLERANCE, OF_LOSSES)
 
 
 @pytest.mark.slow
@@ -223,18 +170,18 @@ def test_alpha_stays_at_zero_under_every_stage(world, tmp_path, stage):
     """With a learning rate of nothing, what is saved is what was loaded."""
     flags = "--model", world / "blind", "--deepspeed", stage, "--per_device_train_batch_size", 2
     command = [*TORCHRUN, "-m", "train.alpha_clip"]
-    code, output = launch(world, tmp_path, command, *flags, "--learning_rate", 0, "--max_steps", 1)
+    code, output = launch(command, recipe_arguments(world, tmp_path, *flags, "--learning_rate", 0, "--max_steps", 1))
     assert code == 0, output[-3000:]
     before, after = (load_file(folder / "model.safetensors") for folder in (world / "blind", tmp_path))
     assert not after[ALPHA].any()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert same_tensors(before, after)
 
 
 def launch_two(world, out, script, *flags):
     """As `launch`, on two ranks of a script of the test's own."""
     file = out.with_name(f"{out.name}.py")
     file.write_text(script)
-    return launch(world, out, [*TORCHRUN, str(file)], *flags, "--per_device_train_batch_size", 2)
+    return launch([*TORCHRUN, str(file)], recipe_arguments(world, out, *flags, "--per_device_train_batch_size", 2))
 
 
 @pytest.mark.slow
@@ -248,7 +195,7 @@ def test_two_ranks_killed_within_an_epoch_go_on_to_the_same_end(world, tmp_path,
     for name in ("killed", "undisturbed"):
         code, output = launch_two(world, tmp_path / name, goes_on, *flags)
         assert code == 0, output[-3000:]
-    assert_same(tmp_path / "undisturbed", tmp_path / "killed", 0, 0)
+    assert_equal_runs(tmp_path / "undisturbed", tmp_path / "killed", "model.safetensors", 0, 0)
 
 
 NAN_ON_ONE = """
@@ -295,9 +242,9 @@ def test_two_ranks_in_bfloat16_learn_what_one_does(world, tmp_path, flags, parts
     both = (*PLAIN, "--bf16", "true", *parts)
     train(world, tmp_path / "one", *both)
     two = ("--per_device_train_batch_size", 2, *flags)
-    code, output = launch(world, tmp_path / "two", [*TORCHRUN, "-m", "train.alpha_clip"], *both, *two)
+    code, output = launch([*TORCHRUN, "-m", "train.alpha_clip"], recipe_arguments(world, tmp_path / "two", *both, *two))
     assert code == 0, output[-3000:]
-    assert_same(tmp_path / "one", tmp_path / "two", 8e-3, 2e-2)  # the largest move is 7.7e-2
+    assert_equal_runs(tmp_path / "one", tmp_path / "two", "model.safetensors", 8e-3, 2e-2)  # the largest move is 7.7e-2
     before, after = (load_file(folder / "model.safetensors") for folder in (world / "start", tmp_path / "two"))
     assert all(weight.dtype == torch.float32 for weight in after.values())
     assert {p.dtype for p in AlphaCLIPModel.from_pretrained(tmp_path / "two").parameters()} == {torch.float32}

@@ -11,7 +11,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 from alpha_clip_commands import alpha_clip
 from eval import attention_map
 from eval.attention_map import look, panel_box, read_heads
-from tests.tiny import noise_picture, tiny_clip_config, tiny_clip_tokenizer
+from tests.tiny import noise_image, save_model, tiny_clip_config, tiny_clip_tokenizer
 from vision_tower import AlphaCLIPConfig, AlphaCLIPImageProcessor, AlphaCLIPModel, AlphaCLIPProcessor, Region
 
 LEFT, RIGHT = "0,0,24,24", "24,0,48,24"
@@ -48,11 +48,9 @@ def processor():
 @pytest.fixture(scope="module")
 def folder(model, processor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder / "full")
-    processor.save_pretrained(folder / "full")
-    model.vision_model.save_pretrained(folder / "tower")
-    processor.image_processor.save_pretrained(folder / "tower")
-    noise_picture(48, 24).save(folder / "picture.png")
+    save_model(folder / "full", model, processor)
+    save_model(folder / "tower", model.vision_model, processor.image_processor)
+    noise_image(48, 24).save(folder / "picture.png")
     return folder
 
 
@@ -113,7 +111,7 @@ def test_the_numbers_are_the_models(folder, model, processor):
     """Beside Hugging Face's own forward of each region alone."""
     loaded, own = attention_map.load(str(folder / "full"), with_text=True, device="cpu", revision=None)
     regions = [Region.whole(), Region.from_box(24, 0, 48, 24), Region.from_box(0, 0, 9, 9)]
-    picture, texts = noise_picture(48, 24), ["a red", "b"]
+    picture, texts = noise_image(48, 24), ["a red", "b"]
     looks = look(loaded, own, picture, regions, texts, [0, 2])
     for one, region in zip(looks, regions, strict=True):
         inputs = processor(images=picture, regions=region, text=texts, padding=True, return_tensors="pt")
@@ -163,7 +161,7 @@ def test_a_plain_clip_sees_no_region(folder):
         ([], "expected a region, one of --box"),
         (["--box", "60,0,70,9"], "outside the image of 48 x 24"),
         (["--box", "1,2,3"], "expected 4 numbers"),
-        (["--mask", "none.png"], "there is no mask file"),
+        (["--mask", "none.png"], "mask file not found"),
         (["--box", LEFT, "--heads", "0"], "numbers from 1 to 4"),
         (["--box", LEFT, "--heads", "5"], "numbers from 1 to 4"),
         (["--box", LEFT, "--heads", "1;2"], "numbers from 1 to 4"),

@@ -1,13 +1,11 @@
 """The small BLIP-2 on Shapes, shortened: the same script, until it has begun to learn what the region decides."""
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.files import ROOT, read_json
 
 
 @pytest.mark.slow
@@ -15,9 +13,9 @@ def test_blip2_begins_to_learn_by_region(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "shapes" / "build_blip2.py"), "--work", str(tmp_path)]
     command += ["--scenes", "2500", "--test-scenes", "20", "--max_steps", "400", "--logging_steps", "20"]
     subprocess.run(command, check=True, cwd=tmp_path)
-    record = json.loads((tmp_path / "model" / "training_record.json").read_text())
+    record = read_json(tmp_path / "model" / "training_record.json")
     losses = [float(entry["loss"]) for entry in record["log"] if "loss" in entry]
     assert losses[-1] < 0.4  # a guess among the vocabulary's words: 6.5; words without the region: about 1
-    scores = json.loads((tmp_path / "scores.json").read_text())
+    scores = read_json(tmp_path / "scores.json")
     # measured: see docs/blip2.md for the whole run
     assert scores["description, box"] > 0.3 > scores["description, whole image"]

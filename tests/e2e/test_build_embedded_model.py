@@ -1,6 +1,5 @@
 """`make embedded-model`, its stages shortened: from nothing to a model that begins to learn."""
 
-import json
 import math
 import subprocess
 import sys
@@ -15,14 +14,13 @@ from mllm.data.samples import load_image
 from mllm.data.shapes import scenes
 from mllm.inference import RegionChat
 from scripts.shapes.build_clip import is_built
+from tests.files import ROOT, read_json, write_json
 from vision_tower import AlphaCLIPVisionModel, Region
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_stage_of_another_seed_or_other_scenes_is_not_taken(tmp_path):
     assert not is_built(tmp_path, 2, [Path("W/grit_1")])
-    (tmp_path / "training_record.json").write_text(json.dumps({"run": {"seed": 2, "data": ["V/grit_1"]}}))
+    write_json(tmp_path / "training_record.json", {"run": {"seed": 2, "data": ["V/grit_1"]}})
     assert is_built(tmp_path, 2, [Path("W/grit_1")])
     for seed, name in ((1, "grit_1"), (2, "grit_2")):
         with pytest.raises(ValueError, match="give another --work"):
@@ -42,7 +40,7 @@ def test_build_from_nothing(tmp_path):
     command += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "assets" / "model"), "--logging_steps", "10"]
     subprocess.run(command, check=True, cwd=tmp_path)
     out = tmp_path / "assets" / "model"
-    log = [entry["loss"] for entry in json.loads((out / "training_record.json").read_text())["log"] if "loss" in entry]
+    log = [entry["loss"] for entry in read_json(out / "training_record.json")["log"] if "loss" in entry]
     assert float(log[-1]) < 2 < math.log(640)  # a guess among the vocabulary's words; from a random tower: 1.1
     assert len(scenes.training_scenes(out)) == 3 * 300  # the CLIP's of both kinds, and the others'
     with Image.open(tmp_path / "work" / "training.png") as charts:
@@ -59,6 +57,6 @@ def test_build_from_nothing(tmp_path):
     name = "encoder.layers.0.self_attn.q_proj.weight"
     assert (tower[name] - trained[name]).norm() < 0.5 * trained[name].norm()
     scene = tmp_path / "assets" / "scenes" / "scene_1.png"
-    (first, *_) = json.loads((scene.with_suffix(".json")).read_text())
+    (first, *_) = read_json(scene.with_suffix(".json"))
     answer = RegionChat(model, processor).describe(load_image(str(scene)), Region.from_json({"box": first["box"]}))
     assert answer.startswith("a ")

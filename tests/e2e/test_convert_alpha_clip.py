@@ -1,7 +1,6 @@
 """`alpha-clip convert` and --alpha-weights: what comes out loads, answers as before, and sees the region."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +23,9 @@ import mllm
 from alpha_clip_commands import alpha_clip
 from alpha_clip_commands.region_chat import main as region_chat
 from mllm.llava import build_llava_processor
-from tests.tiny import noise_picture, prompt, tiny_clip_config, tiny_llava_config, tiny_tokenizer
+from tests.files import ROOT
+from tests.tensors import fixture_tensors, same_tensors
+from tests.tiny import noise_image, prompt, save_model, tiny_clip_config, tiny_llava_config, tiny_tokenizer
 from vision_tower import (
     AlphaCLIPImageProcessor,
     AlphaCLIPModel,
@@ -34,14 +35,12 @@ from vision_tower import (
 )
 from vision_tower.conversion import RELEASED_CHECKPOINTS, from_original
 
-ROOT = Path(__file__).parents[2]
 LEFT, RIGHT = Region.from_box(0, 0, 30, 40), Region.from_box(30, 0, 60, 40)
 
 
 @pytest.fixture(scope="module")
 def original():
-    content = load_file(ROOT / "tests" / "parity" / "data" / "alpha_clip_original.safetensors")
-    return {k.removeprefix("checkpoint."): t.float() for k, t in content.items() if k.startswith("checkpoint.")}
+    return {key: tensor.float() for key, tensor in fixture_tensors("alpha_clip_original.safetensors").items()}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,7 @@ def convert(*args):
 
 
 def pixels_of(processor, region):
-    return processor(images=noise_picture(60, 40), regions=region, return_tensors="pt")["pixel_values"]
+    return processor(images=noise_image(60, 40), regions=region, return_tensors="pt")["pixel_values"]
 
 
 def test_tower_directory(checkpoint, with_projection, tmp_path):
@@ -116,7 +115,7 @@ def test_and_back(checkpoint, original, tmp_path):
     for name in ("back.pth", "back.safetensors"):
         assert convert(tmp_path / "tower", tmp_path / name, "--original") == 0
         back = torch.load(tmp_path / name) if name.endswith("pth") else load_file(tmp_path / name)
-        assert back.keys() == original.keys() and all(torch.equal(back[key], original[key]) for key in original)
+        assert same_tensors(back, original)
 
 
 def tiny_clip_dir(folder, projection_dim):
@@ -142,7 +141,7 @@ def test_text_tower_completes_the_model(checkpoint, with_projection, tmp_path, m
         AlphaCLIPModel.from_pretrained(tmp_path / "full"),
         AutoProcessor.from_pretrained(tmp_path / "full"),
     )
-    inputs = processor(text=["a b", "c"], images=noise_picture(60, 40), regions=LEFT, return_tensors="pt", padding=True)
+    inputs = processor(text=["a b", "c"], images=noise_image(60, 40), regions=LEFT, return_tensors="pt", padding=True)
     stock = CLIPModel.from_pretrained(clip)
     with torch.no_grad():
         output = model(**inputs)
@@ -186,12 +185,12 @@ def test_alpha_weights_replace_the_llava_tower(checkpoint, original, clip_llava,
         model, processor = mllm.load(clip_llava, device="cpu", alpha_weights=weights)
         assert all(torch.equal(t, expected[key]) for key, t in model.model.vision_tower.state_dict().items())
         inputs = [
-            processor(noise_picture(60, 40), prompt("What?"), region, return_tensors="pt") for region in (LEFT, RIGHT)
+            processor(noise_image(60, 40), prompt("What?"), region, return_tensors="pt") for region in (LEFT, RIGHT)
         ]
         with torch.no_grad():
             left, right = (model(**one).logits[:, -1] for one in inputs)
         assert (left - right).abs().max() > 1e-3
-    noise_picture(60, 40).save(tmp_path / "a.png")
+    noise_image(60, 40).save(tmp_path / "a.png")
     asked = ["--model", clip_llava, "--image", tmp_path / "a.png", "--box", "0,0,30,40", "--ask", "What?"]
     asked = [str(part) for part in [*asked, "--max-new-tokens", 8, "--json"]]
     assert region_chat([*asked, "--alpha-weights", str(checkpoint)]) == 0
@@ -211,8 +210,7 @@ def test_alpha_weights_of_another_size_are_refused(checkpoint, tiny_llava_dir):
 )
 def test_fused_llava_is_stock_llava(checkpoint, clip_llava, tmp_path, measured, processes):
     model, processor = mllm.load(clip_llava, device="cpu", alpha_weights=checkpoint)
-    model.save_pretrained(tmp_path / "ours")
-    processor.save_pretrained(tmp_path / "ours")
+    save_model(tmp_path / "ours", model, processor)
     assert convert(tmp_path / "ours", tmp_path / "fused", "--fused") == 0
     # with other names Transformers 4.37 leaves the tower random, and says no more than a warning
     names = load_file(tmp_path / "fused" / "model.safetensors").keys()
@@ -225,7 +223,7 @@ def test_fused_llava_is_stock_llava(checkpoint, clip_llava, tmp_path, measured, 
         "torch.save((model(**inputs).logits.detach(), model.generate(**inputs, max_new_tokens=8)), 'out.pt')\n"
     )
     for region in (LEFT, RIGHT):
-        inputs = processor(noise_picture(60, 40), prompt("What is this?"), region, return_tensors="pt")
+        inputs = processor(noise_image(60, 40), prompt("What is this?"), region, return_tensors="pt")
         torch.save(dict(inputs), tmp_path / "in.pt")
         processes.run(code, cwd=tmp_path, checkout=False)
         logits, generated = torch.load(tmp_path / "out.pt")
@@ -243,7 +241,7 @@ def test_the_input_built_by_hand_is_the_processors(checkpoint, tmp_path, width, 
     """The lines of docs/export.md against our image processor, in LLaVA's geometry."""
     assert convert(checkpoint, tmp_path / "OUT", "--fused") == 0
     lines = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(encoding="utf-8"), re.DOTALL)[-1]
-    image, region = noise_picture(width, height), Region.from_box(8, 5, 30, 33)
+    image, region = noise_image(width, height), Region.from_box(8, 5, 30, 33)
     mask = Image.fromarray(region.mask(height, width).astype(np.uint8) * 255)
     names = {"image": image, "mask": mask}
     exec(lines.replace('"OUT"', repr(str(tmp_path / "OUT"))), names)

@@ -1,8 +1,6 @@
 """`alpha-clip convert-lavis`: what comes out loads everywhere, keeps the language model, and sees the region."""
 
-import json
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,19 +25,17 @@ from transformers import (
 import mllm
 from alpha_clip_commands import alpha_clip
 from mllm.blip2 import AlphaBlip2ForConditionalGeneration, AlphaBlip2Processor, AlphaCLIPBlip2VisionModel
-from tests.tiny import noise_picture
+from tests.drawn_back import iou
+from tests.files import read_json, write_json
+from tests.tensors import fixture_tensors, same_tensors
+from tests.tiny import noise_image
 from vision_tower import AlphaCLIPVisionModel, Region
 from vision_tower.conversion import read_tower
 
-DATA = Path(__file__).parents[1] / "parity" / "data"
-IMAGE = noise_picture(60, 40)
+IMAGE = noise_image(60, 40)
 LEFT, RIGHT = Region.from_box(0, 0, 30, 40), Region.from_box(30, 0, 60, 40)
 WORDS = ["<pad>", "</s>", "<unk>", "\n", "Question", ":", "What", "is", "this", "?", "Answer"]
 LOADERS = {"t5": AutoModelForSeq2SeqLM, "opt": AutoModelForCausalLM}
-
-
-def part_of(file, prefix):
-    return {key.removeprefix(prefix): t for key, t in load_file(DATA / file).items() if key.startswith(prefix)}
 
 
 def save_language_model(folder, kind, vocab_size=16, width=64):
@@ -54,9 +50,9 @@ def save_language_model(folder, kind, vocab_size=16, width=64):
         save_file(
             {**load_file(file), "lm_head.weight": torch.randn(vocab_size, width)}, file, metadata={"format": "pt"}
         )
-        fields = json.loads((folder / "config.json").read_text())
+        fields = read_json(folder / "config.json")
         del fields["scale_decoder_outputs"]
-        (folder / "config.json").write_text(json.dumps({**fields, "tie_word_embeddings": False}))
+        write_json(folder / "config.json", {**fields, "tie_word_embeddings": False})
     elif kind == "opt":
         sizes = {"ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": width}
         config = OPTConfig(hidden_size=width, max_position_embeddings=64, bos_token_id=1, **sizes, **ids)
@@ -78,8 +74,8 @@ def sources(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("sources")
     lavis, alpha = (
-        part_of("lavis_blip2.safetensors", "checkpoint."),
-        part_of("alpha_clip_original.safetensors", "checkpoint."),
+        fixture_tensors("lavis_blip2.safetensors", "checkpoint."),
+        fixture_tensors("alpha_clip_original.safetensors", "checkpoint."),
     )
     plain = {k: t for k, t in alpha.items() if not k.startswith(("conv1_alpha.", "ln_post.", "proj"))}
     files = {
@@ -145,7 +141,7 @@ def test_pictures_are_stretched_and_alpha_lies_where_the_region_is(converted):
     drawn = inputs_for(processor, [LEFT])["pixel_values"][0, 3] > 0
     expected = torch.zeros_like(drawn)
     expected[:, :16] = True
-    assert (drawn & expected).sum() / (drawn | expected).sum() >= 0.95
+    assert iou(drawn, expected) >= 0.95
 
 
 def test_the_language_model_is_its_own(converted, sources):
@@ -172,7 +168,7 @@ def test_the_tower_is_alpha_clip_without_its_last_block(converted, sources):
     tower = AlphaBlip2ForConditionalGeneration.from_pretrained(converted[1], dtype=torch.float32).vision_model
     own = {key: t for key, t in tower.state_dict().items() if not key.startswith("post_layernorm.")}
     assert len(own) == len(weights) - 16 - 2 and all(torch.equal(t, weights[key].float()) for key, t in own.items())
-    ln_vision = part_of("lavis_blip2.safetensors", "checkpoint.ln_vision.")
+    ln_vision = fixture_tensors("lavis_blip2.safetensors", "checkpoint.ln_vision.")
     assert all(torch.equal(getattr(tower.post_layernorm, key), t.float()) for key, t in ln_vision.items())
 
 
@@ -186,7 +182,7 @@ def test_a_directory_of_ours_is_taken_as_tower(converted, sources, tmp_path):
     first, second = (
         AlphaBlip2ForConditionalGeneration.from_pretrained(f).state_dict() for f in (out, tmp_path / "out")
     )
-    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert same_tensors(first, second)
 
 
 def test_the_checkpoints_own_tower_ignores_regions_and_says_so(sources, tmp_path, caplog):

@@ -12,7 +12,7 @@ from PIL import Image
 from alpha_clip_commands.region_chat import main as region_chat
 from mllm import Region
 from tests.doc_pages import README, ROOT, blocks, commands
-from tests.tiny import noise_picture, tiny_clip_config, tiny_clip_tokenizer
+from tests.tiny import noise_image, tiny_clip_config, tiny_clip_tokenizer
 from vision_tower import (
     AlphaCLIPConfig,
     AlphaCLIPImageProcessor,
@@ -48,7 +48,7 @@ def test_the_other_examples_of_the_python_page_run_as_written(tmp_path, monkeypa
     AlphaCLIPModel(AlphaCLIPConfig(**config.to_dict())).save_pretrained("MODEL")
     AlphaCLIPProcessor(processor, tiny_clip_tokenizer()).save_pretrained("MODEL")
     Image.fromarray(np.full((96, 96), 255, np.uint8)).save("mask.png")
-    names = {"image": noise_picture(96, 96), "annotation": {"segmentation": [[10, 10, 60, 10, 35, 50]]}}
+    names = {"image": noise_image(96, 96), "annotation": {"segmentation": [[10, 10, 60, 10, 35, 50]]}}
     for code in (text for text in PYTHON_PAGE if text not in ANSWERS):
         exec(compile(code.replace("DIR_OR_HUB_ID", "TOWER"), "docs/python.md", "exec"), names)
     assert names["features"].shape[0] == 1 and names["probabilities"].shape == (1, 2)

@@ -20,6 +20,7 @@ from mllm.data.shapes import scenes, visual_genome_layout
 from mllm.inference import RegionChat
 from mllm.loading import EMBEDDED_MODEL
 from tests.drawn_back import overlap
+from tests.files import read_json_lines
 from tests.tiny import prompt
 from train import finetune
 from train.tuning.collators import IGNORE_INDEX, encode_with_labels
@@ -157,7 +158,7 @@ def test_batch_file(samples, tmp_path, capsys):
             )
     output = tmp_path / "answers.jsonl"
     assert region_chat(["--batch", str(requests), "--output", str(output), "--batch-size", "4"]) == 0
-    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    answers = read_json_lines(output)
     assert [a["id"] for a in answers] == [s.id for s in samples[:10]]
     right = sum(a["answer"] == s.references[0] for a, s in zip(answers, samples, strict=False))
     assert right >= 9

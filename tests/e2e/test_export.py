@@ -17,9 +17,9 @@ from PIL import Image
 import mllm
 from mllm.convert.export import export
 from mllm.loading import EMBEDDED_MODEL
-from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_picture
+from tests.drawn_back import alpha_map, iou
+from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_image
 from vision_tower import Region
-from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 
 PACKAGES = ("vision_tower", "mllm", "eval", "train")
 SIDE = 64
@@ -129,8 +129,7 @@ assert not found & {"vision_tower", "mllm", "eval", "train", "pycocotools", "msg
 
 @pytest.fixture(scope="module")
 def llava():
-    model, processor = build_tiny_llava()
-    torch.nn.init.normal_(model.model.vision_tower.embeddings.patch_embedding.alpha.weight, std=0.3)
+    model, processor = build_tiny_llava(alpha_std=0.3)
     return model, processor
 
 
@@ -159,10 +158,10 @@ def check(got, model, processor, image, regions, measured):
         with torch.no_grad():
             measured((logits - model(**expected).logits).abs().max())
             torch.testing.assert_close(logits, model(**expected).logits, rtol=1e-5, atol=1e-5)
-        alpha = (inputs["pixel_values"][0, 3].numpy() * ALPHA_STD + ALPHA_MEAN).astype(np.float32)
+        alpha = alpha_map(inputs["pixel_values"][0]).numpy()
         drawn = np.asarray(Image.fromarray(alpha).resize(image.size, Image.Resampling.BILINEAR)) >= 0.55
         wanted = region.mask(image.height, image.width) >= 0.5
-        assert (drawn & wanted).sum() / (drawn | wanted).sum() >= 0.95
+        assert iou(drawn, wanted) >= 0.95
     assert (got["logits"][0] - got["logits"][1]).abs().max() > 5e-4  # 50 times the tolerance
     return ours
 
@@ -177,7 +176,7 @@ def texts_of(regions):
     "1e-5",
 )
 def test_an_export_runs_without_this_package(exported, llava, tmp_path, processes, measured):
-    image = noise_picture(SIDE, SIDE)
+    image = noise_image(SIDE, SIDE)
     image.save(tmp_path / "image.png")
     arguments = [exported, tmp_path / "image.png", texts_of(REGIONS), tmp_path / "again", tmp_path / "out.pt"]
     processes.run(ELSEWHERE, arguments, cwd=tmp_path, checkout=False)
@@ -193,7 +192,7 @@ def test_a_blip2_runs_without_this_package(tmp_path, processes, measured):
     model, processor = build_tiny_blip2("opt")
     torch.nn.init.normal_(model.vision_model.embeddings.patch_embedding.alpha.weight)
     export(model, processor, tmp_path / "model")
-    image = noise_picture(SIDE, SIDE)
+    image = noise_image(SIDE, SIDE)
     image.save(tmp_path / "image.png")
     arguments = [tmp_path / "model", tmp_path / "image.png", texts_of(REGIONS), tmp_path / "again", tmp_path / "out.pt"]
     processes.run(ELSEWHERE, arguments, cwd=tmp_path, checkout=False)

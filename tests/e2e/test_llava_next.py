@@ -9,14 +9,15 @@ from alpha_clip_commands.alpha_clip import main as alpha_clip
 from alpha_clip_commands.region_eval import main as region_eval
 from mllm import RegionChat
 from mllm.data.shapes import visual_genome_layout
-from tests.tiny import noise_picture
+from tests.files import read_json
+from tests.tiny import noise_image
+from tests.training import write_splits
 from train import finetune
 
 
 @pytest.mark.slow
 def test_tuned_merged_asked_and_evaluated(tiny_llava_next_dir, tmp_path):
-    for split in ("train", "val", "test"):
-        visual_genome_layout.write(tmp_path / split, 4, 1, split, progress=False)
+    write_splits(visual_genome_layout, tmp_path, 4, ("train", "val", "test"))
     (tmp_path / "recipe.yaml").write_text(
         f"""
 model: {tiny_llava_next_dir}
@@ -42,15 +43,15 @@ disable_tqdm: true
     assert any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
 
     assert alpha_clip(["merge", tuned, merged, "--model", str(tiny_llava_next_dir)]) == 0
-    question = (noise_picture(100, 40), "box:10,5,40,30", "What?")
+    question = (noise_image(100, 40), "box:10,5,40,30", "What?")
     answers = [
         RegionChat.from_pretrained(*source, **{"device": "cpu", **options}).ask(*question, max_new_tokens=8)
         for source, options in [([merged], {}), ([tiny_llava_next_dir], {"adapter": tuned})]
     ]
     assert answers[0] == answers[1]
 
-    task = ["run", "--task", "shapes-caption", "--data", str(tmp_path / "test"), "--metrics", "exactly right"]
-    settings = ["--limit", "4", "--max-new-tokens", "2", "--controls", "--device", "cpu"]
+    task = ["run", "--task", "shapes-caption", "--data", str(tmp_path / "test"), "--metrics", "literal_match"]
+    settings = ["--limit", "4", "--max-new-tokens", "2", "--all-views", "--device", "cpu"]
     assert region_eval([*task, *settings, "--model", merged, "--out", out]) == 0
-    run, metrics = (json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("run", "metrics"))
+    run, metrics = (read_json(tmp_path / "out" / f"{name}.json") for name in ("run", "metrics"))
     assert "tiles" in json.dumps(run) and metrics["items"] == 4

@@ -10,6 +10,7 @@ from mllm.data.index import RegionIndex
 from mllm.data.readers import mask_imagenet
 from mllm.data.shapes import grit_layout, visual_genome_layout
 from mllm.data.splits import densecap_split
+from tests.files import read_json, write_json, write_json_lines
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def refused(capsys, *arguments):
 def test_both_layouts_are_indexed(folder, capsys, kind):
     assert alpha_clip.main(["prepare", kind, "--source", str(folder)]) == 0
     printed = capsys.readouterr().out
-    regions = len(json.loads((folder / "instances.json").read_text())["annotations"])
+    regions = len(read_json(folder / "instances.json")["annotations"])
     assert len(RegionIndex(folder).rows("train", ["description"])) == regions
     assert f"{regions} read" in printed and "on 3 pictures" in printed and "missing" not in printed
 
@@ -66,7 +67,7 @@ def test_a_file_of_one_s_own_is_indexed(tmp_path, folder, capsys):
         {**line, "image": "no.png", "meta": {"split": "test"}},
     ]
     file = tmp_path / "mine.jsonl"
-    file.write_text("\n".join(map(json.dumps, [line, *others])))
+    write_json_lines(file, [line, *others])
     assert alpha_clip.main(["prepare", "jsonl", "--source", str(file)]) == 0
     printed = capsys.readouterr().out
     assert "lines: 4 read" in printed and "split train: 2 regions on 2 pictures, 1 of them missing" in printed
@@ -79,7 +80,7 @@ def test_a_file_of_one_s_own_is_indexed(tmp_path, folder, capsys):
 def test_mask_imagenet_needs_its_list(tmp_path, capsys):
     assert f"{mask_imagenet.LIST} (huggingface.co" in refused(capsys, "mask-imagenet", "--source", tmp_path)
     rle = {"size": [4, 4], "counts": [5, 2, 9]}
-    (tmp_path / mask_imagenet.LIST).write_text(json.dumps([[0, 0, "x/1.JPEG", rle, [1, 1, 1, 2], 0, "a tench"]]))
+    write_json(tmp_path / mask_imagenet.LIST, [[0, 0, "x/1.JPEG", rle, [1, 1, 1, 2], 0, "a tench"]])
     assert alpha_clip.main(["prepare", "mask-imagenet", "--source", str(tmp_path)]) == 0
     assert "1 of them missing" in capsys.readouterr().out
 
@@ -99,10 +100,10 @@ def test_missing_files_are_named_with_where_they_are_published(tmp_path, folder,
 
 
 def test_orphans_and_damage(folder, capsys):
-    mapping = json.loads((folder / "qa_to_region_mapping.json").read_text())
+    mapping = read_json(folder / "qa_to_region_mapping.json")
     first = next(iter(mapping))
     mapping[first] = 10**6
-    (folder / "qa_to_region_mapping.json").write_text(json.dumps(mapping))
+    write_json(folder / "qa_to_region_mapping.json", mapping)
     assert alpha_clip.main(["prepare", "vg", "--source", str(folder)]) == 0
     assert "1 questions on a region that is not there" in capsys.readouterr().out
     path = folder / "region_descriptions.json"
@@ -111,7 +112,7 @@ def test_orphans_and_damage(folder, capsys):
     first, second, third, *_ = content[0]["regions"]
     first["width"], second["phrase"], third["region_id"] = 0, " ", content[1]["regions"][0]["region_id"]
     (folder / "region_masks.json").unlink()
-    path.write_text(json.dumps(content))
+    write_json(path, content)
     assert alpha_clip.main(["prepare", "vg", "--source", str(folder)]) == 0
     left = RegionIndex(folder).record["left_out"]["regions"]
     assert {reason.split(",")[0]: entry["count"] for reason, entry in left.items()} == {
@@ -130,8 +131,8 @@ def test_orphans_and_damage(folder, capsys):
 
 def test_training_images_that_are_held_out_elsewhere_are_counted(tmp_path, folder, capsys):
     train, test = (sorted(densecap_split(name))[:3] for name in ("train", "test"))
-    entries = json.loads((folder / "image_data.json").read_text())
-    regions = json.loads((folder / "region_descriptions.json").read_text())
+    entries = read_json(folder / "image_data.json")
+    regions = read_json(folder / "region_descriptions.json")
     (folder / "dataset.json").unlink()
     for name in ("question_answers.json", "qa_to_region_mapping.json", "region_masks.json"):
         (folder / name).unlink()
@@ -140,10 +141,10 @@ def test_training_images_that_are_held_out_elsewhere_are_counted(tmp_path, folde
         region["id"] = number
         for record in region["regions"]:
             record["image_id"] = number
-    (folder / "image_data.json").write_text(json.dumps(entries))
-    (folder / "region_descriptions.json").write_text(json.dumps(regions))
+    write_json(folder / "image_data.json", entries)
+    write_json(folder / "region_descriptions.json", regions)
     mix = [{"image": f"vg/VG_100K/{test[0]}.jpg"}, {"image": "coco/train2017/000000000009.jpg"}, {"id": "text only"}]
-    (tmp_path / "mix.json").write_text(json.dumps(mix))
+    write_json(tmp_path / "mix.json", mix)
     assert alpha_clip.main(["prepare", "vg", "--source", str(folder), "--against", str(tmp_path / "mix.json")]) == 0
     printed = capsys.readouterr().out
     assert f"training images in the test and validation splits of {folder} itself: 0" in printed
@@ -160,7 +161,7 @@ def test_real_records(shared_data, tmp_path, capsys):
     index = RegionIndex(source)
     assert len(index) == 1278 and len(index.pictures) == 5
     assert "5 of them missing" in capsys.readouterr().out
-    raw = json.loads((source / "region_descriptions.json").read_text())
+    raw = read_json(source / "region_descriptions.json")
     wanted = {region["region_id"]: region["phrase"].strip() for entry in raw for region in entry["regions"]}
     for facts in index.read(range(0, 1278, 97)):
         assert facts.sample.references == (wanted[facts.sample.meta["region_id"]],)

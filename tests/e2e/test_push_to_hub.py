@@ -1,13 +1,11 @@
 """`alpha-clip publish`: the folder that would be uploaded, its card, and the calls to the hub (a stand-in here)."""
 
-import json
 import re
 import shutil
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-import torch
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig, get_peft_model
@@ -18,19 +16,20 @@ import mllm
 from alpha_clip_commands import alpha_clip
 from mllm import publish
 from mllm.convert.export import export
+from tests.files import read_json, write_json
 from tests.tiny import (
     build_tiny_blip2,
-    noise_picture,
+    build_tiny_tower,
+    noise_image,
+    save_model,
     tiny_clip_config,
     tiny_tokenizer,
-    tiny_vision_config,
 )
 from vision_tower import (
     AlphaCLIPConfig,
     AlphaCLIPImageProcessor,
     AlphaCLIPModel,
     AlphaCLIPProcessor,
-    AlphaCLIPVisionConfig,
     AlphaCLIPVisionModel,
 )
 
@@ -44,11 +43,7 @@ def push(*arguments):
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tower")
-    model = AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**tiny_vision_config()))
-    torch.nn.init.normal_(model.embeddings.patch_embedding.alpha.weight, std=0.3)
-    model.save_pretrained(folder)
-    AlphaCLIPImageProcessor.for_size(32, "crop").save_pretrained(folder)
-    return folder
+    return save_model(folder, build_tiny_tower(), AlphaCLIPImageProcessor.for_size(32, "crop"))
 
 
 @pytest.fixture
@@ -62,7 +57,7 @@ def run_example(monkeypatch):
         for hub_id, folder in folders.items():
             assert f'"{hub_id}"' in code
             code = code.replace(f'"{hub_id}"', repr(str(folder)))
-        scope = {"image": noise_picture(300, 260)}
+        scope = {"image": noise_image(300, 260)}
         exec(code, scope)
         fed = scope["inputs"]["pixel_values"]
         assert fed.shape[1] == 4 and fed[:, 3].unique().numel() > 1  # a region, not the whole image
@@ -86,7 +81,7 @@ def hub(monkeypatch):
     stand_in.model_info = lambda name: SimpleNamespace(private=stand_in.private)
     stand_in.upload_folder = upload_folder
     monkeypatch.setattr(publish, "HfApi", lambda: stand_in)
-    monkeypatch.setattr(publish, "hub_answers", lambda: True)
+    monkeypatch.setattr(publish, "hub_is_available", lambda: True)
     monkeypatch.setattr(publish, "get_token", lambda: "token")
     return stand_in
 
@@ -109,7 +104,7 @@ def test_a_tower_with_its_sources(tower, tmp_path, run_example):
 def test_a_llava_without_what_only_its_machine_can_use(tiny_llava_dir, tmp_path, run_example):
     shutil.copytree(tiny_llava_dir, tmp_path / "in")
     record = {"data": {"data": "/home/somebody/vg"}, "training": {"output_dir": "/home/somebody/out"}, "log": []}
-    (tmp_path / "in" / "training_record.json").write_text(json.dumps(record))
+    write_json(tmp_path / "in" / "training_record.json", record)
     for folder in ("checkpoint-3", ".git"):
         (tmp_path / "in" / folder).mkdir()
         (tmp_path / "in" / folder / "trace").write_text("/home/somebody")
@@ -162,7 +157,7 @@ def test_an_adapter_names_its_model_and_no_folder(tiny_llava_dir, tmp_path, run_
     assert push(tmp_path / "lora", "lab/lora", "--to", tmp_path / "out") == 2  # trained from a folder
     assert "hub id of the model" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert push(tmp_path / "lora", "lab/lora", "--to", tmp_path / "out", "--base-model", "lab/base") == 0
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "lab/base"
+    assert read_json(tmp_path / "out" / "adapter_config.json")["base_model_name_or_path"] == "lab/base"
     assert not [file for file in (tmp_path / "out").iterdir() if str(tiny_llava_dir).encode() in file.read_bytes()]
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.library_name == "peft" and card.data.base_model == "lab/base" and "| rank | `3` |" in card.text
@@ -214,7 +209,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tower, tmp_path, capsys):
     assert "expected weights" in refused(folder, "lab/x")
     (folder / "model-1.safetensors").write_bytes(weights)
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_json(folder / "model.safetensors.index.json", index)
     assert "model-2.safetensors is missing" in refused(folder, "lab/x")
     (folder / "config.json").unlink()
     assert "without config.json" in refused(folder, "lab/x")
@@ -252,7 +247,7 @@ def test_the_hub_cannot_be_reached_or_says_no(tower, hub, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(publish, "get_token", lambda: None)
         assert "hf auth login" in refused()
-        patch.setattr(publish, "hub_answers", lambda: False)
+        patch.setattr(publish, "hub_is_available", lambda: False)
         assert "--to FOLDER" in refused()
     assert not hub.calls
     api = huggingface_hub.HfApi(endpoint=ADDRESS, token="token")  # the real one, as behind a proxy that is down

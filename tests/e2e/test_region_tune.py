@@ -1,14 +1,9 @@
 """`region-tune` as a process among others: launched three ways on one or two ranks, killed, stopped, out of disk."""
 
-import json
 import os
 import resource
-import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,27 +13,24 @@ import mllm
 from alpha_clip_commands import alpha_clip
 from mllm.convert.export import export
 from mllm.data.shapes import visual_genome_layout
-from tests.tiny import build_tiny_llava
+from tests.files import ROOT, read_json
+from tests.tiny import build_tiny_llava, save_model
+from tests.training import BIN, assert_equal_runs, launch, losses, recipe_arguments, write_splits
 from train import finetune
 from train.output import WHOLE, last_whole_checkpoint
 from train.trainer import StopOnSignal
 
-ROOT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
 REGION_TUNE = str(BIN / "region-tune")
 ALPHA = "patch_embedding.alpha.weight"
+ADAPTER = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with a tiny model (its alpha weight not zero), its data and a recipe."""
     folder = tmp_path_factory.mktemp("world")
-    model, processor = build_tiny_llava()
-    torch.nn.init.normal_(model.model.vision_tower.embeddings.patch_embedding.alpha.weight, std=0.02)
-    model.save_pretrained(folder / "start")
-    processor.save_pretrained(folder / "start")
-    for split in ("train", "val"):
-        visual_genome_layout.write(folder / split, 6, 1, split, progress=False)
+    save_model(folder / "start", *build_tiny_llava(alpha_std=0.02))
+    write_splits(visual_genome_layout, folder, 6)
     (folder / "recipe.yaml").write_text(
         f"""
 model: {folder / "start"}
@@ -59,26 +51,9 @@ disable_tqdm: true
     return folder
 
 
-def arguments(world, out, *flags):
-    return [str(argument) for argument in (world / "recipe.yaml", "--output_dir", out, *flags)]
-
-
 def tune(world, out, *flags):
-    assert finetune.main(arguments(world, out, *flags)) == 0
+    assert finetune.main(recipe_arguments(world, out, *flags)) == 0
     return out
-
-
-def losses(out):
-    record = json.loads((out / "training_record.json").read_text())
-    return [entry["loss"] for entry in record["log"] if "loss" in entry]
-
-
-def assert_same(one, two, tolerance):
-    first, second = (load_file(out / "adapter_model.safetensors") for out in (one, two))
-    assert first.keys() == second.keys()
-    worst = max((first[name] - second[name]).abs().max().item() for name in first)
-    assert worst <= tolerance, worst
-    assert losses(one) == pytest.approx(losses(two), abs=tolerance)
 
 
 @pytest.fixture(scope="module")
@@ -95,27 +70,13 @@ def folder_with_a_train_file(world):
     return folder
 
 
-def launch(world, out, command, *flags):
-    if "--deepspeed" in flags and shutil.which(os.environ.get("CXX", "c++")) is None:
-        pytest.skip("DeepSpeed compiles what its ranks on CPUs talk through: no C++ compiler here")
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "PATH": f"{BIN}:{os.environ['PATH']}"}
-    if command[0] != REGION_TUNE:
-        environment["OMP_NUM_THREADS"] = "1"  # of each rank; alone as many as here: rounding depends on it
-    started = subprocess.Popen(
-        [*command, *arguments(world, out, *flags)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT if MODULE in command else folder_with_a_train_file(world),
-        start_new_session=True,
-    )
-    try:
-        output, _ = started.communicate(timeout=150)
-    except subprocess.TimeoutExpired:
-        os.killpg(started.pid, signal.SIGKILL)  # its ranks too
-        raise
-    assert started.returncode == 0, output[-3000:]
+def tune_with(command, world, out, *flags):
+    """Run a launcher, which must succeed, and return its output."""
+    cwd = ROOT if MODULE in command else folder_with_a_train_file(world)
+    # A run alone uses as many threads as this process: rounding depends on it.
+    one_thread = command[0] != REGION_TUNE
+    code, output = launch(command, recipe_arguments(world, out, *flags), cwd, one_thread, timeout=150)
+    assert code == 0, output[-3000:]
     return output
 
 
@@ -142,10 +103,10 @@ def test_ranks_learn_what_one_process_learns(world, undisturbed, tmp_path, comma
     two = command[0].name != "region-tune"
     flags = ["--per_device_train_batch_size", 2] if two else []
     flags += ["--deepspeed", stage] if stage else []
-    output = launch(world, tmp_path, list(map(str, command)), *flags)
+    output = tune_with(command, world, tmp_path, *flags)
     assert "multi_modal_projector" in output  # the table of what is trained, once
     assert output.count("language_model   ") == 1
-    assert_same(undisturbed, tmp_path, tolerance)
+    assert_equal_runs(undisturbed, tmp_path, ADAPTER, tolerance, tolerance)
 
 
 @pytest.mark.slow
@@ -157,7 +118,7 @@ def test_bfloat16(world, tmp_path, stage):
     flags = "--bf16", "true", "--dtype", "bfloat16", "--gradient_checkpointing", "true"
     tune(world, tmp_path / "one", *flags)
     two = ["--per_device_train_batch_size", 2, "--deepspeed", stage]
-    launch(world, tmp_path / "two", list(map(str, (*TORCHRUN, "-m", MODULE))), *flags, *two)
+    tune_with((*TORCHRUN, "-m", MODULE), world, tmp_path / "two", *flags, *two)
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=2e-3)
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert first.keys() == second.keys()
@@ -174,10 +135,9 @@ def test_alpha_starts_as_loaded_under_every_stage(world, tmp_path, stage, zero):
         model, processor = build_tiny_llava()
         model.model.vision_tower.embeddings.patch_embedding.alpha.weight.data.zero_()
         start = tmp_path / "start"
-        model.save_pretrained(start)
-        processor.save_pretrained(start)
+        save_model(start, model, processor)
     flags = ["--model", start, "--deepspeed", stage, "--per_device_train_batch_size", 2, "--learning_rate", 0]
-    launch(world, tmp_path / "out", list(map(str, (*TORCHRUN, "-m", MODULE))), *flags, "--max_steps", 1)
+    tune_with((*TORCHRUN, "-m", MODULE), world, tmp_path / "out", *flags, "--max_steps", 1)
     stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
     (alpha,) = (tensor for name, tensor in stored.items() if name.endswith(ALPHA))
     loaded = load_file(start / "model.safetensors")
@@ -190,19 +150,19 @@ def test_alpha_starts_as_loaded_under_every_stage(world, tmp_path, stage, zero):
 def test_accumulating_eight_batches_of_one_is_a_batch_of_eight(world, tmp_path):
     tune(world, tmp_path / "a", "--per_device_train_batch_size", 8)
     tune(world, tmp_path / "b", "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 8)
-    assert_same(tmp_path / "a", tmp_path / "b", 5e-5)
+    assert_equal_runs(tmp_path / "a", tmp_path / "b", ADAPTER, 5e-5, 5e-5)
 
 
 @pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(world, undisturbed, tmp_path):
     tune(world, tmp_path, "--gradient_checkpointing", "true")
-    assert_same(undisturbed, tmp_path, 1e-6)
+    assert_equal_runs(undisturbed, tmp_path, ADAPTER, 1e-6, 1e-6)
 
 
 @pytest.mark.slow
 def test_workers_change_nothing(world, undisturbed, tmp_path):
     tune(world, tmp_path, "--dataloader_num_workers", 2)
-    assert_same(undisturbed, tmp_path, 0)
+    assert_equal_runs(undisturbed, tmp_path, ADAPTER, 0, 0)
 
 
 def test_evaluation_while_training(world, tmp_path):
@@ -218,7 +178,7 @@ def test_evaluation_while_training(world, tmp_path):
         "CIDEr",
     )
     tune(world, tmp_path, *flags, "--report_to", "tensorboard")
-    log = json.loads((tmp_path / "training_record.json").read_text())["log"]
+    log = read_json(tmp_path / "training_record.json")["log"]
     for name in ("eval_loss", "eval_exactly_right", "eval_cider_frozen_df"):
         assert len([entry for entry in log if name in entry]) == 2, name
     assert list(tmp_path.rglob("events.out.tfevents.*"))
@@ -233,22 +193,22 @@ def until_a_checkpoint(started, out):
 
 
 def test_two_processes_learn_what_one_does(world, undisturbed, tmp_path, processes):
-    flags = arguments(world, tmp_path, "--per_device_train_batch_size", 2)
+    flags = recipe_arguments(world, tmp_path, "--per_device_train_batch_size", 2)
     ranks = processes.start_ranks("train.finetune:main", flags)
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output()[-3000:]
     outputs = [rank.output() for rank in ranks]
     assert [output.count("language_model   ") for output in outputs] == [1, 0]  # the table of what is trained
-    assert_same(undisturbed, tmp_path, 5e-5)
+    assert_equal_runs(undisturbed, tmp_path, ADAPTER, 5e-5, 5e-5)
 
 
 def test_a_killed_run_goes_on_to_the_same_end(world, undisturbed, tmp_path, processes):
-    started = processes.start("train.finetune:main", arguments(world, tmp_path, *SAVING))
+    started = processes.start("train.finetune:main", recipe_arguments(world, tmp_path, *SAVING))
     until_a_checkpoint(started, tmp_path)
     started.kill_group()
     assert started.wait() == -signal.SIGKILL
     assert last_whole_checkpoint(tmp_path) is not None
     tune(world, tmp_path, *SAVING)
-    assert_same(undisturbed, tmp_path, 0)
+    assert_equal_runs(undisturbed, tmp_path, ADAPTER, 0, 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -256,7 +216,7 @@ def test_a_killed_run_goes_on_to_the_same_end(world, undisturbed, tmp_path, proc
 def test_a_signal_to_all_processes_ends_with_a_checkpoint(world, tmp_path, processes, number):
     """As a launcher or a terminal sends it: the workers that read pictures get it too."""
     flags = *SAVING, "--max_steps", 2000, "--dataloader_num_workers", 2, "--dataloader_persistent_workers", "true"
-    started = processes.start("train.finetune:main", arguments(world, tmp_path, *flags))
+    started = processes.start("train.finetune:main", recipe_arguments(world, tmp_path, *flags))
     until_a_checkpoint(started, tmp_path)
     started.kill_group(number)
     assert started.wait() == 128 + number, started.output()[-3000:]
@@ -275,12 +235,12 @@ def test_a_signal_saves_and_the_same_command_goes_on(world, undisturbed, tmp_pat
         original(self, args, state, control, **kwargs)
 
     monkeypatch.setattr(StopOnSignal, "on_step_end", killed_at_three)
-    assert finetune.main(arguments(world, tmp_path, *SAVING)) == 128 + number
+    assert finetune.main(recipe_arguments(world, tmp_path, *SAVING)) == 128 + number
     assert last_whole_checkpoint(tmp_path).name == "checkpoint-3"
     assert not (tmp_path / "adapter_model.safetensors").exists()
     monkeypatch.undo()
     tune(world, tmp_path, *SAVING)
-    assert_same(undisturbed, tmp_path, 0)
+    assert_equal_runs(undisturbed, tmp_path, ADAPTER, 0, 0)
 
 
 def test_half_written_and_foreign_checkpoints_are_not_picked_up(world, undisturbed, tmp_path, capsys):
@@ -289,25 +249,25 @@ def test_half_written_and_foreign_checkpoints_are_not_picked_up(world, undisturb
     (tmp_path / "checkpoint-6" / "optimizer.pt").write_bytes(b"half")
     assert last_whole_checkpoint(tmp_path).name == "checkpoint-4"
     tune(world, tmp_path, *SAVING)
-    assert_same(undisturbed, tmp_path, 0)
-    assert finetune.main(arguments(world, tmp_path, *SAVING, "--learning_rate", 2e-2)) == 2
+    assert_equal_runs(undisturbed, tmp_path, ADAPTER, 0, 0)
+    assert finetune.main(recipe_arguments(world, tmp_path, *SAVING, "--learning_rate", 2e-2)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "is of another run: learning_rate was 0.01, is 0.02" in error
 
 
 def test_a_full_disk_is_named_and_the_run_goes_on_afterwards(world, undisturbed, tmp_path, capsys):
-    assert finetune.main(arguments(world, tmp_path, *SAVING, "--max_steps", 2)) == 0
+    assert finetune.main(recipe_arguments(world, tmp_path, *SAVING, "--max_steps", 2)) == 0
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, before[1]))
-        assert finetune.main(arguments(world, tmp_path / "full", *SAVING)) == 2
+        assert finetune.main(recipe_arguments(world, tmp_path / "full", *SAVING)) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "cannot write the checkpoint" in error and "is the disk full?" in error
     assert last_whole_checkpoint(tmp_path / "full") is None
     tune(world, tmp_path / "full", *SAVING)
-    assert_same(undisturbed, tmp_path / "full", 0)
+    assert_equal_runs(undisturbed, tmp_path / "full", ADAPTER, 0, 0)
 
 
 @pytest.mark.slow
@@ -315,7 +275,7 @@ def test_an_export_is_tuned_as_the_model_it_was_made_of(world, undisturbed, tmp_
     """Its adapter fits both, and merged into either gives equal weights."""
     export(*mllm.load(world / "start", device="cpu"), tmp_path / "export")
     out = tune(world, tmp_path / "tuned", f"--model={tmp_path / 'export'}")
-    assert_same(out, undisturbed, 0)
+    assert_equal_runs(out, undisturbed, ADAPTER, 0, 0)
     for name, adapter in (("export", undisturbed), ("start", out)):
         model = tmp_path / "export" if name == "export" else world / "start"
         flags = [model, tmp_path / f"merged_{name}", "--adapter", adapter]

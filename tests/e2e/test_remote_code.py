@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.tiny import noise_picture, tiny_vision_config
-from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel, Region
-from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
+from tests.drawn_back import alpha_map
+from tests.tiny import build_tiny_tower, noise_image, save_model
+from vision_tower import AlphaCLIPImageProcessor, Region
 
 CODE = """
 import sys
@@ -47,14 +47,11 @@ assert "vision_tower" not in sys.modules
     "equal",
 )
 def test_tower_and_image_processor_load_elsewhere(tmp_path, processes):
-    torch.manual_seed(0)
-    model = AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**tiny_vision_config())).eval()
-    torch.nn.init.normal_(model.embeddings.patch_embedding.alpha.weight, std=0.3)
+    model = build_tiny_tower()
     processor = AlphaCLIPImageProcessor.for_size(32, "pad")
     folder = tmp_path / "tower"
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    picture = noise_picture(70, 50)
+    save_model(folder, model, processor)
+    picture = noise_image(70, 50)
     picture.save(tmp_path / "p.png")
     processes.run(CODE, [folder, tmp_path / "p.png", tmp_path / "out.pt"], cwd=tmp_path, checkout=False)
     got = torch.load(tmp_path / "out.pt")
@@ -63,5 +60,5 @@ def test_tower_and_image_processor_load_elsewhere(tmp_path, processes):
     assert torch.equal(got["pixels"], expected["pixel_values"])
     assert torch.equal(got["pooled"], model(**expected).pooler_output)
     assert not torch.equal(got["pooled"][0], got["pooled"][1])
-    least = (got["pixels"][:, 3] * ALPHA_STD + ALPHA_MEAN).amin((1, 2))
+    least = alpha_map(got["pixels"]).amin((1, 2))
     torch.testing.assert_close(least, torch.tensor([1 - 0.3, 0.0]))

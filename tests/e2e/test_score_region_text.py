@@ -9,7 +9,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 from alpha_clip_commands import alpha_clip
 from mllm.data.readers.grit import read_grit
 from mllm.data.shapes import grit_layout
-from tests.tiny import build_tiny_clip, tiny_clip_config, tiny_clip_tokenizer
+from tests.tiny import build_tiny_clip, save_model, tiny_clip_config, tiny_clip_tokenizer
 
 
 def build():
@@ -25,9 +25,7 @@ def build():
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scored")
     grit_layout.write(folder / "data", 5, 3, "test", progress=False)
-    model, processor = build()
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+    save_model(folder / "model", *build())
     return folder
 
 

@@ -18,13 +18,14 @@ from alpha_clip_commands.region_eval import main as region_eval
 from eval.region_matching import DescribedImage, embed_regions
 from mllm.convert.export import export
 from mllm.inference import RegionChat
-from tests.tiny import build_tiny_blip2, build_tiny_clip, build_tiny_llava, noise_picture
+from tests.drawn_back import alpha_map
+from tests.files import write_json_lines
+from tests.tiny import build_tiny_blip2, build_tiny_clip, build_tiny_llava, noise_image
 from train.contrastive.data import RegionTextCollator, RegionTexts
 from train.tuning.collators import ConversationCollator
 from vision_tower import AlphaPatchEmbedding, Region
-from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 
-IMAGE = noise_picture(64, 32)
+IMAGE = noise_image(64, 32)
 BOX = Region.from_box(24, 8, 40, 24)
 SOFT = dataclasses.replace(BOX, strength=0.3)
 # where the box lies in the tower's input: x0, y0, x1, y1
@@ -38,7 +39,7 @@ FORMS = {
 
 
 def alpha_of(pixel_values):
-    return (pixel_values[:, 3] * ALPHA_STD + ALPHA_MEAN).detach().numpy()
+    return alpha_map(pixel_values).detach().numpy()
 
 
 @pytest.fixture
@@ -103,8 +104,7 @@ def test_the_chat_template(fed, family, written):
 
 @pytest.mark.parametrize("geometry", PLACES)
 def test_llava_and_its_export(fed, tmp_path, geometry):
-    model, processor = build_tiny_llava(geometry)
-    torch.nn.init.normal_(model.model.vision_tower.embeddings.patch_embedding.alpha.weight, std=0.3)
+    model, processor = build_tiny_llava(geometry, alpha_std=0.3)
     chat_ = RegionChat(model, processor)
     chat_.ask(IMAGE, SOFT, "What?", max_new_tokens=1)
     chat_.answers([(IMAGE, SOFT, "What?"), (IMAGE, SOFT, None)], max_new_tokens=1)
@@ -135,9 +135,9 @@ def test_blip2(fed):
 def files(tmp_path):
     IMAGE.save(tmp_path / "p.png")
     request = {"id": "a", "image": "p.png", "region": SOFT.to_json()}
-    (tmp_path / "requests.jsonl").write_text(json.dumps(request) + "\n")
+    write_json_lines(tmp_path / "requests.jsonl", [request])
     question = {"image": "p.png", "region": BOX.to_json(), "question": "What?", "answer": "a cat"}
-    (tmp_path / "own.jsonl").write_text(json.dumps(question) + "\n")
+    write_json_lines(tmp_path / "own.jsonl", [question])
     return tmp_path
 
 
@@ -162,7 +162,7 @@ def test_region_chat(fed, tiny_llava_dir, files, monkeypatch, flags, lines):
 @pytest.mark.parametrize("region_input", ["box", "mask"])
 def test_region_eval(fed, tiny_llava_dir, files, region_input):
     flags = ["--model", tiny_llava_dir, "--data", files / "own.jsonl", "--out", files / "out", "--strength", 0.3]
-    flags += ["--region-input", region_input, "--device", "cpu", "--metrics", "exact match", "--max-new-tokens", 1]
+    flags += ["--view", region_input, "--device", "cpu", "--metrics", "exact_match", "--max-new-tokens", 1]
     assert region_eval(["run", "--task", "jsonl", *map(str, flags)]) == 0
     check(fed, "pad")
     (record,) = (files / "out" / "predictions.jsonl").read_text().splitlines()

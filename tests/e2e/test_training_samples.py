@@ -2,7 +2,6 @@
 batch enters the trainer.
 """
 
-import json
 import math
 
 import pytest
@@ -15,7 +14,10 @@ from alpha_clip_commands.training.tuning_arguments import DataArguments
 from mllm.data.index import RegionIndex
 from mllm.data.prepare import make_index
 from mllm.data.splits import densecap_split
-from tests.tiny import build_tiny_clip, build_tiny_llava, noise_picture
+from tests.drawn_back import alpha_map
+from tests.files import read_json, write_json, write_json_lines
+from tests.tiny import build_tiny_clip, build_tiny_llava, noise_image, save_model
+from tests.training import train
 from train import alpha_clip, finetune
 from train.contrastive import trainer as contrastive_trainer
 from train.contrastive.data import RegionTextDataset
@@ -24,11 +26,10 @@ from train.sampling import ConversationDataset
 from train.trainer import RegionTrainer
 from train.tuning.collators import IGNORE_INDEX
 from vision_tower import AlphaCLIPModel
-from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 
 SPLITS = ("test", "train", "unlisted", "val")
 SMOOTHING = 0.25
-IMAGES = {split: [noise_picture(32, 32, 10 * row + n) for n in range(4)] for row, split in enumerate(SPLITS)}
+IMAGES = {split: [noise_image(32, 32, 10 * row + n) for n in range(4)] for row, split in enumerate(SPLITS)}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def data(tmp_path_factory):
             region = {"box": [4 + number, 4, 20, 28]}
             line = {"image": f"{split}{number}.png", "region": region, "answer": f"{split} {'abcd'[number]}"}
             lines.append({**line, "meta": {"split": split}})
-    (folder / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_json_lines(folder / "own.jsonl", lines)
     return folder / "own.jsonl"
 
 
@@ -51,17 +52,15 @@ class Ran:
     def __init__(self, program, model, processor, data, folder, *flags):
         self.trained, self.evaluated, self.scored, self.phrases = [], [], [], []
         self.start, self.out = folder / "start", folder / "out"
-        model.save_pretrained(self.start)
-        processor.save_pretrained(self.start)
+        save_model(self.start, model, processor)
         rgb = {split: processor.image_processor(list(p), return_tensors="pt") for split, p in IMAGES.items()}
         self.split_of = {row[:3].numpy().tobytes(): s for s, rows in rgb.items() for row in rows["pixel_values"]}
-        arguments = ["--model", self.start, "--data", data, "--output_dir", self.out, "--use_cpu", "true"]
-        arguments += ["--max_steps", 2, "--per_device_train_batch_size", 4, "--eval_strategy", "steps", "--eval_steps"]
-        arguments += [1, "--save_strategy", "no", "--disable_tqdm", "true", "--logging_steps", 1, "--learning_rate"]
-        arguments += ["1e-2", "--label_smoothing_factor", SMOOTHING, "--min_strength", 0.4, "--region_input", "box"]
+        schedule = "--per_device_train_batch_size 4 --eval_strategy steps --eval_steps 1 --save_strategy no".split()
+        settings = "--logging_steps 1 --learning_rate 1e-2 --min_strength 0.4 --region_input box".split()
+        flags = (*schedule, *settings, "--label_smoothing_factor", SMOOTHING, *flags)
         with pytest.MonkeyPatch.context() as patch:
             self.listen(patch)
-            assert program.main(list(map(str, [*arguments, *flags]))) == 0
+            assert train(program, self.start, [data], self.out, *flags) == 0
 
     def listen(self, patch):
         for trainer in (RegionTextTrainer, RegionTrainer):
@@ -89,7 +88,7 @@ class Ran:
 
     @property
     def first_loss(self):
-        log = json.loads((self.out / "training_record.json").read_text())["log"]
+        log = read_json(self.out / "training_record.json")["log"]
         return next(entry["loss"] for entry in log if "loss" in entry)
 
 
@@ -147,7 +146,7 @@ def test_document_frequencies_are_those_of_the_held_out_split(tuned):
 
 
 def test_regions_are_shown_at_the_drawn_strengths(ran):
-    alphas = [row[3] * ALPHA_STD + ALPHA_MEAN for batch in ran.trained for row in batch["pixel_values"]]
+    alphas = [alpha_map(row) for batch in ran.trained for row in batch["pixel_values"]]
     outside = [float(alpha.min()) for alpha in alphas]  # 1 - strength
     assert all(float(alpha.max()) == pytest.approx(1) for alpha in alphas)
     assert 0 < min(outside) and max(outside) <= 0.6 and max(outside) - min(outside) > 0.2
@@ -207,13 +206,13 @@ def test_visual_genomes_images_of_no_split_are_not_trained_on(tmp_path):
     images, regions = [], []
     (tmp_path / "VG_100K").mkdir()
     for number, image in enumerate(ids.values()):
-        noise_picture(32, 32, number).save(tmp_path / "VG_100K" / f"{image}.jpg")
+        noise_image(32, 32, number).save(tmp_path / "VG_100K" / f"{image}.jpg")
         images.append({"image_id": image, "width": 32, "height": 32, "url": f"https://x/VG_100K/{image}.jpg"})
         box = {"x": 1, "y": 1, "width": 9, "height": 9}
         region = {"region_id": number, "image_id": image, "phrase": "a cat", **box}
         regions.append({"id": image, "regions": [region]})
-    (tmp_path / "image_data.json").write_text(json.dumps(images))
-    (tmp_path / "region_descriptions.json").write_text(json.dumps(regions))
+    write_json(tmp_path / "image_data.json", images)
+    write_json(tmp_path / "region_descriptions.json", regions)
     make_index(tmp_path)
     index = RegionIndex(tmp_path)
     assert dict(zip(index.pictures["image_id"], index.split_of_picture, strict=True)) == {

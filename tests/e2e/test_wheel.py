@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.files import ROOT
+
 PACKAGES = ("alpha_clip_commands", "vision_tower", "mllm", "eval", "train")
 NOT_SHIPPED = ("scripts", "tests")
 SCRIPTS_FOLDER = "Scripts" if os.name == "nt" else "bin"

@@ -19,14 +19,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save
 
-from eval.predictions import read_predictions, read_references
+from eval.external_formats import read_references
+from eval.predictions import read_predictions
 from mllm.adapter_files import read_adapter_config
 from mllm.data.index import RegionIndex, write_index
 from mllm.data.readers import coco, grit, jsonl, mask_imagenet, refcocog, visual_genome
 from mllm.data.samples import RegionSample, load_image
 from mllm.region_chat.batch import read_requests
+from tests.files import encoded_image
 from tests.fuzzing import HOSTILE, byte_cases, hostile_records, json_cases, pickle_cases
-from tests.tiny import noise_picture
+from tests.tiny import noise_image
 from train.arguments import parse_args
 from train.contrastive import arguments
 from vision_tower import AlphaCLIPImageProcessor, Region, conversion
@@ -67,7 +69,7 @@ def in_file(name, read):
 
 def writing(**files):
     def prepare(folder):
-        noise_picture(10, 8).save(folder / "p.png")
+        noise_image(10, 8).save(folder / "p.png")
         for name, content in files.items():
             (folder / f"{name}.json").write_text(json.dumps(content))
 
@@ -140,34 +142,28 @@ def tar(**members):
     return file.getvalue()
 
 
-def encoded(image, kind, **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
 def exif(turned):
     tags = Image.Exif()
     tags[0x0112] = turned
     return tags.tobytes()
 
 
-PICTURE = noise_picture(10, 8)
+PICTURE = noise_image(10, 8)
 IMAGES = {
-    "png": encoded(PICTURE, "PNG", exif=exif(6)),
-    "grey": encoded(Image.fromarray(np.arange(80, dtype=np.uint16).reshape(8, 10) * 800), "PNG"),
-    "palette": encoded(PICTURE.convert("P"), "PNG", transparency=3),
-    "jpeg": encoded(PICTURE, "JPEG", exif=exif(3)),
-    "cmyk": encoded(PICTURE.convert("CMYK"), "JPEG"),
-    "gif": encoded(PICTURE.convert("P"), "GIF", save_all=True, append_images=[PICTURE.convert("P")]),
-    "bmp": encoded(PICTURE, "BMP"),
-    "tiff": encoded(PICTURE, "TIFF", compression="tiff_lzw"),
-    "float": encoded(Image.fromarray(np.linspace(0, 1, 80, dtype=np.float32).reshape(8, 10)), "TIFF"),
-    "webp": encoded(PICTURE, "WEBP"),
-    "ppm": encoded(PICTURE, "PPM"),
-    "tga": encoded(PICTURE, "TGA"),
-    "ico": encoded(PICTURE, "ICO"),
-    "jpeg2000": encoded(PICTURE, "JPEG2000"),
+    "png": encoded_image(PICTURE, "PNG", exif=exif(6)),
+    "grey": encoded_image(Image.fromarray(np.arange(80, dtype=np.uint16).reshape(8, 10) * 800), "PNG"),
+    "palette": encoded_image(PICTURE.convert("P"), "PNG", transparency=3),
+    "jpeg": encoded_image(PICTURE, "JPEG", exif=exif(3)),
+    "cmyk": encoded_image(PICTURE.convert("CMYK"), "JPEG"),
+    "gif": encoded_image(PICTURE.convert("P"), "GIF", save_all=True, append_images=[PICTURE.convert("P")]),
+    "bmp": encoded_image(PICTURE, "BMP"),
+    "tiff": encoded_image(PICTURE, "TIFF", compression="tiff_lzw"),
+    "float": encoded_image(Image.fromarray(np.linspace(0, 1, 80, dtype=np.float32).reshape(8, 10)), "TIFF"),
+    "webp": encoded_image(PICTURE, "WEBP"),
+    "ppm": encoded_image(PICTURE, "PPM"),
+    "tga": encoded_image(PICTURE, "TGA"),
+    "ico": encoded_image(PICTURE, "ICO"),
+    "jpeg2000": encoded_image(PICTURE, "JPEG2000"),
 }
 MASK = Image.fromarray((np.arange(80).reshape(8, 10) % 3 == 0).astype(np.uint8) * 255)
 
@@ -389,7 +385,7 @@ ADAPTER = {
 
 
 def index(folder):
-    noise_picture(10, 8).save(folder / "p.png")
+    noise_image(10, 8).save(folder / "p.png")
     meta = {"image_id": 1, "region_id": 2, "width": 10, "height": 8}
     sample = RegionSample("1/2", str(folder / "p.png"), (Region.from_box(1, 2, 3, 4),), None, ("a cat",), meta=meta)
     write_index(folder / "region_index", folder, [("train", sample)], made_of="a test")
@@ -476,7 +472,7 @@ FORMATS = {
         st.one_of(json_cases(RLE), json_cases(COMPRESSED)), lambda folder, content: Region.from_rle(parsed(content))
     ),
     "mask": Format(
-        byte_cases(encoded(MASK, "PNG"), encoded(MASK.convert("P"), "PNG"), IMAGES["png"], IMAGES["tiff"]),
+        byte_cases(encoded_image(MASK, "PNG"), encoded_image(MASK.convert("P"), "PNG"), IMAGES["png"], IMAGES["tiff"]),
         in_file("m.png", lambda folder: Region.from_mask(folder / "m.png")),
     ),
     "image": Format(byte_cases(*IMAGES.values()), in_file("i.png", lambda folder: load_image(folder / "i.png"))),

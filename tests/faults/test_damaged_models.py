@@ -2,7 +2,6 @@
 made of something else.
 """
 
-import json
 import shutil
 
 import pytest
@@ -12,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import mllm
 from alpha_clip_commands import alpha_clip
-from mllm import adapter_files, loading
+from mllm import adapter_files, hub, loading
+from tests.files import read_json, write_json
 from tests.tiny import build_tiny_llava
 from vision_tower.modeling_alpha_clip import ALPHA_WEIGHT
 
@@ -54,12 +54,12 @@ def refusal(read, *args, **kwargs):
 
 
 def edited(file, *keys, value):
-    record = json.loads(file.read_text())
+    record = read_json(file)
     inner = record
     for key in keys[:-1]:
         inner = inner[key]
     inner[keys[-1]] = value
-    file.write_text(json.dumps(record))
+    write_json(file, record)
 
 
 CONFIGS = [
@@ -146,7 +146,7 @@ def test_a_mistake_of_our_own_is_not_taken_for_damage(model_dir, monkeypatch):
     with pytest.raises(TypeError, match="a mistake"):
         loading.load_processor(model_dir)
     with pytest.raises(TypeError), loading.reading("DIR", "cannot load"):
-        loading.hub_lookup(None)  # raised in os.path, called by our own code
+        hub.offline_options(None)  # raised in os.path, called by our own code
 
 
 ADAPTERS = [

@@ -7,24 +7,18 @@ import re
 import resource
 import time
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from alpha_clip_commands import alpha_clip
 from mllm.convert import lavis_keys
+from tests.tensors import fixture_tensors
 from vision_tower import checkpoint_files, conversion
 
-DATA = Path(__file__).parents[1] / "parity" / "data"
 BLOCK = "transformer.resblocks.1"
 LAYER = "Qformer.bert.encoder.layer"
-
-
-def fixture_tensors(name):
-    content = load_file(DATA / name)
-    return {key.removeprefix("checkpoint."): t for key, t in content.items() if key.startswith("checkpoint.")}
 
 
 @pytest.fixture

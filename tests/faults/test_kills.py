@@ -12,11 +12,11 @@ import socket
 import time
 
 import pytest
-import torch
 
 from mllm.data.prepare import make_index
 from mllm.data.shapes import grit_layout, visual_genome_layout
-from tests.tiny import build_tiny_clip, build_tiny_llava
+from tests.files import write_json_lines
+from tests.tiny import build_tiny_clip, build_tiny_llava, save_model
 
 pytestmark = pytest.mark.slow
 REQUESTS = 24
@@ -38,11 +38,9 @@ disable_tqdm: true
 def world(tmp_path_factory):
     """A folder with tiny models whose alpha weight is not zero, their data, recipes and requests."""
     folder = tmp_path_factory.mktemp("world")
-    llava = build_tiny_llava()
-    torch.nn.init.normal_(llava[0].model.vision_tower.embeddings.patch_embedding.alpha.weight, std=0.3)
+    llava = build_tiny_llava(alpha_std=0.3)
     for name, (model, processor) in (("llava", llava), ("clip", build_tiny_clip(alpha_std=0.3))):
-        model.save_pretrained(folder / name)
-        processor.save_pretrained(folder / name)
+        save_model(folder / name, model, processor)
     visual_genome_layout.write(folder / "shapes", 6, 1, "train", progress=False)
     visual_genome_layout.write(folder / "test", 6, 1, "test", progress=False)
     grit_layout.write(folder / "grit", 8, 1, "train", min_objects=1, progress=False)
@@ -61,7 +59,7 @@ def world(tmp_path_factory):
         {"id": n, "image": f"test/VG_100K/{n % 6 + 1}.png", "region": {"box": [n, 8, 40 + n, 60]}}
         for n in range(REQUESTS)
     ]
-    (folder / "requests.jsonl").write_text("".join(json.dumps(request) + "\n" for request in requests))
+    write_json_lines(folder / "requests.jsonl", requests)
     return folder
 
 
@@ -74,7 +72,7 @@ def contrast(world, out, ranks=1):
 
 
 def evaluate(world, out, ranks=1):
-    task = ["--task", "shapes-caption", "--metrics", "exactly right", "--no-intervals"]
+    task = ["--task", "shapes-caption", "--metrics", "literal_match", "--no-intervals"]
     model = ["--model", world / "llava", "--batch-size", 2, "--max-new-tokens", 16]
     return "alpha_clip_commands.region_eval:main", ["run", *task, "--data", world / "test", "--out", out, *model]
 

@@ -1,6 +1,5 @@
 """Whatever a command is told to write to: what somebody else put there survives, and the error is one line."""
 
-import json
 import os
 
 import pytest
@@ -16,7 +15,8 @@ from alpha_clip_commands import alpha_clip, region_chat, region_eval
 from mllm.data.index import RegionIndex
 from mllm.data.shapes import grit_layout, visual_genome_layout
 from scripts import join_images
-from tests.tiny import noise_picture
+from tests.files import write_json, write_json_lines
+from tests.tiny import noise_image
 
 
 def tree(folder):
@@ -32,19 +32,19 @@ def tree(folder):
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A folder with one of everything that commands read, and where no model can be loaded."""
-    noise_picture(60, 40).save(tmp_path / "image.png")
+    noise_image(60, 40).save(tmp_path / "image.png")
     Image.new("L", (60, 40), 255).save(tmp_path / "mask.png")
     visual_genome_layout.write(tmp_path / "vg", 2, 1, progress=False)
     (tmp_path / "vg" / "VG_100K_2").mkdir()
     (tmp_path / "vg" / "VG_100K_2" / "mine.jpg").write_bytes(b"x")
     grit_layout.write(tmp_path / "grit", 2, 1, progress=False)
     line = {"image": "image.png", "region": {"box": [1, 1, 9, 9]}, "answer": "x"}
-    (tmp_path / "mine.jsonl").write_text(json.dumps(line))
+    write_json(tmp_path / "mine.jsonl", line)
     record = {"id": "a", "question": "What is this?", "prediction": "a dog", "references": ["a cat"]}
     for name in ("a", "b"):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
+        write_json_lines(tmp_path / f"{name}.jsonl", [record])
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "training_record.json").write_text(json.dumps({"log": [{"step": 1, "loss": 1.0}] * 2}))
+    write_json(tmp_path / "run" / "training_record.json", {"log": [{"step": 1, "loss": 1.0}] * 2})
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "model.pth").write_bytes(b"x")
@@ -69,7 +69,7 @@ FOREIGN = {
     "thesis": lambda out: (out.mkdir(), (out / "1.tex").write_text("years of work")),
     "hidden": lambda out: (out.mkdir(), (out / ".git").mkdir()),
     "file": lambda out: out.write_text("years of work"),
-    "png": lambda out: noise_picture(9, 9).save(out, "PNG"),
+    "png": lambda out: noise_image(9, 9).save(out, "PNG"),
     "loop": lambda out: out.symlink_to(out.name),
     "link": lambda out: (
         (out.parent / "else").mkdir(),
@@ -203,7 +203,7 @@ def test_an_index_of_an_earlier_version_loads_and_is_replaced(place, capsys):
 
 
 def test_two_indexings_at_once(place, capsys):
-    from mllm.files import locked
+    from mllm.locks import locked
 
     with locked(place / "vg" / "region_index"):
         error = refused(alpha_clip.main, ["prepare", "vg", "--source", "vg"], capsys)

@@ -1,6 +1,5 @@
 """What training leaves out, what it keeps on disk, and how ranks agree to end: small cases of each."""
 
-import json
 import os
 import shutil
 import signal
@@ -15,9 +14,10 @@ import mllm
 from alpha_clip_commands.training.tuning_arguments import DataArguments
 from mllm.data.index import TRAIN, RegionIndex
 from mllm.data.prepare import make_index
-from mllm.files import locked
+from mllm.locks import locked
 from tests.faults.training_runs import make_worlds
-from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_picture
+from tests.files import read_json, write_json_lines
+from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_image
 from train import finetune, output
 from train import run as train_run
 from train import trainer as trainers
@@ -44,9 +44,9 @@ def flags(recipe, out, *more):
 
 def indexed(folder, regions, size=(64, 32)):
     """An index of one image with an answer for each region."""
-    noise_picture(*size).save(folder / "0.png")
+    noise_image(*size).save(folder / "0.png")
     lines = [{"image": "0.png", "region": region, "answer": "red", "meta": {"split": TRAIN}} for region in regions]
-    (folder / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_json_lines(folder / "own.jsonl", lines)
     make_index(folder / "own.jsonl")
     return RegionIndex(folder / "own.jsonl")
 
@@ -76,7 +76,7 @@ def test_a_region_without_the_mask_that_is_asked_for_is_left_out(tmp_path):
 
 def test_a_region_outside_of_the_image_that_is_there_is_left_out(tmp_path):
     index = indexed(tmp_path, [{"box": [40, 0, 60, 30]}, {"box": [2, 2, 10, 10]}])
-    noise_picture(32, 32).save(tmp_path / "0.png")
+    noise_image(32, 32).save(tmp_path / "0.png")
     reasons = set(skipped_reasons(tmp_path, index))
     assert len(reasons) == 1, reasons
 
@@ -168,7 +168,7 @@ def test_labels_of_an_encoder_decoder_are_smoothed(recipe, tmp_path, monkeypatch
     losses = [
         functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, label_smoothing=s).item() for s in (0.25, 0)
     ]
-    log = json.loads((tmp_path / "out" / TRAINING_RECORD).read_text())["log"]
+    log = read_json(tmp_path / "out" / TRAINING_RECORD)["log"]
     assert log[0]["loss"] == pytest.approx(losses[0], abs=2e-3) and abs(losses[0] - losses[1]) > 1e-2
 
 
@@ -216,7 +216,7 @@ def in_ranks(processes, recipe, out, *more, before=("", "")):
 
 
 def saved(out):
-    record = json.loads((out / TRAINING_RECORD).read_text())
+    record = read_json(out / TRAINING_RECORD)
     return (out / ADAPTER).read_bytes(), {key: value for key, value in record.items() if key != "times"}
 
 

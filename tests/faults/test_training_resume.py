@@ -1,7 +1,6 @@
 """A run that is run again: finished, killed during its last save, killed between two logs, with items left out."""
 
 import importlib
-import json
 import os
 import shutil
 import signal
@@ -9,8 +8,10 @@ import signal
 import pytest
 
 from mllm.data.prepare import make_index
-from mllm.files import locked
+from mllm.locks import locked
 from tests.faults.training_runs import PROGRAMS, make_worlds
+from tests.files import read_json, write_json
+from tests.processes import Killed
 from train import run as train_run
 from train.output import TRAINING_RECORD, last_whole_checkpoint
 from train.skipped import SKIPPED, read_skipped
@@ -32,7 +33,7 @@ def train(recipes, program, out, *flags):
 
 def content(out, program):
     """What a run must leave the same each time: the bytes of its weights, its record but for the times."""
-    record = json.loads((out / TRAINING_RECORD).read_text())
+    record = read_json(out / TRAINING_RECORD)
     assert record.pop("times")
     assert not any("runtime" in name or "second" in name for entry in record["log"] for name in entry)
     return (out / WEIGHTS[program]).read_bytes(), record
@@ -71,10 +72,6 @@ def test_a_finished_run_stays_what_it_is(recipes, tmp_path, monkeypatch, capsys,
     capsys.readouterr()
     assert train(recipes, program, tmp_path, *flags) == 0
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: no code of the run handles it."""
 
 
 def killed(*args, **kwargs):
@@ -225,11 +222,11 @@ def test_a_folder_inside_the_data_and_one_of_an_earlier_version_are_taken(recipe
 def spoiled(recipes, folder):
     """A copy of the data in which one answer is too long, one region lies outside and one image is damaged."""
     shutil.copytree(recipes["region-tune"].parent / "train", folder, ignore=shutil.ignore_patterns("region_index"))
-    described = json.loads((folder / "region_descriptions.json").read_text())
+    described = read_json(folder / "region_descriptions.json")
     described[0]["regions"][0]["phrase"] = "a word " * 400
     region = described[1]["regions"][0]
     region["x"], region["y"] = 5000, 5000
-    (folder / "region_descriptions.json").write_text(json.dumps(described))
+    write_json(folder / "region_descriptions.json", described)
     (folder / "VG_100K" / "3.png").write_bytes(b"\x89PNG broken")
     make_index(folder)
     return folder

@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 import uuid
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import NamedTuple
 
 from mllm.data.prepare import make_index
 from mllm.data.shapes import grit_layout, visual_genome_layout
-from tests.tiny import build_tiny_clip, build_tiny_llava
+from tests.files import ROOT
+from tests.tiny import build_tiny_clip, build_tiny_llava, save_model
+from tests.training import BIN, write_splits
 
-ROOT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
 PROGRAMS = {"region-tune": "train.finetune", "alpha-clip train": "train.alpha_clip"}
 _MARK = "ALPHA_FAULT_RUN"  # in the environment of every process of a run
 
@@ -36,16 +35,14 @@ disable_tqdm: true
 def make_worlds(folder: Path) -> dict[str, Path]:
     """A recipe for each program, with its tiny model and its data."""
     recipes = {}
-    for name, build, write in (
-        ("region-tune", build_tiny_llava, visual_genome_layout.write),
-        ("alpha-clip train", build_tiny_clip, grit_layout.write),
+    for name, build, layout in (
+        ("region-tune", build_tiny_llava, visual_genome_layout),
+        ("alpha-clip train", build_tiny_clip, grit_layout),
     ):
         world = folder / name
-        model, processor = build()
-        model.save_pretrained(world / "model")
-        processor.save_pretrained(world / "model")
+        save_model(world / "model", *build())
+        write_splits(layout, world, 6)
         for split in ("train", "val"):
-            write(world / split, 6, 1, split, progress=False)
             make_index(world / split)
         recipes[name] = world / "recipe.yaml"
         more = "lora_r: 2\nlora_dropout: 0.0\n" if name == "region-tune" else "dataloader_drop_last: true\n"

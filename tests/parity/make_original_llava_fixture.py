@@ -17,7 +17,7 @@ from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCau
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from tests.tiny import noise_picture, tiny_vision_config
+from tests.tiny import noise_image, tiny_vision_config
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel, Region
 from vision_tower.conversion import fuse
 from vision_tower.llava_tower import AlphaCLIPVisionTower
@@ -33,7 +33,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ours, fused = write_towers(Path(folder))
         processor = AlphaCLIPImageProcessor.from_pretrained(ours)
-        images = processor([noise_picture(60, 40)] * 2, REGIONS, return_tensors="pt")["pixel_values"]
+        images = processor([noise_image(60, 40)] * 2, REGIONS, return_tensors="pt")["pixel_values"]
         builder.CLIPVisionTower = AlphaCLIPVisionTower
         model = build(ours)
         with torch.no_grad():

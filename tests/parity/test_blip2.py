@@ -29,7 +29,8 @@ from mllm.blip2 import (
     AlphaCLIPBlip2VisionConfig,
     AlphaCLIPBlip2VisionModel,
 )
-from tests.tiny import noise_picture, tiny_vision_config
+from tests.drawn_back import iou
+from tests.tiny import noise_image, tiny_vision_config
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionModel, Region
 
 ALPHA = "vision_model.embeddings.patch_embedding.alpha.weight"
@@ -96,7 +97,7 @@ def clip_model(kind="opt"):
 
 
 def inputs_for(regions, processor=None):
-    images = [noise_picture(60, 40)] * len(regions)
+    images = [noise_image(60, 40)] * len(regions)
     text = ["Question: What is this? Answer:"] * len(regions)
     return (processor or processor_for())(images=images, text=text, regions=regions, return_tensors="pt")
 
@@ -178,7 +179,7 @@ def test_alpha_lies_where_the_region_is():
     drawn = alpha > 0
     expected = torch.zeros_like(drawn)
     expected[:, :16] = True
-    assert (drawn & expected).sum() / (drawn | expected).sum() >= 0.95
+    assert iou(drawn, expected) >= 0.95
 
 
 def test_clip_tower_is_the_last_but_one_block_normalised():

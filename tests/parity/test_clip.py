@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from transformers import CLIPModel, CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
+from transformers import CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 
-from tests.tiny import tiny_clip_config, tiny_vision_config
+from tests.tiny import tiny_clip_config
 from vision_tower import AlphaCLIPModel, AlphaCLIPVisionModel, AlphaCLIPVisionModelWithProjection
 from vision_tower.alpha_embedding import WHOLE_IMAGE
 
@@ -19,14 +19,6 @@ def pixels():
     rgb = torch.randn(2, 3, 32, 32, generator=generator)
     alpha = torch.randn(2, 1, 32, 32, generator=generator)
     return rgb, torch.cat([rgb, alpha], 1)
-
-
-@pytest.fixture(scope="module")
-def clip_dir(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("clip")
-    CLIPVisionModel(CLIPVisionConfig(**tiny_vision_config())).save_pretrained(folder)
-    return folder
 
 
 def rename_keys(source, target, rename):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CLIPImageProcessorPil
 
-from tests.tiny import noise_picture, tiny_vision_config
+from tests.tiny import noise_image, tiny_vision_config
 from vision_tower import (
     AlphaCLIPImageProcessor,
     AlphaCLIPVisionConfig,
@@ -59,7 +59,7 @@ def generated(pipeline, image):
 
 
 def pixels(processor, region):
-    return processor(noise_picture(60, 40), region, return_tensors="pt")["pixel_values"]
+    return processor(noise_image(60, 40), region, return_tensors="pt")["pixel_values"]
 
 
 @pytest.mark.slow
@@ -79,4 +79,4 @@ def test_a_saved_pipeline_comes_back(tmp_path, extractor):
             assert np.array_equal(generated(again, pixels(processor, region)), image)
     if extractor == "ours":  # a PIL image has no region: the whole image is seen
         whole = generated(again, pixels(processor, None))
-        assert np.array_equal(generated(again, noise_picture(60, 40)), whole)
+        assert np.array_equal(generated(again, noise_image(60, 40)), whole)

@@ -2,41 +2,33 @@
 LAVIS' own tower, `ln_vision`, Q-Former and projection, and of Alpha-CLIP's own tower, kept in fixtures.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mllm.blip2 import AlphaBlip2Config, AlphaBlip2ForConditionalGeneration
 from mllm.convert.lavis_keys import from_lavis
+from tests.tensors import fixture_tensors, tensors_under
 from tests.tiny import tiny_text_config, tiny_tokenizer
 from vision_tower.conversion import read_tower
 
-DATA = Path(__file__).parent / "data"
 # Relative error (largest difference over largest value) in float32. Measured worst case over the tower, its norm, every
 # Q-Former hidden state and the language model's input: 3.1e-7.
 TOLERANCE = 1e-5
 
 
-def part_of(content, prefix):
-    return {key.removeprefix(prefix): tensor for key, tensor in content.items() if key.startswith(prefix)}
-
-
 @pytest.fixture(scope="module")
 def lavis():
     """LAVIS' checkpoint without a tower, and the outputs of its modules."""
-    content = load_file(DATA / "lavis_blip2.safetensors")
-    return part_of(content, "checkpoint."), part_of(content, "output.")
+    return [fixture_tensors("lavis_blip2.safetensors", prefix) for prefix in ("checkpoint.", "output.")]
 
 
 @pytest.fixture(scope="module")
 def alpha_clip(tmp_path_factory):
     """An original Alpha-CLIP of two blocks: its tensors, a picture and an alpha map, and its file."""
-    content = load_file(DATA / "alpha_clip_original.safetensors")
-    checkpoint, file = part_of(content, "checkpoint."), tmp_path_factory.mktemp("alpha") / "alpha.pth"
+    checkpoint, inputs = (fixture_tensors("alpha_clip_original.safetensors", p) for p in ("checkpoint.", "input."))
+    file = tmp_path_factory.mktemp("alpha") / "alpha.pth"
     torch.save(checkpoint, file)
-    return checkpoint, part_of(content, "input."), file
+    return checkpoint, inputs, file
 
 
 def with_own_tower(checkpoint, alpha_clip):
@@ -80,7 +72,7 @@ def run(model, pixels):
 
 
 def worst(ours, theirs, name):
-    expected = part_of(theirs, f"{name}.")
+    expected = tensors_under(f"{name}.", theirs)
     assert len(expected) >= 6 and expected.keys() <= ours.keys()
     return {k: ((ours[k] - t).abs().max() / t.abs().max()).item() for k, t in expected.items()}
 

@@ -19,7 +19,7 @@ from transformers import (
 
 import mllm
 from mllm.processing_llava import VICUNA_V1_SYSTEM, AlphaLlavaProcessor
-from tests.tiny import noise_picture, prompt, tiny_llava_config, tiny_tokenizer, tiny_vision_config
+from tests.tiny import noise_image, prompt, save_model, tiny_llava_config, tiny_tokenizer, tiny_vision_config
 from vision_tower import AlphaCLIPVisionModel, Region
 
 # The template of llava-hf/llava-1.5-7b-hf, in the part that a first turn uses.
@@ -57,7 +57,7 @@ def both(stock_dir):
 def test_zero_alpha_gives_stock_logits_and_ids(both):
     stock, ours, processor = both
     assert torch.count_nonzero(dict(ours.model.named_parameters())[ALPHA]) == 0
-    image = noise_picture(60, 40)
+    image = noise_image(60, 40)
     inputs = processor(image, prompt("What is this?"), Region.from_box(5, 5, 30, 30), return_tensors="pt")
     rgb = {**inputs, "pixel_values": inputs["pixel_values"][:, :3]}
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_zero_alpha_gives_stock_logits_and_ids(both):
 @pytest.mark.parametrize("question", ["What is this?", "  two  spaces", "a\nb", "é 漢 🦙", "ends with a space "])
 def test_inputs_equal_the_stock_processor(both, question):
     _, _, processor = both
-    image = noise_picture(60, 40)
+    image = noise_image(60, 40)
     stock = LlavaProcessor(
         LlavaImageProcessorPil(do_pad=True, size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
         tiny_tokenizer(),
@@ -124,7 +124,7 @@ def test_576_image_tokens_at_336(both):
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
-    inputs = real(noise_picture(64, 48), prompt("What?"), Region.from_box(1, 1, 20, 20), return_tensors="pt")
+    inputs = real(noise_image(64, 48), prompt("What?"), Region.from_box(1, 1, 20, 20), return_tensors="pt")
     assert (inputs["input_ids"] == real.image_token_id).sum() == real.num_image_tokens == 576
     assert inputs["pixel_values"].shape == (1, 4, 336, 336)
 
@@ -176,8 +176,7 @@ def test_a_missing_tower_tensor_raises(stock_dir, tmp_path):
 )
 def test_saved_model_comes_back_bit_for_bit_through_the_auto_classes(tiny_llava, tmp_path):
     model, processor = tiny_llava
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
+    save_model(tmp_path, model, processor)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
     again_processor = AutoProcessor.from_pretrained(tmp_path)
     assert type(again) is LlavaForConditionalGeneration
@@ -186,7 +185,7 @@ def test_saved_model_comes_back_bit_for_bit_through_the_auto_classes(tiny_llava,
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     inputs = [
         p(
-            noise_picture(50, 70),
+            noise_image(50, 70),
             prompt("What?"),
             Region.from_box(2, 2, 30, 30),
             return_tensors="pt",
@@ -200,7 +199,7 @@ def test_saved_model_comes_back_bit_for_bit_through_the_auto_classes(tiny_llava,
 
 def test_padded_batches_of_different_regions_equal_single_calls(tiny_llava):
     model, processor = tiny_llava
-    image = noise_picture(60, 40)
+    image = noise_image(60, 40)
     regions = [Region.from_box(2, 2, 20, 20), Region.from_box(30, 10, 58, 38)]
     questions = ["What?", "What is the colour of this?"]
     batch = processor([image, image], [prompt(question) for question in questions], regions, return_tensors="pt")

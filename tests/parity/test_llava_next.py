@@ -22,9 +22,10 @@ from transformers import (
 import mllm
 from mllm.loading import load_processor
 from mllm.processing_llava_next import AlphaLlavaNextProcessor
-from tests.tiny import noise_picture, prompt, tiny_llava_next_config, tiny_tokenizer, tiny_vision_config
+from tests.drawn_back import alpha_map, iou
+from tests.tiny import noise_image, prompt, tiny_llava_next_config, tiny_tokenizer, tiny_vision_config
 from vision_tower import AlphaCLIPVisionModel, AlphaLlavaNextImageProcessor, Region
-from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD, WHOLE_IMAGE
+from vision_tower.alpha_embedding import WHOLE_IMAGE
 
 ALPHA = "model.vision_tower.embeddings.patch_embedding.alpha.weight"
 SIZE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
@@ -82,7 +83,7 @@ def question(*images, text="What is this?"):
 def test_zero_alpha_gives_stock_logits_and_ids(both, size):
     stock, _, ours, processor = both
     assert torch.count_nonzero(ours.get_parameter(ALPHA)) == 0
-    inputs = processor(noise_picture(*size), prompt("What?"), Region.from_box(5, 5, 20, 20), return_tensors="pt")
+    inputs = processor(noise_image(*size), prompt("What?"), Region.from_box(5, 5, 20, 20), return_tensors="pt")
     rgb = without_alpha(inputs)
     with torch.no_grad():
         assert torch.equal(ours(**inputs).logits, stock(**rgb).logits)
@@ -105,7 +106,7 @@ def assert_equal_inputs(got, expected):
 @pytest.mark.parametrize("size", PICTURES)
 def test_a_call_equals_the_stock_processor(both, size):
     _, stock, _, processor = both
-    image = noise_picture(*size)
+    image = noise_image(*size)
     got = processor(image, "<image>\nWhat?", return_tensors="pt")
     assert_equal_inputs(got, stock(image, "<image>\nWhat?", return_tensors="pt"))
     assert torch.equal(got["pixel_values"][:, :, 3], torch.full_like(got["pixel_values"][:, :, 3], WHOLE_IMAGE))
@@ -116,7 +117,7 @@ def test_a_call_equals_the_stock_processor(both, size):
 )
 def test_a_batch_equals_the_stock_processor(both):
     _, stock, _, processor = both
-    images, texts = [noise_picture(*size) for size in PICTURES[:4]], ["<image> a", "<image> bcd", "<image>", "<image>e"]
+    images, texts = [noise_image(*size) for size in PICTURES[:4]], ["<image> a", "<image> bcd", "<image>", "<image>e"]
     settings = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
     assert_equal_inputs(processor(images, texts, **settings), stock(images, texts, **settings))
 
@@ -124,7 +125,7 @@ def test_a_batch_equals_the_stock_processor(both):
 @pytest.mark.compatibility("transformers LlavaNextProcessor", "the model's own chat template, tokenized", "equal")
 def test_the_chat_template_is_the_models_own(both):
     _, stock, _, processor = both
-    turns = question({"image": noise_picture(60, 40)})
+    turns = question({"image": noise_image(60, 40)})
     turns += [{"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}, *question(text="Where?")]
     got = processor.apply_chat_template(turns, **CHAT)
     assert_equal_inputs(got, stock.apply_chat_template(turns, **CHAT))
@@ -137,7 +138,7 @@ def test_the_chat_template_is_the_models_own(both):
 @pytest.mark.compatibility("transformers LLaVA-NeXT", "three channels and the whole image, alpha not zero", "equal")
 def test_three_channels_mean_the_whole_image(tiny_llava_next):
     model, processor = tiny_llava_next
-    inputs = processor(noise_picture(60, 40), prompt("What?"), Region.whole(), return_tensors="pt")
+    inputs = processor(noise_image(60, 40), prompt("What?"), Region.whole(), return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, model(**without_alpha(inputs)).logits)
 
@@ -164,7 +165,7 @@ def seen_by_tiles(mask, grid):
 )
 def test_the_alpha_of_every_tile_is_the_region(fed, tiny_llava_next, size, grid, box):
     model, processor = tiny_llava_next
-    region, image = Region.from_box(*box), noise_picture(*size)
+    region, image = Region.from_box(*box), noise_image(*size)
     inputs = processor(image, prompt("What?"), region, return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs).logits
@@ -174,10 +175,10 @@ def test_the_alpha_of_every_tile_is_the_region(fed, tiny_llava_next, size, grid,
     assert torch.equal(tiles, inputs["pixel_values"][0])
     parts = list(seen_by_tiles(region.mask(size[1], size[0]) >= 0.5, grid))
     for tile, wanted in zip(tiles, parts, strict=True):
-        alpha = Image.fromarray(tile[3].numpy() * ALPHA_STD + ALPHA_MEAN)
+        alpha = Image.fromarray(alpha_map(tile).numpy())
         drawn = np.asarray(alpha.resize(wanted.shape[::-1], Image.Resampling.BILINEAR)) >= 0.5
         assert drawn.any() == wanted.any()
-        assert not wanted.any() or (drawn & wanted).sum() / (drawn | wanted).sum() >= 0.95
+        assert not wanted.any() or iou(drawn, wanted) >= 0.95
 
 
 @pytest.mark.compatibility("llava-hf LLaVA-NeXT checkpoints", "hub-legacy key layout loaded with our tower", "equal")
@@ -208,7 +209,7 @@ def test_saved_model_comes_back_bit_for_bit_through_the_auto_classes(tiny_llava_
     assert type(again.model.vision_tower) is AlphaCLIPVisionModel
     assert all(type(loaded) is AlphaLlavaNextProcessor for loaded in processors)
     assert type(AutoImageProcessor.from_pretrained(tiny_llava_next_dir)) is AlphaLlavaNextImageProcessor
-    image, region = noise_picture(50, 70), Region.from_box(2, 2, 30, 30)
+    image, region = noise_image(50, 70), Region.from_box(2, 2, 30, 30)
     first, *others = [p(image, prompt("What?"), region, return_tensors="pt") for p in (processor, *processors)]
     assert all(torch.equal(first[key], other[key]) for other in others for key in first)
     with torch.no_grad():

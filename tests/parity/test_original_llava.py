@@ -2,17 +2,15 @@
 logits of the original code, kept in a fixture (make_original_llava_fixture.py).
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from tests.tensors import FIXTURES
 from tests.tiny import tiny_vision_config
 from vision_tower import AlphaCLIPVisionConfig
 
-FIXTURE = Path(__file__).parent / "data" / "original_llava.safetensors"
 IMAGE_TOKEN, PATCHES = 39, 16
 # Relative error (largest difference over largest value) in float32. Measured worst case: 7e-7.
 TOLERANCE = 1e-5
@@ -24,7 +22,7 @@ def relative_error(ours, theirs):
 
 @pytest.fixture(scope="module")
 def content():
-    return load_file(FIXTURE)
+    return load_file(FIXTURES / "original_llava.safetensors")
 
 
 @pytest.fixture(scope="module")

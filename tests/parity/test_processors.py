@@ -17,11 +17,11 @@ from transformers import (
 
 from mllm.processing_llava import CHAT_TEMPLATE
 from tests.serving import serve
-from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_picture, prompt
+from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_image, prompt
 from vision_tower import Region
 from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 
-ONE, TWO = noise_picture(60, 40), noise_picture(30, 50, seed=1)
+ONE, TWO = noise_image(60, 40), noise_image(30, 50, seed=1)
 PIXELS = np.asarray(ONE)
 LEFT, RIGHT = Region.from_box(12, 4, 28, 36), Region.from_box(32, 4, 48, 36)
 NONE = dict.fromkeys(("text", "image", "url", "path"))
@@ -70,8 +70,7 @@ SOURCES += ["array", "array, channels first", "tensor"]
 @pytest.fixture(scope="module")
 def llava():
     """The model, our processor and the stock one."""
-    model, ours = build_tiny_llava("crop")
-    torch.nn.init.normal_(model.model.vision_tower.embeddings.patch_embedding.alpha.weight, std=3)
+    model, ours = build_tiny_llava("crop", alpha_std=3)
     return model, ours, stock_llava(ours)
 
 

@@ -11,8 +11,15 @@ from alpha_clip_commands import alpha_clip
 from mllm.convert.lavis_keys import _shorten, qformer_config_from_lavis
 from mllm.fused import fused_config
 from mllm.llava import with_alpha_tower
-from tests.tiny import build_tiny_llava, tiny_clip_config, tiny_llava_config, tiny_tokenizer, tiny_vision_config
-from vision_tower import AlphaCLIPVisionConfig, AlphaCLIPVisionModel, conversion
+from tests.tiny import (
+    build_tiny_llava,
+    build_tiny_tower,
+    tiny_clip_config,
+    tiny_llava_config,
+    tiny_tokenizer,
+    tiny_vision_config,
+)
+from vision_tower import AlphaCLIPVisionConfig, conversion
 
 ALPHA = "model.vision_tower.embeddings.patch_embedding.alpha.weight"
 
@@ -115,9 +122,7 @@ def test_a_plain_clip_gives_no_alpha_weights(plain, tiny_llava_dir, source):
 
 
 def test_a_merged_adapter_keeps_the_alpha_weights_that_it_was_trained_with(tiny_llava_dir, tmp_path):
-    torch.manual_seed(1)
-    tower = AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**tiny_vision_config()))
-    torch.nn.init.normal_(tower.embeddings.patch_embedding.alpha.weight)
+    tower = build_tiny_tower(alpha_std=1)
     tower.save_pretrained(tmp_path / "tower")
     model, _ = mllm.load(tiny_llava_dir, device="cpu", alpha_weights=tmp_path / "tower")
     targets = r"model\.language_model\..*q_proj"

@@ -6,11 +6,11 @@ import ast
 import re
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.files import ROOT
+
 # A folder may import itself and those to its left.
 LAYERS = ("alpha_clip_commands", "vision_tower", "mllm", "eval", "train", "scripts", "tests")
 COMMANDS_MAY_IMPORT = {"alpha_clip_commands", "yaml"}

@@ -2,15 +2,14 @@
 
 import importlib
 import re
-from pathlib import Path
 
 import pytest
 
 from alpha_clip_commands.training.tuning_arguments import RegionArguments
+from tests.files import ROOT
 from tests.unit.test_style import PACKAGES
 from vision_tower import AlphaCLIPImageProcessor
 
-ROOT = Path(__file__).parents[2]
 DOCUMENTED = {  # limit -> its value, and how the page writes it
     "LARGEST_FILE": (2 * 2**30, "2 GiB"),
     "LARGEST_RECORD": (16 * 2**20, "16 MiB"),
@@ -31,9 +30,9 @@ DOCUMENTED = {  # limit -> its value, and how the page writes it
     "MAX_BLOCKS": (300, "300"),
     "MAX_RANK": (4096, "4,096"),
     "MAX_ERRORS": (0.5, "half"),
-    "FEW_ITEMS": (20, "20"),
+    "MIN_ERRORS": (20, "20"),
 }
-LIMIT = re.compile(r"^((?:MAX|LARGEST|LONGEST|MOST|FEW)_[A-Z_]+|DEEPEST) = ", re.MULTILINE)
+LIMIT = re.compile(r"^((?:MAX|LARGEST|LONGEST|MOST)_[A-Z_]+|MIN_ERRORS|DEEPEST) = ", re.MULTILINE)
 
 
 def limits():

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.files import ROOT
+
 PACKAGES = ("alpha_clip_commands", "vision_tower", "mllm", "eval", "train", "scripts")
 NO_SUCH_NAMES = ("utils", "util", "common", "helpers", "helper", "misc")
 MOST_LINES = 500

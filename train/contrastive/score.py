@@ -6,10 +6,11 @@ import argparse
 import sys
 
 from alpha_clip_commands.command_line import say
+from alpha_clip_commands.error_limit import MAX_ERRORS
 from alpha_clip_commands.training.contrastive_arguments import PairArguments
 from eval.region_matching import score_region_text
-from mllm.data.records import MAX_ERRORS
-from mllm.loading import hub_lookup, pick_device
+from mllm.hub import offline_options
+from mllm.loading import pick_device
 from train.alpha_clip import held_out
 from train.contrastive.data import RegionTextDataset
 from train.run import open_index
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     data = PairArguments(data=[str(args.data)], region_input=args.region_input, max_missing=MAX_ERRORS)
     dataset = RegionTextDataset([open_index(str(args.data))], data, args.split, 0, None)
     pictures = held_out(dataset, args.pictures)
-    hub = hub_lookup(args.model)
+    hub = offline_options(args.model)
     model = AlphaCLIPModel.from_pretrained(args.model, **hub).to(pick_device(args.device))
     if args.view == "alpha" and not model.vision_model.embeddings.patch_embedding.alpha.weight.any():
         raise ValueError(f"view: the alpha weight of {args.model} is zero, it sees no region; take another --view")

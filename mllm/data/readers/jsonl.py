@@ -15,11 +15,11 @@ from typing import Any
 
 from msgspec import UNSET
 
+from alpha_clip_commands.command_line import one_line
 from mllm.data.json_files import json_lines, parse_record
 from mllm.data.records import READ, ReadReport
 from mllm.data.samples import RegionSample
 from mllm.data.schemas import Line, SampleMeta, checked
-from mllm.files import one_line
 from vision_tower import Region
 
 DAMAGED = "lines that cannot be used, left out"

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from alpha_clip_commands.command_line import one_line
 from mllm.data.json_files import is_utf8, read_json, refuse_repeated, wrong
 from mllm.data.masks import check_region_input, region_of
 from mllm.data.readers.coco import IMAGE_FOLDERS, file_of, rows_by_id
@@ -33,7 +34,6 @@ from mllm.data.records import (
 )
 from mllm.data.samples import RegionSample
 from mllm.data.schemas import MOST_SENTENCES, CocoAnnotation, CocoImage, HubRow, Ref, Sentence, checked
-from mllm.files import one_line
 from vision_tower import Region
 
 NO_TEXT = "without text, left out"

@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 
 from mllm.data.shapes.scenes import scenes
 from mllm.data.shapes.world import MAX_OBJECTS, MIN_OBJECTS, SCENE_SIZE, Scene
-from mllm.files import replacing_folder, write_json
+from mllm.files import write_json
+from mllm.folders import replacing_folder
 
 _PICTURES_IN_FOLDER = 10_000  # as many as img2dataset puts in a shard
 

@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 
 from mllm.data.shapes.scenes import PLACE_QUESTIONS, QUESTIONS, place, questions, scenes
 from mllm.data.shapes.world import SCENE_SIZE, SHAPES, Scene, ShapeObject
-from mllm.files import replacing_folder, write_file, write_json
+from mllm.files import write_file, write_json
+from mllm.folders import replacing_folder
 
 _COUNT_EVERY = 5  # one scene in so many is counted: the world is about its regions
 

@@ -100,13 +100,13 @@ USAGE_ERRORS = [
     ([*EVAL, "--limit", "-1"], "--limit: expected 1 or more, got -1"),
     ([*EVAL, "--max-new-tokens", "x"], "--max-new-tokens: expected a whole number"),
     ([*EVAL, "--prompt", " "], "--prompt is empty"),
-    ([*EVAL, "--metrics", "CIDER"], "expected metrics out of exactly right, BLEU-1"),
-    ([*EVAL, "--metrics", "semantic similarity"], "needs --sentence-model"),
+    ([*EVAL, "--metrics", "CIDER"], "expected metrics from literal_match, bleu_1"),
+    ([*EVAL, "--metrics", "semantic_similarity"], "requires --sentence-model"),
     ([*EVAL, "--sentence-model", "none"], "sentence model not found: none"),
     ([*EVAL, "--model", "./none"], "directory not found: ./none"),
     (
         ["region-eval", "score", ".", "--out", "x", "--metrics", "CIDER"],
-        "expected metrics out of exactly right",
+        "expected metrics from literal_match",
     ),
     (["region-eval", "run", "--task", "nonsense", "--data", ".", "--out", "x"], "unknown task 'nonsense'"),
     (["region-eval", "run", "--task", "jsonl", "--data", "none", "--out", "x"], "data not found: none"),
@@ -171,11 +171,11 @@ REGION_ERRORS = [
     ([*CHAT, "--box-xywh=1,2,0,4"], "a width and height above 0"),
     ([*CHAT, "--nbox=0,0,500,500"], "expected fractions from 0 to 1"),
     ([*CHAT, "--points=1,2"], "expected @ and a size"),
-    ([*CHAT, "--mask", "none.png"], "there is no mask file none.png"),
+    ([*CHAT, "--mask", "none.png"], "mask file not found: none.png"),
     ([*CHAT, "--rle", "none.json"], "'rle:none.json': No such file"),
     ([*CHAT, "--rle", "[]"], "has no segmentation"),
     ([*MAP, "--box=1,2,3"], "expected 4 numbers, got 3"),
-    ([*MAP, "--box=1,2,3,4", "--mask", "none.png"], "there is no mask file none.png"),
+    ([*MAP, "--box=1,2,3,4", "--mask", "none.png"], "mask file not found: none.png"),
 ]
 
 
@@ -206,7 +206,6 @@ def test_a_folder_with_its_own_train_file(processes, decoys, found_there):
 
 def test_shown_names_are_the_real_ones():
     from eval.region_matching import VIEWS
-    from eval.score import METRICS
     from mllm.convert.lavis_keys import VIT_L_BLOCKS
     from mllm.data import dataset_check
     from mllm.data.shapes import scenes, world
@@ -215,7 +214,6 @@ def test_shown_names_are_the_real_ones():
     from vision_tower.image_processing_alpha_clip import GEOMETRIES
 
     assert task_names.TASKS == tuple(TASKS)
-    assert task_names.METRICS == METRICS
     for file, name, value in (
         ("eval/region_matching.py", "VIEWS", VIEWS),
         ("mllm/model_card.py", "LICENCES", LICENCES),

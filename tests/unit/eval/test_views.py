@@ -6,11 +6,11 @@ from PIL import Image
 
 from eval.metrics.literal_match import literal_match
 from eval.views import (
-    INPUTS,
+    VIEWS,
+    apply_view,
     crop,
     majority_baseline,
     other_region_references,
-    show,
     with_other_region,
     with_whole_image,
 )
@@ -86,19 +86,19 @@ def picture():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8))
 
 
-def shown(picture, region_input):
+def shown(picture, view):
     region = Region.from_box(10, 20, 40, 50)
-    image, alpha = show(RegionSample("1", "x.png", (region,), None, ("a",)), region_input, picture)
+    image, alpha = apply_view(RegionSample("1", "x.png", (region,), None, ("a",)), view, picture)
     return region, image, alpha
 
 
 def test_every_input_shows_what_it_says(picture):
     pixels = np.asarray(picture)
-    for name in ("box", "mask", "wrong"):
+    for name in ("box", "mask", "other_region"):
         region, image, alpha = shown(picture, name)
         assert image is picture and alpha == region
     assert shown(picture, "whole")[1:] == (picture, Region.whole())
-    assert shown(picture, "blind")[1:] == (None, None)
+    assert shown(picture, "no_image")[1:] == (None, None)
     _, cropped, alpha = shown(picture, "crop")
     assert alpha.is_whole and np.array_equal(np.asarray(cropped), pixels[20:50, 10:40])
     _, blurred, alpha = shown(picture, "blur")
@@ -106,12 +106,12 @@ def test_every_input_shows_what_it_says(picture):
     inside = np.zeros((60, 80), bool)
     inside[20:50, 10:40] = True
     assert alpha.is_whole and not changed[inside].any() and changed[~inside].mean() > 0.95
-    _, boxed, alpha = shown(picture, "red-box")
+    _, boxed, alpha = shown(picture, "red_box")
     red = (np.asarray(boxed) == (255, 0, 0)).all(-1)
     outline = np.zeros((60, 80), bool)
     outline[20:51, [10, 40]] = outline[[20, 50], 10:41] = True  # PIL's rectangle includes both ends
     assert alpha.is_whole and np.array_equal(red, outline)
-    with pytest.raises(ValueError, match=", ".join(INPUTS)):
+    with pytest.raises(ValueError, match=", ".join(VIEWS)):
         shown(picture, "circle")
 
 

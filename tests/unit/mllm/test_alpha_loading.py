@@ -26,6 +26,7 @@ from mllm.loading import quantization
 from tests.tiny import (
     alpha_of,
     build_tiny_blip2,
+    save_model,
     tiny_blip2_parts,
     tiny_llava_config,
     tiny_tokenizer,
@@ -74,7 +75,7 @@ OPTIONS = [{"dtype": torch.float16}, {"dtype": "bfloat16"}, {"device_map": "cpu"
 def test_alpha_starts_at_zero_without_a_report(stock_llava, stock_blip2, family, options, caplog):
     if options in QUANTIZED:
         pytest.importorskip("bitsandbytes", reason="an optional dependency; make setup installs it on Linux")
-        options = {"quantization_config": quantization(options, family.NEVER_QUANTISED)}
+        options = {"quantization_config": quantization(options, family.NEVER_QUANTIZED)}
     folder, kind = (stock_llava, LlavaConfig) if family is llava else (stock_blip2, Blip2Config)
     model = family.load_model(folder, kind.from_pretrained(folder), **options)
     assert torch.count_nonzero(alpha_of(model)) == 0
@@ -123,8 +124,7 @@ def test_an_alpha_weight_of_nan_raises(tiny_llava, tmp_path, kind, value):
     if kind == "export":
         export(model, processor, tmp_path / "model")
     else:
-        model.save_pretrained(tmp_path / "model")
-        processor.save_pretrained(tmp_path / "model")
+        save_model(tmp_path / "model", model, processor)
     file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file)
     name = "patch_embedding.weight" if kind == "export" else ".alpha.weight"
@@ -146,9 +146,7 @@ def clip_tower(folder):
 
 
 def whole(folder):
-    model, processor = build_tiny_blip2("opt")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save_model(folder, *build_tiny_blip2("opt"))
     return AutoModelForImageTextToText, AlphaBlip2ForConditionalGeneration
 
 

@@ -15,21 +15,11 @@ import torch
 from filelock import SoftFileLock
 from safetensors.torch import save_file
 
-from mllm import files
-from mllm.files import (
-    MARKER,
-    check_file,
-    check_folder,
-    check_new,
-    check_replaceable,
-    claim_folder,
-    locked,
-    made_by,
-    replacing_file,
-    replacing_folder,
-    write_file,
-    write_json,
-)
+from mllm import files, folders
+from mllm.files import check_file, check_replaceable, made_by, replacing_file, write_file, write_json
+from mllm.folders import MARKER, check_folder, check_new, claim_folder, replacing_folder
+from mllm.locks import locked
+from tests.files import read_json
 
 LOOP = "circular"
 
@@ -58,8 +48,8 @@ def foreign(tmp_path):
 def test_a_file_is_written_whole_and_keeps_its_mode(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"made_by": made_by("x"), "name": "half a pair: \ud800", "word": "größer"})
-    assert json.loads(path.read_text("utf-8"))["name"] == "half a pair: \ud800" and "größer" in path.read_text("utf-8")
-    assert path.stat().st_mode & 0o777 == 0o666 & ~files._umask()
+    assert read_json(path)["name"] == "half a pair: \ud800" and "größer" in path.read_text("utf-8")
+    assert path.stat().st_mode & 0o777 == 0o666 & ~files.umask()
     path.chmod(0o600)
     assert path.read_text("utf-8").count("\n") == 5  # to be read by people, too
     write_json(path, {})
@@ -260,7 +250,7 @@ def test_a_kill_while_folders_change_places(tmp_path, monkeypatch, killed_at):
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", killing)
-    monkeypatch.setattr(files.shutil, "rmtree", lambda *args, **kwargs: None)
+    monkeypatch.setattr(folders.shutil, "rmtree", lambda *args, **kwargs: None)
     if killed_at < 2:
         with pytest.raises(SystemExit):
             build(out)

@@ -1,7 +1,6 @@
 """`RegionChat`: greedy, by region, within the model's context; every way in reaches the same model with the region."""
 
 import base64
-import io
 import logging
 import threading
 import time
@@ -16,14 +15,12 @@ import mllm
 from mllm.data.templates import DESCRIBE_REGION
 from mllm.inference import RegionChat, check_alpha
 from mllm.loading import EMBEDDED_MODEL
-from tests.drawn_back import (
-    fed_pixels,  # noqa: F401, a fixture
-    overlap,
-)
-from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_picture, prompt
+from tests.drawn_back import overlap
+from tests.files import encoded_image
+from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_image, prompt
 from vision_tower import Region
 
-IMAGE = noise_picture(60, 40)
+IMAGE = noise_image(60, 40)
 LEFT, RIGHT = Region.from_box(0, 0, 25, 40), Region.from_box(35, 0, 60, 40)
 
 
@@ -119,7 +116,7 @@ def test_broken_unicode_is_a_value_error(chat):
         chat.ask(IMAGE, LEFT, "what\udc80", max_new_tokens=2)
 
 
-WIDE = noise_picture(64, 32)  # whole pixels of it are whole pixels of the tower's input
+WIDE = noise_image(64, 32)  # whole pixels of it are whole pixels of the tower's input
 SCENE, BOX = EMBEDDED_MODEL.parent / "scenes" / "scene_2.png", mllm.Region.from_box(22, 8, 48, 42)
 ENDS = Region.from_box(0, 0, 24, 32), Region.from_box(40, 8, 64, 32)
 # name -> the answer about a region of `WIDE`
@@ -152,12 +149,6 @@ def test_two_regions_give_two_logits_and_the_alpha_is_theirs(chat, fed, way):
         assert said == [WAYS["ask"](chat, region) for region in ENDS]
 
 
-def encoded(image):
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
 SOURCES = {
     "path": lambda path: str(path),
     "Path": lambda path: path,
@@ -174,7 +165,7 @@ SOURCES = {
 
 def test_every_kind_of_image_is_the_same_image(chat, fed, tmp_path):
     path = tmp_path / "wide.png"
-    path.write_bytes(encoded(WIDE))
+    path.write_bytes(encoded_image(WIDE))
     chat.ask(WIDE, ENDS[0], "What?", max_new_tokens=1)
     for name, source in SOURCES.items():
         chat.ask(source(path), ENDS[0], "What?", max_new_tokens=1)
@@ -185,7 +176,7 @@ def test_every_kind_of_image_is_the_same_image(chat, fed, tmp_path):
 
 def test_an_image_of_several_requests_is_decoded_once(chat, tmp_path, monkeypatch):
     path = tmp_path / "wide.png"
-    path.write_bytes(encoded(WIDE))
+    path.write_bytes(encoded_image(WIDE))
     decoded, decode = [], RegionChat.open_image
     monkeypatch.setattr(RegionChat, "open_image", lambda self, image: decoded.append(image) or decode(self, image))
     answers = chat.ask_batch([path, path, WIDE], [*ENDS, ENDS[0]], "What?", max_new_tokens=6)

@@ -1,6 +1,5 @@
 """LLaVA-NeXT with an alpha tower: chat, conversations, training labels, and what is refused by name."""
 
-import json
 import shutil
 
 import pytest
@@ -14,14 +13,15 @@ from mllm.convert.export import export
 from mllm.inference import RegionChat
 from mllm.model_card import model_card
 from mllm.processing_llava_next import AlphaLlavaNextProcessor
-from tests.tiny import noise_picture, tiny_llava_next_config, tiny_tokenizer, tiny_vision_config
+from tests.files import read_json, write_json
+from tests.tiny import noise_image, tiny_llava_next_config, tiny_tokenizer, tiny_vision_config
 from train.lora import parts_of
 from train.tuning.collators import IGNORE_INDEX, ConversationCollator
 from train.tuning.memory_estimate import meta_model
 from vision_tower import Region
 
 LEFT, RIGHT = Region.from_box(2, 2, 16, 26), Region.from_box(17, 3, 20, 28)
-IMAGES = [noise_picture(60, 40), noise_picture(100, 30), noise_picture(20, 90)]  # four, two and two tiles
+IMAGES = [noise_image(60, 40), noise_image(100, 30), noise_image(20, 90)]  # four, two and two tiles
 # As those of the hub's repositories llava-v1.6-mistral-7b-hf and llava-v1.6-vicuna-7b-hf: BOS is the tokenizer's
 MISTRAL = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
@@ -132,10 +132,10 @@ def stock_processor(saved, folder, **image_settings):
     """A directory whose processor files are a stock LLaVA-NeXT's."""
     shutil.copytree(saved, folder)
     file = folder / "processor_config.json"
-    stored = json.loads(file.read_text())
+    stored = read_json(file)
     stored["image_processor"].pop("auto_map")
     stored["image_processor"] |= {"image_processor_type": "LlavaNextImageProcessorPil", **image_settings}
-    file.write_text(json.dumps({**stored, "processor_class": "LlavaNextProcessor", "auto_map": {}}))
+    write_json(file, {**stored, "processor_class": "LlavaNextProcessor", "auto_map": {}})
     tokenizer = folder / "tokenizer_config.json"
     tokenizer.write_text(tokenizer.read_text().replace("AlphaLlavaNextProcessor", "LlavaNextProcessor"))
     return folder

@@ -1,7 +1,5 @@
 """Quantised loading and adapters: what must stay exact stays exact, and an adapter for another model is refused."""
 
-import json
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,7 +12,8 @@ from alpha_clip_commands import alpha_clip
 from alpha_clip_commands.region_chat import main as region_chat
 from mllm.inference import RegionChat
 from mllm.loading import EMBEDDED_MODEL
-from tests.tiny import noise_picture, prompt
+from tests.files import read_json
+from tests.tiny import noise_image, prompt
 from vision_tower import Region
 
 LEFT, RIGHT = Region.from_box(0, 0, 30, 40), Region.from_box(30, 0, 60, 40)
@@ -23,7 +22,7 @@ TARGETS = r".*language_model.*\.(q_proj|v_proj)"
 
 
 def logits(model, processor, region):
-    inputs = processor(images=noise_picture(60, 40), regions=region, text=prompt("What is this?"), return_tensors="pt")
+    inputs = processor(images=noise_image(60, 40), regions=region, text=prompt("What is this?"), return_tensors="pt")
     with torch.no_grad():
         return model(**inputs).logits[0, -1]
 
@@ -57,7 +56,7 @@ def test_adapter_gives_the_logits_it_was_saved_with(tiny_llava, tiny_llava_dir, 
         torch.testing.assert_close(logits(model, processor, region), saved)
         assert (logits(*tiny_llava, region) - saved).abs().max() > 1e-2
     assert (expected[0] - expected[1]).abs().max() > 1e-3
-    assert RegionChat(model, processor).ask(noise_picture(60, 40), LEFT, "What?", max_new_tokens=2) is not None
+    assert RegionChat(model, processor).ask(noise_image(60, 40), LEFT, "What?", max_new_tokens=2) is not None
 
 
 def test_merged_adapter_needs_no_peft(tiny_llava_dir, adapter, tmp_path, capsys):
@@ -111,13 +110,13 @@ def test_only_the_language_model_is_quantised(embedded, load_in):
     tower = whole.model.vision_tower.state_dict()
     assert all(torch.equal(tensor.float(), tower[key]) for key, tensor in model.model.vision_tower.state_dict().items())
     image = Image.open(SCENES / "scene_2.png")
-    for region in json.loads((SCENES / "scene_2.json").read_text()):
+    for region in read_json(SCENES / "scene_2.json"):
         asked = image, Region.from_json({"box": region["box"]}), "Describe this region."
         assert RegionChat(model, processor).ask(*asked) == RegionChat(whole, processor).ask(*asked)
 
 
 def test_load_in_and_adapter_on_the_command_line(tiny_llava_dir, adapter, tmp_path, capsys):
-    noise_picture(60, 40).save(tmp_path / "a.png")
+    noise_image(60, 40).save(tmp_path / "a.png")
     flags = ["--model", tiny_llava_dir, "--image", tmp_path / "a.png", "--box", "0,0,30,40", "--ask", "What?"]
     flags = [str(flag) for flag in [*flags, "--max-new-tokens", 4]]
     assert region_chat([*flags, "--adapter", str(adapter[0])]) == 0

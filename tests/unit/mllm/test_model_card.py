@@ -1,7 +1,5 @@
 """mllm/model_card.py: what the card says of licence, scores, training and files; the hub's own classes read it."""
 
-import json
-
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -9,6 +7,7 @@ from transformers import CLIPVisionConfig
 
 from mllm.loading import EMBEDDED_MODEL
 from mllm.model_card import LICENCES, check_base_model, model_card
+from tests.files import read_json, write_json
 from tests.tiny import tiny_llava_config, tiny_tokenizer, tiny_vision_config
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig
 
@@ -101,7 +100,7 @@ def test_the_record_without_this_machines_folders(tower):
         "log": [{"loss": 1.5}, {"loss": "0.25"}, {"train_runtime": 3}],
     }
     record["training"] |= {"warmup_steps": "None", "bf16": False, "fp16": True, "run_name": "somebody"}
-    (tower / "training_record.json").write_text(json.dumps(record))
+    write_json(tower / "training_record.json", record)
     card = model_card(tower, "lab/tower")
     assert "somebody" not in card.content
     assert row(card, "data") == ["vg"] and row(card, "more") == ["a, description=4"] and row(card, "max_turns") == ["2"]
@@ -115,7 +114,7 @@ def test_the_embedded_models_scores_are_its_readmes(tower):
     (tower / "scores.json").write_text((EMBEDDED_MODEL / "scores.json").read_text())
     card = model_card(tower, "lab/tower")
     shipped = ModelCard.load(EMBEDDED_MODEL / "README.md")
-    for measure in next(iter(json.loads((EMBEDDED_MODEL / "scores.json").read_text()).values())):
+    for measure in next(iter(read_json(EMBEDDED_MODEL / "scores.json").values())):
         assert row(card, measure) == row(shipped, measure)
     results = {result.dataset_config: result.metric_value for result in card.data.eval_results}
     assert "description, box" in results and "description, whole image" not in results
@@ -126,9 +125,9 @@ def test_the_embedded_models_scores_are_its_readmes(tower):
 
 
 def test_scores_of_one_run_and_of_runs_that_differ(tower):
-    (tower / "scores.json").write_text(json.dumps({"size": {**SCORE, "blind": 0.25}}))  # as --json writes it
+    write_json(tower / "scores.json", {"size": {**SCORE, "blind": 0.25}})  # as --json writes it
     assert row(model_card(tower, "lab/tower"), "size") == ["50.0%", "4", "25.0%"]
-    (tower / "scores.json").write_text(json.dumps({"a": {"size": SCORE}, "b": {"size": SCORE, "colour": SCORE}}))
+    write_json(tower / "scores.json", {"a": {"size": SCORE}, "b": {"size": SCORE, "colour": SCORE}})
     card = model_card(tower, "lab/tower")
     assert row(card, "size") == ["50.0%", "50.0%", "4", ""] and row(card, "colour") == ["", "50.0%", "4", ""]
 
@@ -140,7 +139,7 @@ def test_scores_of_one_run_and_of_runs_that_differ(tower):
 def test_an_adapter_is_used_as_its_model_is(tmp_path, trained, title):
     adapter = {"base_model_name_or_path": "lab/base", "r": 3, "modules_to_save": None}
     adapter["auto_mapping"] = {"base_model_class": trained}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    write_json(tmp_path / "adapter_config.json", adapter)
     card = model_card(tmp_path, "lab/lora")
     assert card.data.base_model == "lab/base" and card.data.library_name == "peft" and "lora" in card.data.tags
     assert f"A LoRA adapter for {title}" in card.text and "What is this?" in card.text

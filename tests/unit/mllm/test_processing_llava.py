@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from transformers import AutoProcessor
 
 from mllm.processing_llava import _FORMER_CHAT_TEMPLATE, CHAT_TEMPLATE, VICUNA_V1_SYSTEM
-from tests.tiny import build_tiny_llava, noise_picture, prompt
+from tests.drawn_back import alpha_map, iou
+from tests.tensors import same_tensors
+from tests.tiny import build_tiny_llava, noise_image, prompt
 from train.tuning.collators import IGNORE_INDEX, encode_with_labels
 from vision_tower import Region
-from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 
 PROCESSOR = build_tiny_llava()[1]
-IMAGE = noise_picture(40, 40)
-OTHER = noise_picture(40, 40, seed=1)
+IMAGE = noise_image(40, 40)
+OTHER = noise_image(40, 40, seed=1)
 BOX, FAR = Region.from_box(4, 4, 20, 20), Region.from_box(22, 22, 38, 38)
 CHAT = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
 
@@ -37,19 +38,14 @@ def encoded(conversation, **kwargs):
     return PROCESSOR.apply_chat_template(conversation, **CHAT, **kwargs)
 
 
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-
-
 def drawn(pixel_values):
     """The regions that the model gets, as masks of the 40 x 40 image."""
-    alpha = pixel_values[:, 3:] * ALPHA_STD + ALPHA_MEAN
+    alpha = alpha_map(pixel_values)[:, None]
     return torch.nn.functional.interpolate(alpha, (40, 40), mode="bilinear")[:, 0] > 0.5
 
 
-def iou(mask, region):
-    wanted = torch.from_numpy(region.mask(40, 40)) > 0.5
-    return float((mask & wanted).sum() / (mask | wanted).sum())
+def overlap(mask, region):
+    return iou(mask, torch.from_numpy(region.mask(40, 40)) > 0.5)
 
 
 @given(
@@ -74,7 +70,7 @@ def test_text_is_the_whole_prompt():
     chat = ask(item(BOX))
     text = PROCESSOR.apply_chat_template(chat, add_generation_prompt=True)
     assert text == prompt("What?")
-    assert same(PROCESSOR(IMAGE, text, BOX, return_tensors="pt"), encoded(chat))
+    assert same_tensors(PROCESSOR(IMAGE, text, BOX, return_tensors="pt"), encoded(chat))
 
 
 def test_a_prompt_with_bos_gets_no_second_one(monkeypatch):
@@ -88,7 +84,7 @@ def test_a_prompt_with_bos_gets_no_second_one(monkeypatch):
     assert processor.tokenizer("a")["input_ids"][0] == 1
     whole = processor(IMAGE, prompt("What?"), return_tensors="pt")
     assert (whole["input_ids"] == 1).sum() == 1
-    assert same(whole, processor.apply_chat_template(ask(item()), **CHAT))
+    assert same_tensors(whole, processor.apply_chat_template(ask(item()), **CHAT))
     bare = processor(IMAGE, prompt("What?").removeprefix("<s>"), return_tensors="pt")
     assert (bare["input_ids"] == 1).sum() == 1
 
@@ -113,7 +109,7 @@ def test_several_images_each_with_its_region(images, regions):
     ]
     assert torch.equal(inputs["pixel_values"], torch.cat(single))
     assert all(
-        iou(mask, region) >= 0.95 for mask, region in zip(drawn(inputs["pixel_values"]), (BOX, FAR), strict=True)
+        overlap(mask, region) >= 0.95 for mask, region in zip(drawn(inputs["pixel_values"]), (BOX, FAR), strict=True)
     )
 
 
@@ -138,7 +134,7 @@ def test_a_list_of_regions_makes_slots_of_one_decoded_image(tmp_path, monkeypatc
         ([[path, OTHER]], [[["box:4,4,20,20", FAR], None]]),
     ):
         decoded.clear()
-        assert same(PROCESSOR(images, "<image>" * 3, regions, return_tensors="pt"), expected)
+        assert same_tensors(PROCESSOR(images, "<image>" * 3, regions, return_tensors="pt"), expected)
         assert sum(not isinstance(pixels, np.ndarray) for pixels in decoded) == 2
     chat = ask({"type": "image", "path": str(path), "region": [BOX, FAR]}, item(image=OTHER))
     decoded.clear()
@@ -197,16 +193,16 @@ def test_a_region_in_every_spelling_and_place(region):
         encoded(empty, processor_kwargs={"images": IMAGE, "regions": [region]}),
         encoded([empty], processor_kwargs={"images": [[IMAGE]], "regions": [[region]]}),
     ):
-        assert same(output, expected)
+        assert same_tensors(output, expected)
 
 
 def test_regions_beside_a_batch_of_conversations():
     chats = [ask(item(), item(image=OTHER)), ask(), ask(item(image=OTHER))]
     inputs = encoded(chats, regions=[[BOX, [FAR, BOX]], None, FAR])
     expected = encoded([ask(item(BOX), item([FAR, BOX], OTHER)), ask(), ask(item(FAR, OTHER))])
-    assert same(inputs, expected) and len(inputs["pixel_values"]) == 4
+    assert same_tensors(inputs, expected) and len(inputs["pixel_values"]) == 4
     for mask, region in zip(drawn(inputs["pixel_values"]), (BOX, FAR, BOX, FAR), strict=True):
-        assert iou(mask, region) >= 0.95
+        assert overlap(mask, region) >= 0.95
 
 
 def test_a_batch_with_and_without_images_is_padded_on_the_left():
@@ -220,16 +216,16 @@ def test_a_batch_with_and_without_images_is_padded_on_the_left():
 def test_lists_without_images_are_prompts_alone():
     """As a collator makes them of samples without an image."""
     expected = PROCESSOR(text=["Why?", "a"], return_tensors="pt")
-    assert same(PROCESSOR([[], []], ["Why?", "a"], return_tensors="pt"), expected)
-    assert same(PROCESSOR([[], []], ["Why?", "a"], [[], []], return_tensors="pt"), expected)
-    assert same(PROCESSOR([], ["Why?", "a"], return_tensors="pt"), expected)
+    assert same_tensors(PROCESSOR([[], []], ["Why?", "a"], return_tensors="pt"), expected)
+    assert same_tensors(PROCESSOR([[], []], ["Why?", "a"], [[], []], return_tensors="pt"), expected)
+    assert same_tensors(PROCESSOR([], ["Why?", "a"], return_tensors="pt"), expected)
     with pytest.raises(ValueError, match="expected 0 <image> in text.* got 1"):
         PROCESSOR([[], []], ["a", TEXT])
 
 
 def test_an_image_of_several_prompts_has_a_region_for_each():
     batch = PROCESSOR(IMAGE, [TEXT, TEXT], [BOX, FAR], return_tensors="pt")["pixel_values"]
-    assert all(iou(mask, region) >= 0.95 for mask, region in zip(drawn(batch), (BOX, FAR), strict=True))
+    assert all(overlap(mask, region) >= 0.95 for mask, region in zip(drawn(batch), (BOX, FAR), strict=True))
 
 
 def test_the_system_sentence_is_saved(tmp_path):
@@ -402,7 +398,7 @@ def test_keys_that_datasets_fills_with_none_are_as_if_they_were_not_there():
     none = {"image": None, "region": None, "text": None, "path": None}
     row = [none | item(BOX), none | {"type": "text", "text": "What?", "region": {"box": None, "strength": None}}]
     filled = encoded([{"role": "user", "content": row, "name": None}])
-    assert same(filled, encoded(ask(item(BOX))))
+    assert same_tensors(filled, encoded(ask(item(BOX))))
 
 
 @pytest.mark.parametrize("entry", [{"text": None}, {}, {"text": 5}, {"text": ["a"]}])
@@ -417,7 +413,7 @@ def test_images_inside_the_messages_of_datasets(tmp_path):
     IMAGE.save(tmp_path / "a.png")
     rows = [{"bytes": (tmp_path / "a.png").read_bytes(), "path": None}, {"bytes": None, "path": tmp_path / "a.png"}]
     for row in rows:
-        assert same(encoded(ask(item(BOX, row))), encoded(ask(item(BOX))))
+        assert same_tensors(encoded(ask(item(BOX, row))), encoded(ask(item(BOX))))
 
 
 def test_messages_may_be_objects():
@@ -426,4 +422,4 @@ def test_messages_may_be_objects():
         role: str
         content: list
 
-    assert same(encoded([Message(**ask(item(BOX))[0])]), encoded(ask(item(BOX))))
+    assert same_tensors(encoded([Message(**ask(item(BOX))[0])]), encoded(ask(item(BOX))))

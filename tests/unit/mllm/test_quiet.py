@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.processes import ROOT
-from tests.tiny import noise_picture
+from tests.tiny import noise_image
 
 TUNING = """
 import mllm
@@ -65,7 +65,7 @@ assert len(backend.filters) == len(deepspeed.filters) == 1
 
 def test_commands_change_no_level(tiny_llava_dir, tmp_path, processes):
     """What Transformers warns of while a command runs is printed."""
-    noise_picture(60, 40).save(tmp_path / "a.png")
+    noise_image(60, 40).save(tmp_path / "a.png")
     before = """
 import mllm.inference, transformers
 ask = mllm.inference.RegionChat.ask

@@ -21,7 +21,8 @@ from mllm.data.shapes import visual_genome_layout
 from mllm.llava import build_llava_processor
 from mllm.loading import EMBEDDED_MODEL
 from mllm.region_chat import cli
-from tests.tiny import build_tiny_llava, noise_picture, prompt, tiny_llava_config, tiny_tokenizer, tiny_vision_config
+from tests.files import read_json, read_json_lines, write_json
+from tests.tiny import build_tiny_llava, noise_image, prompt, tiny_llava_config, tiny_tokenizer, tiny_vision_config
 from train.sampling import ConversationDataset
 from vision_tower import AlphaCLIPImageProcessor, Region
 
@@ -31,14 +32,14 @@ BOX = Region.from_box(2, 2, 30, 30)
 @pytest.mark.parametrize("name", ["region", "mask", "masks", "alpha_values"])
 def test_a_misspelt_region_is_an_error(tiny_llava, name):
     with pytest.raises(ValueError, match="regions are passed as regions="):
-        tiny_llava[1](images=noise_picture(60, 40), text=prompt("What?"), **{name: BOX})
+        tiny_llava[1](images=noise_image(60, 40), text=prompt("What?"), **{name: BOX})
 
 
 def test_a_stock_image_processor_is_refused():
     model, processor = build_tiny_llava()
     stock = build_llava_processor(CLIPImageProcessor(), processor.tokenizer, model.config)
     with pytest.raises(ValueError, match="would drop every region"):
-        stock(images=noise_picture(60, 40), text=prompt("What?"), regions=BOX)
+        stock(images=noise_image(60, 40), text=prompt("What?"), regions=BOX)
 
 
 def clip_llava(folder):
@@ -109,14 +110,14 @@ def test_a_mask_file_is_turned_as_its_picture_is(tmp_path):
 
 
 def test_numbers_too_large_fail_alone_in_a_batch(tiny_llava_dir, tmp_path):
-    noise_picture(60, 40).save(tmp_path / "a.png")
+    noise_image(60, 40).save(tmp_path / "a.png")
     regions = [{"box": [0, 0, 10, 10]}, {"box": [0, 0, 10, 10**400]}]
     regions.append({"rle": {"size": [10**6, 10**6], "counts": [0, 10**12]}})
     lines = [json.dumps({"id": i, "image": "a.png", "region": region}) for i, region in enumerate(regions)]
     (tmp_path / "r.jsonl").write_text("\n".join(lines) + "\n")
     flags = ["--model", tiny_llava_dir, "--batch", tmp_path / "r.jsonl", "--output", tmp_path / "o.jsonl"]
     assert region_chat([str(flag) for flag in [*flags, "--max-new-tokens", 2]]) == 1
-    answers = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    answers = read_json_lines(tmp_path / "o.jsonl")
     assert ["answer" in answer for answer in answers] == [True, False, False]
 
 
@@ -133,7 +134,7 @@ def test_strength_on_the_command_line():
 
 def test_the_picture_is_never_overwritten(tmp_path, capsys):
     picture = tmp_path / "own.png"
-    noise_picture(60, 40).save(picture)
+    noise_image(60, 40).save(picture)
     before = picture.read_bytes()
     flags = ["--image", str(picture), "--box", "1,1,20,20"]
     assert region_chat([*flags, "--ask", "x", "--save-overlay", str(picture)]) == 2
@@ -141,10 +142,10 @@ def test_the_picture_is_never_overwritten(tmp_path, capsys):
 
 
 def test_a_broken_config_is_one_line(tmp_path, capsys):
-    noise_picture(60, 40).save(tmp_path / "a.png")
-    config = json.loads((EMBEDDED_MODEL / "config.json").read_text())
+    noise_image(60, 40).save(tmp_path / "a.png")
+    config = read_json(EMBEDDED_MODEL / "config.json")
     config["vision_config"]["hidden_size"] = "abc"
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_json(tmp_path / "config.json", config)
     flags = ["--model", str(tmp_path), "--image", str(tmp_path / "a.png"), "--box", "1,1,9,9", "--ask", "x"]
     assert region_chat(flags) == 2
     error = capsys.readouterr().err
@@ -161,7 +162,7 @@ def test_stock_image_settings_beside_our_tokenizer(tiny_llava_dir, tmp_path):
     shutil.copytree(tiny_llava_dir, tmp_path / "mixed")
     (tmp_path / "mixed" / "processor_config.json").unlink()
     settings = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}}
-    (tmp_path / "mixed" / "preprocessor_config.json").write_text(json.dumps(settings))
+    write_json(tmp_path / "mixed" / "preprocessor_config.json", settings)
     _, processor = mllm.load(tmp_path / "mixed", device="cpu")
     assert isinstance(processor.image_processor, AlphaCLIPImageProcessor)
     assert processor.image_processor.geometry == "pad"

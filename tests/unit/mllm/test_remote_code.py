@@ -1,7 +1,6 @@
 """The source files beside a saved processor: flat, few, and in need of nothing but what Transformers itself needs."""
 
 import ast
-import json
 import sys
 from types import ModuleType
 
@@ -9,6 +8,7 @@ import pytest
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 from mllm.remote_code import flat_sources
+from tests.files import read_json
 from tests.tiny import build_tiny_blip2, build_tiny_llava
 
 PROCESSORS = {"llava": build_tiny_llava, "blip2": lambda: build_tiny_blip2("opt")}
@@ -33,7 +33,7 @@ def test_sources_are_flat_and_need_little(folder):
 
 
 def test_transformers_finds_all_of_them(folder):
-    saved = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+    saved = read_json(folder / "processor_config.json")
     found = set()
     for auto, record in (("AutoProcessor", saved), ("AutoImageProcessor", saved["image_processor"])):
         root = folder / f"{record['auto_map'][auto].partition('.')[0]}.py"

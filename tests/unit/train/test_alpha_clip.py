@@ -1,7 +1,6 @@
 """Contrastive training: exactly which weights move, what is saved and goes on, what is refused."""
 
 import functools
-import json
 import shutil
 import signal
 
@@ -15,7 +14,10 @@ from eval.region_matching import described_images, score_region_text
 from mllm.data.readers.grit import read_grit
 from mllm.data.readers.visual_genome import read_regions
 from mllm.data.shapes import grit_layout, visual_genome_layout
-from tests.tiny import build_tiny_clip, noise_picture
+from tests.files import read_json, write_json_lines
+from tests.tensors import changed_tensors
+from tests.tiny import build_tiny_clip, noise_image, save_model
+from tests.training import train, write_splits
 from train import alpha_clip
 from train.contrastive import trainer as contrastive_trainer
 from train.contrastive.losses import released_learning_rate_factor
@@ -31,9 +33,7 @@ PLAIN = ("--optim", "sgd", "--max_grad_norm", 0, "--lr_scheduler_type", "constan
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes")
-    for split in ("train", "val", "test"):
-        grit_layout.write(folder / split, 6, 1, split, min_objects=1, progress=False)
-    return folder
+    return write_splits(grit_layout, folder, 6, ("train", "val", "test"), min_objects=1)
 
 
 @pytest.fixture(scope="module")
@@ -46,25 +46,17 @@ def saved(folder, alpha_std=0.3, **vision):
     model, processor = build_tiny_clip(alpha_std=alpha_std)
     for name, value in vision.items():
         setattr(model.config.vision_config, name, value)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save_model(folder, model, processor)
 
 
 def run(start, data, out, *flags):
-    arguments = ["--model", start, "--data", data / "train", data / "val", "--output_dir", out, "--max_steps", 2]
-    arguments += ["--per_device_train_batch_size", 4, "--dataloader_drop_last", "true", "--regions_per_image", 4]
-    arguments += "--use_cpu true --disable_tqdm true --learning_rate 1e-2 --logging_steps 1 --save_strategy no".split()
-    return alpha_clip.main([str(argument) for argument in (*arguments, *flags)])
+    batch = ("--per_device_train_batch_size", 4, "--dataloader_drop_last", "true", "--regions_per_image", 4)
+    settings = "--learning_rate 1e-2 --logging_steps 1 --save_strategy no".split()
+    return train(alpha_clip, start, (data / "train", data / "val"), out, *batch, *settings, *flags)
 
 
 def weights(folder):
     return AlphaCLIPModel.from_pretrained(folder).state_dict()
-
-
-def moved(before, after):
-    assert before.keys() == after.keys()
-    return {name for name in before if not torch.equal(before[name], after[name])}
 
 
 def of_parts(names, *prefixes):
@@ -77,7 +69,7 @@ def largest_difference(one, two):
 
 
 def log(out):
-    return json.loads((out / "training_record.json").read_text())["log"]
+    return read_json(out / "training_record.json")["log"]
 
 
 def error_line(capsys):
@@ -103,7 +95,7 @@ TOWER = ("vision_model.", "visual_projection.")
 def test_image_tower_projection_and_alpha_move_and_nothing_else(start, data, tmp_path):
     assert run(start, data, tmp_path) == 0
     before = weights(start)
-    names = moved(before, weights(tmp_path))
+    names = changed_tensors(before, weights(tmp_path))
     assert ALPHA in names and of_parts(names, *TOWER) == of_parts(before, *TOWER)
     assert all(name.startswith(TOWER) for name in names)  # no text tower, no temperature
 
@@ -112,18 +104,20 @@ def test_the_last_blocks_alone(start, data, tmp_path):
     assert run(start, data, tmp_path, "--train_blocks", 1) == 0
     before = weights(start)
     parts = "vision_model.encoder.layers.2.", "vision_model.post_layernorm.", "visual_projection.", ALPHA
-    names = moved(before, weights(tmp_path))
+    names = changed_tensors(before, weights(tmp_path))
     assert of_parts(names, "") == of_parts(before, *parts) and all(name.startswith(parts) for name in names)
 
 
 def test_no_block_at_all(start, data, tmp_path):
     assert run(start, data, tmp_path, "--train_blocks", 0, "--train_parts", "vision_model") == 0
-    assert moved(weights(start), weights(tmp_path)) == {f"vision_model.post_layernorm.{n}" for n in ("weight", "bias")}
+    assert changed_tensors(weights(start), weights(tmp_path)) == {
+        f"vision_model.post_layernorm.{n}" for n in ("weight", "bias")
+    }
 
 
 def test_alpha_alone(start, data, tmp_path):
     assert run(start, data, tmp_path, "--train_parts", "alpha") == 0
-    assert moved(weights(start), weights(tmp_path)) == {ALPHA}
+    assert changed_tensors(weights(start), weights(tmp_path)) == {ALPHA}
 
 
 @pytest.mark.parametrize("parts", [("alpha",), ("vision_model", "visual_projection", "alpha")])
@@ -142,7 +136,7 @@ def test_lora_and_the_named_parts(start, data, tmp_path, trainers, parts):
     assert torch.equal(here, there)
     adapted = {n for n in before if n.startswith("vision_model.encoder.layers.") and before[n].ndim == 2}
     expected = adapted | {ALPHA} | ({"visual_projection.weight"} if len(parts) == 3 else set())
-    assert moved(before, reloaded.merge_and_unload().state_dict()) == expected
+    assert changed_tensors(before, reloaded.merge_and_unload().state_dict()) == expected
 
 
 def test_a_clip_trained_from_nothing_keeps_its_alpha_at_zero(data, tmp_path, caplog):
@@ -153,7 +147,7 @@ def test_a_clip_trained_from_nothing_keeps_its_alpha_at_zero(data, tmp_path, cap
     assert run(start, data, tmp_path / "out", "--train_parts", *parts, *flags) == 0
     assert "no captions" not in caplog.text
     before, after = weights(start), weights(tmp_path / "out")
-    assert of_parts(moved(before, after), "") == of_parts(before, "") - {ALPHA}
+    assert of_parts(changed_tensors(before, after), "") == of_parts(before, "") - {ALPHA}
     assert torch.equal(after[ALPHA], torch.zeros_like(after[ALPHA])) and after["logit_scale"].ndim == 0
 
 
@@ -161,8 +155,8 @@ def test_same_seed_same_model(start, data, tmp_path):
     flags = "--region_input", "mixed", "--mask_jitter", 2, "--max_blur", 0.02, "--min_strength", 0.5
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         assert run(start, data, tmp_path / name, "--seed", seed, *flags) == 0
-    assert not moved(weights(tmp_path / "a"), weights(tmp_path / "b"))
-    assert moved(weights(tmp_path / "a"), weights(tmp_path / "c"))
+    assert not changed_tensors(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert changed_tensors(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
 def test_the_temperature_can_be_set_and_is_frozen(start, data, tmp_path):
@@ -268,7 +262,7 @@ def test_patch_tokens_have_a_gradient_where_llava_reads_them(start, data, tmp_pa
 def test_what_is_saved_tells_two_regions_apart(data, tmp_path):
     start = saved(tmp_path / "start", alpha_std=0)  # it cannot
     assert run(start, data, tmp_path / "out", "--geometry", "stretch") == 0
-    wide, regions = noise_picture(40, 24), [Region.from_box(0, 0, 12, 24), Region.from_box(20, 4, 40, 20)]
+    wide, regions = noise_image(40, 24), [Region.from_box(0, 0, 12, 24), Region.from_box(20, 4, 40, 20)]
 
     def embeddings(folder):
         model, processor = AlphaCLIPModel.from_pretrained(folder), AlphaCLIPProcessor.from_pretrained(folder)
@@ -282,7 +276,7 @@ def test_what_is_saved_tells_two_regions_apart(data, tmp_path):
     assert not torch.equal(one, two)
     assert processor.image_processor.geometry == "stretch"
     assert (inputs["pixel_values"][0, 3, :, :8] > 1.9).all()  # stretched: no padding above
-    record = json.loads((tmp_path / "out" / "training_record.json").read_text())
+    record = read_json(tmp_path / "out" / "training_record.json")
     assert record["run"]["geometry"] == "stretch" and record["skipped_pictures"] == []
 
 
@@ -299,7 +293,7 @@ def test_evaluation_while_training_is_that_of_the_saved_model(start, data, tmp_p
     assert set(scores) == {"top1", "top1_same_image", "cosine_same_image", "whole_top1"}
     assert {name: evaluations[-1][f"eval_{name}"] for name in scores} == pytest.approx(scores, abs=1e-6)
     assert run(start, data, tmp_path / "without") == 0
-    assert not moved(weights(tmp_path / "out"), weights(tmp_path / "without"))
+    assert not changed_tensors(weights(tmp_path / "out"), weights(tmp_path / "without"))
 
 
 # data
@@ -316,7 +310,7 @@ def write_jsonl(folder, of_scenes):
         for sample in read_regions(of_scenes)
     ]
     folder.mkdir()
-    (folder / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_json_lines(folder / "own.jsonl", lines)
     return folder / "own.jsonl"
 
 
@@ -333,10 +327,10 @@ def test_every_layout_trains_alpha(start, tmp_path, layout):
         folder, form = write_jsonl(tmp_path / "own", folder), "box"
     flags = "--train_parts", "alpha", "--region_input", form, "--data", folder
     assert run(start, tmp_path, tmp_path / "out", *flags) == 0
-    assert moved(weights(start), weights(tmp_path / "out")) == {ALPHA}
+    assert changed_tensors(weights(start), weights(tmp_path / "out")) == {ALPHA}
     (index,) = tmp_path.glob("*/*region_index/index.json")
     made_of = {"Visual Genome": "Visual Genome's", "RefCOCOg": "RefCOCO's", "JSONL": "JSONL"}.get(layout, "GRIT's")
-    assert json.loads(index.read_text())["made_of"].startswith(made_of)
+    assert read_json(index)["made_of"].startswith(made_of)
 
 
 # what goes wrong
@@ -362,7 +356,7 @@ def test_a_loss_that_is_no_number_ends_the_run_which_goes_on_afterwards(start, d
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # given back: the next Ctrl-C is heard
     monkeypatch.undo()
     assert run(start, data, tmp_path / "out", *flags) == 0
-    assert not moved(weights(tmp_path / "undisturbed"), weights(tmp_path / "out"))
+    assert not changed_tensors(weights(tmp_path / "undisturbed"), weights(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("chunk", [0, 3])
@@ -383,8 +377,7 @@ def wrong_models(tmp_path_factory):
     stored["text_projection.weight"] = stored["text_projection.weight"][:8].clone()
     save_file(stored, folder / "widths" / "model.safetensors", {"format": "pt"})
     model, processor = build_tiny_clip()
-    model.vision_model.save_pretrained(folder / "tower")
-    processor.save_pretrained(folder / "tower")
+    save_model(folder / "tower", model.vision_model, processor)
     saved(folder / "part")
     stored = load_file(folder / "part" / "model.safetensors")
     del stored["vision_model.encoder.layers.1.mlp.fc1.weight"]
@@ -412,7 +405,7 @@ def test_what_is_no_clip_is_refused_in_one_line(wrong_models, data, tmp_path, ca
 
 
 def test_a_hub_id_without_network_is_refused_at_once(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("mllm.loading.hub_answers", lambda: False)
+    monkeypatch.setattr("mllm.hub.hub_is_available", lambda: False)
     assert run("nobody/no-clip", data, tmp_path / "out") == 2
     assert "got 'nobody/no-clip': there is no such directory, and no such model on a hub" in error_line(capsys)
 
@@ -464,10 +457,10 @@ def test_a_finished_run_is_not_written_over_by_another(start, data, tmp_path, ca
 def test_a_mask_of_another_size_than_its_picture_is_left_out_and_listed(start, data, tmp_path, capsys):
     lines = []
     for number, side in enumerate((40, 41)):
-        noise_picture(40, 40).save(tmp_path / f"{number}.png")
+        noise_image(40, 40).save(tmp_path / f"{number}.png")
         region = Region.from_mask(np.eye(40, side)).to_json()
         lines.append({"image": f"{number}.png", "region": region, "answer": "a cat"})
-    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_json_lines(tmp_path / "mine.jsonl", lines)
     flags = "--data", tmp_path / "mine.jsonl", "--region_input", "mask", "--per_device_train_batch_size", 1
     assert run(start, data, tmp_path / "some", *flags, "--max_missing", 0.5) == 0
     (skipped,) = (tmp_path / "some" / "skipped.jsonl").read_text().splitlines()

@@ -1,13 +1,13 @@
 """Recipes first, flags win, unknown keys are errors; every shipped recipe parses."""
 
 import contextlib
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
 import train
+from tests.files import write_json
 from train.arguments import parse_args
 from train.contrastive import arguments
 
@@ -156,7 +156,7 @@ def test_bad_contrastive_recipes(tmp_path, content, message):
 def test_zero_stage_0_in_16_bits_is_refused(tmp_path, stage, is_refused):
     """It keeps no float32 weights within reach: what it saved would be rounded."""
     file = tmp_path / "own.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": stage}, "bf16": {"enabled": "auto"}}))
+    write_json(file, {"zero_optimization": {"stage": stage}, "bf16": {"enabled": "auto"}})
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"deepspeed: {file}")
     expected = pytest.raises(ValueError, match="is of ZeRO stage 0") if is_refused else contextlib.nullcontext()

@@ -1,7 +1,6 @@
 """The training entry point: what moves and what does not, what comes out, what is refused."""
 
 import copy
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +9,10 @@ import torch
 import mllm
 from mllm.data.shapes import visual_genome_layout
 from mllm.loading import EMBEDDED_MODEL
-from tests.tiny import build_tiny_blip2, build_tiny_llava
+from tests.files import read_json
+from tests.tensors import changed_tensors
+from tests.tiny import build_tiny_blip2, build_tiny_llava, save_model
+from tests.training import train, write_splits
 from train import finetune
 from train.optimizers import MuonWithAdamW
 
@@ -19,49 +21,22 @@ ALPHA = "model.vision_tower.embeddings.patch_embedding.alpha.weight"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shapes")
-    for split in ("train", "test", "val"):
-        visual_genome_layout.write(folder / split, 4, 1, split, progress=False)
-    return folder
+    return write_splits(visual_genome_layout, tmp_path_factory.mktemp("shapes"), 4, ("train", "test", "val"))
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("start")
-    model, processor = build_tiny_llava()
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    return save_model(folder, *build_tiny_llava())
 
 
 def run(start, data, out, *flags):
-    arguments = [
-        "--model",
-        start,
-        "--data",
-        data,
-        "--output_dir",
-        out,
-        "--max_steps",
-        2,
-        "--per_device_train_batch_size",
-        2,
-    ]
-    arguments += [
-        "--use_cpu",
-        "true",
-        "--report_to",
-        "none",
-        "--disable_tqdm",
-        "true",
-        *flags,
-    ]
-    return finetune.main([str(argument) for argument in arguments])
+    return train(finetune, start, [data], out, "--report_to", "none", *flags)
 
 
 def moved(start, out):
     before, after = (mllm.load(folder, device="cpu", dtype=torch.float32)[0].state_dict() for folder in (start, out))
-    return {name for name in before if not torch.equal(before[name], after[name])}
+    return changed_tensors(before, after)
 
 
 @pytest.mark.parametrize("optimizer", ["trainer", pytest.param("muon", marks=pytest.mark.slow)])
@@ -76,7 +51,7 @@ def test_training_moves_all_that_reaches_the_loss(start, data, tmp_path, optimiz
     key_bias = {n for n in everything if n.endswith("k_proj.bias")}
     assert not names & unread
     assert everything - unread - key_bias <= names
-    record = json.loads((tmp_path / "out" / "training_record.json").read_text())
+    record = read_json(tmp_path / "out" / "training_record.json")
     assert record["run"]["optimizer"] == optimizer
     assert record["run"]["max_steps"] == 2 and record["run"]["data"][0].endswith("train")
 
@@ -100,8 +75,7 @@ def test_unknown_parts_are_refused(start, data, tmp_path, capsys):
 def test_blip2_trains_its_parts(data, tmp_path):
     model, processor = build_tiny_blip2("opt")
     model.config.text_config.eos_token_id = 13  # released ones end at a newline
-    model.save_pretrained(tmp_path / "start")
-    processor.save_pretrained(tmp_path / "start")
+    save_model(tmp_path / "start", model, processor)
     flags = "--train_parts", "query_tokens", "qformer", "--learning_rate", "1e-2"
     assert run(tmp_path / "start", data / "train", tmp_path / "out", *flags) == 0
     names = moved(tmp_path / "start", tmp_path / "out")

@@ -1,7 +1,5 @@
 """LoRA: exactly which parameters move, what the adapter holds, that it loads where it was trained and nowhere else."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,7 +8,10 @@ import mllm
 from alpha_clip_commands.training.tuning_arguments import ModelArguments
 from mllm.data.shapes import visual_genome_layout
 from mllm.loading import load_adapter
-from tests.tiny import build_tiny_blip2, build_tiny_llava, prompt
+from tests.files import read_json
+from tests.tensors import changed_tensors
+from tests.tiny import build_tiny_blip2, build_tiny_llava, prompt, save_model
+from tests.training import train, write_splits
 from train import finetune
 from train.lora import linear_layers, original_name, part_of, parts_of, prepare_model, trained_table
 
@@ -19,10 +20,7 @@ LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shapes")
-    for split in ("train", "val"):
-        visual_genome_layout.write(folder / split, 4, 1, split, progress=False)
-    return folder
+    return write_splits(visual_genome_layout, tmp_path_factory.mktemp("shapes"), 4)
 
 
 @pytest.fixture(scope="module")
@@ -34,15 +32,13 @@ def starts(tmp_path_factory):
         "t5": build_tiny_blip2("t5"),
     }.items():
         folders[name] = tmp_path_factory.mktemp(name)
-        model.save_pretrained(folders[name])
-        processor.save_pretrained(folders[name])
+        save_model(folders[name], model, processor)
     return folders
 
 
 def tune(start, data, out, *flags):
-    arguments = ["--model", start, "--data", data / "train", data / "val", "--output_dir", out, "--lora_r", 2]
-    arguments += ["--use_cpu", "true", "--max_steps", 2, "--per_device_train_batch_size", 2, "--disable_tqdm", "true"]
-    return finetune.main([str(argument) for argument in (*arguments, "--learning_rate", "1e-2", *flags)])
+    splits = (data / "train", data / "val")
+    return train(finetune, start, splits, out, "--lora_r", 2, "--learning_rate", "1e-2", *flags)
 
 
 def weights(start, adapter=None):
@@ -54,9 +50,7 @@ def weights(start, adapter=None):
 
 
 def moved(start, out):
-    before, after = weights(start), weights(start, out)
-    assert before.keys() == after.keys()
-    return {name for name in before if not torch.equal(before[name], after[name])}
+    return changed_tensors(weights(start), weights(start, out))
 
 
 def adapted(start, prefixes):
@@ -107,7 +101,7 @@ def test_the_adapter_is_complete_small_and_answers_by_region(starts, data, tmp_p
     assert sum(name.endswith("patch_embedding.alpha.weight") for name in stored) == 1 and len(stored) == 29
     model, processor = mllm.load(starts["llava"], adapter=tmp_path, device="cpu")
     assert (tmp_path / "processor_config.json").exists()
-    record = json.loads((tmp_path / "training_record.json").read_text())
+    record = read_json(tmp_path / "training_record.json")
     assert record["run"]["lora_r"] == 2 and record["skipped_pictures"] == []
     from mllm.data.readers.visual_genome import read_regions
 

@@ -1,9 +1,8 @@
 """Which settings make a run: a checkpoint is resumed under the same ones, and refused under any other."""
 
-import json
-
 import pytest
 
+from tests.files import write_json
 from train import arguments
 from train.contrastive import arguments as contrastive_arguments
 from train.output import WHOLE, held_output
@@ -23,7 +22,7 @@ def parsed(program, out, *flags):
 
 def store(program, checkpoint):
     _, run = parsed(program, checkpoint.parent)
-    (checkpoint / WHOLE).write_text(json.dumps({"step": 2, "run": run}))
+    write_json(checkpoint / WHOLE, {"step": 2, "run": run})
 
 
 def resumed(program, out, *flags):

@@ -1,6 +1,5 @@
 """The index and the conversations drawn from it."""
 
-import json
 from collections import Counter
 
 import numpy as np
@@ -12,6 +11,7 @@ from mllm.data.prepare import make_index
 from mllm.data.readers.visual_genome import read_free_questions, read_region_questions, read_regions
 from mllm.data.shapes import visual_genome_layout
 from mllm.data.templates import DESCRIBE_REGION_WORDINGS
+from tests.files import read_json, read_json_lines, write_json
 from train.sampling import ConversationDataset, EpochSampler, draw_region, group_rows
 from vision_tower import Region
 
@@ -211,7 +211,7 @@ def test_a_damaged_picture_is_replaced_counted_and_too_many_stop(tmp_path):
     for number in damaged * 2:
         (turns,) = samples[number]
         assert turns[0]["content"][0]["image"].size == (96, 96)
-    listed = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    listed = read_json_lines(tmp_path / "skipped.jsonl")
     assert {entry["image"] for entry in listed} == {str(folder / "VG_100K" / "2.png")}
     assert sorted(entry["position"] for entry in listed) == damaged
     (folder / "VG_100K" / "4.png").unlink()
@@ -226,14 +226,14 @@ def test_an_index_cut_short_or_of_other_files_is_refused(root, tmp_path):
         RegionIndex(tmp_path)
     copy = tmp_path / "index"
     shutil.copytree(root / "region_index", copy)
-    record = json.loads((copy / "index.json").read_text())
-    (copy / "index.json").write_text(json.dumps({**record, "regions": record["regions"] + 1}))
+    record = read_json(copy / "index.json")
+    write_json(copy / "index.json", {**record, "regions": record["regions"] + 1})
     with pytest.raises(ValueError, match="not written to its end"):
         RegionIndex(copy)
-    (copy / "index.json").write_text(json.dumps({**record, "format": 0}))
+    write_json(copy / "index.json", {**record, "format": 0})
     with pytest.raises(ValueError, match="format 0"):
         RegionIndex(copy)
-    (copy / "index.json").write_text(json.dumps(record))
+    write_json(copy / "index.json", record)
     content = (copy / "regions.arrow").read_bytes()
     (copy / "regions.arrow").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="damaged"):

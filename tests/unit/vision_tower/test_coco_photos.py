@@ -11,7 +11,6 @@ of the center crop must be refused.
 """
 
 import io
-import json
 
 import numpy as np
 import pytest
@@ -20,6 +19,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from mllm.data.samples import load_image
+from tests.drawn_back import alpha_map
+from tests.files import read_json
 from vision_tower import AlphaCLIPImageProcessor, Region
 from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 
@@ -133,7 +134,7 @@ def check_photo(folder, image, annotations, worst):
             same = processor(source, inside[0][1], geometry=geometry)["pixel_values"]
             assert np.array_equal(same[0], values[0])
         for (form, _, mask), value in zip(inside, values, strict=True):
-            alpha = value[3] * ALPHA_STD + ALPHA_MEAN
+            alpha = alpha_map(value)
             ours, theirs = (drawn_back(one, geometry, height, width) for one in (alpha, shown(mask, geometry)))
             iou = overlap(ours, theirs)
             worst[form, geometry] = min(worst.get((form, geometry), (2,)), (iou, image["id"]))
@@ -142,7 +143,7 @@ def check_photo(folder, image, annotations, worst):
 
 def check(shared_data, images, most=None):
     folder = shared_data / "coco_photos"
-    records = json.loads((folder / "instances.json").read_text())
+    records = read_json(folder / "instances.json")
     worst, count = {}, 0
     for image in records["images"][images]:
         of_image = [one for one in records["annotations"] if one["image_id"] == image["id"]][:most]

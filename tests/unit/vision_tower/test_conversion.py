@@ -2,27 +2,20 @@
 
 import os
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from tests.tensors import fixture_tensors, same_tensors
 from tests.tiny import tiny_clip_config
 from vision_tower import AlphaCLIPVisionConfig, AlphaCLIPVisionModel, conversion
-
-FIXTURE = Path(__file__).parents[2] / "parity" / "data" / "alpha_clip_original.safetensors"
 
 
 @pytest.fixture
 def original():
     """An original checkpoint: 2 blocks, width 128, patch 8, 32 pixels, float16."""
-    content = load_file(FIXTURE)
-    return {key.removeprefix("checkpoint."): t for key, t in content.items() if key.startswith("checkpoint.")}
-
-
-def same(weights, others):
-    return weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights)
+    return fixture_tensors("alpha_clip_original.safetensors")
 
 
 def test_every_size_is_read_off_the_tensors(original):
@@ -50,13 +43,13 @@ def test_files_and_prefixes(original, tmp_path, ending, prefix):
     file = tmp_path / f"weights{ending}"
     named = {prefix + key: tensor for key, tensor in original.items()}
     save_file(named, file) if ending == ".safetensors" else torch.save(named, file)
-    assert same(conversion.read_checkpoint(file), original)
+    assert same_tensors(conversion.read_checkpoint(file), original)
 
 
 def test_openai_spelling_of_the_attention_input(original):
     openai = {key.replace("attn.in_proj.", "attn.in_proj_"): tensor for key, tensor in original.items()}
     assert openai.keys() != original.keys()
-    assert same(conversion.from_original(openai)[1], conversion.from_original(original)[1])
+    assert same_tensors(conversion.from_original(openai)[1], conversion.from_original(original)[1])
 
 
 def test_mixed_dtypes_become_float32(original):
@@ -184,7 +177,7 @@ def test_read_tower_takes_file_and_directory(original, tmp_path):
     tower = AlphaCLIPVisionModel(config).half()
     tower.load_state_dict(weights)
     tower.save_pretrained(tmp_path / "tower")
-    assert same(conversion.read_tower(tmp_path / "tower")[1], weights)
+    assert same_tensors(conversion.read_tower(tmp_path / "tower")[1], weights)
 
 
 def test_read_tower_names_a_directory_with_damaged_weights(tmp_path):

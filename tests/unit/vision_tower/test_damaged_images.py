@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from mllm.data.samples import load_image
-from tests.tiny import noise_picture
+from tests.tiny import noise_image
 from vision_tower import Region, image_decoding
 from vision_tower.image_decoding import DAMAGE_ERRORS, decode_image, image_size
 
@@ -23,7 +23,7 @@ MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I", "F", "I;16")
 EXIF = Image.Exif()
 EXIF[0x0112], EXIF[0x010E], EXIF[0x8769] = 6, "hello", {0x9286: "x"}
 TURNED = EXIF.tobytes()
-FRAMES = {"save_all": True, "append_images": [noise_picture(40, 30, 3)]}
+FRAMES = {"save_all": True, "append_images": [noise_image(40, 30, 3)]}
 COMPRESSIONS = ("packbits", "tiff_lzw", "tiff_adobe_deflate", "jpeg", "group3", "group4", "lzma", "zstd", "webp")
 # format -> options beside none
 OPTIONS = {
@@ -69,7 +69,7 @@ def whole_files(modes=MODES):
     for kind in FORMATS:
         for options in ({}, *OPTIONS.get(kind, [])):
             for mode in modes:
-                image = noise_picture(*((64, 64) if kind in ("ICNS", "ICO") else (40, 30))).convert(mode.split(";")[0])
+                image = noise_image(*((64, 64) if kind in ("ICNS", "ICO") else (40, 30))).convert(mode.split(";")[0])
                 image = image if mode != "I;16" else Image.fromarray(np.asarray(image).astype(np.uint16))
                 file = io.BytesIO()
                 try:
@@ -163,7 +163,7 @@ def test_a_type_error_of_pil_is_a_damaged_file():
 
 @pytest.mark.parametrize("error", [*DAMAGE_ERRORS, NotImplementedError])
 def test_each_exception_of_the_list_becomes_one_line(monkeypatch, tmp_path, error):
-    noise_picture(30, 20).save(tmp_path / "x.png")
+    noise_image(30, 20).save(tmp_path / "x.png")
 
     def fail(self):
         raise error("two\nlines")
@@ -177,7 +177,7 @@ def test_each_exception_of_the_list_becomes_one_line(monkeypatch, tmp_path, erro
 
 @pytest.mark.parametrize("error", [KeyError, AttributeError, MemoryError, ZeroDivisionError, KeyboardInterrupt])
 def test_no_other_exception_is_swallowed(monkeypatch, tmp_path, error):
-    noise_picture(30, 20).save(tmp_path / "x.png")
+    noise_image(30, 20).save(tmp_path / "x.png")
 
     def fail(self):
         raise error("x")

@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 from transformers.image_transforms import convert_to_rgb
 
 from mllm.data.samples import displayed_size, load_image
-from tests.tiny import noise_picture
+from tests.files import encoded_image
+from tests.tiny import noise_image
 from vision_tower import AlphaCLIPImageProcessor, Region, image_decoding
 from vision_tower.image_decoding import decode_image, image_size
 
@@ -21,22 +22,16 @@ MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK",
 TIFF_MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB"]
 
 
-def saved(image, kind="PNG", **options):
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
 def in_mode(mode):
     """A noise image of that mode, partly transparent where the mode can be."""
-    image = noise_picture(30, 20)
+    image = noise_image(30, 20)
     if mode in ("La", "RGBa"):
         return in_mode(mode.upper()).convert(mode)
     if mode == "LAB":
         return Image.merge("LAB", image.split())
     image = image.convert(mode)
     if mode.endswith("A"):
-        image.putalpha(noise_picture(30, 20, seed=1).convert("L"))
+        image.putalpha(noise_image(30, 20, seed=1).convert("L"))
     return image
 
 
@@ -47,7 +42,7 @@ def pixels_of(source, **options):
 
 
 def test_every_kind_of_input_gives_the_same_pixels(tmp_path):
-    image = noise_picture(31, 20)
+    image = noise_image(31, 20)
     image.save(tmp_path / "p.png")
     array = np.asarray(image)
     first = np.moveaxis(array, -1, 0)
@@ -57,10 +52,10 @@ def test_every_kind_of_input_gives_the_same_pixels(tmp_path):
             Image.open(tmp_path / "p.png"),
             str(tmp_path / "p.png"),
             tmp_path / "p.png",
-            saved(image),
-            bytearray(saved(image)),
-            memoryview(saved(image)),
-            io.BytesIO(saved(image)),
+            encoded_image(image),
+            bytearray(encoded_image(image)),
+            memoryview(encoded_image(image)),
+            io.BytesIO(encoded_image(image)),
             file,
             array,
             first,
@@ -115,24 +110,24 @@ def test_modes(mode):
         expected = convert_to_rgb(image, return_numpy=True)
     assert np.array_equal(pixels_of(image), expected)
     if mode in TIFF_MODES:
-        assert np.array_equal(np.asarray(load_image(saved(image, "TIFF"))), expected)
+        assert np.array_equal(np.asarray(load_image(encoded_image(image, "TIFF"))), expected)
     if mode in ("1", "L", "LA", "RGB", "RGBA"):
         array = np.asarray(image)
         assert np.array_equal(pixels_of(array), expected) and np.array_equal(pixels_of(torch.tensor(array)), expected)
 
 
 def palettes():
-    image = noise_picture(30, 20).quantize(8)
+    image = noise_image(30, 20).quantize(8)
     yield "a transparent index", {"transparency": image.getpixel((3, 3))}, image
     yield "transparency as bytes", {"transparency": bytes([0, 60, 255, 200, 0, 0, 9, 255])}, image
-    rgb = noise_picture(30, 20)
+    rgb = noise_image(30, 20)
     yield "a transparent color", {"transparency": rgb.getpixel((3, 3))}, rgb
     yield "a transparent gray", {"transparency": rgb.convert("L").getpixel((3, 3))}, rgb.convert("L")
 
 
 @pytest.mark.parametrize(("name", "options", "image"), list(palettes()), ids=lambda value: str(value)[:30])
 def test_transparency_lies_on_white(name, options, image):
-    content = saved(image, **options)
+    content = encoded_image(image, **options)
     expected = convert_to_rgb(Image.open(io.BytesIO(content)), return_numpy=True)
     assert np.array_equal(pixels_of(content), expected)
     assert np.array_equal(pixels_of(Image.open(io.BytesIO(content))), expected)
@@ -198,7 +193,7 @@ def test_a_dark_16_bit_file_is_not_taken_for_8_bits(tmp_path):
 
 def test_16_bits_give_the_channel_means_of_their_8_bits():
     processor = AlphaCLIPImageProcessor.for_size(32, "stretch")
-    gray = noise_picture(40, 40).convert("L")
+    gray = noise_image(40, 40).convert("L")
     deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * np.uint16(257))
     assert np.array_equal(processor(deep)["pixel_values"], processor(gray)["pixel_values"])
 
@@ -250,7 +245,7 @@ def test_float_and_int32_files_in_no_range_are_refused(tmp_path):
 def test_exif_is_applied_exactly_once(tmp_path, kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored = Image.fromarray(np.kron(noise_picture(3, 2), np.ones((8, 8, 1))).astype(np.uint8))
+    stored = Image.fromarray(np.kron(noise_image(3, 2), np.ones((8, 8, 1))).astype(np.uint8))
     stored.save(tmp_path / "x", kind, exif=exif)
     stored.save(tmp_path / "plain", kind)
     plain = Image.open(tmp_path / "plain").convert("RGB")
@@ -280,7 +275,7 @@ JUNK = [b"Exif\0\0junkjunkjunkjunk", b"junk", b"", b"Exif\0\0II*\0\xff\xff\xff\x
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("junk", JUNK)
 def test_junk_exif_is_ignored(tmp_path, kind, junk):
-    picture = noise_picture(64, 48)
+    picture = noise_image(64, 48)
     picture.save(tmp_path / "x", kind, exif=junk)
     picture.save(tmp_path / "plain", kind)
     expected = pixels_of(tmp_path / "plain")
@@ -310,15 +305,15 @@ def test_the_first_frame_of_a_file_and_the_current_frame_of_a_pil_image(tmp_path
 def test_a_pil_image_is_left_as_it_was():
     exif = Image.Exif()
     exif[0x0112] = 6
-    image = Image.open(io.BytesIO(saved(in_mode("RGBA"), exif=exif)))
+    image = Image.open(io.BytesIO(encoded_image(in_mode("RGBA"), exif=exif)))
     before = image.copy()
     decode_image(image)
     assert image.mode == "RGBA" and image.tobytes() == before.tobytes() and image.getexif()[0x0112] == 6
 
 
 def test_the_limit_of_pixels_comes_before_decoding(tmp_path, monkeypatch):
-    noise_picture(30, 20).save(tmp_path / "x.png")
-    for source in (tmp_path / "x.png", Image.open(tmp_path / "x.png"), np.zeros((20, 30, 3)), noise_picture(30, 20)):
+    noise_image(30, 20).save(tmp_path / "x.png")
+    for source in (tmp_path / "x.png", Image.open(tmp_path / "x.png"), np.zeros((20, 30, 3)), noise_image(30, 20)):
         assert decode_image(source, max_pixels=600).size == (30, 20)
         with pytest.raises(ValueError, match="too many pixels: 30 x 20 = 600, expected at most 599"):
             decode_image(source, max_pixels=599)
@@ -331,7 +326,7 @@ def test_the_limit_of_pixels_comes_before_decoding(tmp_path, monkeypatch):
 
 
 def test_programs_are_not_run(tmp_path, monkeypatch):
-    noise_picture(30, 20).save(tmp_path / "x.eps")
+    noise_image(30, 20).save(tmp_path / "x.eps")
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **kw: pytest.fail("Ghostscript was run"))
     for source in (tmp_path / "x.eps", Image.open(tmp_path / "x.eps")):
         with pytest.raises(ValueError, match="EPS"):
@@ -339,7 +334,7 @@ def test_programs_are_not_run(tmp_path, monkeypatch):
 
 
 def test_a_bug_of_ours_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
-    noise_picture(30, 20).convert("RGBA").save(tmp_path / "x.png")
+    noise_image(30, 20).convert("RGBA").save(tmp_path / "x.png")
 
     def broken(*args, **kwargs):
         raise TypeError("a bug")
@@ -364,7 +359,7 @@ def test_a_turned_tiff_is_the_same_by_name_and_by_content(tmp_path, mode):
     """PIL maps a plain TIFF that it opens by its name into memory, with the size that it will have once turned."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    content = saved(in_mode(mode), "TIFF", exif=exif)
+    content = encoded_image(in_mode(mode), "TIFF", exif=exif)
     (tmp_path / "x.tif").write_bytes(content)
     expected = pixels_of(content)
     assert expected.shape == (30, 20, 3)
@@ -390,7 +385,7 @@ def test_16_bit_color_gives_equal_pixels_as_a_file_and_as_an_array():
 
 def test_a_damaged_length_is_not_allocated(tmp_path):
     """A PNG chunk that states 4 GB: a file would be asked for all of them at once."""
-    content = bytearray(saved(in_mode("L")))
+    content = bytearray(encoded_image(in_mode("L")))
     place = content.index(b"IDAT")
     content[place - 4 : place] = b"\xff\xff\xff\xff"
     (tmp_path / "x.png").write_bytes(content)

@@ -3,7 +3,6 @@ alpha.
 """
 
 import base64
-import io
 import time
 
 import numpy as np
@@ -23,9 +22,11 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_STD
 
-from tests.tiny import noise_picture
+from tests.drawn_back import alpha_map
+from tests.files import encoded_image
+from tests.tiny import noise_image
 from vision_tower import AlphaCLIPImageProcessor, Region, image_processing_alpha_clip
-from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD, WHOLE_IMAGE
+from vision_tower.alpha_embedding import WHOLE_IMAGE
 
 SIDE = 64
 SIZES = [(100, 60), (60, 100), (80, 80), (64, 64), (61, 97), (33, 40)]
@@ -34,10 +35,6 @@ SIZES = [(100, 60), (60, 100), (80, 80), (64, 64), (61, 97), (33, 40)]
 def build(geometry):
     size = {"height": SIDE, "width": SIDE}
     return AlphaCLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=size, geometry=geometry)
-
-
-def alpha_of(pixel_values):
-    return pixel_values[:, 3] * ALPHA_STD + ALPHA_MEAN
 
 
 def stock_processors(crop, pad, stretch):
@@ -49,7 +46,7 @@ def stock_processors(crop, pad, stretch):
 @pytest.mark.parametrize("size", SIZES)
 def test_rgb_equals_the_stock_processors(size):
     """Transformers' PIL processors, which are the default where torchvision is not installed."""
-    image = noise_picture(*size)
+    image = noise_image(*size)
     stock = stock_processors(CLIPImageProcessorPil, LlavaImageProcessorPil, BlipImageProcessorPil)
     for geometry, processor in stock.items():
         ours = build(geometry)(image, Region.from_box(5, 5, 30, 30), return_tensors="pt")["pixel_values"]
@@ -62,7 +59,7 @@ def test_rgb_equals_the_stock_processors(size):
 def test_rgb_is_close_to_the_processors_of_torchvision(size):
     """Where it is installed, they are Transformers' default."""
     pytest.importorskip("torchvision")
-    image = noise_picture(*size).filter(ImageFilter.GaussianBlur(1))  # edges as photographs have them
+    image = noise_image(*size).filter(ImageFilter.GaussianBlur(1))  # edges as photographs have them
     for geometry, processor in stock_processors(CLIPImageProcessor, LlavaImageProcessor, BlipImageProcessor).items():
         ours = build(geometry)(image, return_tensors="pt")["pixel_values"][:, :3]
         theirs = processor(image, return_tensors="pt")["pixel_values"]
@@ -83,19 +80,19 @@ def test_alpha_moves_as_the_picture_does(geometry, size):
     processor.resample = Image.Resampling.BILINEAR
     values = processor(Image.fromarray(white), Region.from_box(*box), return_tensors="pt")["pixel_values"]
     # PIL resizes uint8 with rounding: half a step of 255 in each of its two passes
-    assert (values[:, 0] - alpha_of(values)).abs().max() < 1.5 / 255
+    assert (values[:, 0] - alpha_map(values)).abs().max() < 1.5 / 255
 
 
 @pytest.mark.parametrize("geometry", ["crop", "pad", "stretch"])
 @pytest.mark.parametrize("region", [Region.whole(), None, Region.from_box(3, 3, 9, 9, strength=0)])
 def test_whole_image_is_alpha_one_everywhere(geometry, region):
-    values = build(geometry)(noise_picture(100, 50), region, return_tensors="pt")["pixel_values"]
+    values = build(geometry)(noise_image(100, 50), region, return_tensors="pt")["pixel_values"]
     assert (values[:, 3] == torch.tensor(WHOLE_IMAGE)).all()
 
 
 def test_padding_has_alpha_zero_for_a_region():
-    values = build("pad")(noise_picture(128, 64), Region.from_box(0, 0, 128, 64), return_tensors="pt")["pixel_values"]
-    alpha = alpha_of(values)[0]
+    values = build("pad")(noise_image(128, 64), Region.from_box(0, 0, 128, 64), return_tensors="pt")["pixel_values"]
+    alpha = alpha_map(values)[0]
     assert alpha[:14].abs().max() < 1e-6 and alpha[-14:].abs().max() < 1e-6
     assert (alpha[18:46] == 1).all()
     assert values[0, 3].min() == pytest.approx(-WHOLE_IMAGE)
@@ -105,15 +102,15 @@ def test_padding_has_alpha_zero_for_a_region():
 @pytest.mark.parametrize("size", [(4000, 3000), (3000, 4000), (90, 70)])
 def test_one_pixel_leaves_a_trace(geometry, size):
     x, y = size[0] // 2 + 3, size[1] // 2 - 5
-    alpha = alpha_of(
-        build(geometry)(noise_picture(*size), Region.from_box(x, y, x + 1, y + 1), return_tensors="pt")["pixel_values"]
+    alpha = alpha_map(
+        build(geometry)(noise_image(*size), Region.from_box(x, y, x + 1, y + 1), return_tensors="pt")["pixel_values"]
     )
     assert alpha.max() == pytest.approx(1)
     assert alpha.bfloat16().max() > 0.9
 
 
 def test_regions_of_one_image_equal_separate_calls_and_decode_once(monkeypatch):
-    image = noise_picture(100, 60)
+    image = noise_image(100, 60)
     regions = [Region.from_box(5, 5, 30, 30), Region.from_points([[50, 30]], radius=9), None]
     processor = build("pad")
     separate = torch.cat([processor(image, region, return_tensors="pt")["pixel_values"] for region in regions])
@@ -130,7 +127,7 @@ def test_regions_of_one_image_equal_separate_calls_and_decode_once(monkeypatch):
 
 
 def test_exif_orientation_is_applied(tmp_path):
-    image = noise_picture(40, 20)
+    image = noise_image(40, 20)
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by a quarter: 20 wide, 40 high
     image.save(tmp_path / "turned.png", exif=exif)
@@ -147,7 +144,7 @@ def test_save_and_load(tmp_path):
     assert type(again) is AlphaCLIPImageProcessor
     assert again.to_dict() == processor.to_dict()
     assert "regions" not in again.to_dict()
-    image, region = noise_picture(50, 90), Region.from_box(1, 1, 40, 40)
+    image, region = noise_image(50, 90), Region.from_box(1, 1, 40, 40)
     assert torch.equal(
         again(image, region, return_tensors="pt")["pixel_values"],
         processor(image, region, return_tensors="pt")["pixel_values"],
@@ -161,7 +158,7 @@ def test_any_box_any_geometry(width, height, data):
     region = Region.from_box(x, y, data.draw(st.integers(x + 1, width)), data.draw(st.integers(y + 1, height)))
     geometry = data.draw(st.sampled_from(["crop", "pad", "stretch"]))
     try:
-        alpha = alpha_of(build(geometry)(noise_picture(width, height), region, return_tensors="pt")["pixel_values"])
+        alpha = alpha_map(build(geometry)(noise_image(width, height), region, return_tensors="pt")["pixel_values"])
     except ValueError as error:
         assert geometry == "crop" and "outside the centre crop" in str(error)
         return
@@ -184,11 +181,11 @@ def test_any_box_any_geometry(width, height, data):
 )
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
-        call(build("crop"), noise_picture(60, 40))
+        call(build("crop"), noise_image(60, 40))
 
 
 def test_the_text_of_a_region_is_that_region():
-    image, region = noise_picture(60, 40), Region.from_box(20, 10, 40, 30)
+    image, region = noise_image(60, 40), Region.from_box(20, 10, 40, 30)
     expected = build("pad")(image, region)["pixel_values"]
     for regions, images in (("box:20,10,40,30", image), (["box:20,10,40,30"], image), (["box:20,10,40,30"], [image])):
         assert np.array_equal(build("pad")(images, regions)["pixel_values"], expected)
@@ -196,7 +193,7 @@ def test_the_text_of_a_region_is_that_region():
 
 def test_a_region_outside_the_centre_crop_is_an_error():
     with pytest.raises(ValueError, match="use geometry='pad'"):
-        build("crop")(noise_picture(300, 60), Region.from_box(0, 0, 20, 20))
+        build("crop")(noise_image(300, 60), Region.from_box(0, 0, 20, 20))
 
 
 def test_settings_that_would_part_picture_and_alpha_are_refused():
@@ -269,7 +266,7 @@ SHAPES = [
 def test_padding_without_the_square_is_bit_equal(monkeypatch, resample, strip):
     monkeypatch.setattr(image_processing_alpha_clip, "_STRIP", strip)
     for shape in SHAPES:
-        image = noise_picture(*shape)
+        image = noise_image(*shape)
         for side in (1, 7, 64):
             ours = image_processing_alpha_clip._resize(image, side, "pad", (122, 116, 104), Image.Resampling(resample))
             assert ours.tobytes() == padded_in_full(image, side, resample).tobytes(), (shape, side)
@@ -278,11 +275,11 @@ def test_padding_without_the_square_is_bit_equal(monkeypatch, resample, strip):
 @given(st.integers(1, 400), st.integers(1, 400), st.sampled_from([1, 16, 63, 224]), st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=60)
 def test_any_size_padded_without_the_square_is_bit_equal(width, height, side, seed):
-    image = noise_picture(width, height, seed)
+    image = noise_image(width, height, seed)
     ours = image_processing_alpha_clip._resize(image, side, "pad", (122, 116, 104), Image.Resampling.BICUBIC)
     assert ours.tobytes() == padded_in_full(image, side, Image.Resampling.BICUBIC).tobytes()
     mask = np.random.default_rng(seed).random((height, width), np.float32) * (
-        noise_picture(width, height) > np.full(3, 9)
+        noise_image(width, height) > np.full(3, 9)
     ).all(-1)
     mask[height // 2, width // 2] = 1
     square = np.zeros((max(width, height),) * 2, np.float32)
@@ -313,7 +310,7 @@ def test_images_over_the_limits_are_refused(tmp_path, geometry, size):
 
 
 def test_the_limits_are_settings_that_are_saved(tmp_path):
-    image = noise_picture(60, 40)
+    image = noise_image(60, 40)
     AlphaCLIPImageProcessor(max_side=59, max_pixels=2399).save_pretrained(tmp_path)
     processor = AutoImageProcessor.from_pretrained(tmp_path)
     assert (processor.max_side, processor.max_pixels) == (59, 2399)
@@ -326,7 +323,7 @@ def test_the_limits_are_settings_that_are_saved(tmp_path):
         processor(image, geometry="crop", max_pixels=2400, max_side=335)
 
 
-IMAGE = np.asarray(noise_picture(60, 40))
+IMAGE = np.asarray(noise_image(60, 40))
 BATCH = np.stack([IMAGE, IMAGE[::-1]])
 
 
@@ -395,9 +392,7 @@ def test_what_is_no_image_or_no_region_is_an_error_of_one_line(images, regions):
 
 
 def test_base64_text_is_an_image():
-    file = io.BytesIO()
-    noise_picture(60, 40).save(file, "PNG")
-    text = base64.b64encode(file.getvalue()).decode()
-    expected = build("pad")(noise_picture(60, 40))["pixel_values"]
+    text = base64.b64encode(encoded_image(noise_image(60, 40))).decode()
+    expected = build("pad")(noise_image(60, 40))["pixel_values"]
     for images in (text, "data:image/png;base64," + text):
         assert np.array_equal(build("pad")(images)["pixel_values"], expected)

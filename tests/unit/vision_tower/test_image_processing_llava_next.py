@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import noise_picture
+from tests.drawn_back import alpha_map
+from tests.tiny import noise_image
 from vision_tower import AlphaLlavaNextImageProcessor, Region
-from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD, WHOLE_IMAGE
+from vision_tower.alpha_embedding import WHOLE_IMAGE
 
 GRID = [[32, 64], [64, 32], [64, 64]]
 SIZE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
@@ -19,11 +20,11 @@ PROCESSOR = AlphaLlavaNextImageProcessor(**SIZE, image_grid_pinpoints=GRID)
 def alpha(region, width, height):
     """(tiles, 32, 32) in 0..1."""
     pixels = PROCESSOR(Image.new("RGB", (width, height)), region, return_tensors="np")["pixel_values"]
-    return pixels[0, :, 3] * ALPHA_STD + ALPHA_MEAN
+    return alpha_map(pixels[0])
 
 
 def test_the_whole_image_is_alpha_one_in_the_padding_too():
-    pixels = PROCESSOR(noise_picture(128, 96), Region.whole(), return_tensors="pt")["pixel_values"]
+    pixels = PROCESSOR(noise_image(128, 96), Region.whole(), return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 5, 4, 32, 32)
     assert torch.equal(pixels[:, :, 3], torch.full((1, 5, 32, 32), WHOLE_IMAGE))
 
@@ -47,7 +48,7 @@ def test_a_region_smaller_than_a_pixel_keeps_its_peak(box):
 
 
 def test_several_regions_of_one_image_and_fewer_tiles_than_the_next():
-    one, two = noise_picture(64, 32), noise_picture(64, 64)
+    one, two = noise_image(64, 32), noise_image(64, 64)
     left, right = Region.from_box(0, 0, 20, 20), Region.from_box(30, 10, 60, 30)
     inputs = PROCESSOR([one, two], [[left, right], None], return_tensors="pt")
     assert inputs["image_sizes"].tolist() == [[32, 64], [32, 64], [64, 64]]
@@ -62,10 +63,10 @@ def test_several_regions_of_one_image_and_fewer_tiles_than_the_next():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: PROCESSOR(noise_picture(64, 32), Region.from_box(70, 0, 90, 20)), "outside"),
-        (lambda: PROCESSOR(noise_picture(64, 32), geometry="pad"), "expected geometry out of tiles, got 'pad'"),
-        (lambda: PROCESSOR(noise_picture(64, 32), image_grid_pinpoints=[[32, 32]]), "image_grid_pinpoints: set them"),
-        (lambda: PROCESSOR(noise_picture(64, 32), max_side=60), "too long"),
+        (lambda: PROCESSOR(noise_image(64, 32), Region.from_box(70, 0, 90, 20)), "outside"),
+        (lambda: PROCESSOR(noise_image(64, 32), geometry="pad"), "expected geometry out of tiles, got 'pad'"),
+        (lambda: PROCESSOR(noise_image(64, 32), image_grid_pinpoints=[[32, 32]]), "image_grid_pinpoints: set them"),
+        (lambda: PROCESSOR(noise_image(64, 32), max_side=60), "too long"),
         (lambda: AlphaLlavaNextImageProcessor(**SIZE, image_grid_pinpoints=[[30, 64]]), "multiples of 32 pixels"),
         (lambda: AlphaLlavaNextImageProcessor(**SIZE, image_grid_pinpoints=[]), "multiples of 32 pixels"),
     ],

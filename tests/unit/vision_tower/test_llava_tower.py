@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from tests.tiny import noise_picture, tiny_vision_config
-from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel, Region
+from tests.tiny import build_tiny_tower, noise_image, save_model, tiny_vision_config
+from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionModel, Region
 from vision_tower.llava_tower import AlphaCLIPVisionTower
 
 SIZE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
@@ -16,12 +16,7 @@ SIZE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("tower")
-    torch.manual_seed(0)
-    tower = AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**tiny_vision_config()))
-    torch.nn.init.normal_(tower.embeddings.patch_embedding.alpha.weight, std=0.3)
-    tower.save_pretrained(out)
-    AlphaCLIPImageProcessor(**SIZE).save_pretrained(out)
-    return str(out)
+    return str(save_model(out, build_tiny_tower(), AlphaCLIPImageProcessor(**SIZE)))
 
 
 def args(**changes):
@@ -31,7 +26,7 @@ def args(**changes):
 def test_features_are_the_towers(folder):
     tower = AlphaCLIPVisionTower(folder, args())
     images = tower.image_processor.preprocess(
-        noise_picture(60, 40), [Region.from_box(0, 0, 30, 40), Region.from_box(30, 0, 60, 40)], return_tensors="pt"
+        noise_image(60, 40), [Region.from_box(0, 0, 30, 40), Region.from_box(30, 0, 60, 40)], return_tensors="pt"
     )["pixel_values"]
     expected = AlphaCLIPVisionModel.from_pretrained(folder)(images, output_hidden_states=True).hidden_states[-2]
     features = tower(images)

@@ -2,7 +2,6 @@
 CLIP's own classes, and the tensors in the files.
 """
 
-import json
 import logging
 import shutil
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from tests.files import read_json, write_json
 from tests.tiny import alpha_of, tiny_clip_config
 from vision_tower import (
     AlphaCLIPImageProcessor,
@@ -331,8 +331,8 @@ def test_load_with_alpha_keeps_the_arguments_of_from_pretrained(siglip, tmp_path
         load_with_alpha(tmp_path)
     _, info = load_with_alpha(tmp_path, output_loading_info=True, ignore_mismatched_sizes=True)
     assert [name for name, *_ in info["mismatched_keys"]] == ["post_layernorm.weight"]
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchModel"]}))
+    config = read_json(tmp_path / "config.json")
+    write_json(tmp_path / "config.json", {**config, "architectures": ["NoSuchModel"]})
     with pytest.raises(ValueError, match="NoSuchModel"):
         load_with_alpha(tmp_path)
 
@@ -341,7 +341,7 @@ def test_a_configuration_built_from_clips_fields_is_ours(clip, tmp_path):
     """Its fields may name CLIP's type; its class is what counts, and what is saved."""
     fields = CLIPModel.from_pretrained(clip).config.vision_config.to_dict()
     AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**fields)).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "alpha_clip_vision_model"
+    assert read_json(tmp_path / "config.json")["model_type"] == "alpha_clip_vision_model"
     assert type(AutoModel.from_pretrained(tmp_path)) is AlphaCLIPVisionModel
 
 

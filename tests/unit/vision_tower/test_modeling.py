@@ -5,19 +5,10 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import AutoConfig, AutoModel, SiglipVisionConfig, SiglipVisionModel
 
 import vision_tower
-from tests.tiny import tiny_vision_config
 from vision_tower import AlphaCLIPVisionConfig, AlphaCLIPVisionModel, AlphaPatchEmbedding
-
-
-@pytest.fixture(scope="module")
-def clip_dir(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("clip")
-    CLIPVisionModel(CLIPVisionConfig(**tiny_vision_config())).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -1,14 +1,14 @@
 """`AlphaCLIPProcessor`: texts as in CLIP, images with regions; zero-shot use end to end."""
 
 import gzip
-import json
 import os
 
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, CLIPProcessor, CLIPTokenizer
 
-from tests.tiny import noise_picture, tiny_clip_config, tiny_clip_tokenizer
+from tests.files import read_json
+from tests.tiny import noise_image, tiny_clip_config, tiny_clip_tokenizer
 from vision_tower import AlphaCLIPConfig, AlphaCLIPImageProcessor, AlphaCLIPModel, AlphaCLIPProcessor, Region
 
 
@@ -19,7 +19,7 @@ def build():
 
 def test_regions_and_texts_in_one_call(tmp_path):
     processor = build()
-    image = noise_picture(50, 40)
+    image = noise_image(50, 40)
     regions = [Region.from_box(8, 4, 20, 20), Region.from_box(25, 10, 40, 38)]
     inputs = processor(images=image, regions=regions, text=["a cat", "a red dog"], return_tensors="pt", padding=True)
     assert inputs["pixel_values"].shape == (2, 4, 32, 32) and inputs["input_ids"].shape[0] == 2
@@ -41,7 +41,7 @@ def test_regions_and_texts_in_one_call(tmp_path):
     # alone, beside a tower, it must not name the processor's file, which is not saved with it
     for number, images in enumerate((processor.image_processor, again.image_processor)):
         images.save_pretrained(tmp_path / f"{number}")
-        stated = json.loads((tmp_path / f"{number}" / "preprocessor_config.json").read_text())["auto_map"]
+        stated = read_json(tmp_path / f"{number}" / "preprocessor_config.json")["auto_map"]
         assert {value.partition(".")[0] + ".py" for value in stated.values()} <= set(os.listdir(tmp_path / f"{number}"))
 
 
@@ -57,7 +57,7 @@ def test_zero_shot_scores_depend_on_the_region(tmp_path):
     processor = build()
     regions = [Region.from_box(8, 4, 20, 20), Region.from_box(25, 10, 40, 38), None]
     inputs = processor(
-        images=noise_picture(50, 40), regions=regions, text=["a cat", "a dog"], return_tensors="pt", padding=True
+        images=noise_image(50, 40), regions=regions, text=["a cat", "a dog"], return_tensors="pt", padding=True
     )
     with torch.no_grad():
         logits = AutoModel.from_pretrained(tmp_path).eval()(**inputs).logits_per_image

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tiny import build_tiny_clip, noise_picture
+from tests.tiny import build_tiny_clip, noise_image
 from vision_tower import AlphaCLIPImageProcessor, Region
 from vision_tower.image_sources import fetch
 from vision_tower.region_arguments import as_region, flat_pairs, match_regions, region_list
 
 BOX, FAR = Region.from_box(2, 2, 20, 20), Region.from_box(20, 10, 38, 38)
-IMAGE = noise_picture(40, 40)
+IMAGE = noise_image(40, 40)
 CLIP = build_tiny_clip()[1]
 PROCESSOR = AlphaCLIPImageProcessor.for_size(32, "pad")
 MASK = np.zeros((40, 40))

@@ -21,7 +21,7 @@ def test_palette_masks_with_several_objects_are_refused():
 def test_a_map_of_labels_is_no_faint_mask():
     labels = np.array([[0, 1], [2, 0]], np.uint8)
     for mask in (labels, Image.fromarray(labels)):
-        with pytest.raises(ValueError, match="map of labels"):
+        with pytest.raises(ValueError, match="label map"):
             Region.from_mask(mask)
     assert Region.from_mask(labels == 2).mask(2, 2).tolist() == [[0, 0], [1, 0]]
 
@@ -50,10 +50,10 @@ def test_a_map_of_labels_is_refused_in_every_form(tmp_path, labels):
             lambda: Region.from_json({"mask": str(path)}),
             lambda: Region.from_json({"mask": uri}),
         ):
-            with pytest.raises(ValueError, match="map of labels"):
+            with pytest.raises(ValueError, match="label map"):
                 make()
     for mask in forms:
-        with pytest.raises(ValueError, match="map of labels"):
+        with pytest.raises(ValueError, match="label map"):
             Region.from_mask(mask)
 
 

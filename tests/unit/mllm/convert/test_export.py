@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +15,10 @@ from alpha_clip_commands import alpha_clip
 from alpha_clip_commands.region_chat import main as region_chat
 from mllm.convert.export import export
 from mllm.loading import load_adapter
-from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_picture
+from tests.files import ROOT
+from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_image, save_model
 from vision_tower import AlphaCLIPVisionModel, Region
 
-ROOT = Path(__file__).resolve().parents[4]
 LEFT, RIGHT = Region.from_box(0, 0, 30, 40), Region.from_box(30, 0, 60, 40)
 
 
@@ -47,7 +46,7 @@ def adapter(tiny_llava_dir, tmp_path_factory):
 def logits(model, processor, region):
     message = {
         "role": "user",
-        "content": [{"type": "image", "image": noise_picture(60, 40), "region": region}, {"type": "text", "text": "?"}],
+        "content": [{"type": "image", "image": noise_image(60, 40), "region": region}, {"type": "text", "text": "?"}],
     }
     inputs = processor.apply_chat_template([message], tokenize=True, return_dict=True, return_tensors="pt")
     with torch.no_grad():
@@ -74,15 +73,14 @@ def test_an_export_is_read_back_bit_for_bit(exported, tiny_llava, tmp_path, capf
     assert model.state_dict().keys() == ours.keys()
     for region in (LEFT, RIGHT):
         assert torch.equal(logits(model, processor, region), logits(*tiny_llava, region))
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
+    save_model(tmp_path, model, processor)
     again = mllm.load(tmp_path, device="cpu")
     assert torch.equal(logits(*again, LEFT), logits(*tiny_llava, LEFT))
 
 
 def test_the_lines_of_the_docs(exported, tiny_llava):
     lines = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(encoding="utf-8"), re.DOTALL)[0]
-    names = {"image": noise_picture(300, 260)}
+    names = {"image": noise_image(300, 260)}
     exec(lines.replace('"OUT"', repr(str(exported))), names)
     values = names["inputs"]["pixel_values"]
     expected = tiny_llava[1].image_processor(names["image"], Region.from_box(40, 60, 220, 200), return_tensors="pt")
@@ -91,7 +89,7 @@ def test_the_lines_of_the_docs(exported, tiny_llava):
 
 
 def test_region_chat_takes_an_export(exported, tiny_llava_dir, tmp_path, capsys):
-    noise_picture(60, 40).save(tmp_path / "a.png")
+    noise_image(60, 40).save(tmp_path / "a.png")
     asked = ["--image", tmp_path / "a.png", "--box", "0,0,30,40", "--ask", "What?", "--max-new-tokens", 8, "--json"]
     answers = []
     for folder in (exported, tiny_llava_dir):

@@ -3,54 +3,45 @@
 import json
 import logging
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from transformers import Blip2QFormerConfig, T5Config
 
 from mllm.blip2 import AlphaBlip2Config, AlphaBlip2ForConditionalGeneration
 from mllm.convert import lavis_keys as conversion
+from tests.tensors import FIXTURES, fixture_tensors, same_tensors
 from vision_tower import AlphaCLIPVisionConfig, AlphaCLIPVisionModel
 from vision_tower.conversion import read_tower
 
-DATA = Path(__file__).parents[3] / "parity" / "data"
-FIXTURE = DATA / "lavis_blip2.safetensors"
 LAYER = "Qformer.bert.encoder.layer"
 
 
 @pytest.fixture
 def lavis():
     """A stage-2 checkpoint of LAVIS without a tower: 3 Q-Former layers 64 wide, 5 queries, a tower 128 wide."""
-    content = load_file(FIXTURE)
-    return {key.removeprefix("checkpoint."): t for key, t in content.items() if key.startswith("checkpoint.")}
+    return fixture_tensors("lavis_blip2.safetensors")
 
 
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory):
     """An Alpha-CLIP tower of two blocks, 128 wide."""
-    content, file = load_file(DATA / "alpha_clip_original.safetensors"), tmp_path_factory.mktemp("alpha") / "a.pth"
-    torch.save({k.removeprefix("checkpoint."): t for k, t in content.items() if k.startswith("checkpoint.")}, file)
+    file = tmp_path_factory.mktemp("alpha") / "a.pth"
+    torch.save(fixture_tensors("alpha_clip_original.safetensors"), file)
     return read_tower(file)
 
 
 def own_tower():
     """The tensors of a CLIP tower as LAVIS names them."""
-    content = load_file(DATA / "alpha_clip_original.safetensors")
-    left_out = ("checkpoint.conv1_alpha.", "checkpoint.ln_post.", "checkpoint.proj")
-    kept = {k: t for k, t in content.items() if k.startswith("checkpoint.") and not k.startswith(left_out)}
-    return {k.replace("checkpoint.", "visual_encoder.").replace("in_proj.", "in_proj_"): t for k, t in kept.items()}
+    content = fixture_tensors("alpha_clip_original.safetensors")
+    kept = {k: t for k, t in content.items() if not k.startswith(("conv1_alpha.", "ln_post.", "proj"))}
+    return {f"visual_encoder.{k}".replace("in_proj.", "in_proj_"): t for k, t in kept.items()}
 
 
 def stage_1_names():
-    with safe_open(FIXTURE, "pt") as file:
+    with safe_open(FIXTURES / "lavis_blip2.safetensors", "pt") as file:
         return json.loads(file.metadata()["stage_1_only"])
-
-
-def same(weights, others):
-    return weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights)
 
 
 def test_every_size_is_read_off_the_tensors(lavis, tower):
@@ -106,13 +97,13 @@ def test_the_text_side_of_stage_1_is_dropped(lavis, tower):
     names = stage_1_names()  # out of LAVIS' own model
     assert len(names) > 30 and "temp" in names and f"{LAYER}.2.output.LayerNorm.bias" in names
     both = lavis | {name: torch.zeros(1) for name in names}
-    assert same(conversion.from_lavis(both, tower, 1)[1], conversion.from_lavis(lavis, tower, 1)[1])
+    assert same_tensors(conversion.from_lavis(both, tower, 1)[1], conversion.from_lavis(lavis, tower, 1)[1])
 
 
 def test_opt_projection(lavis, tower):
     opt = {key.replace("t5_proj.", "opt_proj."): tensor for key, tensor in lavis.items()}
     assert (conversion.projection_of(lavis), conversion.projection_of(opt)) == ("t5_proj", "opt_proj")
-    assert same(conversion.from_lavis(opt, tower, 1)[1], conversion.from_lavis(lavis, tower, 1)[1])
+    assert same_tensors(conversion.from_lavis(opt, tower, 1)[1], conversion.from_lavis(lavis, tower, 1)[1])
 
 
 def test_own_tower_has_zero_alpha_and_says_so(lavis, tower, caplog):
@@ -125,7 +116,7 @@ def test_own_tower_has_zero_alpha_and_says_so(lavis, tower, caplog):
     assert weights[alpha].shape == (128, 1, 8, 8) and not weights[alpha].any()
     given = conversion.from_lavis(whole, tower, blocks=2)[1]
     assert given[alpha].any()
-    assert same({**weights, alpha: given[alpha]}, given)  # the fixture's towers differ in alpha only
+    assert same_tensors({**weights, alpha: given[alpha]}, given)  # the fixture's towers differ in alpha only
 
 
 def test_the_tower_in_the_file_says_how_many_blocks(lavis, tower):
@@ -192,7 +183,7 @@ def test_towers_that_do_not_fit_are_refused(lavis, tower):
 
 def test_files(lavis, tmp_path):
     torch.save({"model": lavis, "epoch": 9}, tmp_path / "lavis.pth")
-    assert same(conversion.read_lavis(tmp_path / "lavis.pth"), lavis)
+    assert same_tensors(conversion.read_lavis(tmp_path / "lavis.pth"), lavis)
     with pytest.raises(ValueError, match="checkpoint not found"):
         conversion.read_lavis(tmp_path / "absent.pth")
     torch.save(lavis, tmp_path / "bare.pth")

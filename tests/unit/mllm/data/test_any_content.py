@@ -8,13 +8,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from eval.predictions import read_predictions, read_references
+from eval.external_formats import read_references
+from eval.predictions import read_predictions
 from mllm.data.prepare import stated_split
 from mllm.data.readers.coco import read_captions
 from mllm.data.readers.jsonl import read_jsonl
 from mllm.data.readers.mask_imagenet import LIST, read_mask_imagenet
 from mllm.data.readers.refcocog import read_refs
 from mllm.data.readers.visual_genome import read_free_questions, read_region_questions, read_regions
+from tests.files import write_json
 
 DEEP = json.loads("[" * 400 + "]" * 400)
 ODD = [None, True, 0, -1, 1, 7, 2**63, 10**30, 10**400, 0.5, float("nan"), float("inf"), "", " ", "x", "7", "\ud800"]
@@ -55,7 +57,7 @@ def refs(folder):
 
 
 def dump(path, content):
-    path.write_text(json.dumps(content))
+    write_json(path, content)
 
 
 # name: (content by file, reader)

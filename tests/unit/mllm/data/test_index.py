@@ -1,7 +1,6 @@
 """The index: pictures in files and in tars, regions beside the whole image, forms and turns put together."""
 
 import dataclasses
-import json
 import tarfile
 
 import numpy as np
@@ -9,7 +8,8 @@ import pytest
 
 from mllm.data.index import FORMAT, RegionIndex, index_folder, write_index
 from mllm.data.samples import RegionSample, TarMember
-from tests.tiny import noise_picture
+from tests.files import read_json, write_json
+from tests.tiny import noise_image
 from vision_tower import Region
 
 BOX, OTHER = Region.from_box(1, 1, 5, 5), Region.from_box(4, 4, 8, 8)
@@ -24,7 +24,7 @@ def sample(image, region, text, region_id=None, image_id="a", **meta):
 def members(tmp_path):
     """Two pictures in a tar, with and without their place in it."""
     for name in ("a", "b"):
-        noise_picture(10, 8, ord(name)).save(tmp_path / f"{name}.png")
+        noise_image(10, 8, ord(name)).save(tmp_path / f"{name}.png")
     (tmp_path / "t").mkdir()
     with tarfile.open(tmp_path / "t" / "x.tar", "w") as archive:
         for name in ("a", "b"):
@@ -47,7 +47,7 @@ def test_pictures_in_tars_and_in_files(tmp_path, members):
     found = index.read(range(4))
     assert [facts.sample.image for facts in found] == [first, second, searched, str(tmp_path / "a.png")]
     for facts, seed in zip(found, "abba", strict=True):
-        assert np.array_equal(np.asarray(facts.sample.open_image()), np.asarray(noise_picture(10, 8, ord(seed))))
+        assert np.array_equal(np.asarray(facts.sample.open_image()), np.asarray(noise_image(10, 8, ord(seed))))
     assert index.pictures[0]["image"] == "t/x.tar"  # so that the folder may be moved
     assert RegionIndex(tmp_path / "index", root=tmp_path / "t").read([0])[0].sample.image.tar.endswith("t/t/x.tar")
 
@@ -93,9 +93,9 @@ def test_bytes_are_refused(tmp_path):
 
 def test_an_index_of_the_format_before_is_refused(tmp_path):
     write_index(tmp_path / "index", tmp_path, [sample("a.png", BOX, "x", 0)], made_of="a test")
-    record = json.loads((tmp_path / "index" / "index.json").read_text())
+    record = read_json(tmp_path / "index" / "index.json")
     assert record["format"] == FORMAT == 2
-    (tmp_path / "index" / "index.json").write_text(json.dumps({**record, "format": 1}))
+    write_json(tmp_path / "index" / "index.json", {**record, "format": 1})
     with pytest.raises(ValueError, match="has format 1, this is for 2; make it anew"):
         RegionIndex(tmp_path / "index")
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mllm.data import json_files
 from mllm.data.json_files import check_kept, json_lines, parse_record, read_json, stream_json
+from tests.files import write_json
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -66,9 +67,9 @@ def test_an_entry_and_a_file_have_a_largest_size(tmp_path, monkeypatch):
     monkeypatch.setattr(json_files, "_READ_AT_ONCE", 10)
     monkeypatch.setattr(json_files, "LARGEST_RECORD", 100)
     file = tmp_path / "x.json"
-    file.write_text(json.dumps(["a" * 90, "b" * 90]))
+    write_json(file, ["a" * 90, "b" * 90])
     assert len(list(stream_json(file))) == 2
-    file.write_text(json.dumps([1, "b" * 200, 2]))
+    write_json(file, [1, "b" * 200, 2])
     entries = stream_json(file)
     assert next(entries) == 1
     with pytest.raises(ValueError, match="x.json: the entry at character 4 has over 100 characters"):

@@ -1,6 +1,5 @@
 """Which layout a folder is in; and files of one's own as an index."""
 
-import json
 import os
 from collections import Counter
 
@@ -10,17 +9,16 @@ import pytest
 from mllm.data.index import RegionIndex
 from mllm.data.prepare import OTHER_SIZES, index_jsonl, make_index
 from mllm.data.shapes import grit_layout, visual_genome_layout
-from tests.tiny import noise_picture
+from tests.files import write_json_lines
+from tests.tiny import noise_image
 from vision_tower import Region
 
 ONE, TWO = {"box": [1, 1, 5, 5]}, {"box": [4, 4, 8, 8]}
 
 
 def write(folder, *lines):
-    file = folder / "mine.jsonl"
     records = ({"image": "p/a.png", "region": ONE, "answer": "a dog"} | line for line in lines)
-    file.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
-    return file
+    return write_json_lines(folder / "mine.jsonl", records)
 
 
 def read(file):
@@ -80,7 +78,7 @@ def test_splits_sizes_and_places_of_lines(tmp_path):
     assert [entry.sample.meta["image_id"] for entry in facts] == ["p/a.png", "p/a.png", elsewhere.as_posix()]
     assert [entry.sample.meta.get("width") for entry in facts] == [10, 10, None]
     (tmp_path / "data" / "p").mkdir()
-    noise_picture(10, 9).save(tmp_path / "data" / "p" / "a.png")
+    noise_image(10, 9).save(tmp_path / "data" / "p" / "a.png")
     with pytest.raises(ValueError, match="its data set says 10 x 8"):
         facts[0].sample.open_image()
 

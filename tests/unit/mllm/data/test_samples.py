@@ -13,12 +13,13 @@ from transformers.image_transforms import convert_to_rgb
 
 from mllm.data.records import Folders
 from mllm.data.samples import RegionSample, TarMember, displayed_size, load_image
-from tests.tiny import noise_picture
+from tests.files import encoded_image
+from tests.tiny import noise_image
 from vision_tower import Region
 
 
 def test_path_bytes_and_tar_member_are_the_same_picture(tmp_path):
-    picture = noise_picture(30, 20)
+    picture = noise_image(30, 20)
     picture.save(tmp_path / "p.png")
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         archive.add(tmp_path / "p.png", "inner/p.png")
@@ -31,7 +32,7 @@ def test_path_bytes_and_tar_member_are_the_same_picture(tmp_path):
 def test_exif_and_transparency(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    noise_picture(30, 20).save(tmp_path / "turned.jpg", exif=exif)
+    noise_image(30, 20).save(tmp_path / "turned.jpg", exif=exif)
     assert load_image(str(tmp_path / "turned.jpg")).size == (20, 30)
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert load_image(str(tmp_path / "clear.png")).getpixel((0, 0)) == (255, 255, 255)
@@ -39,7 +40,7 @@ def test_exif_and_transparency(tmp_path):
 
 def in_mode(mode):
     """A noise picture of that mode, half transparent where the mode can be."""
-    picture = noise_picture(30, 20)
+    picture = noise_image(30, 20)
     if mode == "P with a transparent colour":
         picture = picture.quantize(8)
         picture.info["transparency"] = picture.getpixel((0, 0))
@@ -48,7 +49,7 @@ def in_mode(mode):
     else:
         picture = picture.convert(mode)
         if mode.endswith("A"):
-            picture.putalpha(noise_picture(30, 20, seed=1).convert("L"))
+            picture.putalpha(noise_image(30, 20, seed=1).convert("L"))
     return picture
 
 
@@ -66,25 +67,21 @@ def in_mode(mode):
     ],
 )
 def test_modes_become_rgb_as_in_transformers(mode):
-    buffer = io.BytesIO()
     picture = in_mode(mode)
-    picture.save(buffer, "PNG", **picture.info)
-    pixels = np.asarray(load_image(buffer.getvalue()))
-    assert np.array_equal(pixels, convert_to_rgb(Image.open(buffer), return_numpy=True))
+    content = encoded_image(picture, **picture.info)
+    pixels = np.asarray(load_image(content))
+    assert np.array_equal(pixels, convert_to_rgb(Image.open(io.BytesIO(content)), return_numpy=True))
     if mode.endswith(("A", "colour")):
-        assert not np.array_equal(pixels, np.asarray(Image.open(buffer).convert("RGB")))
+        assert not np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
 
 
 def test_pil_s_own_limit_is_the_limit_and_nothing_warns_below_it(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    small, large = io.BytesIO(), io.BytesIO()
-    noise_picture(40, 50).save(small, "PNG")
-    noise_picture(41, 50).save(large, "PNG")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert load_image(small.getvalue()).size == (40, 50)
+        assert load_image(encoded_image(noise_image(40, 50))).size == (40, 50)
     with pytest.raises(ValueError, match="too many pixels"):
-        load_image(large.getvalue())
+        load_image(encoded_image(noise_image(41, 50)))
 
 
 def test_real_photographs_open(shared_data):
@@ -94,13 +91,11 @@ def test_real_photographs_open(shared_data):
 
 
 def write_truncated(path):
-    buffer = io.BytesIO()
-    noise_picture(60, 60).save(buffer, "JPEG")
-    path.write_bytes(buffer.getvalue()[:800])
+    path.write_bytes(encoded_image(noise_image(60, 60), "JPEG")[:800])
 
 
 def write_cut_png(path):
-    noise_picture(60, 60).save(path)
+    noise_image(60, 60).save(path)
     path.write_bytes(path.read_bytes()[:5000])
 
 
@@ -109,7 +104,7 @@ def write_broken_exif(path):
     fields = ((0x0112, 3, 1, b"\6\0\0\0"), (0x0100, 2, 4, b"abc\0"))
     entries = b"".join(struct.pack("<HHI", *field[:3]) + field[3] for field in fields)
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(fields)) + entries + b"\0\0\0\0"
-    noise_picture(30, 20).save(path, "JPEG", exif=exif)
+    noise_image(30, 20).save(path, "JPEG", exif=exif)
 
 
 def write_bomb(path):
@@ -152,7 +147,7 @@ def placed(tmp_path):
     """The second of three members, with its place."""
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for number in range(3):
-            noise_picture(30, 20, number).save(tmp_path / f"{number}.png")
+            noise_image(30, 20, number).save(tmp_path / f"{number}.png")
             archive.add(tmp_path / f"{number}.png", f"{number}.png")
     with tarfile.open(tmp_path / "a.tar") as archive:
         member = archive.getmember("1.png")
@@ -161,14 +156,14 @@ def placed(tmp_path):
 
 def test_a_member_is_read_at_its_place_without_a_search(placed, monkeypatch):
     monkeypatch.setattr(tarfile, "open", None)
-    assert np.array_equal(np.asarray(load_image(placed)), np.asarray(noise_picture(30, 20, 1)))
+    assert np.array_equal(np.asarray(load_image(placed)), np.asarray(noise_image(30, 20, 1)))
     assert displayed_size(placed) == (30, 20)
 
 
 @pytest.mark.parametrize("name", ["ü" * 20 + ".png", "d/" * 70 + "x.png"])
 @pytest.mark.parametrize("format_", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_a_member_whose_name_does_not_fit_its_header(tmp_path, name, format_):
-    noise_picture(30, 20).save(tmp_path / "p.png")
+    noise_image(30, 20).save(tmp_path / "p.png")
     with tarfile.open(tmp_path / "a.tar", "w", format=format_) as archive:
         archive.add(tmp_path / "p.png", name)
     with tarfile.open(tmp_path / "a.tar") as archive:
@@ -206,7 +201,7 @@ def test_the_size_as_displayed_without_the_pixels(tmp_path, orientation, size):
     exif = Image.Exif()
     if orientation:
         exif[0x0112] = orientation
-    noise_picture(30, 20).save(tmp_path / "p.jpg", exif=exif)
+    noise_image(30, 20).save(tmp_path / "p.jpg", exif=exif)
     assert displayed_size(str(tmp_path / "p.jpg")) == size == load_image(str(tmp_path / "p.jpg")).size
     (tmp_path / "bad.jpg").write_bytes(b"x")
     for name in ("bad.jpg", "no.jpg"):
@@ -216,7 +211,7 @@ def test_the_size_as_displayed_without_the_pixels(tmp_path, orientation, size):
 
 @pytest.mark.parametrize("length", [0, 5, 300])
 def test_a_damaged_tar(tmp_path, length):
-    noise_picture(30, 20).save(tmp_path / "p.png")
+    noise_image(30, 20).save(tmp_path / "p.png")
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "p.png", "p.png")
     (tmp_path / "a.tar.gz").write_bytes((tmp_path / "a.tar.gz").read_bytes()[:length])
@@ -229,10 +224,9 @@ def test_a_damaged_picture_never_raises_anything_else():
     rng = np.random.default_rng(0)
     refused = 0
     for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP"):
-        buffer = io.BytesIO()
-        noise_picture(40, 30).save(buffer, kind)
+        content = encoded_image(noise_image(40, 30), kind)
         for _ in range(60):
-            damaged = np.frombuffer(buffer.getvalue(), np.uint8).copy()
+            damaged = np.frombuffer(content, np.uint8).copy()
             damaged[rng.integers(0, min(len(damaged), 300), 4)] = rng.integers(0, 256, 4)
             try:
                 load_image(damaged[: rng.integers(1, len(damaged))].tobytes())
@@ -252,7 +246,7 @@ def test_a_sample_cannot_be_changed():
 def test_the_stated_size_is_that_of_the_displayed_picture(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    noise_picture(30, 20).save(tmp_path / "p.jpg", exif=exif)
+    noise_image(30, 20).save(tmp_path / "p.jpg", exif=exif)
     sample = RegionSample("7", str(tmp_path / "p.jpg"), (Region.whole(),), None, ("x",))
     assert sample.open_image().size == (20, 30)  # nothing stated
     right = dataclasses.replace(sample, meta={"width": 20, "height": 30})
@@ -262,7 +256,7 @@ def test_the_stated_size_is_that_of_the_displayed_picture(tmp_path):
 
 
 def test_another_size_than_stated_is_an_error(tmp_path):
-    noise_picture(30, 20).save(tmp_path / "p.png")
+    noise_image(30, 20).save(tmp_path / "p.png")
     meta = {"width": 60, "height": 40}
     sample = RegionSample("7", str(tmp_path / "p.png"), (Region.whole(),), None, ("x",), meta=meta)
     with pytest.raises(ValueError, match="30 x 20 pixels, its data set says 60 x 40"):
@@ -286,6 +280,6 @@ def test_a_file_name_with_a_folder_in_it_is_found(tmp_path):
     """As CVAT and Label Studio export COCO's layout: file_name "images/p.png"."""
     (tmp_path / "images").mkdir()
     (tmp_path / "train2014").mkdir()
-    noise_picture(4, 4).save(tmp_path / "images" / "p.png")
+    noise_image(4, 4).save(tmp_path / "images" / "p.png")
     found = Folders(tmp_path, ("train2014", "", "images")).find("images/p.png")
     assert found == str(tmp_path / "images" / "p.png")

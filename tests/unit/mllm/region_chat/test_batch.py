@@ -22,7 +22,7 @@ from tests.batch_files import (  # noqa: F401, pytest finds the fixtures here
     request_folder,
     write,
 )
-from tests.tiny import noise_picture
+from tests.tiny import noise_image
 
 
 def test_one_bad_request_never_stops_the_others(tiny_llava_dir, folder, capsys):
@@ -161,7 +161,7 @@ def test_failed_requests_are_retried_only_when_asked(tiny_llava_dir, folder, cap
     assert region_chat(arguments(tiny_llava_dir, folder)) == 1
     assert "--retry-failed" in capsys.readouterr().err
     before = answers(folder)
-    noise_picture(60, 40).save(folder / "late.png")
+    noise_image(60, 40).save(folder / "late.png")
     assert region_chat(arguments(tiny_llava_dir, folder)) == 1
     assert answers(folder) == before and "error" in before[-1]
     assert region_chat([*arguments(tiny_llava_dir, folder), "--retry-failed"]) == 0
@@ -187,7 +187,7 @@ def test_other_alpha_weights_are_another_run(tiny_llava_dir, folder, capsys):
     tower.save_pretrained(folder / "tower")
     flags = ["--alpha-weights", str(folder / "tower")]
     assert region_chat([*arguments(tiny_llava_dir, folder), *flags]) == 2
-    assert "other alpha and adapter" in capsys.readouterr().err
+    assert "other alpha_and_adapter" in capsys.readouterr().err
     assert region_chat([*arguments(tiny_llava_dir, folder, "b.jsonl"), *flags]) == 0
 
 
@@ -204,7 +204,7 @@ def test_another_adapter_is_another_run(tiny_llava_dir, folder, capsys, saved):
     tuned.save_pretrained(folder / "two")
     assert region_chat([*arguments(tiny_llava_dir, folder), "--adapter", str(folder / "one")]) == 0
     assert region_chat([*arguments(tiny_llava_dir, folder), "--adapter", str(folder / "two")]) == 2
-    assert "other alpha and adapter" in capsys.readouterr().err
+    assert "other alpha_and_adapter" in capsys.readouterr().err
     assert region_chat([*arguments(tiny_llava_dir, folder), "--adapter", str(folder / "one")]) == 0
 
 
@@ -254,12 +254,12 @@ def test_few_errors_never_stop_a_run(tiny_llava, folder):
 
 
 def test_an_output_in_the_model_folder_does_not_change_the_model(tmp_path):
-    from mllm.region_chat.batch import fingerprint
+    from mllm.fingerprints import directory_fingerprint
 
     (tmp_path / "config.json").write_text("{}")
-    before = fingerprint(str(tmp_path), None)
+    before = directory_fingerprint(str(tmp_path), None)
     (tmp_path / ".answers.json.lock.json").write_text("{}")
     (tmp_path / "run.json").mkdir()
     (tmp_path / "answers.json").write_text("x")
-    assert fingerprint(str(tmp_path), None, besides=(tmp_path / "answers.json").resolve()) == before
-    assert fingerprint(str(tmp_path), None) != before
+    assert directory_fingerprint(str(tmp_path), None, exclude=(tmp_path / "answers.json").resolve()) == before
+    assert directory_fingerprint(str(tmp_path), None) != before

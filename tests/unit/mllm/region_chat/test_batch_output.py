@@ -10,8 +10,8 @@ from PIL import Image
 
 from alpha_clip_commands.region_chat import main as region_chat
 from mllm.data.readers.jsonl import region_in
-from mllm.files import locked
 from mllm.inference import RegionChat
+from mllm.locks import locked
 from mllm.region_chat.batch import read_requests, run_batch
 from mllm.region_chat.batch_output import BatchOutput
 from tests.batch_files import (  # noqa: F401, pytest finds the fixtures here
@@ -24,6 +24,7 @@ from tests.batch_files import (  # noqa: F401, pytest finds the fixtures here
     request_folder,
     write,
 )
+from tests.processes import Killed
 
 
 @pytest.mark.parametrize("kept", ["mid line", "whole lines", "nothing", "all", "no file"])
@@ -79,7 +80,7 @@ def test_an_edited_request_in_another_folder_is_another_run(tiny_llava, folder):
     shutil.copytree(folder, folder / "copy")
     place = BatchOutput(str(folder / "answers.jsonl"))
     requests = str(folder / "copy" / "requests.jsonl")
-    with pytest.raises(ValueError, match="other request file"):
+    with pytest.raises(ValueError, match="other request_file"):
         run_batch(
             RegionChat(*tiny_llava),
             requests,
@@ -121,10 +122,6 @@ def test_a_damaged_line_of_the_journal_is_named(tiny_llava, folder, line):
     with pytest.raises(ValueError, match=r"answers\.jsonl\.journal\.jsonl is damaged \(line 2"):
         batch(tiny_llava, folder)
     assert (folder / "answers.jsonl").read_bytes() == before
-
-
-class Killed(BaseException):
-    """What the process does not survive."""
 
 
 class Machine:

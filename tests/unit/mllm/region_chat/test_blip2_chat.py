@@ -12,11 +12,13 @@ from alpha_clip_commands.region_chat import main as region_chat
 from mllm.blip2 import AlphaBlip2Processor
 from mllm.inference import RegionChat
 from mllm.processing_blip2 import conversation_prompt
-from tests.tiny import build_tiny_blip2, noise_picture, tiny_blip2_parts, tiny_vision_config
+from tests.drawn_back import alpha_map, iou
+from tests.files import write_json, write_json_lines
+from tests.tensors import same_tensors
+from tests.tiny import build_tiny_blip2, noise_image, save_model, tiny_blip2_parts, tiny_vision_config
 from vision_tower import AlphaCLIPVisionModel, Region
-from vision_tower.image_processing_alpha_clip import ALPHA_MEAN, ALPHA_STD
 
-IMAGE = noise_picture(60, 40)
+IMAGE = noise_image(60, 40)
 LEFT, RIGHT = Region.from_box(0, 0, 30, 40), Region.from_box(30, 0, 60, 40)
 QUERIES = 4
 
@@ -26,9 +28,7 @@ def folder(request, tmp_path_factory):
     """A tiny BLIP-2 with an Alpha-CLIP tower whose alpha weight is random, as `save_pretrained` writes it."""
     model, processor = build_tiny_blip2(request.param)
     out = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
-    return out
+    return save_model(out, model, processor)
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +55,11 @@ def test_region_reaches_the_model_through_chat(loaded):
     handle = model.vision_model.register_forward_pre_hook(lambda _, args, kwargs: fed.append(args[0]), with_kwargs=True)
     RegionChat(model, processor).answers([(IMAGE, LEFT, "What?"), (IMAGE, RIGHT, None)], max_new_tokens=2)
     handle.remove()
-    alpha = fed[0][:, 3] * ALPHA_STD + ALPHA_MEAN
+    alpha = alpha_map(fed[0])
     for drawn, region in zip(alpha > 0.5, (LEFT, RIGHT), strict=True):
         expected = torch.zeros(32, 32, dtype=torch.bool)
         expected[:, slice(0, 16) if region is LEFT else slice(16, 32)] = True
-        assert (drawn & expected).sum() / (drawn | expected).sum() >= 0.95
+        assert iou(drawn, expected) >= 0.95
     with torch.no_grad():
         features = model.vision_model(fed[0]).last_hidden_state
     assert (features[0] - features[1]).abs().max() > 1e-3
@@ -121,7 +121,7 @@ def test_command_line(folder, tmp_path, capsys):
     requests = [
         {"id": i, "image": "a.png", "region": {"box": box}} for i, box in enumerate(([0, 0, 30, 40], [0, 0, 9, 9]))
     ]
-    (tmp_path / "r.jsonl").write_text("".join(json.dumps(request) + "\n" for request in requests))
+    write_json_lines(tmp_path / "r.jsonl", requests)
     batch = ["--batch", str(tmp_path / "r.jsonl"), "--output", str(tmp_path / "out.jsonl"), "--max-new-tokens", "4"]
     assert region_chat(["--model", str(folder), *batch]) == 0
     assert all("answer" in json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines())
@@ -137,7 +137,7 @@ def test_stock_directory_loads_with_a_warning(tmp_path, caplog):
     Blip2ForConditionalGeneration(Blip2Config(vision_config=sizes, **config)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     record = {"image_processor_type": "BlipImageProcessor", "size": {"height": 32, "width": 32}}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(record))
+    write_json(tmp_path / "preprocessor_config.json", record)
     model, processor = mllm.load(tmp_path, device="cpu")
     assert "every region gets the same answer" in caplog.text
     assert isinstance(processor, AlphaBlip2Processor) and processor.image_processor.geometry == "stretch"
@@ -208,7 +208,7 @@ def test_a_region_in_every_place(loaded):
         processor.apply_chat_template(one, processor_kwargs={"regions": [LEFT]}, **settings),
         processor.apply_chat_template(one, images_kwargs={"regions": [LEFT]}, **settings),
     ):
-        assert inputs.keys() == expected.keys() and all(torch.equal(inputs[key], expected[key]) for key in expected)
+        assert same_tensors(inputs, expected)
     for call in (
         lambda: processor(IMAGE, prompt, [LEFT, RIGHT]),
         lambda: processor.apply_chat_template(one, regions=[[LEFT, RIGHT]], **settings),

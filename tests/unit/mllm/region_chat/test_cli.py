@@ -1,7 +1,6 @@
 """`region-chat`: every region option reaches the model, every mistake is one line and exit code 2."""
 
 import base64
-import io
 import json
 import shutil
 
@@ -14,17 +13,17 @@ from alpha_clip_commands.region_chat import build_parser
 from alpha_clip_commands.region_chat import main as region_chat
 from alpha_clip_commands.region_options import region_in
 from mllm.region_chat import cli
-from tests.drawn_back import fed_pixels  # noqa: F401, a fixture
-from tests.tiny import noise_picture
+from tests.drawn_back import alpha_map
+from tests.files import encoded_image, write_json
+from tests.tiny import noise_image
 from vision_tower import Region
-from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 from vision_tower.image_processing_alpha_clip import place_alpha
 
 
 @pytest.fixture
 def picture(tmp_path):
     path = tmp_path / "picture.png"
-    noise_picture(60, 40).save(path)
+    noise_image(60, 40).save(path)
     return path
 
 
@@ -34,7 +33,7 @@ def files(tmp_path):
     mask = np.zeros((40, 60), np.uint8)
     mask[5:20, 10:30] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    (tmp_path / "rle.json").write_text(json.dumps(Region.from_mask(mask).to_json()["rle"]))
+    write_json(tmp_path / "rle.json", Region.from_mask(mask).to_json()["rle"])
     return tmp_path
 
 
@@ -63,7 +62,7 @@ def test_every_region_option_reaches_the_model(tiny_llava_dir, picture, files, o
     record = json.loads(capsys.readouterr().out)
     assert Region.from_json(record["region"]) == region
     assert record["question"] == "What?" and isinstance(record["answer"], str)
-    assert np.allclose(fed[0][3] * ALPHA_STD + ALPHA_MEAN, place_alpha(region, 40, 60, 32, "pad"), atol=1e-5)
+    assert np.allclose(alpha_map(fed[0]), place_alpha(region, 40, 60, 32, "pad"), atol=1e-5)
 
 
 def test_two_regions_give_two_answers_and_strength_counts(tiny_llava_dir, picture, capsys):
@@ -90,9 +89,7 @@ def test_the_answer_is_streamed_to_stdout_alone(tiny_llava_dir, picture, capsys)
 
 
 def write_cut(path):
-    buffer = io.BytesIO()
-    noise_picture(60, 60).save(buffer, "JPEG")
-    path.write_bytes(buffer.getvalue()[:700])
+    path.write_bytes(encoded_image(noise_image(60, 60), "JPEG")[:700])
 
 
 @pytest.mark.parametrize(
@@ -240,21 +237,21 @@ def test_a_box_that_reaches_over_the_image_is_clipped_with_a_warning(tiny_llava_
         assert caplog.text.count("extends beyond") == 1
         caplog.clear()
     clipped = place_alpha(Region.from_box(0, 3, 60, 39), 40, 60, 32, "pad")
-    assert all(np.allclose(pixels[3] * ALPHA_STD + ALPHA_MEAN, clipped, atol=1e-5) for pixels in fed)
+    assert all(np.allclose(alpha_map(pixels), clipped, atol=1e-5) for pixels in fed)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--box", "0.1", "0.1", "0.5", "0.5"], "fractions of the image are nbox"),
-        (["--box-xywh", "0.1,0.1,0.5,0.5"], "fractions of the image are nbox"),
-        (["--nbox", "2", "2", "30", "30"], "a box in pixels is box"),
+        (["--box", "0.1", "0.1", "0.5", "0.5"], "fractions of the image must be passed as nbox"),
+        (["--box-xywh", "0.1,0.1,0.5,0.5"], "fractions of the image must be passed as nbox"),
+        (["--nbox", "2", "2", "30", "30"], "use box for pixels"),
         (["--points", "0.5,0.5@6"], "multiplied by its width and height"),
         (["--stroke", "0.5,0.5;0.7,0.7@6"], "multiplied by its width and height"),
         (["--polygon", "0.1,0.1,0.9,0.1,0.5,0.5"], "multiplied by its width and height"),
         (["--box", "700", "700", "900", "900"], "divide them by 1000"),
         (["--box", "24", "3", "60"], "expected 4 numbers, got 3"),
-        (["--box", "24", "3", "10", "10"], "x,y,width,height is xywh"),
+        (["--box", "24", "3", "10", "10"], "use xywh for x,y,width,height"),
     ],
 )
 def test_a_region_in_the_wrong_unit_is_an_error(picture, flags, message, capsys):
@@ -267,7 +264,7 @@ def test_images_come_from_data_urls_too(tiny_llava_dir, picture, fed, tmp_path, 
     url = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
     assert run(tiny_llava_dir, "--image", picture, "--whole", "--ask", "x") == 0
     assert run(tiny_llava_dir, "--image", url, "--whole", "--ask", "x") == 0
-    (tmp_path / "r.jsonl").write_text(json.dumps({"id": 1, "image": url, "region": {"xywh": [2, 2, 20, 20]}}))
+    write_json(tmp_path / "r.jsonl", {"id": 1, "image": url, "region": {"xywh": [2, 2, 20, 20]}})
     assert run(tiny_llava_dir, "--batch", tmp_path / "r.jsonl", "--output", tmp_path / "a.jsonl") == 0
     assert torch.equal(fed[0], fed[1]) and torch.equal(fed[0][:3], fed[2][:3]) and not torch.equal(fed[0], fed[2])
 

@@ -1,7 +1,6 @@
 """The conversation of `region-chat`: every command does what the help says, regions as with the flags."""
 
 import io
-import json
 
 import numpy as np
 import pytest
@@ -13,17 +12,17 @@ from alpha_clip_commands.region_options import FORMER_OPTIONS, REGION_OPTIONS
 from mllm.data.templates import DESCRIBE_REGION
 from mllm.inference import RegionChat
 from mllm.region_chat import cli
-from tests.drawn_back import fed_pixels  # noqa: F401, a fixture
-from tests.tiny import noise_picture
+from tests.drawn_back import alpha_map
+from tests.files import read_json, write_json
+from tests.tiny import noise_image
 from vision_tower import Region
-from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 from vision_tower.image_processing_alpha_clip import place_alpha
 
 
 @pytest.fixture
 def picture(tmp_path):
     path = tmp_path / "picture.png"
-    noise_picture(60, 40).save(path)
+    noise_image(60, 40).save(path)
     return path
 
 
@@ -67,7 +66,7 @@ def test_a_conversation(tiny_llava_dir, picture, tmp_path, monkeypatch, capsys):
     expected = ["no region yet", "outside the image", "unknown command /nonsense", "no image file", "no region yet"]
     assert all(part in line for part, line in zip(expected, errors, strict=True))
     assert Image.open(tmp_path / "overlay.png").width >= 384
-    saved, again = (json.loads((tmp_path / name).read_text()) for name in ("turns.json", "again.json"))
+    saved, again = (read_json(tmp_path / name) for name in ("turns.json", "again.json"))
     assert saved["region"] == {"box": [0, 0, 20, 20], "strength": 0.5}
     assert [(turn["question"], turn["strength"]) for turn in saved["turns"]] == [
         ("What is it?", 1),
@@ -121,11 +120,11 @@ def test_every_region_command_reaches_the_model(tiny_llava_dir, picture, fed, tm
     monkeypatch.chdir(tmp_path)
     mask = Region.from_box(10, 5, 30, 20).mask(40, 60) > 0
     Image.fromarray(mask).save("mask.png")
-    (tmp_path / "annotation.json").write_text(json.dumps({"segmentation": Region.from_mask(mask).to_json()["rle"]}))
+    write_json(tmp_path / "annotation.json", {"segmentation": Region.from_mask(mask).to_json()["rle"]})
     lines = [line for name, (value, _) in REGIONS.items() for line in (f"/{name} {value}", "What?")]
     assert talk(monkeypatch, tiny_llava_dir, picture, lines) == 0
     for pixels, (_, region) in zip(fed[:: len(fed) // len(REGIONS)], REGIONS.values(), strict=True):
-        assert np.allclose(pixels[3] * ALPHA_STD + ALPHA_MEAN, place_alpha(region, 40, 60, 32, "pad"), atol=1e-5)
+        assert np.allclose(alpha_map(pixels), place_alpha(region, 40, 60, 32, "pad"), atol=1e-5)
 
 
 def test_the_help_lists_every_command(tiny_llava_dir, picture, monkeypatch, capsys):

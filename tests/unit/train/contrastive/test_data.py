@@ -1,6 +1,5 @@
 """Region-text pairs: each region goes with the text that describes it, what is drawn how often, and the batches."""
 
-import json
 from collections import Counter
 
 import numpy as np
@@ -15,7 +14,9 @@ from alpha_clip_commands.training.contrastive_arguments import PairArguments
 from mllm.data.index import HELD_OUT, TRAIN, RegionIndex
 from mllm.data.prepare import make_index
 from mllm.data.shapes import grit_layout, scenes, visual_genome_layout
-from tests.tiny import build_tiny_clip, noise_picture, tiny_clip_tokenizer
+from tests.drawn_back import alpha_map, iou
+from tests.files import read_json_lines, write_json
+from tests.tiny import build_tiny_clip, noise_image, tiny_clip_tokenizer
 from train.contrastive.data import (
     RegionTextCollator,
     RegionTextDataset,
@@ -27,7 +28,7 @@ from train.contrastive.data import (
 )
 from train.sampling import EpochSampler
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPProcessor, Region
-from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD, WHOLE_IMAGE
+from vision_tower.alpha_embedding import WHOLE_IMAGE
 
 SCENES, SEED, SIDE = 12, 3, 96
 
@@ -62,11 +63,7 @@ def collator(geometry="pad", side=SIDE):
 
 def alphas(batch):
     """Alpha maps as fed, in [0, 1]: (N, S, S)."""
-    return batch["pixel_values"][:, 3].double().numpy() * ALPHA_STD + ALPHA_MEAN
-
-
-def overlap(drawn, expected):
-    return (drawn & expected).sum() / (drawn | expected).sum()
+    return alpha_map(batch["pixel_values"].double()).numpy()
 
 
 def picture_of(sample):
@@ -74,7 +71,7 @@ def picture_of(sample):
 
 
 def skipped(tmp_path):
-    return [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    return read_json_lines(tmp_path / "skipped.jsonl")
 
 
 def write_pair(folder, name, picture, caption, phrases, boxes, masks=None, suffix="png", **saving):
@@ -90,7 +87,7 @@ def write_pair(folder, name, picture, caption, phrases, boxes, masks=None, suffi
     if masks:
         rles = [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
         record["seudo_masks"] = [{"size": rle["size"], "counts": rle["counts"].decode("ascii")} for rle in rles]
-    (folder / f"{name}.json").write_text(json.dumps(record))
+    write_json(folder / f"{name}.json", record)
 
 
 # which region goes with which text
@@ -103,11 +100,11 @@ def test_each_alpha_drawn_back_is_the_region_that_its_text_describes(grit, truth
     pairs = [(picture_of(sample), text) for sample in batch for text in sample.texts]
     assert len(pairs) == len(drawn) == 4 * SCENES
     for alpha, (picture, text) in zip(drawn, pairs, strict=True):
-        assert overlap(alpha, truth[picture][text]) >= 0.95
+        assert iou(alpha, truth[picture][text]) >= 0.95
         for other, mask in truth[picture].items():
-            assert other == text or overlap(alpha, mask) < 0.1  # so that a swap would fail
+            assert other == text or iou(alpha, mask) < 0.1  # so that a swap would fail
     turned = np.roll(drawn.reshape(SCENES, 4, SIDE, SIDE), 1, axis=1).reshape(drawn.shape)
-    assert max(overlap(a, truth[p][t]) for a, (p, t) in zip(turned, pairs, strict=True)) < 0.1
+    assert max(iou(a, truth[p][t]) for a, (p, t) in zip(turned, pairs, strict=True)) < 0.1
 
 
 @pytest.mark.parametrize("geometry", ["pad", "stretch"])
@@ -121,8 +118,8 @@ def test_regions_of_wide_pictures_and_of_turned_ones(tmp_path, geometry, form):
     turned[0x0112] = 6  # the file lies on its side: 24 x 48
     folder = tmp_path / "grit"
     caption, phrases = "a cat beside a dog", ("a cat", "a dog")
-    write_pair(folder, "1", noise_picture(48, 24), caption, phrases, boxes, masks)
-    write_pair(folder, "2", noise_picture(24, 48), caption, phrases, boxes, masks, "jpg", exif=turned)
+    write_pair(folder, "1", noise_image(48, 24), caption, phrases, boxes, masks)
+    write_pair(folder, "2", noise_image(24, 48), caption, phrases, boxes, masks, "jpg", exif=turned)
     make_index(folder)
     samples = dataset(folder, tmp_path, region_input=form, regions_per_image=2, whole_image_rate=0)
     for number in range(2):
@@ -137,7 +134,7 @@ def test_regions_of_wide_pictures_and_of_turned_ones(tmp_path, geometry, form):
                 x0, y0, x1, y1 = boxes[phrases.index(text)]
                 expected = np.zeros((24, 48), bool)
                 expected[y0:y1, x0:x1] = True
-            assert overlap(back, expected) >= 0.95
+            assert iou(back, expected) >= 0.95
     assert not (tmp_path / "skipped.jsonl").exists()
 
 
@@ -172,7 +169,7 @@ def test_the_share_of_whole_images_is_that_of_all_pairs(grit, tmp_path, regions,
 def test_the_whole_image_is_alpha_of_ones_with_the_full_caption(tmp_path):
     """Padding included, bit for bit what three channels mean."""
     folder = tmp_path / "grit"
-    write_pair(folder, "1", noise_picture(48, 24), "a cat beside a dog", ["a cat"], [(2, 3, 20, 20)])
+    write_pair(folder, "1", noise_image(48, 24), "a cat beside a dog", ["a cat"], [(2, 3, 20, 20)])
     make_index(folder)
     softening = {"max_blur": 0.1, "min_strength": 0.2, "box_jitter": 0.3, "mask_jitter": 3}
     samples = dataset(folder, tmp_path, region_input="box", whole_image_rate=1.0, **softening)
@@ -243,7 +240,7 @@ def test_two_data_sets_are_told_apart(grit, truth, tmp_path):
 
 def test_a_picture_with_a_caption_alone_is_shown_whole(tmp_path):
     folder = tmp_path / "grit"
-    write_pair(folder, "1", noise_picture(48, 24), "nothing here", [], [])
+    write_pair(folder, "1", noise_image(48, 24), "nothing here", [], [])
     make_index(folder)
     for regions, rate in ((1, 0.0), (4, 0.1)):
         samples = dataset(folder, tmp_path, regions_per_image=regions, whole_image_rate=rate)
@@ -319,7 +316,7 @@ def texts_batch(*texts_of_samples):
     for name, texts in enumerate(texts_of_samples):
         regions = [Region.from_box(n, 0, n + 1, 32) for n in range(number, number + len(texts))]
         number += len(texts)
-        samples.append(RegionTexts(f"p{name}", noise_picture(32, 32, seed=name), tuple(regions), tuple(texts)))
+        samples.append(RegionTexts(f"p{name}", noise_image(32, 32, seed=name), tuple(regions), tuple(texts)))
     return RegionTextCollator(build_tiny_clip()[1], max_length=8)(samples)
 
 
@@ -430,7 +427,7 @@ def test_masks_of_another_size_than_the_picture_are_never_trained_on(tmp_path):
     mask, caption = np.zeros((24, 48), bool), "a cat beside a dog"
     mask[3:20, 2:20] = True
     for name, exif in (("1", turned), ("2", Image.Exif())):
-        write_pair(folder, name, noise_picture(48, 24), caption, ["a cat"], [(2, 3, 20, 20)], [mask], "jpg", exif=exif)
+        write_pair(folder, name, noise_image(48, 24), caption, ["a cat"], [(2, 3, 20, 20)], [mask], "jpg", exif=exif)
     make_index(folder)
     samples = dataset(folder, tmp_path, max_missing=0.5)
     assert {picture_of(samples[number]) for number in range(4)} == {"2"}

@@ -18,15 +18,6 @@ TEXT_IDS = torch.tensor([4, 5, 4, 6, 7, 8, 5, 9])
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are so small that threads only wait for each other: on a busy machine for 5 s a test."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Embedder(nn.Module):
     """A tiny Alpha-CLIP that gives what the loss takes; dropout inside its attention and on its image embeddings."""
 

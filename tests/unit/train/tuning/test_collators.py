@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from mllm.processing_llava import VICUNA_V1_SYSTEM
-from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_picture, prompt
+from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_image, prompt
 from train.tuning.collators import IGNORE_INDEX, ConversationCollator, encode_prompt_and_answer, encode_with_labels
 from vision_tower import Region
 
 PROCESSOR = build_tiny_llava()[1]
-IMAGE = noise_picture(40, 40)
+IMAGE = noise_image(40, 40)
 
 
 def conversation(*turns, region=None):

@@ -15,7 +15,8 @@ from mllm.data.readers import grit
 from mllm.data.readers.grit import read_grit
 from mllm.data.records import CLAMPED, NO_AREA, READ, ReadReport
 from mllm.data.samples import TarMember
-from tests.tiny import noise_picture
+from tests.files import write_json
+from tests.tiny import noise_image
 from vision_tower import Region
 
 CAPTION = "a red dog on a mat"
@@ -50,7 +51,7 @@ def write(folder, content, name="7", picture=None, suffix="png"):
     folder.mkdir(parents=True, exist_ok=True)
     text = content if isinstance(content, str) else json.dumps(content)
     (folder / f"{name}.json").write_text(text, encoding="utf-8")
-    (picture or noise_picture(WIDTH, HEIGHT)).save(folder / f"{name}.{suffix}")
+    (picture or noise_image(WIDTH, HEIGHT)).save(folder / f"{name}.{suffix}")
 
 
 def read(folder):
@@ -210,8 +211,8 @@ def turned(tmp_path, content):
     exif = Image.Exif()
     exif[0x0112] = 6
     tmp_path.mkdir(exist_ok=True)
-    noise_picture(WIDTH, HEIGHT).save(tmp_path / "7.jpg", exif=exif)
-    (tmp_path / "7.json").write_text(json.dumps(content))
+    noise_image(WIDTH, HEIGHT).save(tmp_path / "7.jpg", exif=exif)
+    write_json(tmp_path / "7.json", content)
     return read(tmp_path)[0]
 
 

@@ -9,15 +9,14 @@ from PIL import Image
 from mllm.data import json_files
 from mllm.data.readers.jsonl import DAMAGED, read_jsonl
 from mllm.data.records import ReadReport
+from tests.files import write_json_lines
 from vision_tower import Region
 
 LINE = {"id": "a", "image": "p/x.png", "region": {"box": [1, 2, 3, 4]}, "answer": "a dog"}
 
 
 def write(folder, *lines):
-    file = folder / "mine.jsonl"
-    file.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
-    return file
+    return write_json_lines(folder / "mine.jsonl", lines)
 
 
 def test_lines_become_samples(tmp_path):
@@ -77,7 +76,7 @@ def test_a_bad_line_is_counted_and_named_and_the_others_stay(tmp_path, caplog, l
 def test_bytes_that_are_no_text_and_lines_too_long(tmp_path, monkeypatch):
     file = write(tmp_path, LINE, {**LINE, "id": "last"})
     file.write_bytes(
-        b"\xef\xbb\xbf" + file.read_bytes() + b'\n{"id": "\xff"}\n' + b'{"id":' + b" " * 300 + b'1}\n{"id":1\n'
+        b"\xef\xbb\xbf" + file.read_bytes() + b'{"id": "\xff"}\n' + b'{"id":' + b" " * 300 + b'1}\n{"id":1\n'
     )
     monkeypatch.setattr(json_files, "LARGEST_RECORD", 200)
     report = ReadReport()

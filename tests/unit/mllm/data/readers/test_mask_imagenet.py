@@ -1,7 +1,5 @@
 """MaskImageNet's list, as the original code takes its entries: no published file was at hand."""
 
-import json
-
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
@@ -11,7 +9,8 @@ from mllm.data.masks import BAD_MASK, EMPTY_MASK
 from mllm.data.prepare import index_mask_imagenet
 from mllm.data.readers import mask_imagenet
 from mllm.data.records import CLAMPED, NO_AREA, READ, ReadReport
-from tests.tiny import noise_picture
+from tests.files import write_json
+from tests.tiny import noise_image
 from vision_tower import Region
 
 PATH = "imagenet-21k/images/n01440764/{}.JPEG"
@@ -43,11 +42,11 @@ def entry(number, **changes):
 
 
 def write(folder, *entries):
-    (folder / mask_imagenet.LIST).write_text(json.dumps(entries))
+    write_json(folder / mask_imagenet.LIST, entries)
     for number in (1, 2):
         path = folder / PATH.format(number)
         path.parent.mkdir(parents=True, exist_ok=True)
-        noise_picture(30, 20, number).save(path)
+        noise_image(30, 20, number).save(path)
     return folder
 
 
@@ -74,7 +73,7 @@ def test_pictures_may_lie_elsewhere(tmp_path):
 
 def test_a_picture_of_another_size_is_refused(tmp_path):
     write(tmp_path, entry(1))
-    noise_picture(20, 30).save(tmp_path / PATH.format(1))
+    noise_image(20, 30).save(tmp_path / PATH.format(1))
     for sample in mask_imagenet.read_mask_imagenet(tmp_path):
         with pytest.raises(ValueError, match="is 20 x 30 pixels, its data set says 30 x 20"):
             sample.open_image()

@@ -14,6 +14,7 @@ from mllm.data.readers.refcocog import NO_TEXT, read_hub_rows, read_refs
 from mllm.data.readers.visual_genome import read_regions
 from mllm.data.records import CLAMPED, ReadReport
 from mllm.data.shapes import scenes, visual_genome_layout
+from tests.files import read_json, write_json
 from vision_tower import Region
 
 SQUARE = [10.0, 10.0, 30.0, 10.0, 30.0, 20.0, 10.0, 20.0]
@@ -32,7 +33,7 @@ def root(tmp_path):
     ]
     annotations[1]["segmentation"] = {"size": [50, 60], "counts": rle["counts"].decode()}
     images = [{"id": 1, "file_name": "COCO_train2014_000000000001.jpg", "width": 60, "height": 50}]
-    (tmp_path / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    write_json(tmp_path / "instances.json", {"images": images, "annotations": annotations})
     (tmp_path / "train2014").mkdir()
     Image.new("RGB", (60, 50)).save(tmp_path / "train2014" / "COCO_train2014_000000000001.jpg")
     refs = [ref(70, 7, ["the left one", "a square"]), ref(80, 8, ["right"]), ref(90, 9, ["x"], split="train")]
@@ -95,9 +96,9 @@ def left_out(root, **kwargs):
 
 def change(root, what, row, **changes):
     """Change a row of instances.json."""
-    content = json.loads((root / "instances.json").read_text())
+    content = read_json(root / "instances.json")
     content[what][row].update(changes)
-    (root / "instances.json").write_text(json.dumps(content))
+    write_json(root / "instances.json", content)
 
 
 POINTS = [[10, 10], [30, 10], [30, 20], [10, 20]]
@@ -171,12 +172,12 @@ def test_rows_of_other_types_are_counted(root, what, row, changes, named):
 
 @pytest.mark.parametrize("what, key", [("images", 1), ("annotations", 7)])
 def test_two_rows_of_one_id_are_refused(root, what, key):
-    content = json.loads((root / "instances.json").read_text())
+    content = read_json(root / "instances.json")
     content[what].append(content[what][0])
-    (root / "instances.json").write_text(json.dumps(content))
+    write_json(root / "instances.json", content)
     with pytest.raises(ValueError, match=rf"instances.json: ids of {what} must differ.* \({key}\)"):
         list(read_refs(root))
-    (root / "c.json").write_text(json.dumps(content))
+    write_json(root / "c.json", content)
     with pytest.raises(ValueError, match=rf"c.json: ids of {what} must differ.* \({key}\)"):
         list(read_captions(root / "c.json", root))
 
@@ -254,7 +255,7 @@ MDETR = {
 
 def test_mdetr_has_an_image_entry_for_each_expression(tmp_path):
     file = tmp_path / "finetune_refcocog_val.json"
-    file.write_text(json.dumps(MDETR))
+    write_json(file, MDETR)
     samples = list(read_captions(file, tmp_path))
     assert [(s.id, s.references, s.meta["image_id"]) for s in samples] == [
         ("500", ("the left one",), 1),
@@ -274,9 +275,7 @@ def test_grit_has_a_caption_in_each_annotation_and_masks_beside(tmp_path):
         {"id": i, "image_id": 55, "category_id": 1, "bbox": [5 * i, 0, 5, 5], "caption": f"thing {i}"} for i in (1, 2)
     ]
     images = [{"id": 55, "file_name": "55.jpg", "width": 60, "height": 50}]
-    file.write_text(
-        json.dumps({"images": images, "annotations": [*annotations, {**annotations[0], "id": 3, "caption": ""}]})
-    )
+    write_json(file, {"images": images, "annotations": [*annotations, {**annotations[0], "id": 3, "caption": ""}]})
     report = ReadReport()
     first, second = read_captions(file, tmp_path, report=report)
     assert (first.id, first.references, second.regions) == ("1", ("thing 1",), (Region.from_box(10, 0, 15, 5),))
@@ -285,7 +284,7 @@ def test_grit_has_a_caption_in_each_annotation_and_masks_beside(tmp_path):
     mask[:2, 5:10] = 1
     rle = coco_mask.encode(np.asfortranarray(mask))
     beside = tmp_path / "masks.json"
-    beside.write_text(json.dumps({"1": {"size": [50, 60], "counts": rle["counts"].decode()}}))
+    write_json(beside, {"1": {"size": [50, 60], "counts": rle["counts"].decode()}})
     report = ReadReport()
     (sample,) = read_captions(file, tmp_path, region_input="mask", masks=beside, report=report)
     assert sample.regions[0].mask(50, 60).sum() == 10 and report.examples[masks.NO_MASK] == [2]
@@ -293,7 +292,7 @@ def test_grit_has_a_caption_in_each_annotation_and_masks_beside(tmp_path):
 
 def test_two_annotations_of_one_expression_give_one_sample(tmp_path):
     content = {**MDETR, "annotations": [*MDETR["annotations"], {**MDETR["annotations"][0], "id": 903}]}
-    (tmp_path / "c.json").write_text(json.dumps(content))
+    write_json(tmp_path / "c.json", content)
     assert [s.id for s in read_captions(tmp_path / "c.json", tmp_path)] == ["500", "501", "502"]
 
 
@@ -308,7 +307,7 @@ def test_two_annotations_of_one_expression_give_one_sample(tmp_path):
     ],
 )
 def test_other_forms_are_named(tmp_path, content, message):
-    (tmp_path / "c.json").write_text(json.dumps(content))
+    write_json(tmp_path / "c.json", content)
     with pytest.raises(ValueError, match=message):
         list(read_captions(tmp_path / "c.json", tmp_path))
 

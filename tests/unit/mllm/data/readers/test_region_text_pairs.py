@@ -14,16 +14,10 @@ from mllm.data.readers import region_text_pairs
 from mllm.data.readers.region_text_pairs import find_pairs, has_pairs
 from mllm.data.records import ReadReport
 from mllm.data.samples import TarMember, load_image
-from tests.tiny import noise_picture
+from tests.files import encoded_image
+from tests.tiny import noise_image
 
-
-def picture(seed):
-    buffer = io.BytesIO()
-    noise_picture(8, 8, seed).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-PICTURES = {str(seed): picture(seed) for seed in range(4)}
+PICTURES = {str(seed): encoded_image(noise_image(8, 8, seed)) for seed in range(4)}
 FILES = [(f"{key}.{suffix}", key) for key in PICTURES for suffix in ("json", "png", "txt")]
 
 
@@ -54,7 +48,7 @@ def pairs(root):
     for pair in find_pairs(root, report):
         key = pair.key.rsplit("/", 1)[-1]
         assert pair.record == content_of("json", key)
-        assert load_image(pair.image).tobytes() == noise_picture(8, 8, int(key)).tobytes()
+        assert load_image(pair.image).tobytes() == noise_image(8, 8, int(key)).tobytes()
         found.append(pair.key)
     return found, dict(report.counts), report.examples
 
@@ -207,7 +201,7 @@ def test_a_json_that_is_too_large_is_left_out(tmp_path, monkeypatch, make):
 
 def test_a_pipe_among_the_files_is_not_waited_for(tmp_path):
     folder(tmp_path, FILES[:3])
-    (tmp_path / "1.png").write_bytes(picture(1))
+    (tmp_path / "1.png").write_bytes(PICTURES["1"])
     os.mkfifo(tmp_path / "1.json")
     assert pairs(tmp_path)[:2] == (["0"], {region_text_pairs.NO_ACCESS: 1})
 

@@ -13,7 +13,8 @@ from mllm.data.readers.visual_genome import (
     read_region_questions,
     read_regions,
 )
-from tests.tiny import noise_picture
+from tests.files import read_json, write_json
+from tests.tiny import noise_image
 from vision_tower import Region
 
 CLAMPED = "reaching over the picture, clamped"
@@ -28,12 +29,12 @@ def link(shared_data, folder, version):
 
 
 def read(root, name):
-    return json.loads((root / f"{name}.json").read_text())
+    return read_json(root / f"{name}.json")
 
 
 def write(root, **files):
     for name, content in files.items():
-        (root / f"{name}.json").write_text(json.dumps(content))
+        write_json(root / f"{name}.json", content)
 
 
 def raw_regions(root):
@@ -277,9 +278,9 @@ def test_pictures_are_opened_late_and_checked(small):
     sample, missing = read_regions(small)
     with pytest.raises(ValueError, match=r"there is no image file .*VG_100K/2\.png"):
         missing.open_image()
-    noise_picture(100, 80).save(small / "images" / "1.jpg")
+    noise_image(100, 80).save(small / "images" / "1.jpg")
     assert sample.open_image().size == (100, 80)
-    noise_picture(80, 100).save(small / "images" / "1.jpg")
+    noise_image(80, 100).save(small / "images" / "1.jpg")
     with pytest.raises(ValueError, match="vg-region-1: .* is 80 x 100 pixels"):
         sample.open_image()
 

@@ -1,7 +1,5 @@
 """The Shapes world in GRIT's layout: the same scenes; regions come back from an index where they were drawn."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -11,6 +9,8 @@ from mllm.data.prepare import index_grit, make_index
 from mllm.data.readers.grit import read_grit
 from mllm.data.samples import TarMember
 from mllm.data.shapes import grit_layout, scenes
+from tests.drawn_back import iou
+from tests.files import read_json
 
 COUNT, SEED = 12, 5
 
@@ -26,10 +26,6 @@ def root(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def drawn():
     return [scene for _, scene in scenes.scenes(COUNT, SEED, "train", 1)]
-
-
-def overlap(one, other):
-    return (one & other).sum() / (one | other).sum()
 
 
 def facts_of(index, scene_number):
@@ -48,11 +44,11 @@ def test_regions_from_the_index_lie_where_their_phrase_was_drawn(root, drawn):
             ((kind, question, phrase),) = facts.turns
             mask = truth.pop(phrase)
             assert (kind, question) == ("description", None) and [f.kind for f in facts.forms] == ["box", "mask"]
-            assert overlap(facts.forms[1].mask(96, 96) > 0.5, mask) == 1
+            assert iou(facts.forms[1].mask(96, 96) > 0.5, mask) == 1
             around = np.zeros_like(mask)
             rows, columns = np.nonzero(mask)
             around[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = True
-            assert overlap(facts.forms[0].mask(96, 96) > 0.5, around) >= 0.95
+            assert iou(facts.forms[0].mask(96, 96) > 0.5, around) >= 0.95
             assert np.array_equal(np.asarray(facts.sample.open_image()), scene.pixels)
         assert not truth and [form.is_whole for form in whole.forms] == [True]
         assert whole.sample.meta.get("region_id") is None
@@ -84,7 +80,7 @@ def test_captions_name_objects_from_left_to_right_and_spans_are_exact(drawn):
 
 def test_all_is_of_the_split_that_the_folder_names(tmp_path):
     grit_layout.write(tmp_path / "x", 2, 1, "test", progress=False)
-    assert json.loads((tmp_path / "x" / "dataset.json").read_text()) == {
+    assert read_json(tmp_path / "x" / "dataset.json") == {
         "world": "shapes",
         "split": "test",
         "seed": 1,

@@ -1,6 +1,5 @@
 """The Shapes world keeps its promises; its files are read by the Visual Genome reader."""
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from PIL import Image
 from alpha_clip_commands import alpha_clip
 from mllm.data.readers.visual_genome import read_free_questions, read_region_questions, read_regions
 from mllm.data.shapes import scenes, visual_genome_layout, world
+from tests.files import read_json
 
 COUNT = 60
 
@@ -112,8 +112,8 @@ def test_unseen_backgrounds_are_not_in_train(drawn):
 
 
 def test_one_canonical_phrase_an_object(folders):
-    regions = json.loads((folders / "test" / "region_descriptions.json").read_text())
-    objects = json.loads((folders / "test" / "objects.json").read_text())
+    regions = read_json(folders / "test" / "region_descriptions.json")
+    objects = read_json(folders / "test" / "objects.json")
     for entry, scene in zip(regions, objects, strict=True):
         assert [r["phrase"] for r in entry["regions"]] == [
             f"a {' '.join(o['attributes'])} {o['names'][0]}" for o in scene["objects"]
@@ -161,7 +161,7 @@ def test_questions_about_the_whole_image_are_not_mapped(folders):
 def test_command_line(tmp_path, capsys):
     arguments = ["--out", str(tmp_path / "x"), "--images", "2", "--seed", "1", "--split", "novel"]
     assert alpha_clip.main(["shapes", *arguments]) == 0
-    assert json.loads((tmp_path / "x" / "dataset.json").read_text()) == {
+    assert read_json(tmp_path / "x" / "dataset.json") == {
         "world": "shapes",
         "split": "novel",
         "seed": 1,

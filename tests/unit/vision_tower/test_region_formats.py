@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from tests.files import write_json
 from vision_tower import Region
 
 FRACTIONS = {
@@ -30,7 +31,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("written", [*FRACTIONS.values(), *TEXTS], ids=str)
 def test_fractions_given_as_pixels_are_refused_in_every_form(written):
-    with pytest.raises(ValueError, match="in pixels, got .*fractions of the image are (nbox|to be multiplied)"):
+    with pytest.raises(ValueError, match="in pixels, got .*fractions of the image must be (passed as nbox|multiplied)"):
         Region.parse(written) if isinstance(written, str) else Region.from_json(written)
 
 
@@ -64,7 +65,7 @@ def test_xywh_is_the_box_of_coco():
     box = Region.from_box(10, 20, 40, 60)
     assert Region.from_xywh(10, 20, 30, 40) == Region.parse("xywh:10,20,30,40") == box
     assert Region.from_json({"xywh": [10, 20, 30, 40], "strength": 0.5}) == Region.parse("box:10,20,40,60*0.5")
-    with pytest.raises(ValueError, match="a box x,y,width,height is xywh"):
+    with pytest.raises(ValueError, match="use xywh for x,y,width,height"):
         Region.from_box(100, 120, 30, 40)
     for size in ((0, 5), (5, -1)):
         with pytest.raises(ValueError, match="width and height above 0"):
@@ -100,7 +101,7 @@ OUTLINE = [[10, 5, 30, 5, 30, 20, 10, 20]]
 def test_a_coco_annotation_or_its_segmentation_is_a_region(segmentation, tmp_path):
     annotation = {"id": 1, "image_id": 2, "category_id": 3, "bbox": [10, 5, 20, 15], "segmentation": segmentation}
     for written in (annotation, segmentation):
-        (tmp_path / "a.json").write_text(json.dumps(written))
+        write_json(tmp_path / "a.json", written)
         for region in (
             Region.from_coco(written),
             Region.from_json({"rle": written}),
@@ -113,11 +114,11 @@ def test_a_coco_annotation_or_its_segmentation_is_a_region(segmentation, tmp_pat
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ({"images": [], "annotations": []}, "one COCO annotation, got a whole file"),
+        ({"images": [], "annotations": []}, "one COCO annotation, got a complete COCO file"),
         ([{"segmentation": RLE}], "one COCO annotation, got a list of 1"),
-        ({"segmentation": [], "bbox": [1, 2, 3, 4]}, "no segmentation; its bbox is a region of the form xywh"),
+        ({"segmentation": [], "bbox": [1, 2, 3, 4]}, "no segmentation; pass its bbox as xywh"),
         ({"segmentation": None}, "no segmentation"),
-        ({"bbox": [1, 2, 3, 4], "category_id": 1}, "no segmentation; its bbox"),
+        ({"bbox": [1, 2, 3, 4], "category_id": 1}, "no segmentation; pass its bbox"),
         ({"segmentation": {"segmentation": RLE}}, "expected an RLE"),
         ({"counts": [1]}, "expected an RLE"),
         ({}, "expected an RLE"),
@@ -149,11 +150,11 @@ def test_a_region_is_shown_as_it_is_written(text):
 
 
 def test_a_wrong_region_names_the_form_of_its_own_kind_only():
-    with pytest.raises(ValueError, match=r"expected 4 numbers, got 2; it is written nbox:x0,y0,x1,y1$"):
+    with pytest.raises(ValueError, match=r"expected 4 numbers, got 2; expected nbox:x0,y0,x1,y1$"):
         Region.parse("nbox:1,2")
 
 
 @pytest.mark.parametrize("kind", ["box:1,2,3,4", [1, 2, 3, 4], None])
 def test_a_region_of_no_kind_is_refused_when_it_is_made(kind):
-    with pytest.raises(ValueError, match="expected a kind of region .* make regions with Region.from_box"):
+    with pytest.raises(ValueError, match="expected a region kind .* create regions with Region.from_box"):
         Region(kind)
