@@ -10,7 +10,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from alpha_clip_commands import alpha_clip
 from eval import attention_map
-from eval.attention_map import look, panel_box, read_heads
+from eval.attention_map import attention, panel_box, read_heads
 from tests.tiny import noise_image, save_model, tiny_clip_config, tiny_clip_tokenizer
 from vision_tower import AlphaCLIPConfig, AlphaCLIPImageProcessor, AlphaCLIPModel, AlphaCLIPProcessor, Region
 
@@ -112,23 +112,23 @@ def test_the_numbers_are_the_models(folder, model, processor):
     loaded, own = attention_map.load(str(folder / "full"), with_text=True, device="cpu", revision=None)
     regions = [Region.whole(), Region.from_box(24, 0, 48, 24), Region.from_box(0, 0, 9, 9)]
     picture, texts = noise_image(48, 24), ["a red", "b"]
-    looks = look(loaded, own, picture, regions, texts, [0, 2])
-    for one, region in zip(looks, regions, strict=True):
+    rows = attention(loaded, own, picture, regions, texts, [0, 2])
+    for one, region in zip(rows, regions, strict=True):
         inputs = processor(images=picture, regions=region, text=texts, padding=True, return_tensors="pt")
         with torch.no_grad():
             output = loaded(**inputs, output_attentions=True)
             logits = model(**inputs).logits_per_image[0]
         expected = output.vision_model_output.attentions[-1][0, [0, 2], 0].mean(0)
         np.testing.assert_allclose(one.attention.ravel(), expected[1:], atol=1e-6)
-        np.testing.assert_allclose(one.shares, logits.softmax(-1), atol=1e-5)
+        np.testing.assert_allclose(one.probabilities, logits.softmax(-1), atol=1e-5)
         np.testing.assert_allclose(one.cosines, logits / model.logit_scale.exp().item(), atol=1e-5)
         seen = own.image_processor(picture, do_normalize=False, return_tensors="pt")["pixel_values"][0, :3]
-        np.testing.assert_allclose(one.seen, seen.permute(1, 2, 0) * 255, atol=0.51)
+        np.testing.assert_allclose(one.pixels, seen.permute(1, 2, 0) * 255, atol=0.51)
         assert one.region == region
     for one, other in ((0, 1), (1, 2)):
-        assert abs(looks[one].cosines - looks[other].cosines).max() > 0.001  # or a mix-up of regions could not be seen
-    assert looks[0].alpha.min() == 1
-    assert looks[1].alpha[8:24, 16:].mean() > 0.95 and looks[1].alpha[8:24, :15].max() < 0.05
+        assert abs(rows[one].cosines - rows[other].cosines).max() > 0.001  # or a mix-up of regions could not be seen
+    assert rows[0].alpha.min() == 1
+    assert rows[1].alpha[8:24, 16:].mean() > 0.95 and rows[1].alpha[8:24, :15].max() < 0.05
 
 
 def test_a_tower_is_enough_without_texts(folder):
@@ -166,7 +166,7 @@ def test_a_plain_clip_sees_no_region(folder):
         (["--box", LEFT, "--heads", "5"], "numbers from 1 to 4"),
         (["--box", LEFT, "--heads", "1;2"], "numbers from 1 to 4"),
         (["--box", LEFT, "--text", "a", " "], "a --text is empty"),
-        (["--box", LEFT, "--text", "a" * 30], "32 tokens, the text tower takes 16"),
+        (["--box", LEFT, "--text", "a" * 30], "32 tokens, the text tower supports 16"),
         (["--box", LEFT, "--image", "none.png"], "image not found: none.png"),
         (["--box", LEFT, "--model", "./nothing"], "directory not found"),
         (["--box", LEFT, "--device", "abacus"], "expected a device out of"),
