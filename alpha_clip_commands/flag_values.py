@@ -1,4 +1,4 @@
-"""The values of flags: text -> number, switch or text, or an error of one line."""
+"""Types of flags for argparse: each parses a string, or raises a one-line error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def finite_number(text: str) -> float:
     """A number that is not NaN or infinite.
 
     Raises:
-        argparse.ArgumentTypeError: If it is something else.
+        argparse.ArgumentTypeError: If it is anything else.
     """
     try:
         number = float(text)
@@ -25,7 +25,7 @@ def fraction(text: str) -> float:
     """A number from 0 to 1.
 
     Raises:
-        argparse.ArgumentTypeError: If it is something else.
+        argparse.ArgumentTypeError: If it is anything else.
     """
     try:
         number = float(text)
@@ -37,25 +37,25 @@ def fraction(text: str) -> float:
 
 
 def whole_number(text: str) -> int:
-    """A whole number of up to 32 bits.
+    """An integer of up to 32 bits.
 
     Raises:
-        argparse.ArgumentTypeError: If it is something else.
+        argparse.ArgumentTypeError: If it is anything else.
     """
     try:
         number = int(text)
     except ValueError:
         number = None
     if number is None or not -(2**31) <= number < 2**32:
-        raise argparse.ArgumentTypeError(f"expected a whole number of up to 32 bits, got {text!r:.80}")
+        raise argparse.ArgumentTypeError(f"expected an integer of up to 32 bits, got {text!r:.80}")
     return number
 
 
 def plain_text(text: str) -> str:
-    """Text that can be written and passed to the system.
+    """Text without NUL characters, which system calls reject.
 
     Raises:
-        argparse.ArgumentTypeError: If it has NUL characters.
+        argparse.ArgumentTypeError: If it contains NUL characters.
     """
     if "\0" in text:
         raise argparse.ArgumentTypeError(f"expected text without NUL characters, got {text!r:.80}")
@@ -63,10 +63,10 @@ def plain_text(text: str) -> str:
 
 
 def switch(text: str) -> bool:
-    """True or false in the words that Transformers takes.
+    """A boolean, in the words that Transformers accepts.
 
     Raises:
-        argparse.ArgumentTypeError: If it is something else.
+        argparse.ArgumentTypeError: If it is anything else.
     """
     if text.lower() in ("yes", "true", "t", "y", "1"):
         return True
@@ -78,10 +78,10 @@ def switch(text: str) -> bool:
 
 
 def positive_number(text: str) -> int:
-    """A whole number from 1.
+    """An integer of at least 1.
 
     Raises:
-        argparse.ArgumentTypeError: If it is something else.
+        argparse.ArgumentTypeError: If it is anything else.
     """
     if (number := whole_number(text)) < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")

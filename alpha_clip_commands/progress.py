@@ -1,4 +1,4 @@
-"""Says on stderr what a command is doing, where no progress bar does: nothing is silent for more than five seconds."""
+"""Reports long steps on stderr when there is no progress bar: no command is silent for more than five seconds."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ import threading
 import time
 from collections.abc import Iterator
 
-PATIENCE = 4  # seconds; for the first line half of it, since the step before may have been silent as long
+PATIENCE = 4  # seconds between lines; half of it before the first, since the previous step may have been silent as long
 STARTING = "importing PyTorch and Transformers"
-_running: list[str] = []  # steps within each other; the innermost is named
+_running: list[str] = []  # nested steps; the innermost is reported
 
 
 @contextlib.contextmanager
 def step(what: str) -> Iterator[None]:
-    """Name a step on stderr when it has taken two seconds, and again while it lasts: on a terminal in one line that is
-    removed at the end, else line by line. Of several processes that share a run, the first does so. Also a decorator.
+    """Report a step on stderr after two seconds, and again while it lasts. Also usable as a decorator.
+
+    On a terminal this is one line, removed at the end. In distributed runs only rank 0 reports.
     """
     if os.environ.get("RANK", "0") != "0":
         yield
         return
     done = threading.Event()
     _running.append(what)
-    teller = threading.Thread(target=_tell, args=(what, len(_running), done), daemon=True)
-    teller.start()
+    reporter = threading.Thread(target=_report, args=(what, len(_running), done), daemon=True)
+    reporter.start()
     try:
         yield
     finally:
         done.set()
-        teller.join()
+        reporter.join()
         _running.pop()
 
 
-def _tell(what: str, depth: int, done: threading.Event) -> None:
+def _report(what: str, depth: int, done: threading.Event) -> None:
     start, in_place = time.monotonic(), sys.stderr.isatty()
     shown, wait = False, PATIENCE / 2
     while not done.wait(wait):
@@ -50,6 +51,6 @@ def _write(text: str) -> bool:
     try:
         sys.stderr.write(text)
         sys.stderr.flush()
-    except (OSError, ValueError):  # closed, or a full disk; the command's own end says so
+    except (OSError, ValueError):  # closed, or a full disk, which the exit code of the command reports
         return False
     return True

@@ -25,24 +25,25 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.add_argument("--image", metavar="FILE", help="the image")
-    region = parser.add_argument_group("region", "one of these; between numbers stand commas, spaces or both")
+    region = parser.add_argument_group("region", "one of these; separate numbers by commas, spaces or both")
     region = region.add_mutually_exclusive_group()
     add_region_options(region)
     region.add_argument("--whole", action="store_true", help="the whole image")
     parser.add_argument("--strength", type=float, help="1: the region alone, 0: the whole image (default 1)")
     parser.add_argument("--ask", metavar="TEXT", help="one question; without it, a conversation")
-    parser.add_argument("--save-overlay", metavar="PNG", help="write the image with its region and answer drawn on it")
+    parser.add_argument("--save-overlay", metavar="PNG", help="write the image with its region and answer")
+    parser.add_argument("--json", action="store_true", help="print one JSON object; without --ask, describe the region")
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object; without --ask the region is described"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=positive_number, default=128, help="longest answer, in tokens (default 128)"
+        "--max-new-tokens",
+        type=positive_number,
+        default=128,
+        help="maximum length of an answer, in tokens (default 128)",
     )
     batch = parser.add_argument_group("batch file")
     batch.add_argument(
         "--batch",
         metavar="JSONL",
-        help='requests {"id", "image", "region", "question"?}, one a line; paths are relative to this file',
+        help='requests {"id", "image", "region", "question"?}, one per line; paths are relative to this file',
     )
     batch.add_argument(
         "--output",
@@ -50,14 +51,14 @@ def build_parser() -> argparse.ArgumentParser:
         help='answers {"id", "answer"} or {"id", "error"}, written at the end. Rerun the same command to resume: '
         "answers are kept in OUTPUT.journal.jsonl, and only new, changed and interrupted requests are answered",
     )
-    batch.add_argument("--batch-size", type=positive_number, help="answers made at once (default 16)")
-    batch.add_argument("--retry-failed", action="store_true", help="answer requests again that failed earlier")
+    batch.add_argument("--batch-size", type=positive_number, help="requests per batch (default 16)")
+    batch.add_argument("--retry-failed", action="store_true", help="answer failed requests of earlier runs again")
     add_max_errors(batch, "requests")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 1 when batch requests failed, 2 for bad input."""
+    """Entry point; returns the exit code: 0, 1 if batch requests failed, 2 for invalid input."""
     return exit_code(PROGRAM, lambda: _run(build_parser().parse_args(argv)))
 
 
@@ -78,29 +79,31 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    """Raise ValueError for flags that do not go together."""
-    options = ", ".join(f"--{option}" for option in (*REGION_OPTIONS, "whole"))
-    has_region = args.whole or region_in(args) is not None
+    """Raise ValueError for flags that exclude or require each other."""
     check_strength(args.strength)
     if args.batch:
-        if not args.output:
-            raise ValueError("--batch needs --output FILE for the answers")
-        if (
-            args.image
-            or has_region
-            or args.strength is not None
-            or args.ask is not None
-            or args.json
-            or args.save_overlay is not None
-        ):
-            raise ValueError("--batch takes images, regions and questions from its file; leave the other flags out")
+        _check_batch_arguments(args)
     elif args.output or args.batch_size is not None or args.retry_failed:
-        raise ValueError("--output, --batch-size and --retry-failed belong to --batch FILE")
+        raise ValueError("--output, --batch-size and --retry-failed require --batch FILE")
     elif not args.image:
         raise ValueError("expected --image FILE, or --batch FILE")
     elif args.ask is not None and not args.ask.strip():
-        raise ValueError("--ask is empty; leave it out to have the region described (with --json), or ask something")
-    elif not has_region and args.strength is not None:
-        raise ValueError(f"--strength belongs to a region; expected one of {options}")
-    elif not has_region and (args.ask is not None or args.json):
-        raise ValueError(f"expected a region, one of {options}; --whole is the whole image")
+        raise ValueError("--ask is empty; ask a question, or use --json without --ask to describe the region")
+    elif not _has_region(args):
+        options = ", ".join(f"--{option}" for option in (*REGION_OPTIONS, "whole"))
+        if args.strength is not None:
+            raise ValueError(f"--strength requires a region; expected one of {options}")
+        if args.ask is not None or args.json:
+            raise ValueError(f"expected a region, one of {options}; --whole is the whole image")
+
+
+def _check_batch_arguments(args: argparse.Namespace) -> None:
+    if not args.output:
+        raise ValueError("--batch requires --output FILE for the answers")
+    single = (args.image, args.strength, args.ask, args.save_overlay)
+    if any(value is not None for value in single) or args.json or _has_region(args):
+        raise ValueError("--batch reads images, regions and questions from its file; omit the other flags")
+
+
+def _has_region(args: argparse.Namespace) -> bool:
+    return args.whole or region_in(args) is not None

@@ -116,7 +116,6 @@ def _add_score(commands) -> None:
     )
     parser.add_argument("--task", help="protocol of the predictions: checks their number, adds published results")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the images, for the report")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default 0)")
     _add_scoring(parser)
 
 
@@ -131,6 +130,7 @@ def _add_scoring(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-intervals", action="store_true", help="skip the bootstrap, which is slow on large files")
     parser.add_argument("--allow-missing", action="store_true", help="score even if samples have no prediction")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (default 0)")
     add_max_errors(parser, "samples")
 
 

@@ -1,5 +1,5 @@
-"""The training commands, `region-tune` and `alpha-clip train`: what is wrong with their arguments is found before torch
-is imported. What they do is in `train.finetune` and `train.alpha_clip`.
+"""The training commands `region-tune` and `alpha-clip train`: their arguments are checked before torch is imported.
+Training itself is in `train.finetune` and `train.alpha_clip`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 import importlib
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple, NoReturn, get_type_hints
 
@@ -26,12 +26,13 @@ from alpha_clip_commands.progress import STARTING, step
 from alpha_clip_commands.training.contrastive_arguments import PairArguments, TowerArguments
 from alpha_clip_commands.training.recipe import deepspeed_file, recipe_names, split_recipe
 from alpha_clip_commands.training.recipe_values import check_ranges, read_values
+from alpha_clip_commands.training.renamed_settings import current_settings
 from alpha_clip_commands.training.training_fields import TrainingField, training_fields
 from alpha_clip_commands.training.tuning_arguments import DataArguments, ModelArguments
 
 
 class Program(NamedTuple):
-    """A training command: name, how it is called, what its arguments are, the module whose `run` trains, help."""
+    """A training command: name, usage, dataclasses of its arguments, module with its `run` function, help."""
 
     name: str
     usage: str
@@ -45,7 +46,7 @@ TUNE = Program(
     "region-tune RECIPE --data DIR --output_dir OUT [--key value ...]",
     (ModelArguments, DataArguments),
     "train.finetune",
-    """Tune a LLaVA or BLIP-2 with an alpha tower on regions.
+    """Fine-tune a LLaVA or BLIP-2 with an alpha tower on regions.
 
 examples:
   region-tune shapes_lora --data SHAPES --output_dir OUT
@@ -58,7 +59,7 @@ TRAIN_ALPHA_CLIP = Program(
     "alpha-clip train RECIPE --model CLIP --data DIR --output_dir OUT [--key value ...]",
     (TowerArguments, PairArguments),
     "train.alpha_clip",
-    """Train an Alpha-CLIP from a CLIP (or a CLIP itself) by contrast of regions and texts.
+    """Train an Alpha-CLIP from a CLIP, or a CLIP itself, with a contrastive loss on regions and texts.
 
 examples:
   alpha-clip train alpha_clip_l14 --model openai/clip-vit-large-patch14 --data GRIT --output_dir OUT
@@ -92,85 +93,90 @@ def _start(program: Program, argv: Sequence[str]) -> int:
 
 
 def check(program: Program, argv: Sequence[str]) -> None:
-    """Raise ValueError for what is wrong with a command line and its recipe, as far as that shows without importing
-    torch. The values are read by `train.arguments.parse_recipe`; nothing that it takes is refused here.
+    """Raise ValueError if a command line or its recipe is invalid, as far as that can be checked without torch."""
+    settings = read_settings(program, argv)
+    for kind in program.kinds:
+        kind(**{field.name: settings[field.name] for field in dataclasses.fields(kind) if field.name in settings})
+    _check_files(settings)
+
+
+def read_settings(program: Program, argv: Sequence[str]) -> dict[str, Any]:
+    """The settings of a recipe and of the flags, which take precedence, by key; without defaults.
+
+    Raises:
+        ValueError: If the recipe cannot be read, or a key, flag or value is unknown, invalid or missing.
     """
-    parser, training = build_parser(program), training_fields()
-    known = known_keys(program)
-    path, flags = split_recipe(argv, known)
-    recipe = read_values(path, _actions(parser, known), _defaults(program)) if path else {}
+    path, flags = split_recipe(argv, known_keys(program))
+    parser = build_parser(program)
+    recipe = read_values(path, _actions(parser, program), _nullable_keys(program)) if path else {}
     given, rest = parser.parse_known_args(flags)
     if rest:
         raise ValueError(f"unknown flags or values without a flag: {' '.join(rest)}; --help lists the flags")
-    values = {**recipe, **vars(given)}
-    required = [field.name for kind in program.kinds for field in dataclasses.fields(kind) if is_required(field)]
-    required += [name for name, field in training.items() if field.is_required]
-    if missing := [f"--{name}" for name in required if name not in values]:
-        usage = "the usage is" if path else "without a recipe everything is given by flags; the usage is"
+    settings = current_settings({**recipe, **vars(given)})
+    required = [field.name for field in _fields(program) if is_required(field)]
+    required += [name for name, field in training_fields().items() if field.is_required]
+    if missing := [f"--{name}" for name in required if name not in settings]:
+        usage = "usage" if path else "without a recipe all settings are given as flags; usage"
         raise ValueError(
-            f"the following arguments are required: {', '.join(missing)}; {usage} {program.usage}, and --help shows "
+            f"the following arguments are required: {', '.join(missing)}; {usage}: {program.usage}; --help shows "
             "examples and recipes"
         )
-    for kind in program.kinds:
-        kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values})
-    check_ranges(values)
-    _check_files(values)
+    check_ranges(settings)
+    return settings
 
 
 def known_keys(program: Program) -> set[str]:
-    """What a recipe may set."""
-    return {field.name for kind in program.kinds for field in dataclasses.fields(kind)} | training_fields().keys()
+    """The keys that a recipe may contain."""
+    return {field.name for field in _fields(program)} | training_fields().keys()
 
 
-def _actions(parser: argparse.ArgumentParser, known: Collection[str]) -> dict[str, argparse.Action]:
-    """The flag of each key that a recipe may set."""
+def _fields(program: Program) -> list[dataclasses.Field]:
+    return [field for kind in program.kinds for field in dataclasses.fields(kind)]
+
+
+def _nullable_keys(program: Program) -> set[str]:
+    nullable = {field.name for field in _fields(program) if field.default is None}
+    return nullable | {name for name, field in training_fields().items() if field.is_nullable}
+
+
+def _actions(parser: argparse.ArgumentParser, program: Program) -> dict[str, argparse.Action]:
+    """The flag of each key that a recipe may contain."""
     actions = {}
     for action in parser._actions:
-        if action.dest in known:
+        if action.dest in known_keys(program):
             actions.setdefault(action.dest, action)  # --no_X comes after --X
     return actions
 
 
-def _defaults(program: Program) -> dict[str, Any]:
-    """The defaults of what has one; of HF's training arguments None, which lets null pass: the run checks them."""
-    fields = [field for kind in program.kinds for field in dataclasses.fields(kind) if not is_required(field)]
-    defaults = dict.fromkeys((name for name, field in training_fields().items() if not field.is_required), None)
-    return defaults | {field.name: _default(field) for field in fields}
-
-
-def _default(field: dataclasses.Field) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
 def _check_files(values: Mapping[str, Any]) -> None:
-    """Raise ValueError if data, model or weights are not there; a run that has begun says so itself, as it may be
-    finished.
+    """Raise ValueError if data, model or weights are not found. A run that has started checks this itself, because a
+    finished run does not need them.
     """
     if os.path.lexists(values.get("output_dir") or "trainer_output"):  # Transformers' default
         return
     check_found("data", *values["data"])
     if values.get("model") is not None:
         check_model(values["model"])
-    if values.get("alpha_weights") is not None and not values.get("plan"):  # which reads no weights
+    if values.get("alpha_weights") is not None and not values.get("plan"):  # --plan reads no weights
         check_found("alpha_weights", values["alpha_weights"])
 
 
 class _Parser(ArgumentParser):
-    """A parser of flags that are all optional; its errors are those of `train.arguments`."""
+    """A parser that raises ValueError."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 
 def build_parser(program: Program) -> argparse.ArgumentParser:
-    """The flags of a training command, as HF's parser makes them of dataclasses; those not given are left out."""
+    """The flags of a training command, the same as `HfArgumentParser` creates; omitted flags have no value."""
     parser = _Parser(
         prog=program.name,
         usage=program.usage,
         description=program.help,
         epilog="Every field of transformers.TrainingArguments is a flag too: --learning_rate 1e-4, --max_steps 100, "
-        "--save_steps 50 ...\nA recipe is a YAML file, given by its path or by the name of a shipped one, with the "
-        f"same keys; flags on the command line win. Shipped: {', '.join(recipe_names(known_keys(program)))}.",
+        "--save_steps 50 ...\nA recipe is a YAML file with the same keys, given by its path or by the name of a "
+        f"shipped recipe; flags take precedence. Shipped recipes: {', '.join(recipe_names(known_keys(program)))}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
@@ -193,9 +199,9 @@ def is_required(field: dataclasses.Field) -> bool:
 
 
 def help_of(field: dataclasses.Field) -> str:
-    """The help of a field, with its default where the help does not say it."""
+    """The help of a field, with its default if the text does not mention it."""
     text = field.metadata["help"].replace("%", "%%")
-    default = _default(field)
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if is_required(field) or default in (None, False, []) or "default" in text:
         return text
     return f"{text} (default {' '.join(default) if isinstance(default, list) else default})"
@@ -216,14 +222,20 @@ def _add_field(group: argparse._ActionsContainer, name: str, hint: Any, text: st
 
 def _add_training_field(parser: argparse.ArgumentParser, field: TrainingField) -> None:
     options = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
-    kinds = {"int": whole_number, "float": finite_number, "bool": switch}
+    kinds = {"int": whole_number, "float": finite_number, "bool": switch, "str": plain_text}
     kind = deepspeed_file if field.name == "deepspeed" else kinds.get(field.kind)
+    if kind is None and field.kind.endswith("Config"):
+        kind = _reject
     more: dict[str, Any] = {"nargs": field.nargs} if field.nargs else {}
     if field.nargs == "?":
         more["const"] = True
     parser.add_argument(*options, type=kind, choices=field.choices, help=argparse.SUPPRESS, **more)
     if field.has_opposite:
         _add_opposite(parser, field.name)
+
+
+def _reject(text: str) -> NoReturn:
+    raise argparse.ArgumentTypeError("it can be set in Python only")
 
 
 def _add_opposite(group: argparse._ActionsContainer, name: str) -> None:

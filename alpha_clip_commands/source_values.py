@@ -1,4 +1,4 @@
-"""Values whose home is a module that imports torch, read from its source: half a second is enough for `--help`."""
+"""Constants of modules that import torch, read from their source, so that `--help` takes half a second."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PACKAGES = Path(__file__).resolve().parents[1]  # the folder that holds them: site-packages, or a clone
+PACKAGES = Path(__file__).resolve().parents[1]  # site-packages, or a clone
 
 
 def constant(file: str, name: str) -> Any:
-    """What a module assigns to a name, a literal; of a dictionary with other values, its keys.
+    """The literal that a module assigns to a name; the keys of a dictionary whose values are not literals.
 
     Args:
-        file: Below the folder of the packages: "mllm/data/shapes/scenes.py".
-        name: As it is assigned at the top of the module.
+        file: Relative to the folder of the packages, such as "mllm/data/shapes/scenes.py".
+        name: A name assigned at module level.
 
     Raises:
-        LookupError: If nothing is assigned to it.
+        LookupError: If the module does not assign it.
     """
     for target, value in _assignments(parsed(PACKAGES / file)):
         if target == name:
@@ -29,12 +29,12 @@ def constant(file: str, name: str) -> Any:
                 if not isinstance(value, ast.Dict):
                     raise
                 return tuple(ast.literal_eval(key) for key in value.keys if key is not None)
-    raise LookupError(f"{file} assigns nothing to {name}")
+    raise LookupError(f"{file} does not assign {name}")
 
 
 @functools.cache
 def parsed(file: Path) -> ast.Module:
-    """A source file as a syntax tree."""
+    """The syntax tree of a source file, cached."""
     return ast.parse(file.read_bytes())
 
 

@@ -24,7 +24,7 @@ from mllm.files import check_replaceable
 from mllm.hub import offline_options
 from mllm.loading import pick_device
 from mllm.overlay import draw_overlay, save_png
-from mllm.quiet import CUT_OFF, dropping
+from mllm.quiet import CLIPPED, dropping
 from vision_tower import (
     AlphaCLIPImageProcessor,
     AlphaCLIPModel,
@@ -82,12 +82,12 @@ def run(args: argparse.Namespace) -> int:
     config = model.config.vision_config if args.text else model.config
     heads = read_heads(args.heads, config.num_attention_heads)
     say(f"model: {args.model} | device: {model.device} | dtype: {model.dtype} | attention: eager", sys.stderr)
-    with dropping(*CUT_OFF):
+    with dropping(*CLIPPED):
         rows = attention(model, processor, image, regions, args.text, heads)
     chosen = "mean of all heads" if args.heads is None else f"heads {', '.join(str(head + 1) for head in heads)}"
     names = ["whole image", *(f"{number}: {text}" for number, text in enumerate(args.regions, 1))]
     title = f"{Path(args.model).name} on {Path(args.image).name}"
-    with dropping(*CUT_OFF):
+    with dropping(*CLIPPED):
         page = draw(image, rows, names, args.text, title, f"attention of CLS, last block, {chosen}")
     save_png(args.out, page, PROGRAM)
     say(f"wrote {args.out}")

@@ -23,7 +23,7 @@ from alpha_clip_commands.command_line import one_line
 from eval.predictions import PREDICTIONS_FILE, prediction_of, write_predictions
 from eval.views import apply_view
 from mllm.data.samples import ImageSource, RegionSample
-from mllm.inference import Asked, RegionChat
+from mllm.inference import ChatRequest, RegionChat
 from mllm.lost_process import lost_process
 from mllm.resume import journal, read_journal
 
@@ -223,7 +223,7 @@ def _write(
 def _answers(chat: RegionChat, samples: Sequence[RegionSample], settings: GenerationSettings) -> list[_Answer]:
     """The answers of a batch, with an error for each sample that cannot be answered."""
     images: dict[ImageSource, Image.Image] = {}  # each image of a batch is decoded once
-    asked: list[Asked | ValueError] = []
+    asked: list[ChatRequest | ValueError] = []
     for sample in samples:
         try:
             if settings.view != "no_image" and sample.image not in images:
@@ -235,7 +235,7 @@ def _answers(chat: RegionChat, samples: Sequence[RegionSample], settings: Genera
     return [
         _Answer(error=one_line(answer))
         if isinstance(answer, ValueError)
-        else _Answer(prediction=answer.text, truncated=answer.cut)
+        else _Answer(prediction=answer.text, truncated=answer.truncated)
         for answer in chat.answer_each(asked, max_new_tokens=settings.max_new_tokens)
     ]
 

@@ -33,35 +33,35 @@ StrPath = str | os.PathLike
 
 
 def write_file(path: StrPath, content: str | bytes) -> None:
-    """Write a file whole: next to its place, synced, renamed. Whether it may be replaced is the caller's to check.
+    """Write a file atomically. The caller checks whether it may be replaced (`check_replaceable`).
 
     Raises:
-        ValueError: If no file can be at `path`.
-        OSError: If it cannot be written; what was there before is still there.
+        ValueError: If `path` cannot be a file.
+        OSError: If it cannot be written; an existing file is then unchanged.
     """
     with replacing_file(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: StrPath, content: Any, indent: int | None = 1) -> None:
-    """Write JSON whole; as `write_file`."""
+    """Write JSON, as `write_file`."""
     text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
-    # half a surrogate pair is not UTF-8; what Python writes for one is JSON's own escape
+    # a lone surrogate cannot be encoded as UTF-8; Python's backslash escape of it is also JSON's
     write_file(path, text.encode("utf-8", "backslashreplace"))
 
 
 def made_by(kind: str) -> str:
-    """The marker of a file of this kind: in a PNG's text "Software", an HTML's generator, or JSON's key "made_by"."""
+    """The marker of a file of this kind: a PNG's text "Software", an HTML page's generator, or JSON's key "made_by"."""
     return f"{MADE_BY} {kind}"
 
 
 @contextlib.contextmanager
 def replacing_file(path: StrPath) -> Iterator[Path]:
-    """A place next to `path` that becomes `path` at the end, for libraries that write a file by its name.
+    """A temporary path that is renamed to `path` at the end, for libraries that write to a path.
 
     Raises:
-        ValueError: If no file can be at `path`.
-        OSError: If it cannot be written; what was there before is still there.
+        ValueError: If `path` cannot be a file.
+        OSError: If it cannot be written; an existing file is then unchanged.
     """
     target = check_file(path)
     partial = target.with_name(f".{short_name(target.name)}.{secrets.token_hex(4)}.tmp")
@@ -74,7 +74,7 @@ def replacing_file(path: StrPath) -> Iterator[Path]:
         os.replace(partial, target)
         sync(target.parent)
     except OSError as error:
-        # the name that people know; a full disk gives none
+        # report the output, not the temporary name; a full disk reports no name
         if error.errno is not None and error.filename in (None, str(partial)):
             error.filename = os.fspath(path)
         raise
@@ -83,7 +83,7 @@ def replacing_file(path: StrPath) -> Iterator[Path]:
 
 
 def cannot_write(error: BaseException) -> bool:
-    """Whether an error is one by which torch or safetensors report that a file cannot be written: a full disk, say."""
+    """Whether torch or safetensors raised this error because a file cannot be written, such as on a full disk."""
     if isinstance(error, SafetensorError):
         return str(error).startswith("Error while serializing")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _TORCH_WRITE_ERRORS)
@@ -91,7 +91,7 @@ def cannot_write(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def failed_writes_as_os_errors(path: StrPath) -> Iterator[None]:
-    """Turn what torch and safetensors raise when a file cannot be written into an OSError that names the output."""
+    """Turn the errors of torch and safetensors when a file cannot be written into an OSError that names the output."""
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
@@ -101,21 +101,21 @@ def failed_writes_as_os_errors(path: StrPath) -> Iterator[None]:
 
 
 def check_file(path: StrPath) -> Path:
-    """The file that `path` stands for, links followed.
+    """The absolute path of an output file, with links resolved.
 
     Raises:
-        ValueError: If no file can be there: its folder is missing, or it is a folder, a device, a circular link or
+        ValueError: If it cannot be a file: its folder is not found, or it is a folder, a device, a circular link or
             read-only.
     """
     if not os.fspath(path):
-        raise ValueError("cannot write a file without a name; give one")
+        raise ValueError("expected a file name, got an empty one")
     try:
         target = Path(path).resolve()
         mode = target.stat().st_mode if target.exists() else None
     except (RuntimeError, OSError, ValueError) as error:  # RuntimeError: a circular link, before Python 3.13
         raise ValueError(f"cannot write {path}: {one_line(error)}") from error
     if mode is not None and stat.S_ISDIR(mode):
-        raise ValueError(f"cannot write {path}: it is a folder, expected the name of a file")
+        raise ValueError(f"cannot write {path}: it is a folder, expected a file")
     if mode is not None and not stat.S_ISREG(mode):
         raise ValueError(f"cannot write {path}: it is not a regular file")
     if mode is not None and not mode & 0o222:
@@ -123,22 +123,22 @@ def check_file(path: StrPath) -> Path:
     if os.path.islink(target):
         raise ValueError(f"cannot write {path}: it is a circular link")
     if os.fspath(path).endswith(("/", os.sep)):
-        raise ValueError(f"cannot write {path}: it names a folder, expected the name of a file")
+        raise ValueError(f"cannot write {path}: expected a file name, got the name of a folder")
     if not target.parent.is_dir():
         raise ValueError(f"cannot write {path}: folder not found: {target.parent}")
     return target
 
 
 def check_replaceable(path: StrPath, *, reads: Iterable[StrPath] = (), kind: str | None = None) -> Path:
-    """The file that `path` stands for, if a command may write it: it is new, empty, or this project wrote it.
+    """The absolute path of an output file that is new, empty, or was written by this project.
 
     Args:
-        path: Where a file will be written.
-        reads: Files that the command reads, which must stay.
-        kind: What the file is (see `made_by`); None accepts every kind.
+        path: The output.
+        reads: Files that the command reads, which must not be replaced.
+        kind: Kind of the file (see `made_by`); None accepts every kind.
 
     Raises:
-        ValueError: If it is one of `reads`, was written by something else, or as `check_file`.
+        ValueError: If it is one of `reads`, or was not written by this project; and as `check_file`.
     """
     target = check_file(path)
     check_unread(target, reads)
@@ -155,12 +155,12 @@ def check_unread(path: StrPath, reads: Iterable[StrPath]) -> None:
 
 
 def is_marked(path: StrPath, kind: str | None = None) -> bool:
-    """Whether a PNG, HTML or JSON file carries the marker of a kind, or of any, near its beginning or end."""
+    """Whether a PNG, HTML or JSON file has the marker of a kind (None: of any) near its beginning or end."""
     with open(path, "rb") as file:
         head = file.read(_MARKER_RANGE)
         file.seek(max(os.fstat(file.fileno()).st_size - _MARKER_RANGE, 0))
         tail = file.read()
-    # the name alone would not do: it is in pyproject.toml, and in every list of installed packages
+    # the name alone does not suffice: it is also in pyproject.toml, and in every list of installed packages
     name = re.escape((MADE_BY if kind is None else made_by(kind)).encode())
     end = b'[^"\\x00]*' if kind is None else b""
     if head.startswith(b"\x89PNG"):
@@ -170,18 +170,18 @@ def is_marked(path: StrPath, kind: str | None = None) -> bool:
 
 
 def sync_files(paths: Iterable[StrPath]) -> None:
-    """Have the system write files that a library wrote, and the folders that they are in, to disk."""
+    """Sync files that a library wrote, and their folders, to disk."""
     files = [Path(path) for path in paths]
     for path in (*files, *sorted({file.parent for file in files})):
         sync(path)
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file or folder to disk. Windows, and some file systems, cannot do so with a folder."""
+    """Sync a file or folder to disk. Windows and some file systems cannot sync a folder."""
     is_folder = path.is_dir()
     if os.name == "nt" and is_folder:
         return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows: only what may be written
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows syncs writable files only
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -192,7 +192,7 @@ def sync(path: Path) -> None:
 
 
 def short_name(name: str) -> str:
-    """A file's name, short enough to be part of a longer one."""
+    """A file's name, shortened so that derived names do not exceed the limit of the file system."""
     raw = os.fsencode(name)
     if len(raw) <= _MAX_NAME:
         return name
@@ -200,7 +200,7 @@ def short_name(name: str) -> str:
 
 
 def is_temporary(name: str, of: Iterable[str]) -> bool:
-    """Whether a name is one under which a killed process was writing one of these files."""
+    """Whether a name is that of a partial file that a killed process left of one of these files."""
     return _TEMPORARY.fullmatch(name) is not None and name[1:].rsplit(".", 2)[0] in of
 
 

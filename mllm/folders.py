@@ -43,23 +43,25 @@ def replacing_folder(
     known: Callable[[Path], bool] | None = None,
     new: bool = False,
 ) -> Iterator[Path]:
-    """A new folder that becomes `path` at the end, locked meanwhile.
+    """A temporary folder that is renamed to `path` at the end; `path` is locked meanwhile.
 
     Args:
-        path: The folder: new, empty, or one of the same kind that holds nothing but what was written into it.
-        kind: What the folder is, stored in its marker.
-        reads: Files and folders that the command reads; `path` may be neither one of them nor a parent of one.
-        known: Whether a folder without a marker was written by an earlier version.
-        new: Whether nothing may be there yet, not even a folder of the same kind; it then keeps no marker.
+        path: The output: new, empty, or a folder of the same kind with no other files than those written into it.
+        kind: Kind of the folder, stored in its marker.
+        reads: Files and folders that the command reads; `path` must not be or contain one of them.
+        known: Recognizes a folder without a marker that an earlier version wrote.
+        new: Whether `path` must not exist; the folder then gets no marker.
 
     Raises:
         ValueError: If `path` may not be replaced, or another process is writing it.
-        OSError: If the folder cannot be written; what was there before is still there.
+        OSError: If the folder cannot be written; an existing one is then unchanged.
     """
     target = check_folder(path, kind, reads=reads, known=known, new=new)
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target):
-        check_folder(path, kind, reads=reads, known=known, new=new)  # another process may have written it meanwhile
+        check_folder(
+            path, kind, reads=reads, known=known, new=new
+        )  # again: another process may have written it before the lock
         with work_folder(target, kind) as partial:
             with failed_writes_as_os_errors(path):
                 yield partial
@@ -72,23 +74,23 @@ def replacing_folder(
 
 @contextlib.contextmanager
 def work_folder(output: StrPath, kind: str) -> Iterator[Path]:
-    """A folder next to a locked output, removed at the end. What killed processes left there is removed first."""
+    """A temporary folder next to a locked output, removed at the end. Removes leftovers of killed processes first."""
     target = Path(os.path.abspath(output))
     _remove_leftovers(target)
     prefix = f".{short_name(target.name)}."
     folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=target.parent))
     try:
-        folder.chmod(0o777 & ~umask())  # mkdtemp: for the owner alone
-        _write_marker(folder, kind, [])  # whose it is, should this process be killed
+        folder.chmod(0o777 & ~umask())  # mkdtemp gives access to the owner only
+        _write_marker(folder, kind, [])  # identifies the leftover if this process is killed
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_new(path: StrPath) -> None:
-    """Raise ValueError if anything is at `path`, be it a broken link, or nothing can be made there."""
+    """Raise ValueError if `path` exists, also as a broken link, or cannot be created."""
     if not os.fspath(path):
-        raise ValueError("cannot write an output without a name; give one")
+        raise ValueError("expected the name of an output, got an empty one")
     if os.path.lexists(path):
         raise ValueError(f"{path} exists; choose a new name or delete it")
     _check_parent(path)
@@ -102,14 +104,14 @@ def check_folder(
     known: Callable[[Path], bool] | None = None,
     new: bool = False,
 ) -> Path:
-    """The folder that `path` stands for, if it may be replaced whole; arguments and errors as `replacing_folder`."""
+    """The absolute path of a folder that may be replaced; arguments and errors as in `replacing_folder`."""
     if new:
         check_new(path)
     target = _folder(path, reads)
     if target.exists() and Path.cwd().is_relative_to(target):
-        raise ValueError(f"{path} is or contains the current folder; choose another folder, or start from elsewhere")
+        raise ValueError(f"{path} is or contains the current folder; choose another folder, or change the current one")
     if target.exists() and os.path.ismount(target):
-        raise ValueError(f"{path} is a mount point, which cannot be replaced; choose a folder in it")
+        raise ValueError(f"{path} is a mount point, which cannot be replaced; choose a folder below it")
     if not target.exists() or not _entries(target):
         return target
     marker = _read_marker(target)
@@ -119,15 +121,15 @@ def check_folder(
         raise ValueError(f"{path} exists and was not written by this command; choose another folder, or delete it")
     if added := sorted(set(_entries(target)) - set(marker.get("files", ()))):
         raise ValueError(
-            f"{path} holds more than this command wrote (first: {added[0]}), which would be lost; move it away, or "
-            "choose another folder"
+            f"{path} contains files that this command did not write (first: {added[0]}), which would be lost; move "
+            "them away, or choose another folder"
         )
     return target
 
 
 def check_shared_folder(path: StrPath, kind: str, *, reads: Iterable[StrPath] = ()) -> None:
-    """Raise ValueError unless files may be written into a folder that may hold others: it is not a folder of another
-    command, and neither one of those that the command `reads` nor a parent of one.
+    """Raise ValueError if a folder that may contain other files was written by another command, or is or contains one
+    of those that the command `reads`.
     """
     target = _folder(path, reads)
     marker = _read_marker(target)
@@ -138,17 +140,17 @@ def check_shared_folder(path: StrPath, kind: str, *, reads: Iterable[StrPath] = 
 def claim_folder(
     path: StrPath, kind: str, *, reads: Iterable[StrPath] = (), known: Callable[[Path], bool] | None = None
 ) -> Path:
-    """Make a folder that grows (a run) this project's; returns it.
+    """Create and mark a folder to which files are added later, such as a run; returns its absolute path.
 
     Args:
-        path: The folder: new, empty, or one of the same kind.
-        kind: What the folder is, stored in its marker.
-        reads: Files and folders that the command reads; `path` may be neither one of them nor a parent of one.
-        known: Whether a folder without a marker was written by an earlier version.
+        path: The output: new, empty, or a folder of the same kind.
+        kind: Kind of the folder, stored in its marker.
+        reads: Files and folders that the command reads; `path` must not be or contain one of them.
+        known: Recognizes a folder without a marker that an earlier version wrote.
 
     Raises:
         ValueError: If the folder was not written by this command, or is read by it.
-        OSError: If it cannot be made.
+        OSError: If it cannot be created.
     """
     target = _folder(path, reads)
     entries = _entries(target) if target.exists() else []
@@ -163,13 +165,13 @@ def claim_folder(
 
 
 def _folder(path: StrPath, reads: Iterable[StrPath]) -> Path:
-    """The folder that `path` stands for, links followed.
+    """The absolute path of an output folder, with links resolved.
 
     Raises:
-        ValueError: If no folder can be there, it is read-only, or it is or contains what the command reads.
+        ValueError: If it cannot be a folder, is read-only, or is or contains something that the command reads.
     """
     if not os.fspath(path):
-        raise ValueError("cannot write a folder without a name; give one")
+        raise ValueError("expected the name of a folder, got an empty one")
     try:
         target = Path(path).resolve()
         exists = target.exists()
@@ -182,13 +184,13 @@ def _folder(path: StrPath, reads: Iterable[StrPath]) -> Path:
     _check_parent(target)
     for source in reads if exists else ():
         above = [Path(source).resolve(), *Path(source).resolve().parents] if os.path.exists(source) else []
-        if any(os.path.samefile(folder, target) for folder in above):  # also where letters' case does not count
+        if any(os.path.samefile(folder, target) for folder in above):  # also on case-insensitive file systems
             raise ValueError(f"{path} is or contains {source}, which this command reads; choose another folder")
     return target
 
 
 def _check_parent(path: StrPath) -> None:
-    """Raise ValueError unless the folder that `path` will be made in, the next one above that is there, takes it."""
+    """Raise ValueError unless `path` can be created in its nearest existing parent."""
     for above in Path(os.path.abspath(path)).parents:
         if os.path.lexists(above):
             if not above.is_dir():
@@ -199,7 +201,7 @@ def _check_parent(path: StrPath) -> None:
 
 
 def _entries(folder: Path) -> list[str]:
-    """The files in a folder and its subfolders (and empty subfolders), besides marker and lock."""
+    """The files in a folder and its subfolders, and empty subfolders, without marker and lock."""
     found = []
     for inner, folders, names in os.walk(folder):
         names += [name for name in folders if os.path.islink(os.path.join(inner, name))]
@@ -211,7 +213,7 @@ def _entries(folder: Path) -> list[str]:
 
 
 def _write_marker(folder: Path, kind: str, files: list[str] | None) -> None:
-    """Mark a folder as this project's, with the files that may be replaced (None: all, as it grows)."""
+    """Write the marker of a folder, with the files that may be replaced (None: no list, as files are added later)."""
     write_json(folder / MARKER, {"made_by": MADE_BY, "kind": kind, **({} if files is None else {"files": files})})
 
 
@@ -224,8 +226,8 @@ def _read_marker(folder: Path) -> dict[str, Any] | None:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove what killed processes left next to a folder, only what carries our marker; or put the folder back, where
-    one was killed between moving the old away and the new into its place.
+    """Remove the marked folders that killed processes left next to an output. If one was killed between moving the
+    previous output away and the new one into its place, restore the previous one.
     """
     for leftover in sorted(target.parent.glob(f".{glob.escape(short_name(target.name))}.*.partial")):
         if leftover.is_dir() and not leftover.is_symlink() and _read_marker(leftover) is not None:
@@ -236,12 +238,12 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _swap(partial: Path, target: Path, kind: str) -> None:
-    """Put a finished folder in its place; the one that was there is removed last."""
+    """Rename a finished folder to its target; the previous one is removed last."""
     if not target.exists():
         os.rename(partial, target)
         sync(target.parent)
         return
-    if _read_marker(target) is None:  # of an earlier version, or empty: whose it is, should this process be killed
+    if _read_marker(target) is None:  # the old folder's; identifies the leftover if this process is killed
         _write_marker(target, kind, _entries(target))
     old = target.with_name(f".{short_name(target.name)}.{secrets.token_hex(4)}{_OLD}")
     os.rename(target, old)
@@ -251,7 +253,7 @@ def _swap(partial: Path, target: Path, kind: str) -> None:
     finally:
         if not os.path.lexists(target):
             os.rename(old, target)
-    shutil.rmtree(old, ignore_errors=True)  # what cannot be removed is a leftover for the next time
+    shutil.rmtree(old, ignore_errors=True)  # the next run removes what remains
 
 
 def _sync_all(folder: Path) -> None:

@@ -1,6 +1,4 @@
-"""`RegionChat`: from an image, a region and a question to an answer. The one place where that happens, in Python, for
-chat, batch files and evaluation.
-"""
+"""`RegionChat`: from an image, a region and a question to an answer; used by chat, batch runs and evaluation."""
 
 from __future__ import annotations
 
@@ -22,10 +20,11 @@ from vision_tower.image_decoding import decode_image
 from vision_tower.region_arguments import as_region
 
 Turn = tuple[str, str]  # question, answer
-RegionLike = Region | str | Mapping  # itself, its text, its JSON
-Asked = tuple[Any, RegionLike | None, str | None]  # image, region, question
-# Whatever the checkpoint says. As arguments of `generate`, not as a `GenerationConfig`: what is None in that would be
-# filled from the checkpoint's again, and giving both is deprecated. `max_length` beside `max_new_tokens` would warn.
+RegionLike = Region | str | Mapping  # a region, its text form, its JSON
+ChatRequest = tuple[Any, RegionLike | None, str | None]  # image, region, question
+# Overrides the checkpoint's generation config. Passed as arguments of `generate`: `None` fields of a `GenerationConfig`
+# would be filled from the checkpoint's, and passing both is deprecated. `max_length` and `max_new_tokens` together
+# would log a warning.
 _GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_length": None}
 
 # T5's relative positions have no end; this is the length it was trained with (arXiv 1910.10683, section 3.1.2)
@@ -33,28 +32,28 @@ _T5_LENGTH = 512
 
 
 class Answer(NamedTuple):
-    """A text, and whether it was cut at the longest length allowed instead of ending by itself."""
+    """A text, and whether it was truncated at `max_new_tokens`."""
 
     text: str
-    cut: bool
+    truncated: bool
 
 
 class RegionChat:
     """A LLaVA (1.5 or NeXT) or BLIP-2 that answers questions about regions of images, greedily.
 
-    An image is whatever the image processor takes (a path, URL, base64 text, the bytes of a file, an array, tensor or
-    PIL image); it is decoded once. A region is a `Region`, its JSON or its text ("box:40,60,220,200"), in pixels of the
-    image as displayed.
+    An image is anything that the image processor accepts (a path, URL, base64 text, the bytes of a file, an array,
+    tensor or PIL image); it is decoded once. A region is a `Region`, its JSON or its text ("box:40,60,220,200"), in
+    pixels of the image as displayed.
 
         chat = RegionChat.from_pretrained()
         chat.ask("scene.png", Region.from_box(22, 8, 48, 42), "What is this?")
     """
 
     def __init__(self, model: PreTrainedModel, processor: AlphaProcessor) -> None:
-        """Take what `mllm.load` returns.
+        """Create from the model and processor that `mllm.load` returns.
 
         Raises:
-            ValueError: If the processor is a stock one, which would drop every region.
+            ValueError: If the processor is a stock one, which would ignore regions.
         """
         if not hasattr(processor, "description_wordings"):
             raise ValueError(
@@ -65,7 +64,7 @@ class RegionChat:
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike | None = None, **kwargs: Any) -> RegionChat:
-        """Load a directory or hub id; without a name the embedded model, which knows drawn scenes only.
+        """Load a directory or hub id; without a name, the embedded model (synthetic scenes only).
 
         Args:
             name: As `model` of `mllm.load`.
@@ -93,14 +92,14 @@ class RegionChat:
             region: In pixels of the image; `Region.whole()` is the whole image.
             question: None asks for a description, as `describe` does.
             history: Earlier turns about the same image and region.
-            max_new_tokens: Longest answer, in tokens.
-            streamer: Gets the tokens as they come (Transformers' `TextStreamer`).
+            max_new_tokens: Maximum length of an answer, in tokens.
+            streamer: Receives the tokens as they are generated, such as Transformers' `TextStreamer`.
 
         Raises:
-            ValueError: If the image cannot be read, the region does not fit it, or the conversation is longer than the
-                model's context.
+            ValueError: If the image cannot be read, the region does not fit it, or the conversation exceeds the model's
+                context.
         """
-        inputs = self._inputs((_needed(image), region, question), max_new_tokens, history)
+        inputs = self._inputs((_required(image), region, question), max_new_tokens, history)
         return self._generate(inputs, max_new_tokens, streamer=streamer)[0].text
 
     def describe(
@@ -118,14 +117,14 @@ class RegionChat:
         history: Sequence[Turn] = (),
         max_new_tokens: int = 128,
     ) -> Iterator[str]:
-        """Answer in pieces of text as they are generated; joined, they are what `ask` returns.
+        """Yield the answer in pieces as they are generated; joined, they equal the result of `ask`.
 
-        Bad input raises here, before the first piece. An iterator that is closed or abandoned stops the generation.
+        Invalid input raises here, before the first piece. Closing or dropping the iterator stops the generation.
 
         Raises:
             ValueError: As `ask`.
         """
-        inputs = self._inputs((_needed(image), region, question), max_new_tokens, history)
+        inputs = self._inputs((_required(image), region, question), max_new_tokens, history)
         return self._pieces(inputs, max_new_tokens)
 
     def ask_batch(
@@ -136,17 +135,17 @@ class RegionChat:
         *,
         max_new_tokens: int = 128,
     ) -> list[str]:
-        """Answer several questions at once, in order.
+        """Answer several questions in one batch.
 
         Args:
-            images: One for each answer; an image that occurs several times is decoded once.
-            regions: One for each image.
-            questions: One for each image, or one for all (None: descriptions).
-            max_new_tokens: Longest answer, in tokens.
+            images: One per answer; an image that occurs several times is decoded once.
+            regions: One per image.
+            questions: One per image, or one for all (None: descriptions).
+            max_new_tokens: Maximum length of an answer, in tokens.
 
         Raises:
-            ValueError: As `ask`, for any of them, which is named by its place; or if the lists differ in length.
-                `answer_each` answers the others.
+            ValueError: If any request is invalid, as in `ask` (the message includes its index), or if the lists differ
+                in length. See `answer_each` to answer the others.
         """
         if isinstance(images, str | bytes | os.PathLike | Image.Image) or isinstance(regions, RegionLike):
             raise ValueError("expected lists of images and regions; `ask` takes one of each")
@@ -157,16 +156,18 @@ class RegionChat:
                 f"expected as many images as regions and questions, got {len(images)} images, {len(regions)} regions, "
                 f"{len(questions)} questions"
             )
-        requests = [(_needed(image), *rest) for image, *rest in zip(images, regions, questions, strict=True)]
+        requests = [(_required(image), *rest) for image, *rest in zip(images, regions, questions, strict=True)]
         return [answer.text for answer in self.answers(requests, max_new_tokens=max_new_tokens)]
 
-    def answers(self, requests: Sequence[Asked], *, max_new_tokens: int = 128) -> list[Answer]:
-        """Answer several (image, region, question) at once, and tell which answers were cut. Neither image nor region:
-        the question alone, which shows what a model knows without looking; then none of the batch may have one.
+    def answers(self, requests: Sequence[ChatRequest], *, max_new_tokens: int = 128) -> list[Answer]:
+        """Answer several (image, region, question) in one batch.
+
+        Image and region may both be None, to ask the question without an image; then no request of the batch may have
+        one.
 
         Raises:
-            ValueError: As `ask`, for any of them; or if an image has no region, or the model cannot answer without an
-                image.
+            ValueError: If any request is invalid, as in `ask`; if an image has no region; or if the model cannot answer
+                without an image.
         """
         answers = []
         for place, answer in enumerate(self.answer_each(requests, max_new_tokens=max_new_tokens)):
@@ -176,16 +177,16 @@ class RegionChat:
         return answers
 
     def answer_each(
-        self, requests: Sequence[Asked | ValueError], *, max_new_tokens: int = 128
+        self, requests: Sequence[ChatRequest | ValueError], *, max_new_tokens: int = 128
     ) -> list[Answer | ValueError]:
-        """As `answers`, but a request that cannot be answered gets its error, and the others are answered in one batch.
+        """As `answers`, but an invalid request yields its error, and the others are answered in one batch.
 
         Args:
-            requests: A request that is an error already (its image cannot be read) keeps it.
-            max_new_tokens: Longest answer, in tokens.
+            requests: A request that is already an error yields that error.
+            max_new_tokens: Maximum length of an answer, in tokens.
 
         Raises:
-            ValueError: If some requests have an image and others none.
+            ValueError: If only some of the requests have an image.
         """
         asked = [request for request in requests if not isinstance(request, ValueError)]
         if len({image is None for image, _, _ in asked}) > 1:
@@ -206,8 +207,10 @@ class RegionChat:
         return results
 
     def open_image(self, image: Any) -> Image.Image:
-        """An image as displayed, RGB, by the decoder and within the limits of the image processor. Questions about the
-        returned image do not decode it again.
+        """Decode an image with the limits of the image processor, so that several questions do not decode it again.
+
+        Returns:
+            The image as displayed, RGB.
 
         Raises:
             ValueError: If it cannot be read, or is a list.
@@ -218,7 +221,7 @@ class RegionChat:
         return decode_image(image_processor.fetch_images(image), max_pixels=image_processor.max_pixels)
 
     def prompt(self, question: str | None, *, with_image: bool = True) -> str:
-        """The text that the model gets for a question, None asking for a description."""
+        """The prompt of a question; None requests a description."""
         conversation = self.conversation(None, Region.whole() if with_image else None, question)
         prompt: Any = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
         return prompt
@@ -226,12 +229,13 @@ class RegionChat:
     def conversation(
         self, image: Image.Image | None, region: Region | None, question: str | None, history: Sequence[Turn] = ()
     ) -> list[dict]:
-        """The conversation of a question, None asking for a description: the image item, with its region, stands in
-        the first turn. Without a region there is no image item.
+        """The messages of a question; None requests a description.
+
+        The image item with its region is in the first turn. Without a region there is no image item.
 
         Raises:
-            ValueError: If the question is no text, empty, or not valid Unicode (a terminal's broken bytes arrive as
-                lone surrogates), or a turn of the history is not a question with its answer.
+            ValueError: If the question is not a string, empty, or not valid Unicode (undecodable bytes of a terminal
+                arrive as lone surrogates), or a turn of the history is not a (question, answer) pair.
         """
         if question is not None:
             _check_question(question)
@@ -247,31 +251,31 @@ class RegionChat:
 
     def _check_tokens(self, tokens: int, max_new_tokens: int) -> None:
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise ValueError(f"expected max_new_tokens as a whole number of 1 or more, got {max_new_tokens!r}")
+            raise ValueError(f"expected max_new_tokens as an integer of at least 1, got {max_new_tokens!r}")
         config = self.model.config.get_text_config()
-        if config.is_encoder_decoder:  # prompt and answer are sequences of their own
+        if config.is_encoder_decoder:  # prompt and answer are separate sequences
             limit, needed = _T5_LENGTH, max(tokens, max_new_tokens)
         else:
             limit, needed = config.max_position_embeddings, tokens + max_new_tokens
         if needed > limit:
             raise ValueError(
-                f"the conversation takes {tokens} tokens and the answer up to {max_new_tokens}, the model reads "
-                f"{limit}; ask a shorter question or start anew"
+                f"the conversation has {tokens} tokens and the answer up to {max_new_tokens}, but the model's "
+                f"context is {limit} tokens; ask a shorter question or start a new conversation"
             )
 
     def _end_tokens(self) -> list[int]:
-        """Tokens that end an answer; BLIP-2's language model generates by settings of its own."""
+        """Tokens that end an answer; BLIP-2's language model has a separate generation config."""
         language_model = getattr(self.model, "language_model", self.model)
         settings = language_model.generation_config if hasattr(language_model, "generation_config") else None
         ends = (settings or self.model.generation_config).eos_token_id
         return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
     def _inputs(
-        self, request: Asked, max_new_tokens: int, history: Sequence[Turn] = (), decoded: dict | None = None
+        self, request: ChatRequest, max_new_tokens: int, history: Sequence[Turn] = (), decoded: dict | None = None
     ) -> BatchFeature:
-        """What `generate` takes for one request; whatever is wrong with it is found here.
+        """The inputs of `generate` for one request. All validation happens here.
 
-        `decoded` keeps the images of a batch, by path or identity.
+        `decoded` caches the images of a batch, by path or identity.
         """
         image, region, question = request
         if image is not None:
@@ -296,7 +300,7 @@ class RegionChat:
         return inputs
 
     def _batched(self, rows: list[BatchFeature]) -> BatchFeature:
-        """One batch of prepared requests, padded on the left as the processor pads."""
+        """Combine prepared requests into one batch, padded on the left as by the processor."""
         padding = {"input_ids": self.processor.tokenizer.pad_token_id, "attention_mask": 0}
         batch = {}
         for name in rows[0]:
@@ -304,7 +308,7 @@ class RegionChat:
             if name in padding and len({tensor.shape[1] for tensor in tensors}) > 1:
                 sequences = [tensor[0] for tensor in tensors]
                 batch[name] = pad_sequence(sequences, True, padding[name], padding_side="left")
-            elif tensors[0].ndim == 5:  # tiles of LLaVA-NeXT, which leaves out those that fill up a row
+            elif tensors[0].ndim == 5:  # tiles of LLaVA-NeXT, whose number depends on the image
                 batch[name] = pad_sequence([tensor[0] for tensor in tensors], True)
             else:
                 batch[name] = torch.cat(tensors)
@@ -319,10 +323,10 @@ class RegionChat:
         answers = output[:, prompt_length:] if prompt_returned else output
         texts = self.processor.batch_decode(answers, skip_special_tokens=True)
         ended = torch.isin(answers.cpu(), torch.tensor(self._end_tokens(), dtype=answers.dtype)).any(1)
-        return [Answer(text.strip(), cut=not end) for text, end in zip(texts, ended.tolist(), strict=True)]
+        return [Answer(text.strip(), truncated=not end) for text, end in zip(texts, ended.tolist(), strict=True)]
 
     def _pieces(self, inputs: BatchFeature, max_new_tokens: int) -> Iterator[str]:
-        """The text of an answer as it comes from a thread, which has ended when this generator has."""
+        """The text of an answer, generated in a thread that ends no later than this generator."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         closed = threading.Event()
 
@@ -332,56 +336,53 @@ class RegionChat:
         def generate() -> None:
             try:
                 self._generate(inputs, max_new_tokens, streamer=streamer, stopping_criteria=[stop])
-            finally:  # also after an error: the loop below would wait forever
+            finally:  # also after an error; else the loop below would wait forever
                 streamer.text_queue.put(streamer.stop_signal)
 
-        with ThreadPoolExecutor(1) as executor:  # waits for the thread on leaving
+        with ThreadPoolExecutor(1) as executor:  # waits for the thread on exit
             running = executor.submit(generate)
             try:
                 begun, space = False, ""
                 for piece in streamer:
                     text = space + piece if begun else piece.lstrip()
-                    space = text[len(text.rstrip()) :]  # held back: an answer ends without it
+                    space = text[len(text.rstrip()) :]  # not yet yielded: the answer has no trailing space
                     if text := text.rstrip():
                         begun = True
                         yield text
             finally:
                 closed.set()
-            running.result()  # raises what the thread raised
+            running.result()  # raises the thread's exception, if any
 
 
 def _check_question(question: Any) -> None:
     if not isinstance(question, str) or not question.strip():
         got = repr(question) if isinstance(question, str) else type(question).__name__
-        raise ValueError(f"expected a question as text, or None for a description, got {got}")
+        raise ValueError(f"expected a question as a string, or None for a description, got {got}")
     question.encode()  # UnicodeEncodeError is a ValueError; the tokenizer would raise a TypeError
 
 
 def _turn(turn: Any) -> Turn:
-    """A turn of a history, checked: a message ({"role": ..., "content": ...}) would be taken apart as one."""
+    """A validated turn of a history: a message ({"role": ..., "content": ...}) would unpack as one, too."""
     if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-        raise ValueError(f"expected the history as (question, answer) pairs of text, got {turn!r:.80}")
+        raise ValueError(f"expected the history as (question, answer) pairs of strings, got {turn!r:.80}")
     return turn[0], turn[1]
 
 
-def _needed(image: Any) -> Any:
-    """The image of a question about a region."""
+def _required(image: Any) -> Any:
     if image is None:
         raise ValueError("expected an image, got None")
     return image
 
 
 def _region(region: RegionLike | None) -> Region:
-    """A region as it is given to `RegionChat`. None, which elsewhere is the whole image, is mostly a mistake here."""
+    """A region, validated. None, which is the whole image in the processors, is an error here."""
     if region is None:
         raise ValueError("expected a region, got None; Region.whole() is the whole image")
     return as_region(region)
 
 
 def check_alpha(inputs: BatchFeature) -> None:
-    """Raise ValueError unless the images carry an alpha channel: without it every answer would be about the whole
-    image.
-    """
+    """Raise ValueError unless the images have an alpha channel: without it, every answer is about the whole image."""
     channels = inputs["pixel_values"].shape[-3]
     if channels != 4:
         raise ValueError(f"expected pixel_values with 4 channels (RGB + alpha), got {channels}; the region is lost")

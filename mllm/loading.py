@@ -1,6 +1,4 @@
-"""`mllm.load`: a directory, a hub id or nothing (the embedded model) -> a model that is ready to answer, and its
-processor.
-"""
+"""`mllm.load`: from a directory, a hub id or None (the embedded model) to a model and its processor."""
 
 from __future__ import annotations
 
@@ -33,6 +31,7 @@ import vision_tower
 from alpha_clip_commands.command_line import check_model, one_line
 from mllm import blip2, llava, llava_next
 from mllm.hub import offline_options
+from mllm.modeling_alpha_blip2 import AlphaBlip2VisionConfig
 from mllm.processing_blip2 import AlphaBlip2Processor
 from mllm.processing_llava import AlphaLlavaProcessor
 from mllm.processing_llava_next import AlphaLlavaNextProcessor
@@ -66,57 +65,58 @@ def load(
     """Load a LLaVA-1.5, LLaVA-NeXT or BLIP-2 with an alpha tower in evaluation mode, and its processor.
 
     Args:
-        model: A directory or a hub id of a LLaVA-1.5, LLaVA-NeXT or BLIP-2, with its stock tower or ours; None is the
-            embedded model, which knows drawn scenes only (docs/shapes.md).
+        model: Directory or hub id of a LLaVA-1.5, LLaVA-NeXT or BLIP-2, with its stock tower or ours. None is the
+            embedded model, which was trained on synthetic scenes only (docs/shapes.md).
         device: "auto" (cuda, else mps, else cpu), "cpu", "cuda" or "mps"; ignored with `device_map`.
         device_map: As in `from_pretrained`.
         dtype: "auto" (as stored), a torch dtype, or its name.
         revision: Branch, tag or commit of a hub id.
         trust_remote_code: Whether code from the model directory may run.
         attn_implementation: "eager", "sdpa", ... as in `from_pretrained`.
-        alpha_weights: An Alpha-CLIP checkpoint (original file, or a directory of ours) that replaces the tower's
-            weights after the model is loaded; released models carry plain CLIP, which ignores regions.
-        load_in: "4bit" (nf4) or "8bit": the language model's matrices are quantised by bitsandbytes, on a CPU too;
-            tower and projector (BLIP-2: and Q-Former) are not.
+        alpha_weights: Alpha-CLIP checkpoint (original file, or a converted directory) that replaces the tower's weights
+            after the model is loaded. Released models contain plain CLIP, which ignores regions.
+        load_in: "4bit" (nf4) or "8bit": quantize the language model's matrices with bitsandbytes. Tower, projector and
+            Q-Former are not quantized.
         adapter: Directory of a LoRA adapter (PEFT) that was trained for this model.
-        compile: Compile the vision tower with `torch.compile`: the first picture takes a minute, the others less than
-            before.
+        compile: Compile the vision tower with `torch.compile`. The first image takes a minute, later ones are faster.
+
+    Returns:
+        The model and its processor.
 
     Raises:
-        ValueError: If there is no such model, it is of another kind, or its weights do not fit.
+        ValueError: If the model is not found or not supported, or its weights do not match its config.
     """
     name = EMBEDDED_MODEL if model is None else model
     hub = {"revision": revision, "trust_remote_code": trust_remote_code, **offline_options(name)}
     config = _read_config(name, hub)
-    if load_in is not None and device_map is None:
-        device_map = {"": pick_device(device)}  # quantised on the device, never moved afterwards
-    if os.path.isdir(name):
-        _check_sizes(name, config)
     family = FAMILIES[config.model_type]
-    quantised = quantization(load_in, family.NEVER_QUANTIZED)
-    with reading(name, "cannot load the model"):
-        loaded = family.load_model(
-            name,
-            config,
-            dtype=dtype,
-            device_map=device_map,
-            quantization_config=quantised,
-            attn_implementation=attn_implementation,
-            **{key: value for key, value in hub.items() if key != "trust_remote_code"},
-        )
+    placed = device_map
+    if load_in is not None and device_map is None:
+        placed = {"": pick_device(device)}  # quantized weights stay on the device that they are loaded on
+    options = {"dtype": dtype, "device_map": placed, "attn_implementation": attn_implementation}
+    loaded = _load_model(name, config, hub, load_in, options)
     if alpha_weights is not None:
         family.load_alpha_weights(loaded, alpha_weights)
     if adapter is not None:
         load_adapter(loaded, adapter)
-    if _ignores_regions(loaded):
-        eva = config.model_type == "blip-2"
-        advice = "tune it, as no published weights fit EVA" if eva else "give alpha_weights (--alpha-weights)"
-        logger.warning("the alpha weight of %s is zero: every region gets the same answer; %s", name, advice)
-    if device_map is None:
+    _warn_if_regions_are_ignored(loaded, name)
+    if placed is None:
         loaded = loaded.to(pick_device(device))
     if compile:
-        family.vision_tower(loaded).compile()  # in place: names and saving stay as they are
+        family.vision_tower(loaded).compile()  # in place: parameter names do not change
     return loaded.eval(), _load_processor(name, config, hub)
+
+
+def _load_model(
+    name: str | os.PathLike, config: PreTrainedConfig, hub: dict, load_in: str | None, options: dict
+) -> PreTrainedModel:
+    if os.path.isdir(name):
+        _check_sizes(name, config)
+    family = FAMILIES[config.model_type]
+    options = {**options, "quantization_config": quantization(load_in, family.NEVER_QUANTIZED)}
+    options |= {key: value for key, value in hub.items() if key != "trust_remote_code"}
+    with reading(name, "cannot load the model"):
+        return family.load_model(name, config, **options)
 
 
 def load_config(model: str | os.PathLike | None = None) -> PreTrainedConfig:
@@ -126,24 +126,28 @@ def load_config(model: str | os.PathLike | None = None) -> PreTrainedConfig:
 
 
 def load_processor(model: str | os.PathLike | None = None) -> AlphaProcessor:
-    """The processor alone; arguments and errors as in `load`, and no weights are read."""
+    """The processor alone, without reading weights; arguments and errors as in `load`."""
     name = EMBEDDED_MODEL if model is None else model
     hub = offline_options(name)
     return _load_processor(name, _read_config(name, hub), hub)
 
 
-def _ignores_regions(model: PreTrainedModel) -> bool:
-    """Whether the alpha weight is zero, as it is where CLIP's weights were loaded and nothing else."""
-    alphas = [weight for name, weight in model.named_parameters() if "patch_embedding.alpha." in name]
-    # on `meta`, or in pieces (DeepSpeed's ZeRO-3), a weight cannot be looked at
-    return not any(weight.is_meta or hasattr(weight, "ds_id") or weight.any() for weight in alphas)
+def _warn_if_regions_are_ignored(model: PreTrainedModel, name: str | os.PathLike) -> None:
+    """Warn if the alpha weight is zero, as after loading plain CLIP weights."""
+    alphas = [weight for key, weight in model.named_parameters() if "patch_embedding.alpha." in key]
+    # on `meta`, or partitioned by DeepSpeed's ZeRO-3, the values of a weight are not available
+    if any(weight.is_meta or hasattr(weight, "ds_id") or weight.any() for weight in alphas):
+        return
+    eva = model.config.model_type == "alpha_blip2" and isinstance(model.config.vision_config, AlphaBlip2VisionConfig)
+    advice = "tune it, as no published weights fit EVA" if eva else "give alpha_weights (--alpha-weights)"
+    logger.warning("the alpha weight of %s is zero: every region gets the same answer; %s", name, advice)
 
 
 def quantization(load_in: str | None, never_quantized: Sequence[str]) -> BitsAndBytesConfig | None:
-    """How bitsandbytes loads a model but for the modules `never_quantized`; None as it is stored.
+    """The bitsandbytes config that quantizes all but the modules `never_quantized`; None without `load_in`.
 
     Raises:
-        ValueError: If bitsandbytes is absent or the name is neither "4bit" nor "8bit".
+        ValueError: If bitsandbytes is not installed or `load_in` is neither "4bit" nor "8bit".
     """
     if load_in is None:
         return None
@@ -161,13 +165,12 @@ def quantization(load_in: str | None, never_quantized: Sequence[str]) -> BitsAnd
 
 
 def load_adapter(model: PreTrainedModel, adapter: str | os.PathLike) -> PeftModel:
-    """Put a LoRA adapter into `model`, in place; what is returned is PEFT's handle on it, for merging.
+    """Load a LoRA adapter into `model`, in place; returns PEFT's wrapper, for merging.
 
     Raises:
-        ValueError: If there is no adapter there, it is damaged, or its tensors are not exactly those that it puts into
-            this model.
+        ValueError: If the adapter is not found or damaged, or its tensors do not match this model's adapter layers.
     """
-    # here: PEFT takes a second to import, and most runs do not need it
+    # imported here: PEFT takes a second, and most runs do not need it
     from peft import PeftModel, get_peft_model_state_dict
 
     from mllm.adapter_files import CONFIG, WEIGHTS, read_adapter_config, read_adapter_weights
@@ -178,17 +181,17 @@ def load_adapter(model: PreTrainedModel, adapter: str | os.PathLike) -> PeftMode
     stored = set(read_adapter_weights(adapter, config))
     with reading(adapter, "the adapter is damaged, or was trained for another model:"):
         handle = PeftModel.from_pretrained(model, adapter, config=config)
-    placed = set(get_peft_model_state_dict(handle, save_embedding_layers=False))  # "auto" may ask the hub
-    if stored != placed:
-        first = sorted(stored ^ placed)[0]
+    expected = set(get_peft_model_state_dict(handle, save_embedding_layers=False))  # "auto" may connect to the hub
+    if stored != expected:
+        first = sorted(stored ^ expected)[0]
         raise ValueError(
-            f"the adapter in {adapter} was trained for another model: {len(stored ^ placed)} tensors do not match "
+            f"the adapter in {adapter} was trained for another model: {len(stored ^ expected)} tensors do not match "
             f"(first: {first})"
         )
     return handle
 
 
-# What Transformers, tokenizers and PEFT raise on damaged or foreign files (tests/faults/test_damaged_models.py).
+# The errors of Transformers, tokenizers and PEFT on damaged or unsupported files (tests/faults/test_damaged_models.py).
 _DAMAGE = (
     OSError,
     ValueError,
@@ -208,23 +211,23 @@ _OURS = tuple(str(Path(package).parent) + os.sep for package in (__file__, visio
 
 
 class reading:  # noqa: N801, used like a function
-    """Around calls of libraries that read a model's files: what they raise becomes a ValueError of one line.
+    """Context manager that turns the errors of libraries that read a model's files into a one-line ValueError.
 
-    What our own code raises stays as it is: an error of one line, or a bug.
+    Errors of our own code are not changed: they are one-line errors already, or bugs.
     """
 
     def __init__(self, name: str | os.PathLike, what: str, reason: str | None = None) -> None:
-        """Take what is read, how the message begins, and what takes the place of the error in it."""
+        """Take the name of what is read, the beginning of the message, and a reason to show instead of the error."""
         self.name = str(name)
         self.what = what
         self.reason = reason
 
     def __enter__(self) -> None:
-        """Nothing to begin."""
+        """Do nothing."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, place: Any) -> None:
-        """Raise ValueError if a library failed on what it read, or if our own does not name it."""
-        if kind is None or not (issubclass(kind, _DAMAGE) or kind is Exception):  # tokenizers has no class of its own
+        """Raise ValueError if a library failed, or if the ValueError of our own code does not include the name."""
+        if kind is None or not (issubclass(kind, _DAMAGE) or kind is Exception):  # tokenizers raises plain Exception
             return
         files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(place)]
         outside = [file for file in files if not file.startswith(("<frozen", _STANDARD)) or "site-packages" in file]
@@ -235,10 +238,10 @@ class reading:  # noqa: N801, used like a function
 
 
 def pick_device(device: str = "auto") -> str:
-    """The torch device that "auto" stands for; another name is checked and returned.
+    """Resolve "auto" to a torch device; check any other name.
 
     Raises:
-        ValueError: If the device is unknown or absent.
+        ValueError: If the device is unknown or not available.
     """
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
@@ -253,9 +256,9 @@ def pick_device(device: str = "auto") -> str:
 
 
 def _read_config(name: str | os.PathLike, hub: dict) -> PreTrainedConfig:
-    """The configuration of a model of these families, or a ValueError that says what the name stands for instead."""
+    """The configuration of a supported model; raises ValueError for anything else."""
     check_model(name)
-    missing = "there is no such directory, and without network only models in the hub's cache can be loaded"
+    missing = "directory not found, and without network only models in the hub's cache can be loaded"
     with reading(name, "cannot load the model", missing if hub.get("local_files_only") else None):
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **hub)
     if config.model_type not in FAMILIES:
@@ -266,31 +269,31 @@ def _read_config(name: str | os.PathLike, hub: dict) -> PreTrainedConfig:
 
 
 def _load_processor(name: str | os.PathLike, config: PreTrainedConfig, hub: dict) -> AlphaProcessor:
-    """The model's own processor if it is ours, else one built from its tokenizer and image settings."""
+    """The processor in the directory if it is ours, else one built from its tokenizer and image settings."""
     with reading(name, "cannot load the processor in"):
         processor = AutoProcessor.from_pretrained(name, backend="pil", **hub)
-        # a tokenizer copied from one of ours names our processor; its image settings may still be a stock one's
+        # the tokenizer may be a copy of ours, which names our processor class, next to a stock image processor
         if isinstance(processor, AlphaProcessor) and isinstance(processor.image_processor, AlphaCLIPImageProcessor):
             return processor
-        logger.info("%s has no alpha processor: pictures and questions are prepared as its authors did", name)
+        logger.info("%s has no alpha processor: images and questions are prepared as its authors did", name)
         return FAMILIES[config.model_type].load_processor(name, config, **hub)
 
 
 def _check_sizes(name: str | os.PathLike, config: PreTrainedConfig) -> None:
-    """Refuse a configuration for more weights than its directory can hold: they would be made up, in memory."""
+    """Raise ValueError if the config describes more weights than the directory contains: they would be initialized."""
     parts = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
     for part in (config, *parts):
         for field, value in part.to_dict().items():
             if "layers" in field and isinstance(value, int | float) and not value <= MAX_BLOCKS:
                 raise ValueError(f"{name}: expected at most {MAX_BLOCKS} in {field} of config.json, got {value}")
-    if is_deepspeed_zero3_enabled():  # it would partition these weights too, which are on no device
+    if is_deepspeed_zero3_enabled():  # which would partition these weights too, although they are on meta
         return
     with reading(name, "cannot load the model"), torch.device("meta"), no_init_weights():
         model = AutoModelForImageTextToText.from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     stored = sum(file.stat().st_size for file in Path(name).iterdir() if file.suffix in (".safetensors", ".bin"))
-    if parameters > 2 * stored:  # half a byte a parameter, in 4 bits
+    if parameters > 2 * stored:  # 0.5 bytes per parameter with 4 bits
         raise ValueError(
-            f"{name}: config.json describes a model of {parameters:,} parameters, its weights have {stored:,} bytes; "
-            "they do not belong together, or one is damaged"
+            f"{name}: config.json describes a model of {parameters:,} parameters, but the weight files have "
+            f"{stored:,} bytes; they do not belong together, or one is damaged"
         )

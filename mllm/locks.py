@@ -17,18 +17,17 @@ from mllm.files import StrPath, is_temporary, short_name, umask, write_json
 
 @contextlib.contextmanager
 def locked(output: StrPath, *, inside: bool = False) -> Iterator[None]:
-    """Hold the lock of an output. A lock that a dead process left does not count, and half a file that one left under
-    a temporary name is removed.
+    """Hold the lock of an output. The lock of a dead process is ignored, and its temporary files are removed.
 
     Args:
-        output: The file or folder that is written.
-        inside: Whether the lock lies in the folder: of a run, whose parent may be read-only.
+        output: The output file or folder.
+        inside: Whether the lock is in the folder itself, for a run whose parent may be read-only.
 
     Raises:
-        ValueError: If another process holds it; its id and host are named.
+        ValueError: If another process holds it; the message includes its id and host.
         OSError: If the lock cannot be written.
     """
-    output = Path(os.path.realpath(output))  # a link and what it names are one output
+    output = Path(os.path.realpath(output))  # a link and its target are the same output
     place = output / ".lock" if inside else output.with_name(f".{short_name(output.name)}.lock")
     holder = place.with_name(f"{place.name}.json")
     lock = filelock.FileLock(place, timeout=0, mode=0o666 & ~umask())
@@ -36,7 +35,7 @@ def locked(output: StrPath, *, inside: bool = False) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         raise ValueError(
-            f"{output} is being written by {_holder(holder)}; wait for it to end, or choose another output"
+            f"{output} is being written by {_holder(holder)}; wait until it ends, or choose another output"
         ) from None
     except OSError as error:
         raise ValueError(f"cannot write {output}: {one_line(error)}") from error
@@ -46,16 +45,16 @@ def locked(output: StrPath, *, inside: bool = False) -> Iterator[None]:
         write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
         yield
     finally:
-        if lock.is_locked:  # not so in a forked child
-            with contextlib.suppress(OSError):  # read-only by now: the error that ends the command is another
+        if lock.is_locked:  # False in a forked child
+            with contextlib.suppress(OSError):  # now read-only: the command has failed with another error
                 holder.unlink(missing_ok=True)
-                if os.name != "nt":  # which does not remove open files; elsewhere filelock retries if it got one
+                if os.name != "nt":  # Windows cannot remove open files
                     place.unlink(missing_ok=True)
             lock.release()
 
 
 def _remove_temporaries(folder: Path, names: Iterable[str]) -> None:
-    """Remove what killed processes were writing of these files, which only the holder of the lock writes."""
+    """Remove the partial files of killed processes; only the holder of the lock writes these files."""
     for file in folder.glob(".*.tmp"):
         if is_temporary(file.name, names) and file.is_file() and not file.is_symlink():
             file.unlink(missing_ok=True)
@@ -65,5 +64,5 @@ def _holder(path: Path) -> str:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return f"process {int(record['pid'])} on {record['host']!s}"
-    except (OSError, ValueError, KeyError, TypeError):  # not written yet, or locked too (Windows)
+    except (OSError, ValueError, KeyError, TypeError):  # not written yet, or locked as well (Windows)
         return "another process"

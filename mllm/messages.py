@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vision_tower import Region
-from vision_tower.region_arguments import means_region, region_entries, region_list
+from vision_tower.region_arguments import is_region_name, region_entries, region_list
 
 _SOURCE_KEYS = ("image", "url", "path", "base64")
 _ITEM_KEYS = {"text": {"type", "text"}, "image": {"type", "region", *_SOURCE_KEYS}}
@@ -47,7 +47,7 @@ def check_messages(conversation: Sequence[Message]) -> list[dict]:
             raise ValueError(
                 f"expected messages with a role out of {_ROLES} and content, got {role!r}, {content!r:.80}"
             )
-        if misplaced := sorted(filter(means_region, message)):
+        if misplaced := sorted(filter(is_region_name, message)):
             raise ValueError(f"got {misplaced} in a message; a region is the key 'region' of an image item")
         items = [{"type": "text", "text": content}] if isinstance(content, str) else content
         # other keys are the chat template's

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import FrameType
 
-from vision_tower.region_arguments import means_region
+from vision_tower.region_arguments import is_region_name
 
 _PIPELINE = "transformers.pipelines.image_text_to_text"
 
@@ -33,7 +33,7 @@ def check_pipeline_inputs(caller: FrameType | None) -> None:
     if variables.get("processor_kwargs") is not settings:
         dropped |= {f"{name}= beside processor_kwargs": value for name, value in settings.items()}
     # rows of a dataset have other columns, too
-    if names := sorted(name for name, value in dropped.items() if value is not None and means_region(name)):
+    if names := sorted(name for name, value in dropped.items() if value is not None and is_region_name(name)):
         raise ValueError(
             f"the pipeline ignores {', '.join(names)}; pass regions= with images= and text=, in processor_kwargs, or "
             "in the image items of messages"

@@ -12,7 +12,7 @@ from transformers.image_utils import ImageInput
 from mllm.messages import Message, as_batch, check_messages, give_regions, image_items, image_source, set_default
 from mllm.pipeline_inputs import check_pipeline_inputs
 from mllm.remote_code import SavedWithSources
-from vision_tower.region_arguments import check_call, check_names, flat_pairs, match_regions, take_regions
+from vision_tower.region_arguments import check_call, check_names, flatten_pairs, match_regions, take_regions
 
 
 class AlphaBlip2Processor(SavedWithSources, Blip2Processor):
@@ -58,7 +58,7 @@ class AlphaBlip2Processor(SavedWithSources, Blip2Processor):
         regions = take_regions(regions, kwargs)
         check_call(self, images, regions, kwargs)
         if images is not None:
-            pairs = list(flat_pairs(match_regions(images, regions)))
+            pairs = list(flatten_pairs(match_regions(images, regions)))
             if most := max((len(entry) for _, entry in pairs if len(entry) > 1), default=0):
                 raise ValueError(f"BLIP-2 reads one image and one region a prompt, got {most} regions of one image")
             images, kwargs["regions"] = [image for image, _ in pairs], [entry[0] for _, entry in pairs]

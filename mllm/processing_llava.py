@@ -29,7 +29,7 @@ from mllm.messages import (
 )
 from mllm.pipeline_inputs import check_pipeline_inputs
 from mllm.remote_code import SavedWithSources
-from vision_tower.region_arguments import check_call, check_names, flat_pairs, match_regions, take_regions
+from vision_tower.region_arguments import check_call, check_names, flatten_pairs, match_regions, take_regions
 
 # Source: `conv_vicuna_v1` in haotian-liu/LLaVA, llava/conversation.py at c121f04.
 VICUNA_V1_SYSTEM = (
@@ -173,7 +173,7 @@ class RegionPrompts(SavedWithSources, ProcessorMixin):
         slots: list[tuple[list, list]] = []
         for group in pairs if nested else [pairs]:
             slots.append(([], []))
-            for image, entry in flat_pairs(group):
+            for image, entry in flatten_pairs(group):
                 slots[-1][0].extend([self.image_processor.fetch_images(image)] * len(entry))
                 slots[-1][1].extend(entry)
         if not nested:

@@ -1,5 +1,6 @@
-"""Drops messages of other libraries that no user can act on: each by its own text, in the logger or the warning that
-speaks it. No level changes, so everything else that these libraries say is still shown.
+"""Filters messages of other libraries that users cannot act on.
+
+Each is matched by its text. No logging level changes, so all other messages of these libraries are still shown.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ class _Drops(NamedTuple):
         return not (str(record.msg).startswith(self.start) and self.cause in record.getMessage())
 
 
-# logger -> what it says
+# logger -> filtered message
 _LOGGED = (
     # an optional package; PEFT and Transformers import bitsandbytes wherever it is installed, also for models that are
     # not quantized
@@ -31,13 +32,13 @@ _LOGGED = (
         "bitsandbytes.backends.cpu.ops",
         _Drops("Failed to load CPU gemm_4bit_forward", cause="No module named 'kernels'"),
     ),
-    # said at each matrix of models that are not in float16
+    # logged for each matrix of models that are not in float16
     ("bitsandbytes.autograd._functions", _Drops("MatMul8bitLt: inputs will be cast from")),
     # our commands name the device in their first line
     ("DeepSpeed", _Drops("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable")),
 )
-CUT_OFF = "vision_tower.regions", "region %s extends beyond"  # our own: logger, message
-# beginnings of FutureWarnings that are addressed to the authors of PEFT and DeepSpeed
+CLIPPED = "vision_tower.regions", "region %s extends beyond"  # our own message: logger, text
+# beginnings of FutureWarnings meant for the authors of PEFT and DeepSpeed
 _FUTURE_WARNINGS = (
     r"`is_gradient_checkpointing` is deprecated",  # PEFT, in each `PeftModel`
     r"`torch\.distributed",  # DeepSpeed, thousands of times
@@ -46,7 +47,7 @@ _FUTURE_WARNINGS = (
 
 @contextlib.contextmanager
 def dropping(name: str, start: str) -> Iterator[None]:
-    """For a while, drop the messages of a logger that begin in this way: they have been shown."""
+    """Temporarily drop the messages of a logger that begin with `start`, which were already shown."""
     messages = _Drops(start)
     logging.getLogger(name).addFilter(messages)
     try:
@@ -56,7 +57,7 @@ def dropping(name: str, start: str) -> Iterator[None]:
 
 
 def silence_other_libraries() -> None:
-    """Drop the messages named in this file from now on; calling it again changes nothing. `import mllm` calls it."""
+    """Install the filters of this module; idempotent. `import mllm` calls it."""
     for name, messages in _LOGGED:
         logging.getLogger(name).addFilter(messages)
     for message in _FUTURE_WARNINGS:

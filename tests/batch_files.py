@@ -1,13 +1,11 @@
-"""What the tests of batch files share: images and requests in a folder, and runs of them."""
-
-import json
+"""Batch files of `region-chat`: images and requests in a folder, and runs of them."""
 
 import pytest
 
 from mllm.inference import RegionChat
 from mllm.region_chat.batch import read_requests, run_batch
 from mllm.region_chat.batch_output import BatchOutput
-from tests.files import read_json_lines
+from tests.files import read_json_lines, write_json_lines
 from tests.tiny import noise_image
 
 BOX = {"box": [2, 2, 30, 30]}
@@ -21,14 +19,12 @@ def request_folder(tmp_path):
 
 
 def good(count):
-    pictures = ("a.png", "b.png")
-    return [{"id": i, "image": pictures[i % 2], "region": {"box": [i % 9, 2, 30, 30 - i % 5]}} for i in range(count)]
+    images = ("a.png", "b.png")
+    return [{"id": i, "image": images[i % 2], "region": {"box": [i % 9, 2, 30, 30 - i % 5]}} for i in range(count)]
 
 
 def write(folder, records):
-    path = folder / "requests.jsonl"
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
-    return path
+    return write_json_lines(folder / "requests.jsonl", records)
 
 
 def arguments(model, folder, output="answers.jsonl", size=4, tokens=3):
@@ -42,7 +38,7 @@ def answers(folder, output="answers.jsonl"):
 
 @pytest.fixture(name="asked")
 def asked_batches(monkeypatch):
-    """The batches that the model is asked: the boxes of each."""
+    """The boxes of each batch that reaches the model."""
     batches = []
     real = RegionChat.answer_each
 
@@ -58,7 +54,7 @@ def asked_batches(monkeypatch):
 
 
 def batch(tiny_llava, folder, output="answers.jsonl", **options):
-    """A batch run in this process, without loading the model again."""
+    """Run the requests in this process with a loaded model."""
     requests = folder / "requests.jsonl"
     place = BatchOutput(str(folder / output))
     read = read_requests(str(requests))

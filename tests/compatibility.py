@@ -1,9 +1,9 @@
-"""docs/compatibility.md: a row for each test marked `compatibility`, written by `make compatibility`, checked by `make
-test`.
+"""Writes docs/compatibility.md (`make compatibility`), one row per test marked `compatibility`, and checks it (`make
+test`).
 
-A marked test names the other system, what was run and the tolerance that it asserts; through the fixture `measured` it
-tells the worst difference that it saw. Differences depend on the processor: rows and tolerances are compared with the
-page, measured values only have to stay within the tolerance, which the test itself asserts.
+The mark states the other system, what was run, and the tolerance that the test asserts. The test reports the largest
+difference with the fixture `measured`. Differences depend on the processor, so only rows and tolerances are compared
+with the page.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ make compatibility     # runs these tests and writes this page
 ```
 
 This page lists comparisons with other implementations and the largest measured differences. `make test` fails if a row
-has no passing test, or if the page does not match the tests. "equal" means bit for bit. All models are small and
+has no passing test, or if the page does not match the tests. "equal" means bit-identical. All models are small and
 randomly initialized, in the original file layouts. Differences are in float32 unless a row says otherwise, and
 depend on the processor; these were measured on one CPU with torch {torch} and transformers {transformers}.
 
@@ -31,9 +31,9 @@ depend on the processor; these were measured on one CPU with torch {torch} and t
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=2, help="how often the tests of faults disturb each command")
-    parser.addoption("--fuzz-cases", type=int, default=20, help="how many inputs each format is fuzzed with")
-    parser.addoption("--write-compatibility", action="store_true", help="write docs/compatibility.md from what passed")
+    parser.addoption("--kills", type=int, default=2, help="interruptions of each command in the fault tests")
+    parser.addoption("--fuzz-cases", type=int, default=20, help="inputs per format in the fuzz tests")
+    parser.addoption("--write-compatibility", action="store_true", help="write docs/compatibility.md")
 
 
 def pytest_configure(config):
@@ -43,7 +43,7 @@ def pytest_configure(config):
 
 @pytest.fixture
 def measured(record_property):
-    """Tell the worst difference that a test saw."""
+    """A function that records a difference; the page lists the largest."""
     return lambda value: record_property("worst difference", float(value))
 
 
@@ -71,13 +71,13 @@ def pytest_sessionfinish(session, exitstatus):
 
 
 def whole_run(config):
-    """Whether all tests were selected, as `make test` does."""
+    """Whether all tests are selected, as in `make test`."""
     asked = config.getoption("file_or_dir") or config.getoption("keyword") or config.getoption("lf", False)
     return not asked and "not slow" in config.getoption("markexpr") and not config.getoption("collectonly")
 
 
 def page(rows):
-    """The page's text; rows in the order in which their tests ran."""
+    """The text of the page, with rows in the order of the tests."""
     lines = [f"| {' | '.join(key[:3])} | {worst(row)} | `{key[3]}` |" for key, row in rows.items()]
     return HEAD.format(torch=torch.__version__.split("+")[0], transformers=transformers.__version__) + "".join(
         f"{line}\n" for line in lines
@@ -85,16 +85,16 @@ def page(rows):
 
 
 def worst(row):
-    """The largest of the measured differences; a test that measures none asserts equality."""
+    """The largest measured difference; 0 if there is none, because the test then asserts equality."""
     return f"{max(row['worst']):.1e}" if any(row["worst"]) else "0"
 
 
 def differences(rows, text):
-    """What the page says and no passing test does, and the other way round."""
+    """Rows of the page without a passing test, and passing tests without a row."""
     cells = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in text.splitlines()]
     written = {(*row[:3], row[4].strip("`")) for row in cells if len(row) == 5 and row[4].strip().startswith("`")}
     passed = {key for key, row in rows.items() if "passed" in row["outcomes"] and "failed" not in row["outcomes"]}
-    skipped = {key for key, row in rows.items() if row["outcomes"] == {"skipped"}}  # no such library on this machine
+    skipped = {key for key, row in rows.items() if row["outcomes"] == {"skipped"}}  # the library is not installed
     return [f"docs/compatibility.md: no passing test for {row}" for row in sorted(written - passed - skipped)] + [
-        f"docs/compatibility.md: the page lacks {row}" for row in sorted(passed - written)
+        f"docs/compatibility.md: the page has no row for {row}" for row in sorted(passed - written)
     ]

@@ -19,7 +19,7 @@ _ENVIRONMENT = re.compile(r"[A-Z_]+=\S*")
 
 
 class Block(NamedTuple):
-    """A fenced code block: its page, the line it begins at, its language ("" without one) and text."""
+    """A fenced code block: page, number of its first line, language ("" if none) and text."""
 
     page: str
     line: int
@@ -32,7 +32,7 @@ class Block(NamedTuple):
 
 
 def blocks(language):
-    """All blocks of a language, dedented."""
+    """All code blocks in a language, dedented."""
     found = []
     for page, text in PAGES.items():
         for match in _BLOCK.finditer(text):
@@ -57,20 +57,20 @@ def commands():
 
 
 def without_environment(words):
-    """The words of a command after leading VARIABLE=value."""
-    first = next(place for place, word in enumerate(words) if not _ENVIRONMENT.fullmatch(word))
+    """The words of a command without the leading VARIABLE=value."""
+    first = next(index for index, word in enumerate(words) if not _ENVIRONMENT.fullmatch(word))
     return words[first:]
 
 
 def inline_code():
-    """(page, code) of every code span outside of blocks."""
+    """(page, code) of every code span outside code blocks."""
     for page, text in PAGES.items():
         for match in re.finditer(r"`([^`]+)`", _BLOCK.sub("", text)):
             yield page, " ".join(match[1].split())
 
 
 def rows(page, text=None):
-    """The table rows of a page as lists of cells, without bold type and links."""
+    """The table rows of a page as lists of cells, without bold and links."""
     found = []
     for line in (PAGES[page] if text is None else text).splitlines():
         if line.startswith("|"):

@@ -1,8 +1,11 @@
-"""Files that tests write and read: JSON, JSON lines and encoded images."""
+"""Files that tests write and read: JSON, JSON lines, encoded images and masks."""
 
 import io
 import json
 from pathlib import Path
+
+import numpy as np
+from pycocotools import mask as coco_mask
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,3 +34,9 @@ def encoded_image(image, kind="PNG", **options):
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def encoded_mask(mask):
+    """A mask (H, W) as COCO's compressed RLE, which JSON can store."""
+    rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": rle["size"], "counts": rle["counts"].decode()}

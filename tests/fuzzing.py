@@ -1,6 +1,6 @@
-"""What the fuzz tests are made of: hostile values, damaged bytes, and limits of time and memory.
+"""Strategies of the fuzz tests: malformed records, damaged bytes, and limits on time and memory.
 
-A case is the bytes of one file. It is made from a valid file, by replacing fields of its records or by damaging bytes.
+A case is the content of one file, derived from a valid file by replacing fields of its records or by damaging bytes.
 """
 
 import contextlib
@@ -17,47 +17,12 @@ from hypothesis import strategies as st
 SECONDS = 2
 BYTES = 1_000_000_000
 
-HOSTILE = [
-    None,
-    True,
-    False,
-    0,
-    -1,
-    1,
-    1.5,
-    float("nan"),
-    float("inf"),
-    -float("inf"),
-    1e308,
-    5e-324,
-    2**31,
-    2**63,
-    -(2**64),
-    10**30,
-    10**400,
-    "",
-    " ",
-    "0",
-    "x",
-    "1e400",
-    "\ud800",
-    "\0",
-    "\x1b[2J",
-    "../" * 9,
-    "x" * 5000,
-    [],
-    [None],
-    [[]],
-    [0],
-    [0, 0, 0, 0],
-    [1, 2, float("nan"), 4],
-    ["a", "b"],
-    [{}],
-    {},
-    {"": None},
-    {"id": 1},
-    {"size": [2, 2], "counts": "x"},
-]
+_NUMBERS = [0, -1, 1, 1.5, float("nan"), float("inf"), -float("inf"), 1e308, 5e-324]
+_NUMBERS += [2**31, 2**63, -(2**64), 10**30, 10**400]
+_STRINGS = ["", " ", "0", "x", "1e400", "\ud800", "\0", "\x1b[2J", "../" * 9, "x" * 5000]
+_LISTS = [[], [None], [[]], [0], [0, 0, 0, 0], [1, 2, float("nan"), 4], ["a", "b"], [{}]]
+_OBJECTS = [{}, {"": None}, {"id": 1}, {"size": [2, 2], "counts": "x"}]
+HOSTILE = [None, True, False, *_NUMBERS, *_STRINGS, *_LISTS, *_OBJECTS]
 _TEXTS = [
     b"",
     b" ",
@@ -76,7 +41,7 @@ _TEXTS += [b"\xff\xfe[\0]\0", b"\0" * 512, b"1e999", b"9" * 5000, b'"\\ud800"', 
 
 
 def paths_in(value, path=()):
-    """The place of each value inside a record."""
+    """The path of each value inside a record."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
     for key, inner in items:
@@ -85,7 +50,7 @@ def paths_in(value, path=()):
 
 @st.composite
 def hostile_records(draw, valid):
-    """A record in which one to three values are replaced, dropped, repeated, nested or put under another name."""
+    """A record with one to three values replaced, dropped, repeated, nested or renamed."""
     holder = [copy.deepcopy(valid)]
     for _ in range(draw(st.integers(1, 3))):
         places = [path for path in paths_in(holder) if path]
@@ -111,7 +76,7 @@ def hostile_records(draw, valid):
 
 @st.composite
 def damaged(draw, content):
-    """Bytes cut short, flipped, inserted, dropped or repeated in one to four places."""
+    """Bytes truncated, flipped, inserted, dropped or repeated at one to four positions."""
     content = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         if not content:
@@ -138,7 +103,7 @@ def damaged(draw, content):
 
 
 def json_cases(valid, lines=False):
-    """Files of JSON, or of a JSON value a line."""
+    """JSON files, or files with one JSON value per line."""
 
     def dumped(value):
         if lines and isinstance(value, list):
@@ -150,26 +115,26 @@ def json_cases(valid, lines=False):
 
 
 def pickle_cases(valid):
-    """Files of pickled containers."""
+    """Pickle files."""
     records = hostile_records(valid).map(lambda value: pickle.dumps(value, 2))
     return st.one_of(records, records, damaged(pickle.dumps(valid, 2)), st.sampled_from(_TEXTS))
 
 
 def byte_cases(*contents):
-    """Damaged forms of files of bytes."""
+    """Damaged binary files."""
     return st.one_of(*map(damaged, contents), st.sampled_from(_TEXTS))
 
 
 @contextlib.contextmanager
 def limited():
-    """Fail what takes more than 2 seconds, or 1 GB above what the process has."""
+    """Raise an error after 2 seconds of CPU time or 1 GB of additional memory."""
 
     def too_long(*_):
         raise TimeoutError(f"a case took more than {SECONDS} seconds")
 
     linux = sys.platform == "linux"
     before = resource.getrlimit(resource.RLIMIT_AS)
-    # of computing, as other processes may have the cores; a wait without end is found by the clock
+    # CPU time, because other processes may use the cores; the wall clock catches endless waits
     timers = [(signal.ITIMER_PROF, signal.SIGPROF, SECONDS), (signal.ITIMER_REAL, signal.SIGALRM, 20 * SECONDS)]
     earlier = [signal.signal(name, too_long) for _, name, _ in timers]
     start = time.process_time()
@@ -187,5 +152,5 @@ def limited():
             signal.signal(name, handler)
         if linux:
             resource.setrlimit(resource.RLIMIT_AS, before)
-    if time.process_time() - start > SECONDS:  # in code that no signal interrupts
+    if time.process_time() - start > SECONDS:  # code that signals do not interrupt
         raise TimeoutError(f"a case took more than {SECONDS} seconds")

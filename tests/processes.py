@@ -1,7 +1,7 @@
-"""Processes for tests, forked from one that has imported torch and Transformers: each costs 0.3 s instead of 5.
+"""Processes for tests, forked from a server that has imported torch and Transformers: each takes 0.3 s instead of 5 s.
 
-Our own packages are not among what it has imported, so a process may be one that never saw them. As a script, this file
-is that process: it reads a JSON object a line, forks, and says how each child ended.
+The server does not import the packages of this project, so a process can run without them. Run as a script, this file
+is the server: it reads one JSON object per line, forks, and reports the exit code of each child.
 """
 
 import atexit
@@ -25,15 +25,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL in this process: no code of ours handles it."""
+    """Simulates SIGKILL: no code handles it."""
 
 
 class Process:
-    """A started process: its own session and process group, its output in a file.
+    """A started process, in a new session and process group, with its output in a file.
 
     Attributes:
-        pid: Its id, and that of its process group.
-        returncode: As `subprocess` has it; None while it runs.
+        pid: ID of the process and of its process group.
+        returncode: Exit code as in `subprocess`, or None while the process runs.
     """
 
     def __init__(self, server, output):
@@ -43,17 +43,17 @@ class Process:
         self.returncode = None
 
     def poll(self):
-        """The exit code, None while it runs."""
+        """Return the exit code, or None while the process runs."""
         self.server.pump(0)
         return self.returncode
 
     def wait(self, timeout=60):
-        """The exit code; the group is killed, and TimeoutError raised, when it does not end in time."""
+        """Return the exit code. After the timeout, kill the group and raise TimeoutError."""
         end = time.monotonic() + timeout
         while self.returncode is None:
             if time.monotonic() > end:
                 self.kill_group()
-                raise TimeoutError(f"no end after {timeout} s; output: {self.output()[-3000:]}")
+                raise TimeoutError(f"still running after {timeout} s; output: {self.output()[-3000:]}")
             self.server.pump(0.05)
         return self.returncode
 
@@ -63,7 +63,7 @@ class Process:
             os.killpg(self.pid, number)
 
     def group_is_empty(self, within=5):
-        """Whether no process of its group is left, at the latest after `within` seconds."""
+        """Whether all processes of the group end within this many seconds."""
         end = time.monotonic() + within
         while time.monotonic() < end:
             try:
@@ -74,12 +74,12 @@ class Process:
         return False
 
     def output(self):
-        """What it has written to stdout and stderr so far."""
+        """The stdout and stderr so far."""
         return Path(self.output_file).read_text(encoding="utf-8", errors="replace")
 
 
 class ForkServer:
-    """The process that others are forked from; started when the first is asked for."""
+    """Forks processes from a server process, which is started on first use."""
 
     def __init__(self):
         self.server = None
@@ -91,14 +91,14 @@ class ForkServer:
         """Start a process.
 
         Args:
-            target: "module:function", called without arguments and with `sys.argv` set, as a console script does; a
-                `Path` of a script; or source text.
-            arguments: `sys.argv[1:]`, turned into text.
-            before: Source that is run first, in the process: to set a limit, to inject a fault.
-            env: Added to the environment; None as a value removes.
-            cwd: Folder it runs in (default: one of its own).
-            threads: Of torch.
-            checkout: Whether our packages are found, in this checkout.
+            target: "module:function", called without arguments like a console script; a `Path` of a script; or source
+                text.
+            arguments: `sys.argv[1:]`, converted to text.
+            before: Source that the process runs first, for example to set a limit or inject a fault.
+            env: Environment variables to add, or to remove if the value is None.
+            cwd: Working directory (default: a temporary one).
+            threads: Number of torch threads.
+            checkout: Whether the packages of this checkout can be imported.
         """
         self.started += 1
         output = os.path.join(self.folder.name, f"output-{self.started}")
@@ -122,14 +122,14 @@ class ForkServer:
         return process
 
     def run(self, target, arguments=(), *, timeout=60, check=True, **options):
-        """Run a process to its end; with `check` it must succeed."""
+        """Run a process until it ends; with `check` it must succeed."""
         process = self.start(target, arguments, **options)
         process.wait(timeout)
         assert not check or process.returncode == 0, process.output()[-3000:]
         return process
 
     def start_ranks(self, target, arguments=(), *, count=2, env=None, **options):
-        """Start processes that share a run, as torchrun would; their list."""
+        """Start the ranks of a distributed run, like torchrun, and return their processes."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -146,7 +146,7 @@ class ForkServer:
         ]
 
     def pump(self, timeout):
-        """Take what the server says, for at most `timeout` seconds."""
+        """Read replies of the server, waiting at most `timeout` seconds for the first."""
         while select.select([self.server.stdout], [], [], timeout)[0]:
             line = self.server.stdout.readline()
             assert line, "the fork server ended"
@@ -157,7 +157,7 @@ class ForkServer:
             timeout = 0
 
     def close(self):
-        """End the server, and whatever it has started."""
+        """Stop the server and all processes that it started."""
         if self.server is not None:
             self.server.stdin.close()
             self.server.wait()
@@ -175,11 +175,11 @@ class ForkServer:
 
 
 def serve():
-    """Read requests, fork, say how children ended; kill what is left when there are no more requests."""
+    """Fork a child for each request and report exit codes; at the end of the requests, kill the remaining children."""
     import accelerate  # noqa: F401
     import peft  # noqa: F401
     import torch
-    from transformers import (  # noqa: F401, the classes whose import takes long
+    from transformers import (  # noqa: F401, slow to import
         AutoImageProcessor,
         AutoModel,
         AutoProcessor,
@@ -221,7 +221,7 @@ def _reply(replies, number, pid, returncode):
 
 
 def _exit_with(request, torch):
-    """In the child: run the request, and end as an interpreter does, short of freeing its memory (a second)."""
+    """In the child: run the request and exit like the interpreter, without freeing memory, which takes a second."""
     try:
         code = run_request(request, torch)
     except SystemExit as end:
@@ -240,9 +240,9 @@ def _exit_with(request, torch):
 
 
 def run_request(request, torch):
-    """Become the process that was asked for; returns its exit code."""
+    """Run a request in the forked child and return its exit code."""
     os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the tests run in the background
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with open(request["output"], "ab", buffering=0) as output, open(os.devnull) as nothing:

@@ -1,4 +1,4 @@
-"""A web server of files on this machine."""
+"""A local web server for files."""
 
 import contextlib
 import functools
@@ -13,7 +13,7 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve(folder):
-    """The address of a server of a folder's files."""
+    """Serve a folder and yield the address."""
     handler = functools.partial(_Quiet, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

@@ -2,11 +2,13 @@
 
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import (
     Blip2QFormerConfig,
     CLIPConfig,
     CLIPTokenizer,
+    CLIPVisionConfig,
     LlamaConfig,
     LlamaTokenizer,
     LlavaConfig,
@@ -50,8 +52,18 @@ def save_model(folder, *parts):
     return folder
 
 
+def random_adapter(model, targets=r".*language_model.*\.q_proj"):
+    """A model with an adapter of random LoRA matrices and another alpha weight."""
+    tuned = get_peft_model(model, LoraConfig(target_modules=targets, r=4, modules_to_save=["patch_embedding.alpha"]))
+    torch.manual_seed(3)
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return tuned.eval()
+
+
 def tiny_vision_config(**changes):
-    """Fields of a 3-layer tower: 32 pixels, patch 8, width 32."""
+    """Config fields of a 3-layer tower: 32 pixels, patch size 8, width 32."""
     fields = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -65,7 +77,7 @@ def tiny_vision_config(**changes):
 
 
 def tiny_clip_config(**text_changes):
-    """A full CLIP of that tower and a 2-layer text tower."""
+    """Config of a CLIP with that tower and a 2-layer text tower."""
     text = {
         "vocab_size": 50,
         "hidden_size": 32,
@@ -88,12 +100,12 @@ def noise_image(width, height, seed=0):
 
 
 def prompt(question):
-    """LLaVA's prompt of one question about one image, as `apply_chat_template` writes it."""
+    """LLaVA's prompt for a question about one image, as `apply_chat_template` returns it."""
     return f"<s>USER: <image>\n{question} ASSISTANT:"
 
 
 def tiny_tokenizer():
-    """A Llama tokenizer of bytes and the most common letters, with LLaVA's <image> and <pad>."""
+    """A Llama tokenizer with bytes, ASCII characters and LLaVA's <image> and <pad>."""
     alphabet = [chr(code) for code in range(33, 127)]
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
     for token in [f"<0x{byte:02X}>" for byte in range(256)] + ["▁", *alphabet]:
@@ -104,7 +116,7 @@ def tiny_tokenizer():
 
 
 def tiny_clip_tokenizer():
-    """CLIP's tokenizer with the letters for a vocabulary."""
+    """A CLIP tokenizer with the letters as vocabulary."""
     letters = [chr(code) for code in range(97, 123)]
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *[letter + "</w>" for letter in letters]]
     return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
@@ -119,7 +131,7 @@ def build_tiny_tower(alpha_std=0.3):
 
 
 def build_tiny_clip(geometry="pad", alpha_std=0.3):
-    """A random Alpha-CLIP of both towers (with `alpha_std` 0 a CLIP), and its processor."""
+    """A random Alpha-CLIP with both towers (a CLIP if `alpha_std` is 0), and its processor."""
     torch.manual_seed(0)
     tokenizer = tiny_clip_tokenizer()
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -130,7 +142,7 @@ def build_tiny_clip(geometry="pad", alpha_std=0.3):
 
 
 def tiny_llava_config(tokenizer, vision_config):
-    """A LLaVA config of a 2-layer Llama on that tower."""
+    """Config of a LLaVA with a 2-layer Llama and this tower."""
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -162,8 +174,14 @@ def build_tiny_llava(geometry="pad", alpha_std=0.0):
     return model, build_llava_processor(AlphaCLIPImageProcessor.for_size(32, geometry), tokenizer, config)
 
 
+def build_stock_llava():
+    """A random LLaVA of Transformers with a CLIP tower."""
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(tiny_llava_config(tiny_tokenizer(), CLIPVisionConfig(**tiny_vision_config())))
+
+
 def tiny_llava_next_config(tokenizer, vision_config):
-    """That LLaVA config as a LLaVA-NeXT's, with one to four tiles besides the first."""
+    """The LLaVA config as one of LLaVA-NeXT, with one to four tiles in addition to the first."""
     fields = tiny_llava_config(tokenizer, vision_config).to_dict()
     kept = {name: fields[name] for name in ("text_config", "image_token_index", "image_seq_length")}
     grid = [[32, 64], [64, 32], [64, 64], [32, 32]]
@@ -181,7 +199,7 @@ def build_tiny_llava_next(alpha_std=0.3):
 
 
 def tiny_text_config(kind, tokenizer):
-    """A 2-layer OPT ("opt") or T5 ("t5"), 64 wide: bitsandbytes packs blocks of 64."""
+    """Config of a 2-layer OPT ("opt") or T5 ("t5"), 64 wide because bitsandbytes packs blocks of 64."""
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": len(tokenizer)}
     if kind == "opt":
         sizes = {"hidden_size": 64, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -190,7 +208,7 @@ def tiny_text_config(kind, tokenizer):
 
 
 def tiny_blip2_parts(kind):
-    """A tokenizer, and what every BLIP-2 config of a 2-layer OPT or T5 has beside its tower."""
+    """A tokenizer, and the fields of a BLIP-2 config with a 2-layer OPT or T5, without the tower."""
     tokenizer = tiny_tokenizer()
     qformer = Blip2QFormerConfig(
         vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
@@ -202,12 +220,12 @@ def tiny_blip2_parts(kind):
 
 
 def build_tiny_blip2(kind):
-    """A random BLIP-2 with an Alpha-CLIP tower whose alpha weight is not zero, and its processor."""
+    """A random BLIP-2 with an Alpha-CLIP tower (nonzero alpha weight), and its processor."""
     tokenizer, config = tiny_blip2_parts(kind)
     torch.manual_seed(0)
     vision = AlphaCLIPBlip2VisionConfig(**tiny_vision_config(initializer_range=0.2))
     model = AlphaBlip2ForConditionalGeneration(AlphaBlip2Config(vision_config=vision, **config, initializer_range=0.2))
-    torch.nn.init.normal_(model.query_tokens)  # at zero, all queries are alike
+    torch.nn.init.normal_(model.query_tokens)  # at zero, all queries are equal
     torch.nn.init.normal_(alpha_of(model), std=0.3)
     images = AlphaCLIPImageProcessor.for_size(32, "stretch")
     return model.eval(), AlphaBlip2Processor(images, tokenizer, num_query_tokens=config["num_query_tokens"])

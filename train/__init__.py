@@ -1,4 +1,4 @@
-"""Training: Alpha-CLIP itself by contrast, and language models with an alpha tower."""
+"""Training of Alpha-CLIP with a contrastive loss, and fine-tuning of LLaVA and BLIP-2 with an alpha tower."""
 
-# first of all: it drops messages of libraries that the modules here import
+# first, because it hides messages of libraries that the modules here import
 import mllm  # noqa: F401

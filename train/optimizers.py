@@ -1,4 +1,4 @@
-"""The optimizer that a recipe's `optimizer: muon` asks for; everything else is Trainer's `optim`."""
+"""The optimizer of `optimizer: muon`; all others come from Trainer's `optim`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ from torch import nn
 class MuonWithAdamW(torch.optim.Optimizer):
     """Muon for the matrices inside blocks, AdamW for embeddings, convolutions, the output layer, norms and biases.
 
-    Both are torch's own (`torch.optim.Muon`, torch 2.9 on); this class only steps them together, so that Trainer, its
-    schedule and its checkpoints see one optimizer. With `match_rms_adamw` both take the same learning rate. From
-    random weights, a model of the embedded one's size had after 32,000 samples the loss (0.46) that AdamW alone had
-    after about 49,000.
+    Both come from torch (`torch.optim.Muon`, torch 2.9 or newer). This class combines them, so that Trainer, its
+    schedule and its checkpoints use one optimizer. With `match_rms_adamw` both use the same learning rate. Trained from
+    random weights, a model of the size of the embedded model reached a loss of 0.46 after 32,000 samples, and with
+    AdamW alone after about 49,000.
 
     Args:
-        lr: Learning rate where `rates` has none.
-        rates: Learning rate by name of a parameter.
+        model: The model; its trained parameters are optimized.
+        lr: Learning rate of parameters that are not in `rates`.
+        weight_decay: Weight decay of all weights except biases and norms.
+        betas: AdamW's betas.
+        eps: AdamW's epsilon.
+        rates: Learning rate by parameter name.
+
+    Raises:
+        ValueError: If torch has no Muon.
 
     Source: Keller Jordan, "Muon: an optimizer for hidden layers"; the scaling is Liu et al., arXiv 2502.16982.
     """
@@ -36,7 +43,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     ) -> None:
         if not hasattr(torch.optim, "Muon"):
             raise ValueError(
-                f"optimizer muon needs torch 2.9 or newer, this is {torch.__version__}; take optimizer: trainer"
+                f"optimizer muon requires torch 2.9 or newer, got {torch.__version__}; use optimizer: trainer"
             )
         matrices, others, undecayed = (_by_rate(members, lr, rates or {}) for members in _split(model))
         for group in undecayed:
@@ -47,30 +54,30 @@ class MuonWithAdamW(torch.optim.Optimizer):
         ]
         groups = itertools.chain(matrices, others, undecayed)
         super().__init__([parameter for group in groups for parameter in group["params"]], {"lr": lr})
-        # the parts' own groups, not copies: the schedule sets the learning rate in them
+        # not copies, because the schedule sets the learning rate in them
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
-        """One step of each part."""
+        """One step of both optimizers."""
         if closure is not None:
-            raise ValueError("a closure would be evaluated once for each part; call step() without one")
+            raise ValueError("a closure would be evaluated twice; call step() without one")
         for part in self.parts:
             part.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of the parts, in order."""
+        """The states of AdamW and Muon."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave."""
+        """Load a state returned by `state_dict`."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
 def _split(model: nn.Module) -> tuple[dict, dict, dict]:
-    """(matrices of linear layers inside blocks, other weights, biases and norms), trained parameters by name."""
+    """Trained parameters by name: (matrices of linear layers, other weights, biases and norms)."""
     inside = {
         module.weight
         for name, module in model.named_modules()
@@ -84,7 +91,7 @@ def _split(model: nn.Module) -> tuple[dict, dict, dict]:
 
 
 def _by_rate(members: Mapping[str, nn.Parameter], lr: float, rates: Mapping[str, float]) -> list[dict[str, Any]]:
-    """A parameter group for each learning rate among these; where there are none an empty one, which torch takes."""
+    """A parameter group for each learning rate; an empty group if there are no parameters."""
     groups: dict[float, list] = {} if members else {lr: []}
     for name, parameter in members.items():
         groups.setdefault(rates.get(name, lr), []).append(parameter)

@@ -1,9 +1,8 @@
-"""`alpha-clip plot`: draw the curves that a training run logged: loss, and what its evaluations measured."""
+"""`alpha-clip plot`: plot the loss and the evaluation metrics of training runs."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,14 +11,15 @@ from PIL import Image, ImageDraw, ImageFont
 from alpha_clip_commands.command_line import say
 from mllm.files import check_replaceable
 from mllm.overlay import save_png
+from train.output import TRAINING_RECORD, read_training_record
 
-PROGRAM = "plot_training.py"  # in the PNGs that it may replace
+PROGRAM = "plot_training.py"  # written into the PNG, so that the command may replace it
 WIDTH, HEIGHT, MARGIN = 420, 240, 58
 _LINE, _GRID, _INK = (31, 90, 166), (222, 222, 222), (40, 40, 40)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw, and say so; returns the exit code."""
+    """Plot the runs; returns the exit code."""
     check_replaceable(args.out, kind=PROGRAM)
     draw(args.runs, args.out)
     say(f"wrote {args.out}")
@@ -27,30 +27,30 @@ def run(args: argparse.Namespace) -> int:
 
 
 def draw(runs: Sequence[Path], out: Path) -> None:
-    """Write a PNG with a row of charts a run.
+    """Write a PNG with one row of charts per run.
 
     Raises:
         ValueError: If a run logged no loss.
-        OSError: If its record cannot be read, or the picture not be written.
+        OSError: If its record cannot be read, or the PNG cannot be written.
     """
     rows = [[chart(f"{run.name}: {name}", points) for name, points in curves(run).items()] for run in runs]
     page = Image.new("RGB", (WIDTH * max(map(len, rows)), HEIGHT * len(rows)), "white")
     for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            page.paste(picture, (x * WIDTH, y * HEIGHT))
+        for x, image in enumerate(row):
+            page.paste(image, (x * WIDTH, y * HEIGHT))
     save_png(out, page, PROGRAM)
 
 
 def curves(run: Path) -> dict[str, list[tuple[float, float]]]:
-    """(step, value) by what was logged: the loss, then whatever begins with `eval_` and is no time.
+    """(step, value) points of the loss and of each logged `eval_` metric, without times.
 
     Raises:
         ValueError: If the run is not finished, or logged no loss.
     """
-    record = run / "training_record.json"
+    record = run / TRAINING_RECORD
     if not record.exists():
-        raise ValueError(f"{run} is not a finished run: training_record.json not found")
-    log = json.loads(record.read_text(encoding="utf-8"))["log"]
+        raise ValueError(f"{run} is not a finished run: {TRAINING_RECORD} not found")
+    log = read_training_record(record)["log"]
     found: dict[str, list[tuple[float, float]]] = {"loss": []}
     for entry in log:
         for name, value in entry.items():
@@ -63,9 +63,9 @@ def curves(run: Path) -> dict[str, list[tuple[float, float]]]:
 
 
 def chart(title: str, points: list[tuple[float, float]]) -> Image.Image:
-    """One curve with its axes, WIDTH x HEIGHT."""
-    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    """A curve with its axes, WIDTH x HEIGHT pixels."""
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
     (x0, x1), (y0, y1) = ((min(axis), max(axis)) for axis in zip(*points, strict=True))
     x1, y0, y1 = max(x1, x0 + 1), min(y0, 0.0), y1 if y1 > min(y0, 0.0) else y0 + 1
     left, right, top, bottom = MARGIN, WIDTH - 14, 30, HEIGHT - 30
@@ -78,11 +78,11 @@ def chart(title: str, points: list[tuple[float, float]]) -> Image.Image:
         y = place(x0, value)[1]
         draw.line([(left, y), (right, y)], fill=_GRID)
         draw.text((left - 6, y), f"{value:.3g}", fill=_INK, font=font, anchor="rm")
-    for x in sorted({x0, (x0 + x1) // 2, x1}):  # steps: whole numbers
+    for x in sorted({x0, (x0 + x1) // 2, x1}):  # steps are integers
         draw.text((place(x, y0)[0], bottom + 6), f"{x:.0f}", fill=_INK, font=font, anchor="mt")
     if len(points) > 1:
         draw.line([place(*point) for point in points], fill=_LINE, width=2)
     else:
         draw.circle(place(*points[0]), 3, fill=_LINE)
     draw.text((left, 10), f"{title} (last: {points[-1][1]:.4g}; by step)", fill=_INK, font=font)
-    return picture
+    return image

@@ -1,5 +1,5 @@
-"""What a run leaves out: images that cannot be read, regions that cannot be used. Each is counted, named in a file, and
-refused when they are too many.
+"""Skipped items: images that cannot be read and regions that cannot be used. They are counted and listed in a file; too
+many are an error.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ SKIPPED = "skipped.jsonl"
 
 
 class SkippedItem(msgspec.Struct, frozen=True):
-    """A line of the file: an item, and the place in the run at which it was left out.
+    """A line of the file: a skipped item and its position in the run.
 
     Attributes:
-        image: The image's file.
-        region: Id of the region of the image; None: the whole image file.
-        reason: What is wrong, in one line.
+        image: The image file.
+        region: ID of the region; None if the image itself cannot be read.
+        reason: The error, in one line.
         split: Split of the data.
-        position: Of the dataset: `epoch * samples + sample`.
+        position: Position in the dataset: `epoch * samples + sample`.
     """
 
     image: str
@@ -38,22 +38,22 @@ class SkippedItem(msgspec.Struct, frozen=True):
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The item in messages."""
         return self.image if self.region is None else f"region {self.region} of {self.image}"
 
 
 class SkippedItems:
-    """The list of one dataset, in a file that all processes of a run append to.
+    """The skipped items of one dataset, in a file to which all processes of a run append.
 
-    A line stands for each time that an item is left out, since which of them a run came to (and not only read ahead) is
-    known at its end alone: then `only_once` makes it one line an item.
+    The file has one line each time an item is skipped, because only at the end is it known which lines training reached
+    (loader workers read ahead). `deduplicate_skipped` then reduces it to one line per item.
 
     Args:
-        path: The file; None: the items are named in the log alone.
+        path: The file. If None, the items are only logged.
         split: Split of the dataset.
-        max_missing: Share of the images, and of the regions, that may be left out.
-        images: Number of images of the dataset.
-        regions: Number of its regions.
+        max_missing: Maximum share of the images, and of the regions, that may be skipped.
+        images: Number of images in the dataset.
+        regions: Number of regions in the dataset.
     """
 
     def __init__(self, path: Path | None, split: str, max_missing: float, images: int, regions: int) -> None:
@@ -67,14 +67,14 @@ class SkippedItems:
         self._named: dict[bool, dict[tuple[str, str | None], SkippedItem]] = {True: {}, False: {}}  # is an image: items
 
     def add(self, position: int, image: str, region: str | None, error: ValueError) -> None:
-        """List an item that is left out at a position.
+        """Record a skipped item.
 
         Raises:
-            ValueError: If more were left out than `max_missing` allows.
+            ValueError: If more items were skipped than `max_missing` allows.
         """
         image = _text(image)
         item = SkippedItem(image, region, one_line(error), self.split, position)
-        self._read_on()
+        self._read_new_lines()
         if (image, region, position) not in self._known:
             if (image, region) not in self._named[region is None]:
                 logger.warning("skipped %s: %s", item.name, item.reason)
@@ -87,24 +87,24 @@ class SkippedItems:
             what = "images cannot be read" if region is None else "regions cannot be used"
             raise ValueError(
                 f"{len(named)} of {total} {what} (first: {first.name}: {first.reason}), more than max_missing "
-                f"({self.max_missing:.1%}) allows; all are {self.listed}"
+                f"({self.max_missing:.1%}) allows; all of them are {self.listed}"
             )
 
     @property
     def listed(self) -> str:
         """Where the items are listed, for messages."""
-        return "named in the log" if self.path is None else f"listed in {self.path}"
+        return "in the log" if self.path is None else f"listed in {self.path}"
 
-    def _read_on(self) -> None:
-        """Read what other processes have added."""
+    def _read_new_lines(self) -> None:
+        """Read the lines that other processes have appended."""
         if self.path is None or not self.path.exists():
             return
         with open(self.path, "rb") as file:
             file.seek(self._read_up_to)
             content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        self._read_up_to += len(whole)
-        for item in _parsed(whole):
+        lines = content[: content.rfind(b"\n") + 1]
+        self._read_up_to += len(lines)
+        for item in _parsed(lines):
             if item.split == self.split:
                 self._note(item)
 
@@ -114,21 +114,21 @@ class SkippedItems:
 
 
 def read_skipped(path: Path) -> list[SkippedItem]:
-    """The items of a file; none without a file. A line that a killed process left incomplete is skipped."""
+    """The items in a file, if it exists. A line that a killed process left incomplete is ignored."""
     return list(_parsed(path.read_bytes())) if path.exists() else []
 
 
-def keep_skipped(path: Path, wanted: Callable[[SkippedItem], bool]) -> None:
-    """Leave only some lines in a file; without any it is removed."""
-    _rewrite(path, [item for item in read_skipped(path) if wanted(item)])
+def filter_skipped(path: Path, keep: Callable[[SkippedItem], bool]) -> None:
+    """Keep only the lines for which `keep` is true; an empty file is removed."""
+    _rewrite(path, [item for item in read_skipped(path) if keep(item)])
 
 
-def only_once(path: Path, wanted: Callable[[SkippedItem], bool]) -> list[SkippedItem]:
-    """Leave only some lines in a file, of each item the first position, in the order of their names; returns them."""
+def deduplicate_skipped(path: Path, keep: Callable[[SkippedItem], bool]) -> list[SkippedItem]:
+    """Keep one line per item, its first position for which `keep` is true, sorted by item; returns the items."""
     first: dict[tuple, SkippedItem] = {}
     for item in read_skipped(path):
         key = (item.image, item.region or "", item.split)
-        if wanted(item) and (key not in first or item.position < first[key].position):
+        if keep(item) and (key not in first or item.position < first[key].position):
             first[key] = item
     items = [first[key] for key in sorted(first)]
     _rewrite(path, items)
@@ -143,18 +143,18 @@ def _rewrite(path: Path, items: list[SkippedItem]) -> None:
 
 
 def _append(path: Path, item: SkippedItem) -> None:
-    """Add a line in one write, so that the lines of several processes do not mix."""
+    """Append a line with one write, so that lines of several processes do not mix."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         size = os.fstat(descriptor).st_size
-        torn = size and os.pread(descriptor, 1, size - 1) != b"\n"  # left by a killed process
+        torn = size and os.pread(descriptor, 1, size - 1) != b"\n"  # by a killed process
         os.write(descriptor, (b"\n" if torn else b"") + msgspec.json.encode(item) + b"\n")
     finally:
         os.close(descriptor)
 
 
 def _text(name: str) -> str:
-    """A file name with bytes that are not text (surrogates) escaped."""
+    """A file name with undecodable bytes (surrogates) escaped."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -162,5 +162,5 @@ def _parsed(content: bytes) -> Iterable[SkippedItem]:
     for line in content.split(b"\n"):
         try:
             yield msgspec.json.decode(line, type=SkippedItem)
-        except (msgspec.MsgspecError, UnicodeDecodeError):  # empty, or torn
+        except (msgspec.MsgspecError, UnicodeDecodeError):  # empty or incomplete
             continue

@@ -1,13 +1,10 @@
-"""Trainer for conversations about regions: order of samples, learning rates by part, whole checkpoints, evaluation."""
+"""Trainer for data about regions: sample order, learning rates per part, complete checkpoints, exact resume."""
 
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
-import os
-import select
 import shutil
 import signal
 from collections.abc import Callable, Mapping
@@ -19,33 +16,29 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from alpha_clip_commands.command_line import stopping_signals
 from mllm.data.index import TRAIN
 from mllm.files import sync_files, write_json
-from train.lora import part_of
+from train.epoch_sampler import EpochSampler, SetEpoch, build_sampler
 from train.optimizers import MuonWithAdamW
-from train.output import WHOLE, naming_what_cannot_be_written, remove_older_checkpoints
-from train.sampling import EpochSampler, PictureDataset
+from train.output import COMPLETE, explain_write_errors, read_completion, remove_older_checkpoints
+from train.parts import part_of
 from train.skipped import SkippedItem
-from train.tuning.evaluation import AnswerScorer
+from train.stop_on_signal import STOP_SIGNALS, StopOnSignal
 
 logger = logging.getLogger(__name__)
 
-STOPPING = stopping_signals()
-
 
 class RegionTrainer(Trainer):
-    """Transformers' Trainer; only what differs is here.
+    """Transformers' Trainer with the changes that both training programs need.
 
     Args:
-        parts: Prefix of the parameters' names by part.
-        rates: Learning rate by part, where another than `learning_rate`.
+        parts: Prefix of the parameter names by part.
+        rates: Learning rate by part; other parts use `learning_rate`.
         optimizer_name: "trainer" or "muon".
-        run: What makes this run (recipe), stored with each checkpoint.
-        scorer: Answers held-out questions at each evaluation, or None.
+        run_config: Settings that determine the result, stored with each checkpoint.
     """
 
     def __init__(
@@ -54,88 +47,72 @@ class RegionTrainer(Trainer):
         parts: Mapping[str, str],
         rates: Mapping[str, float],
         optimizer_name: str,
-        run: Mapping[str, Any],
-        scorer: AnswerScorer | None = None,
+        run_config: Mapping[str, Any],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.parts = dict(parts)
         self.rates = dict(rates)
         self.optimizer_name = optimizer_name
-        self.run = dict(run)
-        self.scorer = scorer
-        # Trainer would remove an older checkpoint before the new one is whole
+        self.run_config = dict(run_config)
+        # Trainer would remove an older checkpoint before the new one is complete
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
-        self.encoder_decoder = self.model.config.get_text_config().is_encoder_decoder
-        if self.label_smoother is not None and not self.encoder_decoder:
-            # Trainer shifts the labels of the causal models that it knows by name: neither LLaVA nor BLIP-2
-            self.label_smoother = partial(self.label_smoother, shift_labels=True)
         self.stopping = StopOnSignal()
         self.add_callback(self.stopping)
-        self._unlogged: dict[str, Any] | None = None  # losses that a checkpoint was written before the log of
+        self._unlogged: dict[str, Any] | None = None  # losses that were not logged before the checkpoint was written
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
-        sampler = sampler_of(self.train_dataset if train_dataset is None else train_dataset, self.args)
-        self.add_callback(TellEpoch(sampler))
+        sampler = build_sampler(self.train_dataset if train_dataset is None else train_dataset, self.args)
+        self.add_callback(SetEpoch(sampler))
         return sampler
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        """As in Trainer; a signal to the whole process group, as launchers send it, does not end the workers. They are
+        """As in Trainer, but the workers ignore stop signals, which launchers send to the whole process group. They are
         ended by `run_command`.
         """
         loader = super()._get_dataloader(*args, **kwargs)
-        inner = getattr(loader, "base_dataloader", loader)  # accelerate's cover starts the workers of the one inside
-        inner.worker_init_fn = partial(_ignoring_signals, inner.worker_init_fn)
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper uses the workers of the inner loader
+        inner.worker_init_fn = partial(_ignore_signals, inner.worker_init_fn)
         return loader
 
     def resume(self, checkpoint: Path) -> None:
-        """Train from a checkpoint to the end; what is logged is what an uninterrupted run logs."""
+        """Train from a checkpoint to the end; the log is that of an uninterrupted run."""
         self.args.eval_on_start = False
-        whole = json.loads((checkpoint / WHOLE).read_text(encoding="utf-8"))
-        self._unlogged = whole.get("unlogged")
+        self._unlogged = read_completion(checkpoint).get("unlogged")
         self.train(resume_from_checkpoint=str(checkpoint))
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As in Trainer, which would train one step more when it resumes at the last one."""
+        """As in Trainer, which would train one more step when it resumes at the last step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        if self._unlogged is not None:  # Trainer would begin with no loss
+        if self._unlogged is not None:  # Trainer would start with a loss of 0
             self._tr_loss.fill_(self._unlogged["losses"][self.args.process_index])
             self._globalstep_last_logged = self._unlogged["since"]
             self._unlogged = None
         super()._run_epoch(*args, **kwargs)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As in Trainer; where it keeps the labels from the model, to smooth them, a T5 must be given what they say of
-        its input.
-        """
-        if self.label_smoother is not None and self.encoder_decoder:
-            model_inside = self.accelerator.unwrap_model(model)
-            model_inside = model_inside.get_base_model() if hasattr(model_inside, "get_base_model") else model_inside
-            shift = model_inside.language_model.prepare_decoder_input_ids_from_labels
-            inputs = {**inputs, "decoder_input_ids": shift(labels=inputs["labels"])}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+    def used_before(self, step: int) -> Callable[[SkippedItem], bool]:
+        """A predicate: whether training reached a skipped item before the end of a step.
 
-    def was_shown(self, step: int) -> Callable[[SkippedItem], bool]:
-        """Whether the run came to an item that was left out before the end of a step, by what it trains on alone:
-        loader workers read ahead, and a killed run went beyond its last checkpoint.
+        The list of skipped items contains more: loader workers read ahead, and a killed run went beyond its last
+        checkpoint.
         """
         args, count = self.args, len(self.train_dataset)
-        rounds = count / (args.train_batch_size * args.world_size)  # batches of each process in an epoch
+        rounds = count / (args.train_batch_size * args.world_size)  # batches per process and epoch
         rounds = math.floor(rounds) if args.dataloader_drop_last else math.ceil(rounds)
         accumulated = args.gradient_accumulation_steps
         epoch, steps = divmod(step, max(math.ceil(rounds / accumulated), 1))
-        sampler = copy.copy(sampler_of(self.train_dataset, args))
+        sampler = copy.copy(build_sampler(self.train_dataset, args))
         sampler.set_epoch(epoch)
-        shown = set(list(sampler)[: steps * accumulated * args.train_batch_size * args.world_size])
-        return lambda item: item.split != TRAIN or item.position < epoch * count or item.position in shown
+        used = set(list(sampler)[: steps * accumulated * args.train_batch_size * args.world_size])
+        return lambda item: item.split != TRAIN or item.position < epoch * count or item.position in used
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As in Trainer, with a learning rate of its own for each part that has one.
+        """As in Trainer, with a separate learning rate for each part in `rates`.
 
         Raises:
-            ValueError: If such a part is not trained.
+            ValueError: If a part with a learning rate is not trained.
         """
         model = self.model if model is None else model
         args = self.args
@@ -162,127 +139,38 @@ class RegionTrainer(Trainer):
         return super().create_optimizer(model)
 
     def _rates_by_name(self, model: nn.Module) -> dict[str, float]:
-        """The learning rate of each trained parameter whose part has its own.
+        """The learning rate of each trained parameter whose part is in `rates`.
 
         Raises:
             ValueError: If a part with a learning rate is not trained.
         """
         part = {name: part_of(name, self.parts) for name, weight in model.named_parameters() if weight.requires_grad}
         if frozen := sorted(self.rates.keys() - part.values()):
-            raise ValueError(f"learning_rates: {', '.join(frozen)}: not trained; name it in train_parts too")
+            raise ValueError(f"learning_rates: {', '.join(frozen)}: not trained; add it to train_parts")
         return {name: self.rates[of] for name, of in part.items() if of in self.rates}
 
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Loss on the held-out samples, and how their questions are answered."""
-        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.scorer is not None:
-            with (
-                self.accelerator.autocast()
-            ):  # as in training: trained weights may be of another dtype than frozen ones
-                answered = self.scorer.answer(
-                    self.model, self.accelerator.process_index, self.accelerator.num_processes
-                )
-            scores = self.scorer.score(gather_object(answered))
-            scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
-            self.log(scores)
-            metrics |= scores
-        return metrics
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As in Trainer; a checkpoint is whole once `whole.json` is in it, the last file to be written."""
+        """As in Trainer; a checkpoint is complete when it contains `complete.json`, which is written last."""
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with naming_what_cannot_be_written(f"the checkpoint {folder}", self.args.output_dir):
-            if self.args.should_save:  # left incomplete by a run that was killed here
+        with explain_write_errors(f"the checkpoint {folder}", self.args.output_dir):
+            if self.args.should_save:  # an incomplete checkpoint of a killed run
                 shutil.rmtree(folder, ignore_errors=True)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
-            # of each process, since the last log
+            # of each process, since the last log entry
             unlogged = {"losses": gather_object([self._tr_loss.item()]), "since": self._globalstep_last_logged}
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 sync_files(file for file in folder.rglob("*") if file.is_file())
                 step = self.state.global_step
-                write_json(folder / WHOLE, {"step": step, "unlogged": unlogged, "run": self.run})
+                write_json(folder / COMPLETE, {"step": step, "unlogged": unlogged, "run_config": self.run_config})
                 best = self.state.best_model_checkpoint
                 remove_older_checkpoints(self.args.output_dir, self.save_total_limit, best)
 
 
-def sampler_of(dataset: PictureDataset, args: TrainingArguments) -> EpochSampler:
-    """The order of a run's samples."""
-    lengths = dataset.lengths if args.train_sampling_strategy == "group_by_length" else None
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return EpochSampler(len(dataset), args.seed, lengths, batch)
-
-
-def _ignoring_signals(init: Callable[[int], None] | None, worker: int) -> None:
-    """Begin a worker of a data loader that its process alone ends."""
-    for number in STOPPING:
+def _ignore_signals(init: Callable[[int], None] | None, worker: int) -> None:
+    """Start a loader worker that ignores stop signals."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if init is not None:
         init(worker)
-
-
-class TellEpoch(TrainerCallback):
-    """Tells the sampler which epoch begins. Trainer does so too, but where a run of several processes goes on in the
-    middle of an epoch, the sampler is wrapped deeper than it reaches, and would begin with epoch 0 again.
-    """
-
-    def __init__(self, sampler: EpochSampler) -> None:
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        """Tell."""
-        self.sampler.set_epoch(int(state.epoch))
-
-
-class StopOnSignal(TrainerCallback):
-    """SIGTERM, SIGHUP or Ctrl-C: finish the step, save a checkpoint, end. All processes agree on the step.
-
-    Attributes:
-        received: The signal; 0 while there was none.
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._before: dict[int, Any] = {}
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Listen; not to what is ignored, as Ctrl-C is by a shell's background jobs."""
-        heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._receive) for number in heard}
-
-    def stop_listening(self) -> None:
-        """Give the signals back: after the last save, which they do not interrupt, or an error."""
-        while self._before:
-            signal.signal(*self._before.popitem())
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Ask for a checkpoint and the end, once any process got the signal."""
-        if args.world_size > 1:
-            flag = torch.tensor(int(self.received), device=args.device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            self.received = int(flag)
-        if self.received and state.global_step < state.max_steps:
-            forget_closed_outputs()
-            control.should_save = control.should_training_stop = True
-
-    def _receive(self, number: int, frame: Any) -> None:
-        self.received = number
-        forget_closed_outputs()
-        if number == signal.SIGINT:  # a second Ctrl-C need not wait for the end of the step; launchers repeat SIGTERM
-            signal.signal(number, self._before[number])
-
-
-def forget_closed_outputs() -> None:
-    """Let stdout and stderr go nowhere once their terminal or pipe is closed, as SIGHUP says and Ctrl-C does to
-    `| tee`: a progress bar that cannot be written would end the run before it has saved.
-    """
-    if not hasattr(select, "poll"):
-        return
-    for descriptor in (1, 2):
-        poll = select.poll()
-        poll.register(descriptor, 0)
-        if any(state & (select.POLLERR | select.POLLHUP) for _, state in poll.poll(0)):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)

@@ -1,7 +1,6 @@
-"""The Alpha-CLIP vision tower as Hugging Face classes: CLIP with a fourth input channel that says where to look.
+"""The Alpha-CLIP vision tower as Hugging Face classes: CLIP with an alpha map of the region as fourth input channel.
 
-Importing this package registers the classes, so that `AutoConfig`, `AutoModel`, `AutoImageProcessor` and
-`AutoProcessor` know them.
+Importing this package registers the classes with `AutoConfig`, `AutoModel`, `AutoImageProcessor` and `AutoProcessor`.
 """
 
 from transformers import (
@@ -37,8 +36,8 @@ __all__ = [
     "load_with_alpha",
 ]
 
-# exist_ok: importing the package twice (a notebook's reload, a remote-code copy beside it) is fine.
-# The processor of a tower alone is its image processor.
+# exist_ok: the package can be imported twice (reloaded in a notebook, or next to a copy loaded as remote code).
+# A tower without text model has its image processor as processor.
 for _config, _processor in (
     (AlphaCLIPVisionConfig, AlphaCLIPImageProcessor),
     (AlphaCLIPConfig, AlphaCLIPProcessor),
@@ -50,7 +49,7 @@ AutoModel.register(AlphaCLIPVisionConfig, AlphaCLIPVisionModel, exist_ok=True)
 AutoModel.register(AlphaCLIPConfig, AlphaCLIPModel, exist_ok=True)
 AutoModelForZeroShotImageClassification.register(AlphaCLIPConfig, AlphaCLIPModel, exist_ok=True)
 
-# `save_pretrained` then writes the source files beside the weights, for `trust_remote_code=True` without this package.
+# `save_pretrained` then copies the source files next to the weights, for `trust_remote_code=True` without this package.
 AlphaCLIPVisionConfig.register_for_auto_class()
 AlphaCLIPConfig.register_for_auto_class()
 AlphaCLIPVisionModel.register_for_auto_class("AutoModel")

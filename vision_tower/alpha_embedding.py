@@ -1,6 +1,4 @@
-"""The one new layer, a patch convolution that also reads an alpha channel, and how to put it into other Hugging Face
-ViTs.
-"""
+"""The new layer of Alpha-CLIP, a patch embedding with an alpha channel, and its use in other Hugging Face ViTs."""
 
 from __future__ import annotations
 
@@ -9,23 +7,30 @@ from torch import nn
 from transformers import PreTrainedModel
 
 ALPHA_MEAN, ALPHA_STD = 0.5, 0.26  # Source: `transforms.Normalize(0.5, 0.26)` in SunzeY/AlphaCLIP, README.md at e5676c9
-WHOLE_IMAGE = (1.0 - ALPHA_MEAN) / ALPHA_STD  # 1.923: alpha 1 after normalisation
+WHOLE_IMAGE = (1.0 - ALPHA_MEAN) / ALPHA_STD  # 1.923: alpha 1 after normalization
 
 
 class AlphaConv2d(nn.Conv2d):
-    """The alpha convolution. A class of its own, so that a tower's `_init_weights` can zero it by type.
+    """The alpha convolution. A separate class, so that `_init_weights` of a tower can initialize it to zero by type.
 
-    Zeroing it when the *parent* is met does not work: Transformers skips a module whose own parameters were all loaded,
-    and the alpha weight would stay random after loading a CLIP checkpoint.
+    Initializing it together with its parent does not work: Transformers skips a module whose own parameters were all
+    loaded, and the alpha weight would stay random after loading a CLIP checkpoint.
     """
 
 
 class AlphaPatchEmbedding(nn.Conv2d):
-    """Patch convolution over RGB plus a bias-free convolution over alpha, in place of a ViT's `patch_embedding`.
+    """The sum of a patch convolution over RGB and one without bias over alpha; replaces a ViT's `patch_embedding`.
 
-    The RGB weight keeps its name (`patch_embedding.weight`), so CLIP checkpoints load; the alpha weight is
-    `patch_embedding.alpha.weight` (D, 1, patch, patch). At zero alpha weight the output equals the RGB convolution bit
-    for bit.
+    The RGB weight keeps its name (`patch_embedding.weight`), so that CLIP checkpoints can be loaded. The alpha weight
+    is `patch_embedding.alpha.weight` (D, 1, patch, patch). With an alpha weight of zero, the output is bit-identical to
+    that of the RGB convolution.
+
+    Args:
+        out_channels: Width D of the ViT.
+        patch_size: Side of a patch in pixels.
+        bias: Whether the RGB convolution has a bias.
+        device: Device of the weights.
+        dtype: Data type of the weights.
 
     Source: `conv1` + `conv1_alpha` in SunzeY/AlphaCLIP, alpha_clip/model.py at e5676c9.
     """
@@ -39,15 +44,14 @@ class AlphaPatchEmbedding(nn.Conv2d):
         """Embed patches.
 
         Args:
-            pixel_values: (B, 4, H, W), normalised RGB and the alpha map as (alpha - 0.5) / 0.26; or (B, 3, H, W), which
-                means the whole image (alpha 1 everywhere).
+            pixel_values: (B, 4, H, W), normalized RGB and the alpha map as (alpha - 0.5) / 0.26; or (B, 3, H, W), the
+                whole image (alpha 1 everywhere).
 
         Returns:
             (B, D, H / patch, W / patch).
 
         Raises:
-            ValueError: If the input has another number of channels: a dropped or doubled alpha map would pass
-                unnoticed.
+            ValueError: If the input has another number of channels, which indicates a missing or repeated alpha map.
         """
         channels = pixel_values.shape[1] if pixel_values.ndim == 4 else None
         if channels == 4:
@@ -57,13 +61,13 @@ class AlphaPatchEmbedding(nn.Conv2d):
         else:
             raise ValueError(
                 f"expected pixel_values (B, 4, H, W) = RGB + alpha, or (B, 3, H, W) for the whole image, got "
-                f"{tuple(pixel_values.shape)}; build them with AlphaCLIPImageProcessor"
+                f"{tuple(pixel_values.shape)}; create them with AlphaCLIPImageProcessor"
             )
         return super().forward(rgb) + self.alpha(alpha)
 
 
 class AlphaDinov2PatchEmbeddings(nn.Module):
-    """DINOv2's `patch_embeddings` without its check for three channels; `AlphaPatchEmbedding` has a check of its own.
+    """DINOv2's `patch_embeddings` without the check for three channels; `AlphaPatchEmbedding` checks the channels.
 
     Source: `Dinov2PatchEmbeddings` in Transformers 5.23.
     """
@@ -78,27 +82,34 @@ class AlphaDinov2PatchEmbeddings(nn.Module):
         return self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
 
 
-# class of a ViT -> its patch convolution
+# class of a ViT -> name of its patch convolution
 _PATCH_CONVOLUTIONS = {
     "CLIPVisionModel": "embeddings.patch_embedding",
-    "SiglipVisionModel": "embeddings.patch_embedding",  # fixed-resolution SigLIP 2 has the same class
+    "SiglipVisionModel": "embeddings.patch_embedding",  # also fixed-resolution SigLIP 2
     "Blip2VisionModel": "embeddings.patch_embedding",  # EVA
     "Dinov2Model": "embeddings.patch_embeddings.projection",
 }
 
 
 def add_alpha_channel(model: PreTrainedModel) -> PreTrainedModel:
-    """Give a loaded ViT, or a model that holds one, an alpha channel: in place, at exactly zero, so that nothing
-    changes until it is trained.
+    """Add an alpha channel to a ViT, in place. Its weight is zero, so outputs do not change until it is trained.
 
-    Its `pixel_values` may then be (B, 4, H, W), or (B, 3, H, W) for the whole image. Weights keep their names and stay
-    the very tensors they were; new is `<patch convolution>.alpha.weight`.
+    `pixel_values` can then be (B, 4, H, W), or (B, 3, H, W) for the whole image. The existing parameters keep their
+    names and tensors; `<patch convolution>.alpha.weight` is added.
 
     Args:
-        model: With one CLIPVisionModel, SiglipVisionModel, Blip2VisionModel or Dinov2Model in it, or being one.
+        model: A CLIPVisionModel, SiglipVisionModel, Blip2VisionModel or Dinov2Model, or a model that contains one.
+
+    Returns:
+        The same model.
 
     Raises:
-        ValueError: If it has no such ViT, more than one, or one with an alpha channel.
+        ValueError: If the model contains no such ViT or several, or already has an alpha channel.
+
+    Example:
+        >>> model = add_alpha_channel(AutoModel.from_pretrained("google/siglip-base-patch16-224"))
+        >>> model.save_pretrained("DIR")
+        >>> model = load_with_alpha("DIR")
     """
     path = _patch_convolution(model)
     parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
@@ -114,21 +125,22 @@ def add_alpha_channel(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _patch_convolution(model: PreTrainedModel) -> str:
-    """The full name of the one patch convolution in a model."""
+    """The full name of the only patch convolution of a model."""
     found = []
     for name, module in model.named_modules():
         kind = type(module).__name__
         if kind == "Siglip2VisionModel":
             raise ValueError(
-                "Siglip2VisionModel (NaFlex) embeds patches by a linear layer over cut-out patches, not by a "
-                "convolution: it can have no alpha channel here; take a fixed-resolution SigLIP 2"
+                "Siglip2VisionModel (NaFlex) is not supported: it embeds patches with a linear layer, not a "
+                "convolution; use a fixed-resolution SigLIP 2"
             )
         if isinstance(module, AlphaPatchEmbedding):
-            raise ValueError(f"{type(model).__name__} has an alpha channel already ({name})")
+            raise ValueError(f"{type(model).__name__} already has an alpha channel ({name})")
         if kind in _PATCH_CONVOLUTIONS:
             found.append(f"{name}.{_PATCH_CONVOLUTIONS[kind]}".removeprefix("."))
     if len(found) != 1:
         raise ValueError(
-            f"expected a model with one {', '.join(_PATCH_CONVOLUTIONS)}, got {type(model).__name__} with {len(found)}"
+            f"expected a model with exactly one {', '.join(_PATCH_CONVOLUTIONS)}, got {type(model).__name__} with "
+            f"{len(found)}"
         )
     return found[0]

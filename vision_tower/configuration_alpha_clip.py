@@ -1,4 +1,4 @@
-"""Configurations: CLIP's own, under names of their own so that saving and loading keep the alpha channel."""
+"""Configurations: those of CLIP with a separate `model_type`, so that Auto classes create our models."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTraine
 
 
 class AlphaCLIPVisionConfig(CLIPVisionConfig):
-    """Configuration of the vision tower: every field is CLIP's. `num_channels` stays 3: it counts RGB, alpha is extra.
+    """Configuration of the vision tower, with the fields of `CLIPVisionConfig`.
 
-    A CLIP directory (vision tower or full CLIP) is accepted by `from_pretrained`.
+    `num_channels` is 3: it counts RGB, without alpha. `from_pretrained` also accepts CLIP directories (vision tower or
+    full CLIP).
     """
 
     model_type = "alpha_clip_vision_model"
 
     def __post_init__(self, **kwargs) -> None:
-        """Check the channels.
+        """Check `num_channels`.
 
         Raises:
-            ValueError: If they are not 3.
+            ValueError: If it is not 3.
         """
         super().__post_init__(**kwargs)
         if self.num_channels != 3:
             raise ValueError(
-                f"expected num_channels 3 (RGB; alpha is extra), got {self.num_channels}: an exported tower is for use "
-                "without this package, load what it was made from (docs/export.md); an exported LLaVA loads with "
-                "mllm.load"
+                f"expected num_channels 3 (RGB, without alpha), got {self.num_channels}; an exported tower is for use "
+                "without this package: load the original instead (docs/export.md), or an exported LLaVA with mllm.load"
             )
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read a config file; CLIP's vision config is taken as ours.
+        """Read a config file, including the vision config of a CLIP.
 
         Raises:
-            ValueError: If the directory holds another kind of model.
+            ValueError: If it is the config of another model type.
         """
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if "vision_config" in config and config.get("model_type") in ("clip", AlphaCLIPConfig.model_type):
@@ -43,7 +43,10 @@ class AlphaCLIPVisionConfig(CLIPVisionConfig):
 
 
 class AlphaCLIPConfig(CLIPConfig):
-    """Configuration of the full model (text and image towers) for zero-shot use. A CLIP directory is accepted."""
+    """Configuration of the full model (text and vision towers), for zero-shot classification.
+
+    `from_pretrained` also accepts CLIP directories.
+    """
 
     model_type = "alpha_clip"
     sub_configs_defaults = {"vision_config": AlphaCLIPVisionConfig, "text_config": CLIPTextConfig}
@@ -53,10 +56,10 @@ class AlphaCLIPConfig(CLIPConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read a config file; CLIP's config is taken as ours.
+        """Read a config file, including that of a CLIP.
 
         Raises:
-            ValueError: If the directory holds another kind of model.
+            ValueError: If it is the config of another model type.
         """
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         config = _as_alpha(cls, config, "clip", pretrained_model_name_or_path)
@@ -66,7 +69,7 @@ class AlphaCLIPConfig(CLIPConfig):
 
 
 def _as_alpha(cls: type[PreTrainedConfig], config: dict[str, Any], clip_type: str, name: Any) -> dict[str, Any]:
-    """`config` under our model_type; only CLIP's type, ours, or none at all (old CLIP files) is taken."""
+    """Set our `model_type`, after checking that it is CLIP's, ours, or missing (in old CLIP files)."""
     found = config.get("model_type", clip_type)
     if config and found not in (clip_type, cls.model_type):
         raise ValueError(f"expected a {clip_type} or {cls.model_type} directory, got model_type {found!r} in {name}")

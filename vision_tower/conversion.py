@@ -1,7 +1,7 @@
-"""Original Alpha-CLIP state dicts <-> ours, and ours -> a stock CLIP tower of four channels ("fused").
+"""Conversion of original Alpha-CLIP checkpoints to and from our models, and of our models to stock CLIP ("fused").
 
-An original checkpoint is the bare state dict of the visual tower (SunzeY/AlphaCLIP, alpha_clip/model.py at e5676c9).
-Every size is read off its tensors. Nothing is skipped: a tensor too few, too many or of another shape is an error.
+An original checkpoint is the state dict of the visual tower (SunzeY/AlphaCLIP, alpha_clip/model.py at e5676c9). All
+sizes are inferred from its tensors. A missing or unexpected tensor, or one of another shape, is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .checkpoint_files import StateDict, first_line, read_tensors, shown
 from .configuration_alpha_clip import AlphaCLIPVisionConfig
 from .modeling_alpha_clip import ALPHA_WEIGHT, AlphaCLIPVisionModel
 
-# original name -> ours. `proj` and the fused attention input are the two that change shape (below).
+# original name -> ours; `proj` and the attention input, whose shapes change, are converted separately
 _TOWER_KEYS = {
     "class_embedding": "embeddings.class_embedding",
     "positional_embedding": "embeddings.position_embedding.weight",
@@ -36,11 +36,11 @@ _BLOCK_KEYS = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
-_ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")  # the order in which attn.in_proj stacks them
+_ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")  # in the order of attn.in_proj
 _HEAD_WIDTH = 64  # Source: `vision_heads = vision_width // 64` in alpha_clip/model.py
-MAX_BLOCKS = 300  # of a tower or a Q-Former; the deepest published have 48
+MAX_BLOCKS = 300  # of a tower or a Q-Former; published ones have at most 48
 _WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_PREFIXES = ("module.", "visual.")  # from the released training script, from a whole CLIP
+_PREFIXES = ("module.", "visual.")  # from the released training script, from a full CLIP
 
 # Source: model-zoo.md of SunzeY/AlphaCLIP at e5676c9; ImageNet-S is the mean per-class accuracy, Acc1.
 RELEASED_CHECKPOINTS = """\
@@ -55,23 +55,23 @@ RELEASED_CHECKPOINTS = """\
 | clip_b16_grit+mim_fultune_4xe.pth | openai/clip-vit-base-patch16 | 224 | MaskImageNet + GRIT-1M | 69.40 |
 | clip_l14_grit+mim_fultune_6xe.pth | openai/clip-vit-large-patch14 | 224 | MaskImageNet + GRIT-1M | 77.80 |
 
-Licence of all eight: research only (CC BY-NC 4.0 data, CLIP's terms); what is converted from them inherits it."""
+License of all eight: research only (CC BY-NC 4.0 data, CLIP's terms). Converted checkpoints inherit it."""
 
 
 def read_checkpoint(path: str | os.PathLike) -> StateDict:
-    """The tensors of a `.pth` (opened without running code) or `.safetensors` file, prefixes removed.
+    """Read the tensors of a `.pth` (without running code) or `.safetensors` file, and remove prefixes of their names.
 
     Raises:
-        ValueError: As `read_tensors`, or if prefixed and bare names are mixed.
+        ValueError: If the file cannot be read (see `read_tensors`), or only some names have the prefix.
     """
     return _strip_prefixes(read_tensors(path), path)
 
 
 def read_original(path: str | os.PathLike) -> tuple[AlphaCLIPVisionConfig, StateDict]:
-    """An original checkpoint file -> what `from_original` makes of it.
+    """Read and convert an original checkpoint file; see `from_original` for the result.
 
     Raises:
-        ValueError: As `read_checkpoint` and `from_original`; the file is named.
+        ValueError: If the file cannot be read or is not an original checkpoint.
     """
     original = read_checkpoint(path)
     try:
@@ -81,25 +81,55 @@ def read_original(path: str | os.PathLike) -> tuple[AlphaCLIPVisionConfig, State
 
 
 def _strip_prefixes(tensors: StateDict, source: object) -> StateDict:
-    for prefix in _PREFIXES * 2:  # in either order: module.visual. or visual.module.
-        with_it = [key for key in tensors if key.startswith(prefix)]
-        if with_it and len(with_it) < len(tensors):
+    for prefix in _PREFIXES * 2:  # in any order: module.visual. or visual.module.
+        prefixed = [key for key in tensors if key.startswith(prefix)]
+        if prefixed and len(prefixed) < len(tensors):
             other = next(key for key in tensors if not key.startswith(prefix))
             raise ValueError(
-                f"{source} mixes names with and without {prefix!r} ({shown(with_it[0])}, {shown(other)}); save the "
-                "visual tower alone"
+                f"{source} mixes names with and without {prefix!r} ({shown(prefixed[0])}, {shown(other)}); save only "
+                "the visual tower"
             )
-        if with_it:
+        if prefixed:
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return tensors
 
 
 def config_from_original(original: StateDict) -> AlphaCLIPVisionConfig:
-    """The configuration of an original visual tower, read off its tensors.
+    """Infer the configuration of an original visual tower from its tensors.
 
     Raises:
         ValueError: If it is not an Alpha-CLIP vision transformer.
     """
+    _check_kind(original)
+    for key in ("proj", "positional_embedding", "transformer.resblocks.0.mlp.c_fc.weight"):
+        if key not in original or original[key].ndim != 2:
+            raise ValueError(f"expected a matrix {key} in the checkpoint, got {_shape_of(original.get(key))}")
+    if original["conv1.weight"].ndim != 4:
+        raise ValueError(f"expected conv1.weight (D, 3, P, P), got {_shape_of(original['conv1.weight'])}")
+    width, patch = original["conv1.weight"].shape[0], original["conv1.weight"].shape[-1]
+    inner, projected = original["transformer.resblocks.0.mlp.c_fc.weight"].shape[0], original["proj"].shape[1]
+    grid = math.isqrt(max(len(original["positional_embedding"]) - 1, 0))
+    if width % _HEAD_WIDTH or 0 in (width, patch, grid, inner, projected):
+        raise ValueError(
+            f"expected a width that is a multiple of {_HEAD_WIDTH} and a square grid of patches, not empty, got width "
+            f"{width}, patch {patch}, {inner} in mlp.c_fc, {projected} in proj and positional_embedding "
+            f"{_shape_of(original['positional_embedding'])}"
+        )
+    return AlphaCLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=count_blocks(original, "transformer.resblocks."),
+        num_attention_heads=width // _HEAD_WIDTH,
+        patch_size=patch,
+        image_size=patch * grid,
+        projection_dim=projected,
+        hidden_act="quick_gelu",
+        layer_norm_eps=1e-5,
+    )
+
+
+def _check_kind(original: StateDict) -> None:
+    """Raise ValueError unless the tensors are those of a vision transformer with an alpha weight."""
     if "conv1.weight" not in original or "class_embedding" not in original:
         if any(key.startswith(("layer1.", "attnpool.")) for key in original):
             raise ValueError(
@@ -114,36 +144,9 @@ def config_from_original(original: StateDict) -> AlphaCLIPVisionConfig:
         )
     if "conv1_alpha.weight" not in original:
         raise ValueError(
-            "the checkpoint has no alpha weight (conv1_alpha.weight): it is a plain CLIP, and every region would be "
-            "ignored; load plain CLIP with AlphaCLIPVisionModel.from_pretrained instead"
+            "the checkpoint has no alpha weight (conv1_alpha.weight): it is a plain CLIP, and regions would have no "
+            "effect; load a plain CLIP with AlphaCLIPVisionModel.from_pretrained instead"
         )
-    blocks = count_blocks(original, "transformer.resblocks.")
-    needed = ("proj", "positional_embedding", "transformer.resblocks.0.mlp.c_fc.weight")
-    for key in needed:
-        if key not in original or original[key].ndim != 2:
-            raise ValueError(f"expected a matrix {key} in the checkpoint, got {_shape_of(original.get(key))}")
-    if original["conv1.weight"].ndim != 4:
-        raise ValueError(f"expected conv1.weight (D, 3, P, P), got {_shape_of(original['conv1.weight'])}")
-    width, patch = original["conv1.weight"].shape[0], original["conv1.weight"].shape[-1]
-    inner, projected = original["transformer.resblocks.0.mlp.c_fc.weight"].shape[0], original["proj"].shape[1]
-    grid = math.isqrt(max(len(original["positional_embedding"]) - 1, 0))
-    if width % _HEAD_WIDTH or 0 in (width, patch, grid, inner, projected):
-        raise ValueError(
-            f"expected a width of {_HEAD_WIDTH} a head and a square grid of patches, none of them empty, got width "
-            f"{width}, patch {patch}, {inner} in mlp.c_fc, {projected} in proj and positional_embedding "
-            f"{_shape_of(original['positional_embedding'])}"
-        )
-    return AlphaCLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=blocks,
-        num_attention_heads=width // _HEAD_WIDTH,
-        patch_size=patch,
-        image_size=patch * grid,
-        projection_dim=projected,
-        hidden_act="quick_gelu",
-        layer_norm_eps=1e-5,
-    )
 
 
 def _shape_of(tensor: torch.Tensor | None) -> object:
@@ -151,7 +154,7 @@ def _shape_of(tensor: torch.Tensor | None) -> object:
 
 
 def count_blocks(keys: Iterable[str], prefix: str) -> int:
-    """How many blocks there are under `prefix`: different numbers, so that a gap shows as a missing tensor.
+    """Count the different block numbers after `prefix`. A gap is later reported as a missing tensor.
 
     Raises:
         ValueError: If there are more than `MAX_BLOCKS`.
@@ -162,16 +165,21 @@ def count_blocks(keys: Iterable[str], prefix: str) -> int:
     return blocks
 
 
-def check_tensors(tensors: StateDict, expected: dict[str, tuple[int, ...]], whole: str) -> None:
-    """Check that these tensors are those of `whole`, by name, shape and type, and finite.
+def check_tensors(tensors: StateDict, expected: dict[str, tuple[int, ...]], name: str) -> None:
+    """Check the names, shapes, dtypes and values of tensors.
+
+    Args:
+        tensors: The tensors of a checkpoint.
+        expected: Shape of each tensor by name.
+        name: Name of the model in messages.
 
     Raises:
-        ValueError: If one is missing, left over, of another shape or type, or holds NaN or infinity: the first is
-            named.
+        ValueError: If a tensor is missing, unexpected, of another shape or dtype, or contains NaN or Inf. The message
+            contains the first one.
     """
     for problem, keys in (
         ("lacks", sorted(expected.keys() - tensors.keys())),
-        (f"holds more than {whole}:", sorted(tensors.keys() - expected.keys())),
+        (f"contains more than {name}:", sorted(tensors.keys() - expected.keys())),
     ):
         if keys:
             raise ValueError(f"the checkpoint {problem} {shown(keys[0])} ({len(keys)} such tensors)")
@@ -179,27 +187,29 @@ def check_tensors(tensors: StateDict, expected: dict[str, tuple[int, ...]], whol
         if tuple(tensors[key].shape) != shape:
             raise ValueError(f"expected {key} of shape {shape}, got {_shape_of(tensors[key])}")
         if tensors[key].dtype not in _WEIGHTS:
-            raise ValueError(f"expected {key} as floats of 16, 32 or 64 bits, got {tensors[key].dtype}")
+            raise ValueError(f"expected {key} as 16, 32 or 64-bit floats, got {tensors[key].dtype}")
         if not torch.isfinite(tensors[key]).all():
-            raise ValueError(f"{key} holds NaN or infinity: the checkpoint is damaged")
+            raise ValueError(f"{key} contains NaN or Inf: the checkpoint is damaged")
 
 
 def from_original(original: StateDict) -> tuple[AlphaCLIPVisionConfig, StateDict]:
-    """An original visual tower -> configuration and weights of `AlphaCLIPVisionModelWithProjection`.
+    """Convert an original visual tower to an `AlphaCLIPVisionModelWithProjection`.
 
     Args:
-        original: What `read_checkpoint` gives; `attn.in_proj.weight` and OpenAI's `attn.in_proj_weight` are both
-            taken. Tensors of one dtype keep it; mixed ones become float32.
+        original: The result of `read_checkpoint`, with `attn.in_proj.weight` or OpenAI's `attn.in_proj_weight`. Tensors
+            of the same dtype keep it; mixed ones become float32.
 
     Returns:
-        The configuration, and tensors named `vision_model.*` and `visual_projection.weight`.
+        The configuration, and tensors `vision_model.*` and `visual_projection.weight`.
 
     Raises:
-        ValueError: If a tensor is missing, left over, of another shape, or holds NaN or infinity: the first is named.
+        ValueError: If a tensor is missing, unexpected, of another shape, or contains NaN or Inf.
     """
     renamed = {re.sub(r"attn\.in_proj_(weight|bias)$", r"attn.in_proj.\1", key): key for key in original}
     if len(renamed) < len(original):
-        raise ValueError("the checkpoint holds attn.in_proj.weight and attn.in_proj_weight, two names for one tensor")
+        raise ValueError(
+            "the checkpoint contains both attn.in_proj.weight and attn.in_proj_weight, two names of one tensor"
+        )
     original = {ours: original[key] for ours, key in renamed.items()}
     config = config_from_original(original)
     check_tensors(original, _original_shapes(config), "an Alpha-CLIP visual tower")
@@ -217,7 +227,7 @@ def from_original(original: StateDict) -> tuple[AlphaCLIPVisionConfig, StateDict
 
 
 def _block_from_original(key: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """One tensor of a block -> one of ours, or three for the stacked attention input."""
+    """Names and values of ours for one tensor of a block: three for the attention input, else one."""
     index, name, kind = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)", key).groups()
     layer = f"encoder.layers.{index}"
     if name == "attn.in_proj":
@@ -227,7 +237,7 @@ def _block_from_original(key: str, tensor: torch.Tensor) -> list[tuple[str, torc
 
 
 def to_original(ours: StateDict) -> StateDict:
-    """Weights of `AlphaCLIPVisionModelWithProjection` -> the original layout, tensor for tensor what was converted.
+    """Convert weights of `AlphaCLIPVisionModelWithProjection` to the original layout; the inverse of `from_original`.
 
     Raises:
         ValueError: If the projection or the alpha weight is missing.
@@ -235,7 +245,7 @@ def to_original(ours: StateDict) -> StateDict:
     for key in ("visual_projection.weight", f"vision_model.{ALPHA_WEIGHT}"):
         if key not in ours:
             raise ValueError(
-                f"expected {key} among the weights: the original layout has it (a LLaVA's tower has no projection)"
+                f"expected {key} in the weights, which the original layout requires (a LLaVA tower has no projection)"
             )
     original = {"proj": ours["visual_projection.weight"].T.contiguous()}
     original |= {theirs: ours[f"vision_model.{name}"] for theirs, name in _TOWER_KEYS.items()}
@@ -251,7 +261,7 @@ def to_original(ours: StateDict) -> StateDict:
 
 
 def _original_shapes(config: AlphaCLIPVisionConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of an original checkpoint of this configuration."""
+    """Name and shape of each tensor of an original checkpoint with this configuration."""
     width, inner, patch = config.hidden_size, config.intermediate_size, config.patch_size
     shapes: dict[str, tuple[int, ...]] = {
         "class_embedding": (width,),
@@ -276,15 +286,15 @@ def _original_shapes(config: AlphaCLIPVisionConfig) -> dict[str, tuple[int, ...]
 
 
 def fuse(weights: StateDict) -> StateDict:
-    """RGB and alpha convolution -> one convolution of four channels, which stock CLIP (`num_channels=4`) has.
+    """Concatenate the RGB and alpha convolutions to one with four channels, for stock CLIP with `num_channels=4`.
 
-    The sum of the two convolutions is the one over the concatenated weights, up to rounding.
+    The result is equal to the sum of both convolutions, up to rounding.
 
     Args:
-        weights: Of a tower or of a model that holds one; names are kept.
+        weights: State dict of a tower or of a model that contains one. Names are kept.
 
     Raises:
-        ValueError: If there is no alpha weight, or more than one.
+        ValueError: If there is not exactly one alpha weight.
     """
     alphas = [key for key in weights if key.endswith(ALPHA_WEIGHT)]
     if len(alphas) != 1:
@@ -296,10 +306,10 @@ def fuse(weights: StateDict) -> StateDict:
 
 
 def read_tower(path: str | os.PathLike) -> tuple[AlphaCLIPVisionConfig, StateDict]:
-    """Configuration and weights of an `AlphaCLIPVisionModel`, from an original checkpoint file or a directory of ours.
+    """Read configuration and weights of an `AlphaCLIPVisionModel` from an original checkpoint file or our directory.
 
     Raises:
-        ValueError: If the file or directory does not hold a whole tower with its alpha weight, or is damaged.
+        ValueError: If it is not a complete tower with alpha weight, or is damaged.
     """
     if not os.path.isdir(path):
         config, weights = read_original(path)
@@ -310,9 +320,9 @@ def read_tower(path: str | os.PathLike) -> tuple[AlphaCLIPVisionConfig, StateDic
     except OSError as error:
         raise ValueError(f"expected a directory with an Alpha-CLIP tower in {path}: {first_line(error)}") from error
     except SafetensorError as error:
-        raise ValueError(f"the weights in {path} are damaged ({first_line(error)}); was it copied whole?") from error
+        raise ValueError(f"the weights in {path} are damaged ({first_line(error)}); is the copy complete?") from error
     if report["missing_keys"]:
-        raise ValueError(f"{path} holds a plain CLIP without an alpha weight: every region would be ignored")
+        raise ValueError(f"{path} is a plain CLIP without an alpha weight, so regions would have no effect")
     return model.config, model.state_dict()
 
 
@@ -320,15 +330,15 @@ _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "patch_size
 
 
 def read_tower_for(wanted: AlphaCLIPVisionConfig, path: str | os.PathLike, *, first_blocks: bool = False) -> StateDict:
-    """As `read_tower`, for a tower that exists: the weights, checked against its configuration.
+    """Read the weights of a tower, as `read_tower` does, for a model with a given configuration.
 
     Args:
-        wanted: Configuration of the tower that will take the weights.
-        path: Original checkpoint file, or directory of ours.
-        first_blocks: Whether a tower with fewer blocks takes the first ones.
+        wanted: Configuration of the tower into which the weights are loaded.
+        path: Original checkpoint file or directory of ours.
+        first_blocks: Whether the last blocks are dropped if the configuration has fewer.
 
     Raises:
-        ValueError: If the tower there is of another size, naming it.
+        ValueError: If the tower has another size.
     """
     config, weights = read_tower(path)
     blocks, wanted_blocks = config.num_hidden_layers, wanted.num_hidden_layers
@@ -338,8 +348,8 @@ def read_tower_for(wanted: AlphaCLIPVisionConfig, path: str | os.PathLike, *, fi
     for name, found, expected in sizes:
         if found != expected:
             raise ValueError(
-                f"the alpha weights in {path} are for another tower: {name} {found}, this model's is {expected}; "
-                "take those of its own size (LLaVA-1.5: ViT-L/14@336, LAVIS' ViT-L BLIP-2: ViT-L/14)"
+                f"the alpha weights in {path} are those of another tower: {name} is {found}, expected {expected}; "
+                "use weights of the same size (LLaVA-1.5: ViT-L/14@336, ViT-L BLIP-2 of LAVIS: ViT-L/14)"
             )
     surplus = tuple(f"encoder.layers.{index}." for index in range(wanted_blocks, blocks))
     return {key: tensor for key, tensor in weights.items() if not key.startswith(surplus)}

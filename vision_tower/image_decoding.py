@@ -1,12 +1,12 @@
-"""The one image decoder: whatever holds an image -> its pixels as displayed, or a ValueError of one line.
+"""The image decoder: files, PIL images, arrays and tensors -> RGB images as displayed.
 
-- EXIF orientation is applied once; EXIF that cannot be read is ignored, and the image is used as stored.
-- A file of several frames or pages gives its first. A PIL image gives the frame that it stands on.
-- Transparency is laid onto white.
-- 16-bit values are divided by 257 (65535 becomes 255). Wider integers count as 8-bit values if none is above 255, and
-  as 16-bit values if none is above 65535. Floats count as 0..1 if none is above 1, and as 0..255 if the largest is from
-  2 to 255. Any other range is an error, and so is NaN.
-- Of 16-bit color, the upper 8 bits are taken, as PIL does when it reads such a file.
+- EXIF orientation is applied once. Unreadable EXIF is ignored, and the image is used as stored.
+- Of a file with several frames or pages, the first is used; of a PIL image, the current frame.
+- Transparent images are composited onto white.
+- 16-bit values are divided by 257 (65535 becomes 255). Wider integers are interpreted as 8-bit values if their maximum
+  is at most 255, and as 16-bit values if it is at most 65535. Floats are interpreted as 0..1 if their maximum is at
+  most 1, and as 0..255 if it is from 2 to 255. Any other range, and NaN, is an error.
+- 16-bit color is reduced to its upper 8 bits, as PIL does for files.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_PIXELS = 100_000_000  # of one image: 0.4 GB as RGB, which PIL stores in 4 bytes a pixel
+MAX_PIXELS = 100_000_000  # of one image: 0.4 GB as RGB, which PIL stores in 4 bytes per pixel
 
-# All that PIL's readers raise on damaged files: found by damaging files of every format that PIL can write, and some
-# that it only reads, at random (tests/unit/vision_tower/test_damaged_images.py). A TypeError and the like count only
-# around calls of PIL (`reading`), so that one in our own code remains what it is.
+# Exceptions that PIL raises for damaged files, found by damaging files of all formats at random
+# (tests/unit/vision_tower/test_damaged_images.py). Only calls of PIL are wrapped (`reading`), so that a TypeError in
+# our code is not hidden.
 DAMAGE_ERRORS = (
     OSError,  # most formats; UnidentifiedImageError is one
     ValueError,
     SyntaxError,  # PNG, TIFF, EXIF
     RuntimeError,  # AVIF; NotImplementedError (DDS, BLP) is one
-    TypeError,  # IM: a size that is a fraction
+    TypeError,  # IM: a fractional size
     IndexError,  # IPTC
     AssertionError,  # ICNS: a palette image without a palette
     struct.error,  # EXIF
     Image.DecompressionBombError,
 )
-_TURNS = {
+_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -54,8 +54,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_STRIP = 4_000_000  # pixels converted at a time: of a large image, each intermediate copy would be 0.4 GB
-_SLACK = 1e-3  # by which floats may leave their range: rounding, interpolation
+_STRIP = 4_000_000  # pixels converted at a time; an intermediate copy of a large image would take 0.4 GB
+_TOLERANCE = 1e-3  # by which floats may exceed their range after rounding and interpolation
 _TENSOR_TYPES = "bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 bfloat16 float32 float64".split()
 _TENSOR_TYPES += "float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu".split()
 _TRANSPARENT_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
@@ -64,19 +64,22 @@ _TRANSPARENT_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 def decode_image(
     source: Any, *, name: str | None = None, max_pixels: int = MAX_PIXELS, input_data_format: str | None = None
 ) -> Image.Image:
-    """An image as displayed: mode RGB, without EXIF. A PIL image that is so already is returned itself.
+    """Decode an image.
 
     Args:
         source: A path, the bytes of a file, a file object, a PIL image, or a numpy array or torch tensor: (H, W),
-            (H, W, C) or (C, H, W), where C is 1 (gray), 2 (gray and alpha), 3 (RGB) or 4 (RGBA). Where both could be
-            meant, a numpy array is (H, W, C) and a tensor is (C, H, W).
-        name: What to call the image in messages.
-        max_pixels: The largest width * height that is decoded.
+            (H, W, C) or (C, H, W), where C is 1 (gray), 2 (gray and alpha), 3 (RGB) or 4 (RGBA). If the shape is
+            ambiguous, a numpy array is (H, W, C) and a tensor is (C, H, W).
+        name: Name of the image in messages.
+        max_pixels: Maximum width * height.
         input_data_format: "channels_first" or "channels_last", for arrays.
 
+    Returns:
+        The image as displayed, in mode RGB and without EXIF. It is `source` itself if nothing has to be changed.
+
     Raises:
-        ValueError: If the image cannot be found or read, is damaged, has too many pixels, or its values lie in no range
-            that the module's docstring names. The message is one line and names the image.
+        ValueError: If the image is not found, cannot be read, is damaged, has too many pixels, or has an unsupported
+            range of values (see the module's docstring). The message has one line.
     """
     name = describe(source) if name is None else name
     if isinstance(source, np.ndarray) or is_tensor(source):
@@ -87,34 +90,35 @@ def decode_image(
 
 
 def open_image(source: Any, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An image file or PIL image, loaded and as displayed, in its own mode.
+    """Load an image file or PIL image and apply its EXIF orientation, without converting its mode.
 
     Raises:
-        ValueError: As `decode_image`.
+        ValueError: As in `decode_image`.
     """
     name = describe(source) if name is None else name
     if isinstance(source, Image.Image):
-        return _loaded(source, name, max_pixels)
-    with _opened(source, name) as image:
-        return _loaded(image, name, max_pixels)
+        return _load(source, name, max_pixels)
+    with _open_file(source, name) as image:
+        return _load(image, name, max_pixels)
 
 
 def image_size(source: Any, *, name: str | None = None) -> tuple[int, int]:
-    """Width and height in pixels of an image file as displayed, read from its head alone where PIL can do so.
+    """Width and height in pixels of an image file as displayed, read from its header if PIL supports this.
 
     Raises:
-        ValueError: If the file is not found, is not an image, or has more than `MAX_PIXELS` pixels. Of a damaged image
-            the head may be whole.
+        ValueError: If the file is not found, is not an image, or has more than `MAX_PIXELS` pixels. Damage after the
+            header is not detected.
     """
     name = describe(source) if name is None else name
-    with _opened(source, name) as image:
-        _check_pixels(image.width, image.height, name, MAX_PIXELS)  # PIL reads a whole PNG to find its EXIF
-        turned = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)  # PIL has turned a TIFF's size already
-        return image.size[::-1] if turned else image.size
+    with _open_file(source, name) as image:
+        _check_pixels(image.width, image.height, name, MAX_PIXELS)  # before EXIF, for which PIL reads all of a PNG
+        # PIL has already swapped the size of a TIFF
+        swapped = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)
+        return image.size[::-1] if swapped else image.size
 
 
 def describe(source: Any) -> str:
-    """A name for messages."""
+    """The name of an image in messages."""
     if isinstance(source, str | os.PathLike):
         path = " ".join(os.fsdecode(source).split())
         return path if len(path) <= 500 else path[:500] + "..."
@@ -130,28 +134,28 @@ def describe(source: Any) -> str:
 
 @contextlib.contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turn what PIL raises into a ValueError of one line; to be put around nothing but calls of PIL."""
+    """Convert exceptions of PIL to a ValueError with a one-line message. Use it around calls of PIL only."""
     try:
         with warnings.catch_warnings():
-            # PIL warns at half of the size that it refuses
+            # PIL warns at half of the size that is an error
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             yield
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise ValueError(f"there is no image file {name}") from None
+        raise ValueError(f"image file not found: {name}") from None
     except Image.DecompressionBombError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{name} has too many pixels to be opened safely ({reason})") from None
+        raise ValueError(f"{name} has too many pixels to be decoded safely ({reason})") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{name} is not an image that PIL can read") from None
+        raise ValueError(f"{name} is not an image in a format supported by PIL") from None
     except DAMAGE_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"cannot read the image {name}: {reason}") from error
 
 
 class _File(io.BufferedReader):
-    """A file for PIL, which asks for as many bytes as a damaged file states: Python would allocate them all first.
+    """A file for PIL with bounded reads. PIL requests the length stated in a damaged file, which Python would allocate.
 
-    PIL maps a file that it opens by its name into memory, and so a TIFF that is turned with the wrong size.
+    A file that PIL opens by name is memory-mapped, which gives rotated TIFFs the wrong size.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -163,14 +167,14 @@ class _File(io.BufferedReader):
 
 
 @contextlib.contextmanager
-def _opened(source: Any, name: str) -> Iterator[Image.Image]:
+def _open_file(source: Any, name: str) -> Iterator[Image.Image]:
     with contextlib.ExitStack() as stack:
         if isinstance(source, bytes | bytearray | memoryview):
             source = io.BytesIO(source)
         elif isinstance(source, str | os.PathLike):
-            if os.path.exists(source) and not os.path.isfile(source):  # reading a pipe would wait forever
+            if os.path.exists(source) and not os.path.isfile(source):  # reading a pipe would block forever
                 kind = "folder" if os.path.isdir(source) else "device or pipe"
-                raise ValueError(f"there is no image file {name}; that is a {kind}")
+                raise ValueError(f"expected an image file, got a {kind}: {name}")
             with reading(name):
                 source = stack.enter_context(_File(source))
         elif not hasattr(source, "read"):
@@ -184,7 +188,7 @@ def _opened(source: Any, name: str) -> Iterator[Image.Image]:
 
 @contextlib.contextmanager
 def _unnamed(image: Image.Image) -> Iterator[None]:
-    """Keep PIL from mapping the file of an image that it opened by its name: see `_File`."""
+    """Prevent PIL from memory-mapping an image that it opened by name, see `_File`."""
     filename = getattr(image, "filename", None)
     if not filename:
         yield
@@ -196,21 +200,21 @@ def _unnamed(image: Image.Image) -> Iterator[None]:
         image.filename = filename
 
 
-def _loaded(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
-    """The image with its pixels read and turned as its EXIF says."""
+def _load(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    """Read the pixels and apply the EXIF orientation."""
     if image.format == "EPS":
-        raise ValueError(f"{name} is an EPS file, which is a program; convert it to PNG")
+        raise ValueError(f"{name} is an EPS file, which contains code; convert it to PNG")
     _check_pixels(image.width, image.height, name, max_pixels)
     with reading(name), _unnamed(image):
         image.load()
-    _check_pixels(image.width, image.height, name, max_pixels)  # an ICO's head may state another size
-    turn = _TURNS.get(_orientation(image))
-    if turn is None:
+    _check_pixels(image.width, image.height, name, max_pixels)  # the header of an ICO can state another size
+    method = _TRANSPOSES.get(_orientation(image))
+    if method is None:
         return image
     with reading(name):
-        turned = image.transpose(turn)
-    turned.info = {key: value for key, value in image.info.items() if key == "transparency"}  # EXIF only once
-    return turned
+        transposed = image.transpose(method)
+    transposed.info = {key: value for key, value in image.info.items() if key == "transparency"}  # without EXIF
+    return transposed
 
 
 def _check_pixels(width: int, height: int, name: str, max_pixels: int) -> None:
@@ -219,7 +223,7 @@ def _check_pixels(width: int, height: int, name: str, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ValueError(
             f"{name} has too many pixels: {width} x {height} = {width * height:,}, expected at most {max_pixels:,}; "
-            "make it smaller, or raise max_pixels"
+            "reduce its size, or increase max_pixels"
         )
 
 
@@ -227,7 +231,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(ExifTags.Base.Orientation)
     except DAMAGE_ERRORS as error:
-        logger.info("EXIF that cannot be read is ignored: %s", error)
+        logger.info("ignoring unreadable EXIF: %s", error)
         return 1
     return value if isinstance(value, int) else 1
 
@@ -243,7 +247,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     with reading(name):
         for top in range(0, image.height, rows):
             strip = image.crop((0, top, image.width, min(top + rows, image.height)))
-            if strip.mode == "La":  # PIL converts it to nothing else
+            if strip.mode == "La":  # the only conversion that PIL supports
                 strip = strip.convert("LA")
             if transparent:
                 strip = strip.convert("RGBA")
@@ -253,7 +257,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def has_transparency(image: Image.Image) -> bool:
-    """Whether an image says of some pixels that they are transparent; they need not occur."""
+    """Whether an image can have transparent pixels, by its mode, palette or `transparency`."""
     palette = image.palette if image.mode == "P" else None
     return (
         image.mode in _TRANSPARENT_MODES
@@ -263,28 +267,28 @@ def has_transparency(image: Image.Image) -> bool:
 
 
 def _deep_gray(image: Image.Image, name: str) -> Image.Image:
-    """Gray of 16 or 32 bits. PIL reads 16-bit PNG and PPM files as 32-bit integers in some versions."""
+    """Convert 16-bit or 32-bit gray to RGB. Some versions of PIL read 16-bit PNG and PPM as 32-bit integers."""
     with reading(name):
         values = np.asarray(image)
     gray = _to_8_bits(values, name, deep=image.format in ("PNG", "PPM"))
-    clear = image.info.get("transparency")
-    if isinstance(clear, int):
-        gray = np.where(values == clear, np.uint8(255), gray)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        gray = np.where(values == transparent, np.uint8(255), gray)
     return Image.merge("RGB", [Image.fromarray(gray)] * 3)
 
 
 def _to_8_bits(values: np.ndarray, name: str, deep: bool = False, color: bool = False) -> np.ndarray:
-    """Values of any type as uint8, by the rules in the module's docstring; `deep` integers have 16 bits."""
+    """Convert values to uint8 by the rules in the module's docstring; `deep` integers have 16 bits."""
     if values.dtype == np.uint8:
         return values
     if values.dtype == bool:
         return values.astype(np.uint8) * np.uint8(255)
     if values.dtype.kind not in "iuf":
-        raise ValueError(f"expected numbers as pixels of the {name}")
+        raise ValueError(f"expected numeric pixels, got the {name}")
     low, high = values.min(), values.max()  # NaN if any is
     if values.dtype.kind == "f":
-        scale = 255 if high <= 1 + _SLACK else 1 if 2 <= high <= 255 + _SLACK else 0
-        if low >= -_SLACK and scale:
+        scale = 255 if high <= 1 + _TOLERANCE else 1 if 2 <= high <= 255 + _TOLERANCE else 0
+        if low >= -_TOLERANCE and scale:
             wide = values if values.dtype.itemsize >= 4 else values.astype(np.float32)
             return np.rint((wide * scale).clip(0, 255)).astype(np.uint8)
     elif low >= 0 and high <= 65535:
@@ -319,16 +323,16 @@ def _from_array(source: np.ndarray | torch.Tensor, name: str, max_pixels: int, l
 
 
 def is_tensor(value: Any) -> TypeGuard[torch.Tensor]:
-    """Whether a value is a tensor. Without importing torch, which takes seconds: before that there is none."""
+    """Whether a value is a tensor, without importing torch, which takes seconds."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
 
 def as_array(values: np.ndarray | torch.Tensor) -> np.ndarray:
-    """A tensor of any device and type as a numpy array; bfloat16 and smaller floats become float32.
+    """Convert a tensor on any device to a numpy array; bfloat16 and smaller floats become float32.
 
     Raises:
-        ValueError: If the tensor is not a dense one of bools, integers or floats.
+        ValueError: If the tensor is not dense, or its dtype is not bool, integer or float.
     """
     if not is_tensor(values):
         return values

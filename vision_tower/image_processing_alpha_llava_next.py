@@ -1,4 +1,4 @@
-"""Image + regions -> the tiles of LLaVA-NeXT with four channels. Image and alpha map are cut alike."""
+"""Image processor of LLaVA-NeXT with an alpha channel: images and regions -> tiles with four channels."""
 
 from __future__ import annotations
 
@@ -12,22 +12,18 @@ from transformers.image_processing_utils import get_patch_output_size, select_be
 from transformers.image_transforms import divide_to_patches
 from transformers.image_utils import ChannelDimension, ImageInput
 
-from .image_processing_alpha_clip import (
-    AlphaCLIPImageProcessor,
-    AlphaCLIPImageProcessorKwargs,
-    alpha_of,
-    normalized_alpha,
-    place_alpha,
-    with_peak,
-)
+from .geometry import normalize_alpha, place_alpha, restore_peak
+from .image_processing_alpha_clip import AlphaCLIPImageProcessor, AlphaCLIPImageProcessorKwargs
+from .region_pixels import mask_to_alpha
 from .regions import Region
 
 
 class AlphaLlavaNextImageProcessorKwargs(AlphaCLIPImageProcessorKwargs, total=False):  # type: ignore[call-arg]
-    """The settings of `AlphaCLIPImageProcessor` and LLaVA-NeXT's.
+    """Settings of `AlphaCLIPImageProcessor` and of LLaVA-NeXT's image processor.
 
     geometry: "tiles".
-    image_grid_pinpoints: Sizes (height, width) in pixels that tiles are cut from; each image takes the best of them.
+    image_grid_pinpoints: Candidate sizes (height, width) in pixels; each image is resized to the best fit and split
+        into tiles.
     """
 
     geometry: Any
@@ -37,12 +33,18 @@ class AlphaLlavaNextImageProcessorKwargs(AlphaCLIPImageProcessorKwargs, total=Fa
 class AlphaLlavaNextImageProcessor(AlphaCLIPImageProcessor, LlavaNextImageProcessorPil):
     """LLaVA-NeXT's image processor with regions: `pixel_values` (N, tiles, 4, S, S) float32 and `image_sizes` (N, 2).
 
-    The first tile is the image as a whole, stretched to S x S; the others are a grid of tiles, cut from the image that
-    is resized and padded to the best size of `image_grid_pinpoints`. An image with fewer tiles than another one of its
-    batch is filled up with zeros, which the model leaves out.
+    The first tile is the complete image, stretched to S x S. The other tiles are a grid: the image is resized and
+    padded to the best size of `image_grid_pinpoints`, then split. Images with fewer tiles than others in the batch are
+    padded with tiles of zeros, which the model ignores.
 
-    The whole image is alpha 1 everywhere, padding included; a region has alpha 0 in the padding. Limits are those of
-    `AlphaCLIPImageProcessor`.
+    The whole image is alpha 1 everywhere, padding included. A region has alpha 0 in the padding. The limits are those
+    of `AlphaCLIPImageProcessor`.
+
+    Example:
+        >>> processor = AlphaLlavaNextImageProcessor(image_grid_pinpoints=[[672, 672]], size={"shortest_edge": 336},
+        ...     crop_size={"height": 336, "width": 336})
+        >>> region = Region.from_box(40, 60, 220, 200)
+        >>> processor("photo.jpg", regions=region, return_tensors="pt")["pixel_values"]  # (1, 5, 4, 336, 336)
     """
 
     valid_kwargs = AlphaLlavaNextImageProcessorKwargs
@@ -52,7 +54,7 @@ class AlphaLlavaNextImageProcessor(AlphaCLIPImageProcessor, LlavaNextImageProces
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs)
         side, sizes = self.crop_size.height, self.image_grid_pinpoints
-        if not (isinstance(sizes, list) and sizes and all(_is_grid(size, side) for size in sizes)):
+        if not (isinstance(sizes, list) and sizes and all(_is_tileable(size, side) for size in sizes)):
             raise ValueError(
                 f"expected image_grid_pinpoints as a list of [height, width], multiples of {side} pixels, got {sizes!r}"
             )
@@ -66,17 +68,17 @@ class AlphaLlavaNextImageProcessor(AlphaCLIPImageProcessor, LlavaNextImageProces
         return_tensors: str | None = None,
         **kwargs,
     ) -> BatchFeature:
-        """Prepare images, each with its region.
+        """Prepare images and their regions.
 
         Args:
             images: As in `AlphaCLIPImageProcessor`.
-            regions: As in `AlphaCLIPImageProcessor`: a list of N regions gives N outputs for one decoding and cutting.
+            regions: As in `AlphaCLIPImageProcessor`.
             geometry: "tiles".
-            return_tensors: "pt" or "np"; lists of arrays when not given.
-            **kwargs: As in `AlphaCLIPImageProcessor`, and `do_pad`: off, images keep their own number of tiles.
+            return_tensors: "pt" or "np"; None returns lists of arrays.
+            **kwargs: As in `AlphaCLIPImageProcessor`, and `do_pad`. With `do_pad=False`, no tiles of zeros are added.
 
         Returns:
-            `pixel_values` (N, tiles, 4, S, S): normalised RGB, then (alpha - 0.5) / 0.26. `image_sizes` (N, 2): height
+            `pixel_values` (N, tiles, 4, S, S): normalized RGB and (alpha - 0.5) / 0.26. `image_sizes` (N, 2): height
             and width in pixels.
 
         Raises:
@@ -84,24 +86,24 @@ class AlphaLlavaNextImageProcessor(AlphaCLIPImageProcessor, LlavaNextImageProces
         """
         geometry = self.geometry if geometry is None else geometry
         do_pad = kwargs.pop("do_pad", None)
-        grouped = self.grouped(images, regions, geometry, kwargs)
+        groups = self._group_regions(images, regions, geometry, kwargs)
         tiles: list[np.ndarray] = []
         sizes: list[tuple[int, int]] = []
         settings = dict(kwargs)
-        for picture, (_, image_regions) in zip(self.opened(grouped, geometry, settings), grouped, strict=True):
-            stock = LlavaNextImageProcessorPil.preprocess(self, picture, do_pad=False, **settings)
+        for image, (_, image_regions) in zip(self._decode_images(groups, geometry, settings), groups, strict=True):
+            stock = LlavaNextImageProcessorPil.preprocess(self, image, do_pad=False, **settings)
             rgb = np.asarray(stock["pixel_values"][0], np.float32)
             for region in image_regions:
-                alpha = normalized_alpha(self.place_alpha(region, picture.height, picture.width))
+                alpha = normalize_alpha(self.place_alpha(region, image.height, image.width))
                 tiles.append(np.concatenate([rgb, alpha[:, None].astype(np.float32)], axis=1))
-                sizes.append((picture.height, picture.width))
+                sizes.append((image.height, image.width))
         data: Any = self._pad_for_batching(tiles) if do_pad or do_pad is None and self.do_pad else tiles
         if return_tensors == "pt" and len({array.shape for array in data}) == 1:
             data = torch.from_numpy(np.stack(data))
         return BatchFeature({"pixel_values": data, "image_sizes": sizes}, tensor_type=return_tensors)
 
     def place_alpha(self, region: Region, height: int, width: int) -> np.ndarray:
-        """The alpha map of a region of an (height, width) image in the image's tiles: float32 (tiles, S, S) in [0, 1].
+        """The alpha map of a region of an image (height, width), as tiles: float32 (tiles, S, S) in [0, 1].
 
         Raises:
             ValueError: If the region does not fit the image.
@@ -116,13 +118,13 @@ class AlphaLlavaNextImageProcessor(AlphaCLIPImageProcessor, LlavaNextImageProces
             new_height, new_width = get_patch_output_size(mask[None], best, ChannelDimension.FIRST)
             # bilinear with antialiasing, as in `place_alpha`
             resized = Image.fromarray(mask).resize((new_width, new_height), Image.Resampling.BILINEAR)
-            resized = with_peak(np.asarray(resized), float(mask.max()))
-            grid = alpha_of(self._pad_for_patching(resized[None], best), region.strength)
+            resized = restore_peak(np.asarray(resized), float(mask.max()))
+            grid = mask_to_alpha(self._pad_for_patching(resized[None], best), region.strength)
         return np.stack([whole, *(tile[0] for tile in divide_to_patches(grid, patch_size=side))])
 
 
-def _is_grid(size: Any, side: int) -> bool:
-    """Whether a size (height, width) is one of whole tiles."""
+def _is_tileable(size: Any, side: int) -> bool:
+    """Whether `size` is (height, width) in multiples of `side`."""
     return (
         isinstance(size, list | tuple)
         and len(size) == 2

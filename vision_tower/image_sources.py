@@ -1,4 +1,4 @@
-"""Where an image comes from: URLs and base64 text -> the bytes that the decoder takes."""
+"""Images from URLs and base64 text -> bytes for the decoder."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
-_TIMEOUT = 30  # seconds, of a download
-_LARGEST_DOWNLOAD = 256 * 2**20  # bytes
+_TIMEOUT = 30  # seconds without a response
+_MAX_DOWNLOAD = 256 * 2**20  # bytes
 
 
 def fetch(image: Any) -> Any:
-    """What a URL or base64 text holds, as bytes; anything else is what the decoder takes.
+    """Download or decode an image that is a URL or base64 text.
 
-    Also from `{"bytes": ..., "path": ...}`, as `datasets` writes images inside messages.
+    `load_image` of Transformers is not used: its conversion to RGB turns 16-bit images white, and transparent pixels
+    into arbitrary colors.
 
-    Not through `load_image` of Transformers, whose conversion to RGB turns 16-bit images white and transparent pixels
-    into whatever color they have.
+    Args:
+        image: An `http(s):` or `data:` URL, base64 text, {"bytes": ..., "path": ...} as `datasets` stores images in
+            messages, or any other image.
+
+    Returns:
+        The bytes of the image file; other images are returned unchanged.
 
     Raises:
         ValueError: If a URL cannot be downloaded, or a `data:` URL is not base64.
@@ -35,17 +40,17 @@ def fetch(image: Any) -> Any:
         return _download(image)
     if scheme.startswith("data:"):
         head, _, body = image.partition(",")
-        content = _decoded(body) if head.endswith(";base64") else b""
+        content = _decode_base64(body) if head.endswith(";base64") else b""
         if not content:
             raise ValueError(f"expected an image as data:image/...;base64,..., got {image[:80]!r}")
         return content
-    content = _decoded(image)
-    # a short file name is valid base64 too
+    content = _decode_base64(image)
+    # a short file name can be valid base64
     return content if len(content) > 32 else image
 
 
-def _decoded(text: str) -> bytes:
-    """The bytes of base64 text, which may be wrapped into lines; none if it is not base64."""
+def _decode_base64(text: str) -> bytes:
+    """Decode base64 text, which may contain line breaks; empty if it is not base64."""
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
@@ -53,16 +58,15 @@ def _decoded(text: str) -> bytes:
 
 
 def _download(url: str) -> bytes:
-    """The bytes of an image on the web."""
-    shown = " ".join(url[:200].split())
+    name = " ".join(url[:200].split())
     try:
-        # spaces and letters of other scripts in a path, which browsers quote
+        # spaces and non-ASCII letters, which browsers quote
         quoted = urllib.parse.quote(url, safe="%!#$&'()*+,/:;=?@[]~")
         request = urllib.request.Request(quoted, headers={"User-Agent": "alpha-clip"})
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
-            content = response.read(_LARGEST_DOWNLOAD + 1)
+            content = response.read(_MAX_DOWNLOAD + 1)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise ValueError(f"cannot download the image {shown}: {' '.join(str(error).split())}") from error
-    if len(content) > _LARGEST_DOWNLOAD:
-        raise ValueError(f"cannot download the image {shown}: it has over {_LARGEST_DOWNLOAD:,} bytes")
+        raise ValueError(f"cannot download the image {name}: {' '.join(str(error).split())}") from error
+    if len(content) > _MAX_DOWNLOAD:
+        raise ValueError(f"cannot download the image {name}: it has more than {_MAX_DOWNLOAD:,} bytes")
     return content

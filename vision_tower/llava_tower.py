@@ -1,4 +1,4 @@
-"""The tower behind the interface that the original LLaVA code base expects (docs/original_llava.md).
+"""The tower with the interface of the original LLaVA code base (docs/original_llava.md).
 
 import llava.model.multimodal_encoder.builder as builder
 from vision_tower.llava_tower import AlphaCLIPVisionTower
@@ -21,16 +21,20 @@ logger = logging.getLogger(__name__)
 
 
 class AlphaCLIPVisionTower(nn.Module):
-    """Takes the place of LLaVA's `CLIPVisionTower`. Images of three channels are seen whole; the fourth is alpha.
+    """Replaces LLaVA's `CLIPVisionTower`. Images have three channels (the whole image) or four (RGB and alpha).
 
-    Unlike there, nothing runs under `torch.no_grad`: frozen, the tower builds no graph anyway, and with
-    `args.unfreeze_mm_vision_tower` it is trained, the alpha weight with it.
+    Unlike `CLIPVisionTower`, `forward` does not use `torch.no_grad`: a frozen tower builds no graph, and with
+    `args.unfreeze_mm_vision_tower` the tower is trained, including the alpha weight.
 
     Args:
-        vision_tower: Directory or hub id of our tower, or of a CLIP, whose alpha weight is then zero.
-        args: LLaVA's: `mm_vision_select_layer`, `mm_vision_select_feature` ("patch" or "cls_patch"),
-            `unfreeze_mm_vision_tower`, `image_aspect_ratio` ("pad", else the centre crop).
-        delay_load: Read only the configuration until `load_model`, as LLaVA does for a frozen tower.
+        vision_tower: Directory or hub id of an Alpha-CLIP tower, or of a CLIP (with an alpha weight of zero).
+        args: LLaVA's arguments: `mm_vision_select_layer`, `mm_vision_select_feature` ("patch" or "cls_patch"),
+            `unfreeze_mm_vision_tower`, `image_aspect_ratio` ("pad"; any other value is the center crop).
+        delay_load: Whether to read only the configuration until `load_model` is called. Ignored if the tower is
+            trained.
+
+    Raises:
+        ValueError: If `mm_vision_select_feature` is unknown.
 
     Source: `CLIPVisionTower` in haotian-liu/LLaVA, llava/model/multimodal_encoder/clip_encoder.py at c121f04.
     """
@@ -51,10 +55,10 @@ class AlphaCLIPVisionTower(nn.Module):
             self.load_model()
 
     def load_model(self, device_map: Any = None) -> None:
-        """Load weights and image processor; a second call does nothing.
+        """Load weights and image processor, unless they are loaded.
 
         Raises:
-            ValueError: If the weights are not those of a whole tower.
+            ValueError: If a weight is missing, unexpected or of another shape.
         """
         if self.is_loaded:
             return
@@ -64,18 +68,18 @@ class AlphaCLIPVisionTower(nn.Module):
             name, device_map=device_map, output_loading_info=True
         )
         if report["missing_keys"]:
-            logger.warning("%s is a CLIP without an alpha weight: regions are ignored until it is trained", name)
+            logger.warning("%s is a CLIP without alpha weight; regions have no effect until it is trained", name)
         self.vision_tower.requires_grad_(self.trained)
         self.is_loaded = True
 
     def forward(self, images: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
-        """Features of the chosen layer, in the images' dtype.
+        """Features of the selected layer, in the dtype of the images.
 
         Args:
-            images: (B, 4, H, W) or (B, 3, H, W); or a list of (4, H, W) or (3, H, W), one by one.
+            images: (B, 4, H, W) or (B, 3, H, W), or a list of (4, H, W) or (3, H, W), which are processed one by one.
 
         Returns:
-            (B, patches, D), with "cls_patch" (B, 1 + patches, D); for a list, a list of (1, ...).
+            (B, patches, D), or (B, 1 + patches, D) for "cls_patch". For a list, a list with B = 1.
         """
         if isinstance(images, list):
             return [self.forward(image.unsqueeze(0)) for image in images]
@@ -83,41 +87,41 @@ class AlphaCLIPVisionTower(nn.Module):
         return self.feature_select(output).to(images.dtype)
 
     def feature_select(self, image_forward_outs: Any) -> torch.Tensor:
-        """The chosen hidden state, without its class token for "patch"."""
+        """The selected hidden state, without the class token for "patch"."""
         features = image_forward_outs.hidden_states[self.select_layer]
         return features[:, 1:] if self.select_feature == "patch" else features
 
     @property
     def dummy_feature(self) -> torch.Tensor:
-        """(1, D) zeros, for samples without an image."""
+        """Zeros (1, D), for samples without an image."""
         return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Data type of the weights."""
         return self.vision_tower.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the weights."""
+        """Device of the weights."""
         return self.vision_tower.device
 
     @property
     def config(self) -> AlphaCLIPVisionConfig:
-        """The tower's configuration, loaded or not."""
+        """The configuration, available before the weights are loaded."""
         return self.vision_tower.config if self.is_loaded else self.cfg_only
 
     @property
     def hidden_size(self) -> int:
-        """D."""
+        """Width D of the features."""
         return self.config.hidden_size
 
     @property
     def num_patches_per_side(self) -> int:
-        """24 at 336 pixels and patch 14."""
+        """Patches along one side: 24 at 336 pixels with patch size 14."""
         return self.config.image_size // self.config.patch_size
 
     @property
     def num_patches(self) -> int:
-        """576 at 336 pixels and patch 14."""
+        """Patches of an image: 576 at 336 pixels with patch size 14."""
         return self.num_patches_per_side**2

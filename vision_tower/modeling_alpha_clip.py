@@ -1,6 +1,6 @@
-"""Alpha-CLIP models: CLIP's classes with `AlphaPatchEmbedding` as the patch embedding. Everything else is inherited.
+"""Alpha-CLIP models: CLIP's classes with `AlphaPatchEmbedding` as patch embedding. Everything else is inherited.
 
-`pixel_values` is (B, 4, H, W): normalised RGB and the alpha map; (B, 3, H, W) means the whole image.
+`pixel_values` is (B, 4, H, W), normalized RGB and the alpha map, or (B, 3, H, W), the whole image.
 """
 
 import torch
@@ -10,7 +10,7 @@ from transformers import (
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
     PreTrainedConfig,
-    PreTrainedModel,  # noqa: F401, a saved diffusers pipeline looks for this name here, to know how the model is loaded
+    PreTrainedModel,  # noqa: F401, saved diffusers pipelines look up this name in this module
 )
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -20,26 +20,26 @@ from .configuration_alpha_clip import AlphaCLIPConfig, AlphaCLIPVisionConfig
 from .loading import load_checked
 
 ALPHA_WEIGHT = "embeddings.patch_embedding.alpha.weight"
-# What a full CLIP checkpoint holds besides the tower.
-_NOT_THE_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
+# Keys of a full CLIP checkpoint that do not belong to the tower.
+_OUTSIDE_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 
 
 class AlphaCLIPPreTrainedModel(CLIPPreTrainedModel):
-    """Shared by the three models: a zero alpha weight at the start, and loading that never leaves a weight random."""
+    """Base class: initializes the alpha weight to zero, and checks on loading that no weight is missing."""
 
     config: AlphaCLIPConfig
     base_model_prefix = "alpha_clip"
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs) -> None:
-        """Check the configuration, then CLIP's.
+        """Check the configuration class.
 
         Raises:
-            ValueError: If it is CLIP's own: saved under that, the model would load as a CLIP without alpha channel.
+            ValueError: If it is that of CLIP. The saved model would be loaded as a CLIP, without alpha channel.
         """
-        if not type(config).model_type.startswith("alpha_"):  # of the class: what is saved
+        if not type(config).model_type.startswith("alpha_"):  # the class attribute is the value that is saved
             raise ValueError(
                 f"expected an {self.config_class.__name__}, got a {type(config).__name__}; "
-                f"{self.config_class.__name__}.from_pretrained reads CLIP directories too"
+                f"{self.config_class.__name__}.from_pretrained also reads CLIP directories"
             )
         super().__init__(config, *args, **kwargs)
 
@@ -51,20 +51,27 @@ class AlphaCLIPPreTrainedModel(CLIPPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """Load as in Transformers, from an Alpha-CLIP or a CLIP directory or hub id.
+        """Load a model as in Transformers, from the directory or hub id of an Alpha-CLIP or a CLIP.
+
+        Only the alpha weight may be missing, if the source is a CLIP; it is then zero.
 
         Raises:
-            ValueError: If a weight is missing, has another shape, or is not ours (vision_tower/loading.py); only the
-                alpha weight may be missing, from a CLIP.
+            ValueError: If any other weight is missing, unexpected or of another shape (see `loading.load_checked`).
         """
         load = super().from_pretrained
-        return load_checked(load, pretrained_model_name_or_path, *args, ignored=_NOT_THE_TOWER, **kwargs)
+        return load_checked(load, pretrained_model_name_or_path, *args, ignored=_OUTSIDE_TOWER, **kwargs)
 
 
 class AlphaCLIPVisionModel(AlphaCLIPPreTrainedModel, CLIPVisionModel):
-    """CLIP's vision tower with an alpha channel; drops into LLaVA as `vision_tower`.
+    """CLIP's vision tower with an alpha channel; can be the `vision_tower` of LLaVA.
 
-    `forward` takes `pixel_values` (B, 4, H, W) or (B, 3, H, W) and returns what `CLIPVisionModel` returns.
+    `forward` accepts `pixel_values` (B, 4, H, W) or (B, 3, H, W) and has the output of `CLIPVisionModel`.
+
+    Example:
+        >>> model = AlphaCLIPVisionModel.from_pretrained("DIR_OR_HUB_ID")
+        >>> processor = AlphaCLIPImageProcessor.from_pretrained("DIR_OR_HUB_ID")
+        >>> inputs = processor(image, regions=Region.from_box(40, 60, 220, 200), return_tensors="pt")
+        >>> model(**inputs).last_hidden_state  # (1, 1 + patches, D)
     """
 
     config: AlphaCLIPVisionConfig
@@ -76,7 +83,7 @@ class AlphaCLIPVisionModel(AlphaCLIPPreTrainedModel, CLIPVisionModel):
 
 
 class AlphaCLIPVisionModelWithProjection(AlphaCLIPPreTrainedModel, CLIPVisionModelWithProjection):
-    """The tower with CLIP's projection into the text-image space: `image_embeds` (B, projection_dim)."""
+    """The vision tower with the projection of CLIP: `image_embeds` (B, projection_dim)."""
 
     config: AlphaCLIPVisionConfig
     base_model_prefix = "vision_model"
@@ -88,7 +95,7 @@ class AlphaCLIPVisionModelWithProjection(AlphaCLIPPreTrainedModel, CLIPVisionMod
 
 
 class AlphaCLIPModel(AlphaCLIPPreTrainedModel, CLIPModel):
-    """Both towers, for zero-shot use: `logits_per_image` (B, texts) of image regions against texts."""
+    """Vision and text towers, for zero-shot classification of regions: `logits_per_image` (B, texts)."""
 
     config: AlphaCLIPConfig
 
@@ -98,8 +105,8 @@ class AlphaCLIPModel(AlphaCLIPPreTrainedModel, CLIPModel):
         self.post_init()
 
 
-# Checkpoints come in three key layouts (before and after Transformers flattened CLIP's towers). Transformers applies
-# its renaming to stock classes only: without this, 71 tensors of a ViT-L tower stay random and nothing is raised.
+# Checkpoints have one of three key layouts (before and after Transformers flattened CLIP's towers). Transformers
+# renames the keys of stock classes only. Without this, 71 tensors of a ViT-L tower would stay random, without an error.
 register_checkpoint_conversion_mapping(
     "AlphaCLIPVisionModel", get_checkpoint_conversion_mapping("CLIPVisionModel"), overwrite=True
 )

@@ -1,4 +1,4 @@
-"""Processor of `AlphaCLIPModel`: text as in CLIP, images with their regions."""
+"""Processor of `AlphaCLIPModel`: CLIP's processor with regions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from .region_arguments import check_call, take_regions
 
 
 class AlphaCLIPProcessor(CLIPProcessor):
-    """CLIP's tokenizer and `AlphaCLIPImageProcessor` behind one call."""
+    """CLIP's tokenizer and `AlphaCLIPImageProcessor` in one processor.
+
+    Example:
+        >>> processor = AlphaCLIPProcessor.from_pretrained("DIR_OR_HUB_ID")
+        >>> region = Region.from_box(40, 60, 220, 200)
+        >>> inputs = processor(image, ["a dog", "a cat"], regions=region, padding=True, return_tensors="pt")
+        >>> probabilities = AlphaCLIPModel.from_pretrained("DIR_OR_HUB_ID")(**inputs).logits_per_image.softmax(-1)
+    """
 
     def __call__(
         self,
@@ -20,20 +27,19 @@ class AlphaCLIPProcessor(CLIPProcessor):
         regions: Any = None,
         **kwargs,
     ) -> BatchFeature:
-        """Prepare images with their regions, texts, or both.
+        """Prepare images and their regions, texts, or both.
 
         Args:
             images: One image or a list.
             text: One text or a list.
-            regions: As in `AlphaCLIPImageProcessor`; None means the whole image.
+            regions: As in `AlphaCLIPImageProcessor`. None is the whole image.
             **kwargs: As in `CLIPProcessor`.
 
         Returns:
-            `pixel_values` (N, 4, S, S) where there are images, `input_ids` and `attention_mask` (M, T) where there are
-            texts.
+            `pixel_values` (N, 4, S, S) for images, `input_ids` and `attention_mask` (M, T) for texts.
 
         Raises:
-            ValueError: If an argument would be dropped with its region, there are regions without images, or a region
+            ValueError: If an argument would be ignored, there are regions without images, or a region
                 does not fit its image.
         """
         regions = take_regions(regions, kwargs)

@@ -1,5 +1,6 @@
-"""Regions as arguments: whatever stands for a region -> `Region`, one list of them for each image, and an error for
-every spelling that Transformers would drop together with its region.
+"""Regions as arguments of processors: conversion to `Region`, matching with images, and checks of argument names.
+
+Transformers ignores unknown arguments of processors. Here they are an error, since the region would be ignored.
 """
 
 from __future__ import annotations
@@ -17,44 +18,48 @@ from transformers.processing_utils import ImagesKwargs
 from .region_masks import is_packed_mask
 from .regions import Region
 
-_LIKE_A_REGION = re.compile("region|mask|alpha|box|points|stroke|polygon")
+_REGION_NAME = re.compile("region|mask|alpha|box|points|stroke|polygon")
 _FIELDS = ("kind", "data", "strength")
-# Tokenizers take it, the processors' list of settings lacks it.
-_MORE_TEXT_SETTINGS = {"split_special_tokens"}
+# Accepted by tokenizers but not listed in the settings of processors.
+_EXTRA_TEXT_SETTINGS = {"split_special_tokens"}
 
 
 def as_region(value: Any) -> Region:
-    """A region from a `Region`, its JSON (a dict or text), its text ("box:40,60,220,200"), or None, the whole image.
+    """Convert a value to a `Region`.
 
-    A `Region` is recognized by its fields: code loaded with `trust_remote_code` has a class of its own, and
-    Transformers turns a dataclass inside a message into a dict.
+    A `Region` is recognized by its fields, not its class: code loaded with `trust_remote_code` has a separate class,
+    and Transformers converts a dataclass in a message to a dict.
+
+    Args:
+        value: A `Region`, its JSON (dict or str), its text ("box:40,60,220,200"), or None, the whole image.
 
     Raises:
-        ValueError: If it is none of these, or no valid region.
+        ValueError: If the value has another type or is not a valid region.
     """
     if value is None:
         return Region.whole()
     if isinstance(value, Region):
         return value
     if isinstance(value, str):
-        return Region.from_json(_object(value)) if value.lstrip().startswith("{") else Region.parse(value)
+        return Region.from_json(_load_json(value)) if value.lstrip().startswith("{") else Region.parse(value)
     if isinstance(value, Mapping):
-        fields = {name: part for name, part in value.items() if part is not None}  # `datasets` adds all keys to a row
+        # `datasets` adds the keys of all rows to each row, with the value None
+        fields = {name: part for name, part in value.items() if part is not None}
         is_json = "kind" not in fields or not fields.keys() <= set(_FIELDS)
         return Region.from_json(fields) if is_json else _from_fields(**fields)
     if all(hasattr(value, name) for name in _FIELDS):
         return _from_fields(value.kind, value.data, value.strength)
     raise ValueError(
-        f"expected a Region, its JSON, its text ('box:40,60,220,200') or None, got {type(value).__name__}; a box is "
-        "Region.from_box(x0, y0, x1, y1), a mask Region.from_mask(mask)"
+        f"expected a Region, its JSON, its text ('box:40,60,220,200') or None, got {type(value).__name__}; for a box "
+        "pass Region.from_box(x0, y0, x1, y1), for a mask Region.from_mask(mask)"
     )
 
 
 def region_list(entry: Any) -> list[Region]:
-    """The regions of one image: `entry` is one (see `as_region`) or a list of them.
+    """The regions of one image, from one region (see `as_region`) or a list of them.
 
     Raises:
-        ValueError: As `as_region`, and if the list is empty.
+        ValueError: If the list is empty or a region is invalid.
     """
     if not isinstance(entry, list | tuple):
         return [as_region(entry)]
@@ -64,32 +69,37 @@ def region_list(entry: Any) -> list[Region]:
 
 
 def region_entries(regions: Any, count: int, of: str = "images") -> list:
-    """One entry of `regions` for each of `count` images; without a list, `regions` is the entry of a single image.
+    """A list with one entry of `regions` per image.
+
+    Args:
+        regions: A list of entries, the entry of a single image, or None for whole images.
+        count: The number of images.
+        of: What is counted, for the message.
 
     Raises:
-        ValueError: If their number differs.
+        ValueError: If there are not `count` entries.
     """
     entries = [None] * count if regions is None else regions
     entries = list(entries) if isinstance(entries, list | tuple) else [entries]
     if len(entries) != count:
         raise ValueError(
-            f"expected one entry of regions for each of {count} {of}, got {len(entries)}; several regions of one "
-            "image are a list inside its entry"
+            f"expected one entry of regions for each of {count} {of}, got {len(entries)}; pass several regions of one "
+            "image as a list in its entry"
         )
     return entries
 
 
 def match_regions(images: Any, regions: Any) -> Any:
-    """Each image with its list of regions.
+    """Pair each image with its list of regions.
 
     Args:
-        images: One image, an array of images (N, H, W, C), or lists of these, also nested.
-        regions: None (whole images), or nested as `images` are, with one entry for each image: a region or a list of
-            them. For one image, in a list or not, its entry alone or in a list will do; for nested images, also a
-            list without nesting.
+        images: One image, an array of images (N, H, W, C), or nested lists of these.
+        regions: None (whole images), or one entry per image, a region or a list of regions, in the same nesting as
+            `images`. For one image, the entry may be passed with or without a list around it. For nested images, a
+            flat list of entries is accepted too.
 
     Returns:
-        A pair (image, regions), or lists of pairs, nested as the images are.
+        A pair (image, regions), or lists of pairs in the same nesting as `images`.
 
     Raises:
         ValueError: If there is no image, images and regions do not match, or a region is invalid.
@@ -100,31 +110,31 @@ def match_regions(images: Any, regions: Any) -> Any:
         is_nested = isinstance(regions, list | tuple) and len(regions) == 1 and isinstance(regions[0], list | tuple)
         return images, region_list(regions[0] if is_nested else regions)
     if isinstance(regions, list | tuple) and not any(isinstance(entry, list | tuple) for entry in regions):
-        if len(regions) == len(list(_singles(images))):
-            regions = _nested_like(images, iter(regions))
+        if len(regions) == len(list(_flatten_images(images))):
+            regions = _nest_like(images, iter(regions))
     entries = region_entries(regions, len(images))
     return [match_regions(image, entry) for image, entry in zip(images, entries, strict=True)]
 
 
-def flat_pairs(pairs: Any) -> Iterator[tuple[Any, list[Region]]]:
-    """The pairs of `match_regions` in order, without nesting."""
+def flatten_pairs(pairs: Any) -> Iterator[tuple[Any, list[Region]]]:
+    """Iterate over the pairs that `match_regions` returns."""
     if isinstance(pairs, tuple):
         yield pairs
     else:
         for part in pairs:
-            yield from flat_pairs(part)
+            yield from flatten_pairs(part)
 
 
-def _singles(images: Any) -> Iterator[Any]:
+def _flatten_images(images: Any) -> Iterator[Any]:
     if _is_batch(images):
         for image in images:
-            yield from _singles(image)
+            yield from _flatten_images(image)
     else:
         yield images
 
 
-def _nested_like(images: Any, entries: Iterator[Any]) -> Any:
-    return [_nested_like(image, entries) for image in images] if _is_batch(images) else next(entries)
+def _nest_like(images: Any, entries: Iterator[Any]) -> Any:
+    return [_nest_like(image, entries) for image in images] if _is_batch(images) else next(entries)
 
 
 def _is_batch(images: Any) -> bool:
@@ -132,11 +142,14 @@ def _is_batch(images: Any) -> bool:
 
 
 def take_regions(regions: Any, settings: dict[str, Any]) -> Any:
-    """The regions of a call, from `regions=` or from its settings `regions` or `images_kwargs={"regions": ...}`, which
-    then lose them.
+    """The regions of a call: `regions=`, or `regions` in its settings or in `images_kwargs`.
+
+    Args:
+        regions: The value of `regions=`.
+        settings: Further arguments of the call, from which the regions are removed.
 
     Raises:
-        ValueError: If there are several of these.
+        ValueError: If regions are passed more than once.
     """
     inner = dict(settings.get("images_kwargs") or {})
     given = [regions, settings.pop("regions", None), inner.pop("regions", None)]
@@ -149,33 +162,33 @@ def take_regions(regions: Any, settings: dict[str, Any]) -> Any:
 
 
 def check_call(processor: Any, images: Any, regions: Any, settings: Mapping[str, Any]) -> None:
-    """For the processors around `AlphaCLIPImageProcessor`: nothing is ignored that may have been a region.
+    """Check a call of a processor that contains an `AlphaCLIPImageProcessor`, so that no region is ignored.
 
     Raises:
         ValueError: If an argument would be ignored, there are regions without images, or the image processor does not
-            take regions.
+            support regions.
     """
     check_names(processor, settings)
     if images is None and regions is not None:
-        raise ValueError("got regions without images; pass the images that they lie in")
+        raise ValueError("got regions without images; pass their images as images=")
     if images is not None and not hasattr(processor.image_processor, "geometry"):
         raise ValueError(
-            f"{type(processor.image_processor).__name__} would drop every region; make the processor with an "
+            f"{type(processor.image_processor).__name__} does not support regions; create the processor with an "
             "AlphaCLIPImageProcessor"
         )
 
 
-def means_region(name: Any) -> bool:
-    """Whether an argument or a key is named like a region, so that its user must not believe it was used."""
-    return isinstance(name, str) and _LIKE_A_REGION.search(name.lower()) is not None
+def is_region_name(name: Any) -> bool:
+    """Whether the name of an argument or key suggests a region, in which case it must not be ignored silently."""
+    return isinstance(name, str) and _REGION_NAME.search(name.lower()) is not None
 
 
 def check_names(processor: Any, settings: Mapping[str, Any]) -> None:
-    """Transformers ignores, with at most a warning, an argument that no part of a processor takes.
+    """Check that a processor uses all arguments. Transformers ignores unknown ones, with at most a warning.
 
     Args:
         processor: A `ProcessorMixin`.
-        settings: Arguments of a call; None counts as not given.
+        settings: Arguments of a call. Those that are None are not checked.
 
     Raises:
         ValueError: If an argument would be ignored.
@@ -184,28 +197,28 @@ def check_names(processor: Any, settings: Mapping[str, Any]) -> None:
     known = {name: {*getattr(kind, "__annotations__", ())} for name, kind in modalities.items()}
     known["images_kwargs"] |= {*getattr(processor.image_processor, "valid_kwargs", ImagesKwargs).__annotations__}
     known["common_kwargs"] = known["text_kwargs"] & known["images_kwargs"]
-    taken = {*known} | known["text_kwargs"] | known["images_kwargs"]
-    known["text_kwargs"] |= _MORE_TEXT_SETTINGS
-    unknown = [name for name, value in settings.items() if value is not None and name not in taken]
+    accepted = {*known} | known["text_kwargs"] | known["images_kwargs"]
+    known["text_kwargs"] |= _EXTRA_TEXT_SETTINGS
+    unknown = [name for name, value in settings.items() if value is not None and name not in accepted]
     for name in known.keys() & settings.keys():
         if isinstance(settings[name], Mapping):
             unknown += [f"{name}[{inner!r}]" for inner in settings[name] if inner not in known[name]]
     if unknown:
-        what = "regions are passed as regions="
+        hint = "pass regions as regions="
         if vars(GenerationConfig()).keys() & set(unknown):
-            what = "a pipeline takes settings of generate() as generate_kwargs={...}"
-        raise ValueError(f"unknown argument {', '.join(unknown)}, which would be ignored; {what}")
+            hint = "in a pipeline, pass settings of generate() as generate_kwargs={...}"
+        raise ValueError(f"unknown argument {', '.join(unknown)}, which would be ignored; {hint}")
 
 
-def _object(text: str) -> Any:
+def _load_json(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"cannot read the region {text!r:.80} as JSON: {error}") from error
+        raise ValueError(f"cannot parse the region {text!r:.80} as JSON: {error}") from error
 
 
 def _from_fields(kind: Any, data: Any = (), strength: Any = 1.0) -> Region:
-    """A region from its own fields, which may come from anywhere."""
+    """Create a region from the fields of a `Region`, which are untrusted."""
     parts = list(data) if isinstance(data, list | tuple) else []
     if kind in ("box", "nbox", "polygon"):
         return Region.from_json({kind: parts, "strength": strength})

@@ -136,7 +136,7 @@ def _palette_mask(indices: np.ndarray, colors: np.ndarray) -> np.ndarray:
     """Boolean mask (H, W) from the palette indices (H, W) and colors (H, W, 3) of an image with at most two colors."""
     if len(np.unique(indices)) > 2:
         raise ValueError("the palette mask contains several objects; keep one object and set all other pixels to 0")
-    inside = colors.any(axis=-1)  # by color, since either index can be black
+    inside = np.asarray(colors.any(axis=-1))  # by color, since either index can be black
     if inside.all() and (colors != 255).any():
         raise ValueError("the palette mask has no black pixels; expected black outside the region")
     return inside

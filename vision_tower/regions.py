@@ -348,10 +348,10 @@ class Region:
     def _coverage(self, height: int, width: int) -> np.ndarray:
         if self.kind == "polygon":
             return polygons_coverage(self.data, height, width)
-        if self.kind == "points":
-            return discs_coverage(*self.data, height, width)
-        if self.kind == "stroke":
-            return stroke_coverage(*self.data, height, width)
+        if self.kind in ("points", "stroke"):
+            points, size = self.data
+            draw = discs_coverage if self.kind == "points" else stroke_coverage
+            return draw(points, size, height, width)
         return box_coverage(self._bounds(height, width), height, width)
 
     def _sized_mask(self, height: int, width: int) -> np.ndarray:

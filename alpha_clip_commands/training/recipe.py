@@ -1,4 +1,4 @@
-"""Recipes: YAML files of settings, by path or by the name of a shipped one, read within limits."""
+"""Recipes: YAML files with settings, given by path or by the name of a shipped recipe."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from alpha_clip_commands.source_values import PACKAGES
 RECIPES = PACKAGES / "train" / "recipes"
 _DEEPSPEED = PACKAGES / "train" / "deepspeed"
 _SUFFIXES = (".yaml", ".yml")
-LARGEST_RECIPE = 64 * 2**10  # bytes
-MOST_BRACKETS = 1000  # nested, PyYAML takes seconds for more
-MOST_VALUES = 10_000  # of a recipe, counted as often as an anchor is used
-# What PyYAML raises, beside its own errors, on damaged values: an invalid date, `!!int x`, `!!bool x`.
+MAX_RECIPE_BYTES = 64 * 2**10
+MAX_BRACKETS = 1000  # PyYAML takes seconds for more, if they are nested
+MAX_VALUES = 10_000  # with anchors expanded
+# Raised by PyYAML, in addition to YAMLError, for invalid values such as a date, `!!int x` or `!!bool x`.
 _DAMAGE = (ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError)
 
 
@@ -28,21 +28,21 @@ def read_recipe(path: str) -> dict[str, Any]:
     """The settings of a recipe by key.
 
     Raises:
-        ValueError: If it cannot be read, is too large, is not a mapping of texts to values, or has a key twice.
+        ValueError: If it cannot be read, is too large, is not a mapping with text keys, or has a repeated key.
     """
     try:
         if not Path(path).is_file():
             raise ValueError(f"recipe not found, or not a file: {path}")
         with open(path, "rb") as file:
-            content = file.read(LARGEST_RECIPE + 1)
-        if len(content) > LARGEST_RECIPE:
-            raise ValueError(f"{path} has over {LARGEST_RECIPE:,} bytes; expected a recipe, 'key: value' lines")
+            content = file.read(MAX_RECIPE_BYTES + 1)
+        if len(content) > MAX_RECIPE_BYTES:
+            raise ValueError(f"{path} has more than {MAX_RECIPE_BYTES:,} bytes; expected a recipe, 'key: value' lines")
         text = content.decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error
-    if (brackets := text.count("[") + text.count("{")) > MOST_BRACKETS:
+    if (brackets := text.count("[") + text.count("{")) > MAX_BRACKETS:
         raise ValueError(f"{path} has {brackets:,} opening brackets; expected a recipe, 'key: value' lines")
     try:
         recipe = yaml.load(text, Loader=_RecipeLoader)
@@ -56,14 +56,13 @@ def read_recipe(path: str) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {reason}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"{path}: expected 'key: value' lines, got {type(recipe).__name__}")
-    _refuse_many(path, recipe)
+    _check_size(path, recipe)
     return recipe
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """Refuses what plain YAML lets pass: a repeated key, of which the last would win, keys that are not text, and
-    numbers that mean others than they look like (010 is 8, 1:30 is 90). Merge keys (<<), which can double a mapping
-    line by line, are not needed.
+    """Rejects what plain YAML accepts: repeated keys (the last would win), keys that are not text, and numbers that
+    look like others (010 is 8, 1:30 is 90). Merge keys (<<) are not supported, because they can grow exponentially.
     """
 
     def construct_decimal(self, node: yaml.ScalarNode) -> int | float:
@@ -88,21 +87,21 @@ _RecipeLoader.add_constructor("tag:yaml.org,2002:int", _RecipeLoader.construct_d
 _RecipeLoader.add_constructor("tag:yaml.org,2002:float", _RecipeLoader.construct_decimal)
 
 
-def _refuse_many(path: str, recipe: dict) -> None:
-    """Raise ValueError if a recipe has more than `MOST_VALUES` values, written out."""
+def _check_size(path: str, recipe: dict) -> None:
+    """Raise ValueError if a recipe has more than `MAX_VALUES` values with anchors expanded."""
     waiting, count = [recipe], 0
-    while waiting and count <= MOST_VALUES:
+    while waiting and count <= MAX_VALUES:
         value = waiting.pop()
         if isinstance(value, dict | list | tuple | set):
             inner = list(value.values() if isinstance(value, dict) else value)
             count += len(inner) + 1
             waiting += inner
-    if count > MOST_VALUES:
-        raise ValueError(f"{path} has over {MOST_VALUES:,} values, anchors written out; expected a recipe")
+    if count > MAX_VALUES:
+        raise ValueError(f"{path} has more than {MAX_VALUES:,} values with anchors expanded; expected a recipe")
 
 
 def recipe_names(known: Collection[str] | None = None) -> list[str]:
-    """The names of the shipped recipes; with `known`, of those that have no other keys."""
+    """The names of the shipped recipes; with `known`, only of those without other keys."""
     files = sorted(RECIPES.glob("*.yaml"))
     if known is not None:
         files = [file for file in files if set(re.findall(r"^(\w+):", file.read_text("utf-8"), re.M)) <= set(known)]
@@ -110,21 +109,21 @@ def recipe_names(known: Collection[str] | None = None) -> list[str]:
 
 
 def split_recipe(argv: Sequence[str], known: Collection[str] | None = None) -> tuple[str | None, list[str]]:
-    """The recipe's path, None without one, and the other arguments. A recipe is given by its path, anywhere, or before
-    all flags by the name of a shipped one.
+    """The path of the recipe, or None, and the other arguments. A recipe is given by its path anywhere, or by the name
+    of a shipped recipe before all flags.
 
     Raises:
-        ValueError: If no recipe, or none of those with `known` keys, has this name.
+        ValueError: If there is no shipped recipe with this name and, if given, only `known` keys.
     """
     argv = list(argv)
     path = next((arg for arg in argv if arg.endswith(_SUFFIXES)), None)
     if path is not None:
         argv.remove(path)
         return path, argv
-    place = next((n for n, arg in enumerate(argv) if not arg.startswith(LAUNCHER_FLAGS)), None)
-    if place is None or argv[place].startswith("-"):
+    first = next((n for n, arg in enumerate(argv) if not arg.startswith(LAUNCHER_FLAGS)), None)
+    if first is None or argv[first].startswith("-"):
         return None, argv
-    name = argv.pop(place)
+    name = argv.pop(first)
     shipped = recipe_names(known)
     if name not in shipped:
         near = difflib.get_close_matches(name, shipped, 1)
@@ -133,15 +132,15 @@ def split_recipe(argv: Sequence[str], known: Collection[str] | None = None) -> t
     return str(RECIPES / f"{name}.yaml"), argv
 
 
-def deepspeed_file(name: str) -> Path:
-    """A DeepSpeed JSON by the name of a shipped one, or by its path.
+def deepspeed_file(name: str) -> str:
+    """The path of a DeepSpeed JSON file, given by path or by the name of a shipped file.
 
     Raises:
-        argparse.ArgumentTypeError: If there is none.
+        argparse.ArgumentTypeError: If it is not found.
     """
     shipped = _DEEPSPEED / f"{name}.json"
     path = shipped if "\0" not in name and shipped.exists() else Path(name)
     if "\0" in name or not path.is_file():
         names = ", ".join(sorted(file.stem for file in _DEEPSPEED.glob("*.json")))
         raise argparse.ArgumentTypeError(f"deepspeed: expected one of {names}, or a JSON file, got {name!r}")
-    return path
+    return str(path)

@@ -1,29 +1,32 @@
-"""The values of a recipe as the flags of its keys take them, and the ranges of HF's training arguments."""
+"""The values of a recipe, parsed like flags, and the ranges of Transformers' training arguments."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from alpha_clip_commands.flag_values import plain_text, switch
 from alpha_clip_commands.training.recipe import read_recipe
+from alpha_clip_commands.training.renamed_settings import REMOVED, current_settings
 from alpha_clip_commands.training.training_fields import accelerator_fields, dictionary_fields
 
 
-def read_values(path: str, actions: Mapping[str, argparse.Action], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a recipe by key, each read as its flag would be.
+def read_values(path: str, actions: Mapping[str, argparse.Action], nullable: Collection[str]) -> dict[str, Any]:
+    """The settings of a recipe by key, each parsed like its flag.
 
     Args:
-        path: Of the recipe.
-        actions: The flags, by key.
-        defaults: By key; of those that are required there is none.
+        path: The recipe.
+        actions: The flags by key.
+        nullable: Keys that may be null, because that is their default.
 
     Raises:
-        ValueError: If the recipe cannot be read, or a key or value is not one that there is.
+        ValueError: If the recipe cannot be read, or a key or value is invalid.
     """
-    values = read_recipe(path)
+    values = current_settings(read_recipe(path))
+    if removed := sorted(values.keys() & REMOVED):
+        raise ValueError(f"{path}: {removed[0]} was removed: {REMOVED[removed[0]]}; delete the key")
     if unknown := sorted(values.keys() - actions.keys()):
         raise ValueError(f"{path}: unknown keys {', '.join(unknown)}")
     found = {}
@@ -31,12 +34,10 @@ def read_values(path: str, actions: Mapping[str, argparse.Action], defaults: Map
         try:
             if value is not None:
                 found[key] = _value(actions[key], value)
-            elif key not in defaults:
-                raise ValueError("expected a value, got null")
-            elif defaults[key] is not None:
-                raise ValueError(f"expected a value, got null; leave the key out for its default, {defaults[key]!r}")
-            else:
+            elif key in nullable:
                 found[key] = None
+            else:
+                raise ValueError("expected a value, got null; to use the default, delete the key")
         except (ValueError, argparse.ArgumentTypeError) as error:
             raise ValueError(f"{path}: {key}: {error}") from error
     return found
@@ -60,14 +61,11 @@ def _value(action: argparse.Action, value: Any) -> Any:
 
 
 def _one_value(action: argparse.Action, value: Any) -> Any:
-    """One value of a recipe as its flag takes it."""
     is_switch = action.type is switch
     if isinstance(value, bool) and not is_switch:
         raise ValueError(f"expected text or a number, got {'true' if value else 'false'}; put text in quotes")
     if is_switch:
         return value if isinstance(value, bool) else switch(str(value))
-    if isinstance(action.type, type):
-        raise ValueError("it cannot be set in a recipe")
     if not isinstance(value, str | int | float):
         raise ValueError(f"expected text or a number, got {type(value).__name__}; put text in quotes")
     if action.type is plain_text and not isinstance(value, str):
@@ -78,7 +76,7 @@ def _one_value(action: argparse.Action, value: Any) -> Any:
     return found
 
 
-# Of HF's training arguments, those that Trainer takes as they come: least and most value, with both ends.
+# Training arguments that Transformers does not check: minimum and maximum, both allowed.
 _RANGES = {
     "per_device_train_batch_size": (1, math.inf),
     "per_device_eval_batch_size": (1, math.inf),
@@ -107,9 +105,9 @@ _RANGES = {
 
 
 def check_ranges(values: Mapping[str, Any]) -> None:
-    """Raise ValueError if one of HF's training arguments, by name, is out of range."""
+    """Raise ValueError if one of Transformers' training arguments is out of range."""
     for name, (least, most) in _RANGES.items():
-        value = values.get(name)  # HF's names come and go with its versions
+        value = values.get(name)  # the names depend on the version of Transformers
         if isinstance(value, int | float) and not least <= value <= most:
             expected = f"{least} or more" if most == math.inf else f"a number from {least} to {most}"
             raise ValueError(f"{name}: expected {expected}, got {value}")

@@ -12,15 +12,16 @@ from alpha_clip_commands.source_values import parsed
 
 
 class TrainingField(NamedTuple):
-    """A field, as far as its flag is concerned.
+    """What the flag of a field needs.
 
     Attributes:
-        name: Of the field.
-        kind: "int", "float", "bool", or another type, of which values are not checked here.
-        nargs: As argparse has it.
+        name: Name of the field.
+        kind: "int", "float", "bool", "str", or another type, whose values are not checked here.
+        nargs: As in argparse.
         choices: The values of an enumeration, or None.
         is_required: Whether it has no default.
-        has_opposite: Whether there is a flag `--no_NAME`.
+        is_nullable: Whether its default is None.
+        has_opposite: Whether it has a flag `--no_NAME`.
     """
 
     name: str
@@ -28,24 +29,25 @@ class TrainingField(NamedTuple):
     nargs: str | None
     choices: tuple[str, ...] | None
     is_required: bool
+    is_nullable: bool
     has_opposite: bool
 
 
 @functools.cache
 def training_fields() -> dict[str, TrainingField]:
-    """The fields by name, with the flags that `HfArgumentParser` makes of them."""
+    """The fields by name, as `HfArgumentParser` turns them into flags."""
     classes = _classes()
     assigned = [
         statement
         for statement in classes["TrainingArguments"].body
-        if isinstance(statement, ast.AnnAssign) and not _is_left_out(statement.value)
+        if isinstance(statement, ast.AnnAssign) and not _is_excluded(statement.value)
     ]
     return {statement.target.id: _field(statement, classes) for statement in assigned}
 
 
 @functools.cache
 def dictionary_fields() -> tuple[str, ...]:
-    """The fields that a mapping may be given for."""
+    """The fields that accept a mapping."""
     for statement in _classes()["TrainingArguments"].body:
         if isinstance(statement, ast.Assign) and getattr(statement.targets[0], "id", None) == "_VALID_DICT_FIELDS":
             return tuple(ast.literal_eval(statement.value))
@@ -69,7 +71,7 @@ def _classes() -> dict[str, ast.ClassDef]:
 def _field(statement: ast.AnnAssign, classes: dict[str, ast.ClassDef]) -> TrainingField:
     parts = [part.strip() for part in ast.unparse(statement.annotation).split("|")]
     default = _default(statement.value)
-    # HfArgumentParser: of `X | str` the X counts, of `X | None` too
+    # like HfArgumentParser, which uses X for `X | str` and `X | None`
     kind = next((part for part in parts if part not in ("None", "str")), "str")
     nargs, choices = None, None
     if kind == "bool" and ("None" not in parts or default is not None):
@@ -78,15 +80,17 @@ def _field(statement: ast.AnnAssign, classes: dict[str, ast.ClassDef]) -> Traini
         nargs = "+"
     elif kind in classes and "None" not in parts:
         choices = _enumerated(classes[kind])
-    if len(parts) > 2:  # such a union has no type that a text could be checked by
+    if len(parts) > 2:  # the text cannot be checked against such a union
         kind = "str"
     nargs = _of_metadata(statement.value, "nargs") or nargs
     has_opposite = default is True and nargs == "?"
-    return TrainingField(statement.target.id, kind, nargs, choices, statement.value is None, has_opposite)
+    return TrainingField(
+        statement.target.id, kind, nargs, choices, statement.value is None, _is_nullable(statement.value), has_opposite
+    )
 
 
 def _enumerated(kind: ast.ClassDef) -> tuple[str, ...]:
-    """The values of an enumeration, as written in its class."""
+    """The values of an enumeration."""
     return tuple(ast.literal_eval(statement.value) for statement in kind.body if isinstance(statement, ast.Assign))
 
 
@@ -106,7 +110,12 @@ def _default(value: ast.expr | None) -> object:
     return found.value if isinstance(found, ast.Constant) else None
 
 
-def _is_left_out(value: ast.expr | None) -> bool:
+def _is_nullable(value: ast.expr | None) -> bool:
+    default = _keyword(value, "default") if isinstance(value, ast.Call) else value
+    return isinstance(default, ast.Constant) and default.value is None
+
+
+def _is_excluded(value: ast.expr | None) -> bool:
     """Whether a field is not an argument: `field(init=False)`."""
     init = _keyword(value, "init")
     return isinstance(init, ast.Constant) and init.value is False

@@ -1,1 +1,1 @@
-"""Convert weights: from Alpha-CLIP and LAVIS, to stock classes, adapters merged."""
+"""Conversion of weights: from Alpha-CLIP and LAVIS, to stock classes, and merging of adapters."""

@@ -31,10 +31,11 @@ from vision_tower import (
     AlphaCLIPVisionModelWithProjection,
 )
 from vision_tower.conversion import StateDict, fuse, read_original, to_original
+from vision_tower.modeling_alpha_clip import ALPHA_WEIGHT
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert, and say so; returns the exit code."""
+    """Run the command; returns the exit code."""
     check_new(args.out)
     convert(args)
     say(f"wrote {args.out}")
@@ -42,12 +43,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Read, convert and write what the arguments ask for."""
+    """Read, convert and write weights as the arguments specify."""
     if args.fused and _model_type(args.source) == "llava":
         export(*mllm.load(args.source, device="cpu"), args.out)
         return
     config, weights = read_source(args.source)
-    with _whole(args) as out:
+    with _output(args) as out:
         if args.original:
             save_original(to_original(weights), out)
         elif args.fused:
@@ -64,18 +65,23 @@ def _model_type(source: Path) -> str | None:
 
 
 def read_source(source: Path) -> tuple[AlphaCLIPVisionConfig, StateDict]:
-    """Configuration and weights of `AlphaCLIPVisionModelWithProjection`, from a file or a directory of ours."""
+    """Config and weights of `AlphaCLIPVisionModelWithProjection`, from an original file or a converted directory."""
     if not source.is_dir():
         return read_original(source)
     model, report = AlphaCLIPVisionModelWithProjection.from_pretrained(source, output_loading_info=True)
-    if report["missing_keys"]:
-        raise ValueError(f"{source} holds a plain CLIP without an alpha weight: there is nothing to convert")
+    if missing := sorted(report["missing_keys"]):
+        if any(key.endswith(ALPHA_WEIGHT) for key in missing):
+            raise ValueError(f"{source} contains a plain CLIP without an alpha weight: there is nothing to convert")
+        raise ValueError(
+            f"{source} contains a tower without {missing[0]}, which an original checkpoint has (a LLaVA's tower has no "
+            "projection); convert the directory that `alpha-clip convert` wrote"
+        )
     return model.config, model.state_dict()
 
 
 @contextmanager
-def _whole(args: argparse.Namespace) -> Iterator[Path]:
-    """A place next to OUT that becomes OUT at the end, so that an incomplete one never has its name."""
+def _output(args: argparse.Namespace) -> Iterator[Path]:
+    """A temporary path that is renamed to OUT at the end, so that OUT is never incomplete."""
     if not args.original:
         with replacing_folder(args.out, "model", reads=[args.source], new=True) as folder:
             yield folder
@@ -88,29 +94,29 @@ def _whole(args: argparse.Namespace) -> Iterator[Path]:
 
 
 def save_tower(config: AlphaCLIPVisionConfig, weights: StateDict, out: Path) -> None:
-    """Tower and projection; `AutoModel` takes the tower."""
+    """Save tower and projection; `AutoModel` loads the tower."""
     config.dtype = next(iter(weights.values())).dtype
-    # through the tower's class, whose source files then lie beside the weights; the weights are those with projection
+    # with the tower's class, so that its source files are saved next to the weights, which include the projection
     AlphaCLIPVisionModel(config).to(config.dtype).save_pretrained(out, state_dict=weights)
     image_processor(config).save_pretrained(out)
 
 
 def save_with_text(config: AlphaCLIPVisionConfig, weights: StateDict, text_from: str, out: Path) -> None:
-    """The tower with CLIP's text tower, its projection and temperature.
+    """Save the tower with CLIP's text tower, text projection and temperature.
 
     Raises:
-        ValueError: If there is no such CLIP, or its text space has another size than the visual projection.
+        ValueError: If the CLIP is not found, or its text projection has another size than the visual one.
     """
     hub = offline_options(text_from)
     try:
         clip = CLIPModel.from_pretrained(text_from, **hub)
     except OSError as error:
-        reason = "no such directory, and not on the hub or in its cache"
+        reason = "not found as a directory, on the hub or in its cache"
         raise ValueError(f"cannot load a CLIP from {text_from}: {reason}") from error
     if clip.config.projection_dim != config.projection_dim:
         raise ValueError(
-            f"{text_from} embeds texts in {clip.config.projection_dim} dimensions, this checkpoint pictures in "
-            f"{config.projection_dim}; take the CLIP that the checkpoint was trained from"
+            f"{text_from} embeds texts in {clip.config.projection_dim} dimensions, but this checkpoint images in "
+            f"{config.projection_dim}; use the CLIP that the checkpoint was trained from"
         )
     both = AlphaCLIPConfig(
         vision_config=config.to_dict(),
@@ -125,16 +131,16 @@ def save_with_text(config: AlphaCLIPVisionConfig, weights: StateDict, text_from:
 
 
 def save_fused(config: AlphaCLIPVisionConfig, weights: StateDict, out: Path) -> None:
-    """A stock `clip_vision_model` of four channels, its names those that every version of Transformers reads."""
+    """Save a stock `clip_vision_model` with four channels, with key names that every version of Transformers reads."""
     dtype = next(iter(weights.values())).dtype
     stock = fused_tower_config(config, architectures=["CLIPVisionModelWithProjection"], dtype=dtype)
     stock.save_pretrained(out)
     save_file(fuse(weights), out / "model.safetensors", metadata={"format": "pt"})
-    save_stock_image_processor(config.image_size, out)  # alpha is the caller's (docs/export.md)
+    save_stock_image_processor(config.image_size, out)  # the caller adds alpha (docs/export.md)
 
 
 def save_original(weights: StateDict, out: Path) -> None:
-    """The original layout, as .safetensors or (any other ending) with torch.save."""
+    """Save the original layout as .safetensors, or with torch.save for any other suffix."""
     if out.suffix == ".safetensors":
         save_file({key: tensor.contiguous() for key, tensor in weights.items()}, out, metadata={"format": "pt"})
     else:

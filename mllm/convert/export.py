@@ -1,5 +1,5 @@
-"""A LLaVA with our tower -> a directory of stock classes, which Transformers loads without this package; a BLIP-2 -> a
-directory with its source files (docs/export.md).
+"""Export to directories that load without this package: a LLaVA as stock classes, a BLIP-2 with its source files
+(docs/export.md).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from vision_tower.conversion import fuse
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# Names in memory -> llava-hf's, which every version of Transformers reads. What `save_pretrained` writes lacks
-# `vision_model.`, and Transformers before 5 would leave the tower random, with a warning only.
+# Key prefixes in memory -> those of llava-hf, which every version of Transformers reads. `save_pretrained` omits
+# `vision_model.`, and Transformers before 5 would then initialize the tower randomly, with only a warning.
 _HUB_PREFIXES = {
     "model.vision_tower.": "vision_tower.vision_model.",
     "model.multi_modal_projector.": "multi_modal_projector.",
@@ -35,7 +35,7 @@ _HUB_PREFIXES = {
 
 
 def run(args: argparse.Namespace) -> int:
-    """`alpha-clip export`: load, export, and say so; returns the exit code."""
+    """Run the command; returns the exit code."""
     check_new(args.out)
     model, processor = load(
         args.model, device="cpu", dtype=args.dtype, revision=args.revision, alpha_weights=args.alpha_weights
@@ -52,22 +52,22 @@ def export(
     *,
     adapter: str | os.PathLike | None = None,
 ) -> None:
-    """Write a directory that works without this package.
+    """Export a model to a directory that loads without this package.
 
-    A LLaVA becomes stock `LlavaForConditionalGeneration` with stock `CLIPVisionModel` of four channels, whose
-    `pixel_values` is always (B, 4, S, S): three channels are an error there, not the whole image. Its processor is
-    loaded by `AutoProcessor.from_pretrained(directory, trust_remote_code=True)`. Of a BLIP-2, the model needs
-    `trust_remote_code=True` too.
+    A LLaVA becomes a stock `LlavaForConditionalGeneration` with a stock `CLIPVisionModel` of four channels. Its
+    `pixel_values` must be (B, 4, S, S): three channels are an error, not the whole image. The processor is loaded by
+    `AutoProcessor.from_pretrained(directory, trust_remote_code=True)`. A BLIP-2 model needs `trust_remote_code=True`,
+    too.
 
     Args:
-        model: As `mllm.load` gives it.
+        model: As returned by `mllm.load`.
         processor: Its processor.
-        directory: A new directory.
+        directory: The output, which must not exist.
         adapter: Directory of a LoRA adapter, merged into `model` (in place) first.
 
     Raises:
-        ValueError: If the model is of another kind, is quantized, has an adapter that is not merged or weights on no
-            device, the adapter is not one for it, or `directory` exists.
+        ValueError: If the model is of another kind, quantized or offloaded, or has an unmerged adapter; if the adapter
+            does not fit it; or if `directory` exists.
     """
     check_exportable(model, processor)
     reads = [] if adapter is None else [adapter]
@@ -82,26 +82,26 @@ def export(
 
 
 def check_exportable(model: PreTrainedModel | PeftModel, processor: AlphaProcessor) -> None:
-    """Raise ValueError unless `model` is one with our tower, whole, not quantized and without an adapter."""
+    """Raise ValueError unless `model` has our tower and is not quantized, offloaded or wrapped in an adapter."""
     if hasattr(model, "peft_config") or any(".base_layer." in name for name, _ in model.named_parameters()):
         raise ValueError(
-            "the model has an adapter that is not merged; load the model without it, and give its directory as adapter="
+            "the model has an unmerged adapter; load the model without it, and pass its directory as adapter="
         )
     llava = isinstance(model, LlavaForConditionalGeneration) and isinstance(vision_tower(model), AlphaCLIPVisionModel)
     if not (llava or isinstance(model, AlphaBlip2ForConditionalGeneration)):
         raise ValueError(
-            f"expected a LLaVA-1.5 or BLIP-2 with our tower, as mllm.load gives it, got {type(model).__name__}"
+            f"expected a LLaVA-1.5 or BLIP-2 with our tower, as returned by mllm.load, got {type(model).__name__}"
         )
     if not isinstance(processor, AlphaProcessor):
-        raise ValueError(f"expected the model's processor, as mllm.load gives it, got {type(processor).__name__}")
+        raise ValueError(f"expected the model's processor, as returned by mllm.load, got {type(processor).__name__}")
     if getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError("the model is quantized (load_in); load it without, and export that")
+        raise ValueError("the model is quantized; load it without load_in")
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("a part of the model is offloaded; load all of it on one device, such as device='cpu'")
+        raise ValueError("part of the model is offloaded; load it on one device, such as device='cpu'")
 
 
 def _save_fused(model: LlavaForConditionalGeneration, folder: Path) -> None:
-    """The model as stock classes, and image settings for Transformers before 5, which read no others."""
+    """Save the model as stock classes, with the image processor config that Transformers before 5 reads."""
     config = fused_config(model.config)
     config.architectures, config.dtype = [LlavaForConditionalGeneration.__name__], model.dtype
     config.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""`alpha-clip merge`: merge a LoRA adapter into its model, a directory that loads without PEFT."""
+"""`alpha-clip merge`: merge a LoRA adapter into its model, which then loads without PEFT."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mllm.loading import load_adapter
 
 
 def run(args: argparse.Namespace) -> int:
-    """Merge, and say so; returns the exit code."""
+    """Run the command; returns the exit code."""
     check_new(args.out)
     model, processor = mllm.load(args.model, device="cpu", alpha_weights=args.alpha_weights)
     merged = load_adapter(model, args.adapter).merge_and_unload()

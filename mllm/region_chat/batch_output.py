@@ -1,15 +1,13 @@
-"""The answers of a batch file: the output, written whole at the end of a run, and its journal.
+"""The output of a batch run and its journal.
 
-The journal (`OUTPUT.journal.jsonl`) holds every answer under the digest of its request, as soon as its batch is
-answered. From it an interrupted run resumes, and an edited batch file keeps the answers of its unchanged requests. Its
-lines, in the order of events: the settings of the run; `answered`, a batch; `retry`, failed requests that are to be
-answered again; `ended`, the end of a run.
+The output is written when a run ends. The journal (`OUTPUT.journal.jsonl`) gets the answers of each batch as soon as
+they are generated, by the digest of the request. An interrupted run resumes from it, and an edited request file keeps
+the answers of its unchanged requests. `JournalLine` documents its lines, which are in the order of events.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,57 +15,30 @@ from typing import Any
 import msgspec
 
 from mllm.files import MADE_BY, check_file, write_file, write_json
-from mllm.fingerprints import with_current_keys
+from mllm.region_chat.records import AnswerLine, BatchConfig, JournalLine
 from mllm.resume import expect_same_run, journal, read_journal
-
-
-class Entry(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
-    """A line of the output: the answer to a request, or why it failed."""
-
-    id: str | int
-    answer: str | None = None
-    error: str | None = None
-
-    def __post_init__(self) -> None:
-        """Raise ValueError unless there is an answer or an error."""
-        if (self.answer is None) == (self.error is None):
-            raise ValueError("expected an answer or an error")
-
-    def to_line(self) -> str:
-        """As JSON in one line."""
-        return json.dumps(msgspec.to_builtins(self), ensure_ascii=False) + "\n"
-
-
-class _Line(msgspec.Struct, forbid_unknown_fields=True):
-    """A line of the journal; one of its fields is set."""
-
-    made_by: str | None = None
-    run: dict[str, Any] | None = None
-    answered: dict[str, Entry] = {}
-    retry: list[str] | None = None
-    ended: bool = False
 
 
 class BatchOutput:
     """An output file and its journal.
 
     Attributes:
-        path: The output, links followed.
+        path: The output, with links resolved.
         journal_path: The journal.
-        answered: What is answered so far, by the digest of the request.
+        answered: The answers so far, by the digest of the request.
 
     Raises:
-        ValueError: If no file can be at `path`.
+        ValueError: If `path` cannot be a file.
     """
 
     def __init__(self, path: str) -> None:
         self.path = check_file(path)
         self.journal_path = self.path.with_name(f"{self.path.name}.journal.jsonl")
-        self.answered: dict[str, Entry] = {}
+        self.answered: dict[str, AnswerLine] = {}
         self._append: Callable[[Mapping[str, Any]], None]
 
     def check(self, reads: Iterable[Path]) -> None:
-        """Raise ValueError if writing would replace a file that the command reads."""
+        """Raise ValueError if writing would replace a file that the command reads, or that it did not write."""
         written = {_identity(path): path for path in (self.path, self.journal_path)}
         for source in reads:
             if (identity := _identity(source)) is not None and identity in written:
@@ -81,60 +52,64 @@ class BatchOutput:
         raise ValueError(f"{self.path} exists and was not written by a batch run; choose another --output")
 
     @contextlib.contextmanager
-    def opened(self, run: Mapping[str, Any], *, retry_failed: bool) -> Iterator[None]:
-        """Read the journal, or begin one, and keep it open for `add` and `end`.
+    def opened(self, config: BatchConfig, *, retry_failed: bool) -> Iterator[None]:
+        """Read or start the journal, and keep it open for `add` and `end`.
 
         Args:
-            run: Settings, which must be those of the earlier run.
-            retry_failed: Forget the errors of earlier runs. A retry that was interrupted is resumed instead, so that it
-                answers the same batches.
+            config: The settings, which must be those of the earlier run.
+            retry_failed: Discard the errors of earlier runs. An interrupted retry is resumed instead, so that it
+                generates the same batches.
 
         Raises:
-            ValueError: If the journal is damaged or of other settings, or the output holds what this run did not write.
+            ValueError: If the journal is damaged or has other settings, or the output contains lines of other origin.
             OSError: If a file cannot be read or written.
         """
         if not self.journal_path.exists():
-            write_json(self.journal_path, {"made_by": MADE_BY, "run": run}, indent=None)
-        written, retrying = self._replay(run)
-        self._expect_own_output(written)
+            header = {"made_by": MADE_BY, "run": msgspec.to_builtins(config)}
+            write_json(self.journal_path, header, indent=None)
+        written, retrying = self._replay(config)
+        self._check_output(written)
         with journal(self.journal_path) as self._append:
             if retry_failed and not retrying:
-                failed = [digest for digest, entry in self.answered.items() if entry.error is not None]
+                failed = [digest for digest, answer in self.answered.items() if answer.error is not None]
                 self._append({"retry": failed})
                 self._forget(failed)
             yield
 
-    def add(self, answered: Mapping[str, Entry]) -> None:
-        """Keep the answers of a batch, by the digests of its requests."""
-        self._append({"answered": {digest: msgspec.to_builtins(entry) for digest, entry in answered.items()}})
+    def add(self, answered: Mapping[str, AnswerLine]) -> None:
+        """Store the answers of a batch, by the digests of its requests."""
+        self._append({"answered": {digest: msgspec.to_builtins(answer) for digest, answer in answered.items()}})
         self.answered |= answered
 
     def write(self, digests: Iterable[str]) -> None:
-        """Write the output: what is answered of these requests, in their order."""
+        """Write the output: the answers to these requests so far, in their order."""
         write_file(self.path, "".join(self.answered[digest].to_line() for digest in digests if digest in self.answered))
 
     def end(self) -> None:
-        """Note that a run has come to its end, so that the next --retry-failed begins a new retry."""
+        """Record that the run has ended, so that the next --retry-failed starts a new retry."""
         self._append({"ended": True})
 
-    def _replay(self, run: Mapping[str, Any]) -> tuple[set[bytes], bool]:
-        """Read the journal into `answered`; returns all output lines it ever held, and whether a retry is open.
+    def _replay(self, config: BatchConfig) -> tuple[set[bytes], bool]:
+        """Read the journal into `answered`.
+
+        Returns:
+            All output lines that the journal ever contained, and whether a retry was interrupted.
 
         Raises:
             ValueError: If the journal is damaged, or its run has other settings.
         """
         remedy = f"choose another --output, or delete {self.path} and {self.journal_path}"
         try:
-            header, *lines = read_journal(self.journal_path, _Line) or [_Line()]
+            header, *lines = read_journal(self.journal_path, JournalLine) or [JournalLine()]
         except ValueError as error:
             raise ValueError(f"{error}; {remedy}") from error
         if header.made_by != MADE_BY or header.run is None:
             raise ValueError(f"{self.journal_path} is not the journal of a batch run; {remedy}")
-        expect_same_run(with_current_keys(header.run), json.loads(json.dumps(run)), str(self.path), remedy)
+        expect_same_run(BatchConfig.from_json(header.run), msgspec.to_builtins(config), str(self.path), remedy)
         written, retrying = set(), False
         for line in lines:
             self.answered |= line.answered
-            written |= {entry.to_line().encode() for entry in line.answered.values()}
+            written |= {answer.to_line().encode() for answer in line.answered.values()}
             retrying = (retrying or line.retry is not None) and not line.ended
             self._forget(line.retry or ())
         return written, retrying
@@ -143,21 +118,21 @@ class BatchOutput:
         for digest in digests:
             self.answered.pop(digest, None)
 
-    def _expect_own_output(self, written: set[bytes]) -> None:
-        """Raise ValueError if the output holds a line that no run of this journal has written."""
+    def _check_output(self, written: set[bytes]) -> None:
+        """Raise ValueError if the output contains a line that is not in the journal."""
         content = self.path.read_bytes() if self.path.exists() else b""
         for number, line in enumerate(content.splitlines(keepends=True), 1):
-            whole = line.endswith(b"\n")
-            if line not in written if whole else not any(other.startswith(line) for other in written):
+            complete = line.endswith(b"\n")
+            if line not in written if complete else not any(other.startswith(line) for other in written):
                 raise ValueError(
                     f"{self.path}, line {number}, was not written by this run and would be lost; move the file away"
                 )
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What two names of one file share; None without a file."""
+    """Device and inode of a file, which are equal for all its names; None if it does not exist."""
     try:
         status = path.stat()
-    except (OSError, ValueError):  # not found, or no name of a file
+    except (OSError, ValueError):  # ValueError: not a valid file name
         return None
     return status.st_dev, status.st_ino

@@ -1,4 +1,4 @@
-"""What the command `region-chat` does, once its arguments are read (`alpha_clip_commands.region_chat`)."""
+"""`region-chat`, after its arguments have been parsed (`alpha_clip_commands.region_chat`)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the arguments ask for; returns the exit code: 0, or 1 when batch requests failed."""
+    """Run the command; returns the exit code: 0, or 1 if batch requests failed."""
     if args.batch:
         return _batch(args)
+    import msgspec
+
     from mllm.overlay import check_overlay
+    from mllm.region_chat.records import SingleAnswer
     from mllm.region_chat.repl import Conversation
     from vision_tower import AlphaCLIPImageProcessor
 
@@ -27,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     image = AlphaCLIPImageProcessor().fetch_images(args.image)
     region = region_from_arguments(args)
     if region is not None:
-        region.mask(image.height, image.width)  # before the model is loaded: does it fit the image?
+        region.mask(image.height, image.width)  # raises if it does not fit the image, before the model is loaded
     if args.save_overlay is not None:
         check_overlay(args.save_overlay, reads=reads)
     chat = load_chat(args)
@@ -38,14 +41,8 @@ def run(args: argparse.Namespace) -> int:
         return conversation.run(sys.stdin, overlay=args.save_overlay)
     answer = conversation.ask(args.ask, stream=not args.json)
     if args.json:
-        record = {
-            "image": args.image,
-            "region": region.to_json(),
-            "question": args.ask,
-            "answer": answer,
-            "model": args.model or "embedded",
-        }
-        print(json_line(record))
+        record = SingleAnswer(args.image, region.to_json(), args.ask, answer, args.model or "embedded")
+        print(json_line(msgspec.to_builtins(record)))
     if args.save_overlay is not None:
         conversation.save_overlay(args.save_overlay)
     return 0
@@ -55,7 +52,7 @@ def region_from_arguments(args: argparse.Namespace) -> Region | None:
     """The region of the command line, or None without one.
 
     Raises:
-        ValueError: If it cannot be read.
+        ValueError: If it is invalid.
     """
     from vision_tower import Region
 
@@ -78,13 +75,10 @@ def files_read(args: argparse.Namespace) -> list[str]:
 
 
 def load_chat(args: argparse.Namespace):
-    """Load the model that the flags name, and say in one line what it is."""
-    from transformers import set_seed
-
+    """Load the model that the flags specify, and print one line about it to stderr."""
     from mllm import RegionChat
 
     hide_loading_bars()
-    set_seed(args.seed)
     chat = RegionChat.from_pretrained(
         args.model,
         device=args.device,
@@ -98,19 +92,17 @@ def load_chat(args: argparse.Namespace):
         adapter=args.adapter,
         compile=args.compile,
     )
-    name = args.model or "embedded model (drawn scenes only, no photographs)"
-    attention = chat.model.config.text_config._attn_implementation
-    dtype = chat.model.get_input_embeddings().weight.dtype  # BLIP-2 keeps its Q-Former in float32
-    added = [f" | {what}: {value}" for what, value in _added(args).items() if value]
-    say(
-        f"model: {name} | device: {chat.model.device} | dtype: {dtype} | attention: {attention}{''.join(added)}",
-        sys.stderr,
-    )
+    parts = {
+        "model": args.model or "embedded model (synthetic scenes only, no photographs)",
+        "device": chat.model.device,
+        "dtype": chat.model.get_input_embeddings().weight.dtype,  # BLIP-2 keeps its Q-Former in float32
+        "attention": chat.model.config.text_config._attn_implementation,
+        "alpha weights": args.alpha_weights,
+        "adapter": args.adapter,
+        "language model in": args.load_in,
+    }
+    say(" | ".join(f"{name}: {value}" for name, value in parts.items() if value), sys.stderr)
     return chat
-
-
-def _added(args: argparse.Namespace) -> dict[str, str | None]:
-    return {"alpha weights": args.alpha_weights, "adapter": args.adapter, "language model in": args.load_in}
 
 
 def _batch(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The conversation of `region-chat`: questions and commands, line by line."""
+"""The interactive loop of `region-chat`: one question or command per line."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from transformers import TextStreamer
 
 from alpha_clip_commands.command_line import one_line, printable, say
 from alpha_clip_commands.region_options import FORMER_OPTIONS, REGION_OPTIONS
-from mllm.files import check_replaceable, made_by, write_json
+from mllm.files import check_replaceable, write_json
 from mllm.inference import RegionChat, Turn
 from mllm.overlay import check_overlay, save_overlay
-from mllm.quiet import CUT_OFF, dropping
+from mllm.quiet import CLIPPED, dropping
+from mllm.region_chat.records import CONVERSATION, SavedConversation, SavedTurn
 from vision_tower import Region
 
 
@@ -25,35 +26,35 @@ def _help() -> str:
         *regions,
         ("/whole", "the whole image"),
         ("/strength S", "1: the region alone, 0: the whole image; the turns so far are kept"),
-        ("/image FILE", "another image; its region must be given"),
+        ("/image FILE", "another image, which needs a new region"),
         ("/overlay FILE", "write the image with its region and the last answer"),
-        ("/save FILE", "write image, region and the turns about them as JSON"),
-        ("/reset", "forget the turns so far"),
+        ("/save FILE", "write image, region and turns as JSON"),
+        ("/reset", "discard the turns so far"),
         ("/help", "this list"),
-        ("/quit", "end (also /exit)"),
+        ("/quit", "quit (also /exit)"),
     ]
     return "\n".join(
         [
-            "a line of text asks about the region; an empty line asks for its description",
+            "a line of text is a question about the region; an empty line requests its description",
             *(f"{command:<34}{text}" for command, text in commands),
-            "another region or image starts a new conversation: the turns so far are forgotten",
+            "another region or image starts a new conversation",
         ]
     )
 
 
 HELP = _help()
-_KIND = "conversation"
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class _PrintableStreamer(TextStreamer):
-    """Prints an answer as it comes, without what a terminal would obey."""
+    """Prints an answer as it is generated, without control characters."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         super().on_finalized_text(printable(text), stream_end)
 
 
 class Conversation:
-    """An image, a region of it, and the turns about them. Another image or region starts anew."""
+    """An image, a region of it, and the turns about them. Another image or region starts a new conversation."""
 
     def __init__(
         self,
@@ -66,16 +67,16 @@ class Conversation:
         *,
         embedded: bool = False,
     ) -> None:
-        """Begin.
+        """Start a conversation.
 
         Args:
             chat: The model.
             image_name: Path of the image.
             image: RGB.
-            region: In pixels of the image; None where there is none yet.
-            max_new_tokens: Longest answer.
+            region: In pixels of the image; None if not given yet.
+            max_new_tokens: Maximum length of an answer, in tokens.
             reads: Files and folders that no output may replace, such as the image.
-            embedded: Whether the model is the embedded one, of which a note is due for some regions.
+            embedded: Whether the model is the embedded one, which was not trained on all kinds of regions.
         """
         self.chat = chat
         self.image_name = image_name
@@ -86,12 +87,13 @@ class Conversation:
         self.embedded = embedded
         self.history: list[Turn] = []
         self.strengths: list[float] = []  # of the region, in each turn
-        self._note_unknown_form()
+        self._warn_if_untrained()
 
     def run(self, lines: TextIO, *, overlay: str | None = None) -> int:
-        """Answer line by line until the end of input or /quit; a mistake costs one line and changes nothing.
+        """Answer line by line until the end of input or /quit. An invalid line changes nothing.
 
-        Returns the exit code: 2 when lines came from a file or a pipe and one of them failed, so that a script sees it.
+        Returns:
+            The exit code: 2 if the lines come from a file or a pipe and one of them failed, else 0.
         """
         failed = False
         if lines.isatty():
@@ -112,10 +114,10 @@ class Conversation:
                 say(f"error: {one_line(error)}{still}", sys.stderr)
 
     def ask(self, question: str | None, *, stream: bool = True) -> str:
-        """Answer a question and remember the turn.
+        """Answer a question and append the turn to the history.
 
         Raises:
-            ValueError: If there is no region yet, or the conversation is longer than the model's context.
+            ValueError: If no region was given yet, or the conversation is longer than the model's context.
         """
         if self.region is None:
             raise ValueError("no region yet; give one with /box, /mask, ... or /whole")
@@ -124,7 +126,7 @@ class Conversation:
             if stream
             else None
         )
-        with dropping(*CUT_OFF):  # said when the region was set
+        with dropping(*CLIPPED):  # was logged when the region was set
             answer = self.chat.ask(
                 self.image,
                 self.region,
@@ -138,10 +140,10 @@ class Conversation:
         return answer
 
     def save_overlay(self, path: str) -> None:
-        """Write the picture with the region and, under it, the last turn."""
+        """Write the image with its region and the last turn as caption."""
         check_overlay(path, reads=self.reads)
         caption = "{} {}".format(*self.history[-1]) if self.history else None
-        with dropping(*CUT_OFF):
+        with dropping(*CLIPPED):
             save_overlay(path, self.image, self.region or Region.whole(), caption)
 
     def _line(self, line: str) -> None:
@@ -158,11 +160,11 @@ class Conversation:
         }
         alone: dict[str, Callable[[], None]] = {
             "whole": lambda: self._set_region(Region.whole()),
-            "reset": lambda: self._forget("the turns so far are forgotten"),
+            "reset": lambda: self._forget("discarded the turns so far"),
             "help": lambda: say(HELP, sys.stderr),
         }
         if command not in {*REGION_OPTIONS, *with_value, *alone}:
-            raise ValueError(f"unknown command /{command}; /help lists them")
+            raise ValueError(f"unknown command /{command}; see /help")
         if bool(value) == (command in alone):
             raise ValueError(f"/{command} {'takes no' if value else 'needs a'} value; see /help")
         if command in REGION_OPTIONS:
@@ -177,7 +179,7 @@ class Conversation:
         region.mask(self.image.height, self.image.width)  # raises if it does not fit
         self.region = region
         self._forget(f"now about {self._region_name()}")
-        self._note_unknown_form()
+        self._warn_if_untrained()
 
     def _set_strength(self, value: str) -> None:
         if self.region is None:
@@ -191,7 +193,7 @@ class Conversation:
             f"now about {self._region_name()} at strength {self.region.strength:g}; the turns so far are kept",
             sys.stderr,
         )
-        self._note_unknown_form()
+        self._warn_if_untrained()
 
     def _set_image(self, path: str) -> None:
         self.image = self.chat.open_image(path)
@@ -207,28 +209,23 @@ class Conversation:
         self.history, self.strengths = [], []
         say(message, sys.stderr)
 
-    def _note_unknown_form(self) -> None:
-        """Say that the embedded model, trained on boxes and masks of whole objects, is asked in another way."""
+    def _warn_if_untrained(self) -> None:
+        """Print a note if the embedded model was not trained on regions like this one."""
         region = self.region
         if self.embedded and region is not None and (region.kind in ("points", "stroke") or region.strength < 0.9):
             say(
-                "note: the embedded model learned from boxes and masks at strength 1; of other regions it often says "
-                "something wrong (docs/shapes.md)",
+                "note: the embedded model was trained on boxes and masks at strength 1; answers about other "
+                "regions are often wrong (docs/shapes.md)",
                 sys.stderr,
             )
 
     def _save(self, path: str) -> None:
-        check_replaceable(path, reads=self.reads, kind=_KIND)
-        record = {
-            "made_by": made_by(_KIND),
-            "image": self.image_name,
-            "region": None if self.region is None else self.region.to_json(),
-            "turns": [
-                {"question": question, "answer": answer, "strength": strength}
-                for (question, answer), strength in zip(self.history, self.strengths, strict=True)
-            ],
-        }
-        write_json(path, record)
+        if path.lower().endswith(_IMAGE_SUFFIXES):
+            raise ValueError(f"/save writes JSON, got the image name {path}; use a name in .json, or /overlay {path}")
+        check_replaceable(path, reads=self.reads, kind=CONVERSATION)
+        turns = [SavedTurn(*turn, strength) for turn, strength in zip(self.history, self.strengths, strict=True)]
+        region = None if self.region is None else self.region.to_json()
+        write_json(path, SavedConversation(self.image_name, region, turns).to_json())
         say(f"wrote {path}: {len(self.history)} turn(s)", sys.stderr)
 
     def _region_name(self) -> str:

@@ -35,12 +35,12 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from alpha_clip_commands.training.contrastive_arguments import PairArguments, TowerArguments
-from train.alpha_clip import PARTS, prepare_model
 from train.contrastive.data import RegionTextCollator, RegionTextDataset
 from train.contrastive.losses import released_loss
+from train.contrastive.model import PARTS, prepare_model
 from train.contrastive.trainer import RegionTextTrainer
+from train.epoch_sampler import EpochSampler
 from train.run import open_index
-from train.sampling import EpochSampler
 from vision_tower import AlphaCLIPConfig, AlphaCLIPImageProcessor, AlphaCLIPModel, AlphaCLIPVisionConfig
 from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
 
@@ -286,9 +286,9 @@ class Ours:
         """A picture with its drawn regions, as `RegionTextDataset` makes it."""
         rng = np.random.default_rng(number)
         index, rows = self.dataset.rows_of(number)
-        facts = clock.time("read", lambda: index.read(self.dataset.drawn_rows(index, rows, rng)))
+        facts = clock.time("read", lambda: index.read(self.dataset.select_rows(index, rows, rng)))
         image = clock.time("decode", facts[0].sample.open_image)
-        return clock.time("prepare pictures", self.dataset.made_of, facts, image, rng)
+        return clock.time("prepare pictures", self.dataset.build_item, facts, image, rng)
 
 
 def print_speed(clocks: dict[str, list[Clock]], args: argparse.Namespace) -> None:

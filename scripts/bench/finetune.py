@@ -31,9 +31,10 @@ from mllm.data.index import RegionIndex
 from mllm.data.prepare import index_visual_genome
 from mllm.llava import build_llava_processor
 from mllm.messages import image_items
-from train.lora import prepare_model
-from train.sampling import Conversation, ConversationDataset, EpochSampler
+from train.epoch_sampler import EpochSampler
 from train.tuning.collators import ConversationCollator
+from train.tuning.conversations import Conversation, ConversationDataset
+from train.tuning.lora import prepare_model
 from vision_tower import AlphaCLIPImageProcessor
 
 PARTS = ("read", "decode", "prepare pictures", "encode and label", "forward", "backward", "optimizer")

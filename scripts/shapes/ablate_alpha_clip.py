@@ -54,7 +54,6 @@ VARIANTS: dict[str, tuple[str, dict[str, object], int]] = {
         {"train_parts": "vision_model visual_projection alpha logit_scale"},
         10,
     ),
-    "patch tokens supervised (0.5)": ("shapes_alpha_clip", {"patch_weight": 0.5}, 10),
     "mask jitter (2 pixels)": ("shapes_alpha_clip", {"mask_jitter": 2}, 10),
     "soft alpha (strength from 0.5, blur to 0.02)": ("shapes_alpha_clip", {"min_strength": 0.5, "max_blur": 0.02}, 10),
     "the last 3 of 6 blocks": ("shapes_alpha_clip", {"train_blocks": 3}, 10),

@@ -1,4 +1,4 @@
-"""The small BLIP-2 on Shapes, shortened: the same script, until it has begun to learn what the region decides."""
+"""The script of the small BLIP-2 on Shapes, stopped when the model has begun to use the region."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""`make embedded-model`, its stages shortened: from nothing to a model that begins to learn."""
+"""`make embedded-model` with short stages, from random weights to a model that begins to learn."""
 
 import math
 import subprocess
@@ -42,11 +42,11 @@ def test_build_from_nothing(tmp_path):
     out = tmp_path / "assets" / "model"
     log = [entry["loss"] for entry in read_json(out / "training_record.json")["log"] if "loss" in entry]
     assert float(log[-1]) < 2 < math.log(640)  # a guess among the vocabulary's words; from a random tower: 1.1
-    assert len(scenes.training_scenes(out)) == 3 * 300  # the CLIP's of both kinds, and the others'
+    assert len(scenes.training_scenes(out)) == 3 * 300  # both kinds of the CLIP, and the other stages
     with Image.open(tmp_path / "work" / "training.png") as charts:
         assert charts.height == 240 * 4
     model, processor = mllm.load(out)
-    # the tower came from the Alpha-CLIP, stood still, and was then trained on; other weights would be far away
+    # the tower is that of the Alpha-CLIP, frozen at first and then trained
     trained = AlphaCLIPVisionModel.from_pretrained(tmp_path / "work" / "alpha_clip").state_dict()
     pretrained = mllm.load(tmp_path / "work" / "llava_pretrained", device="cpu")[0].model.vision_tower.state_dict()
     assert all(torch.equal(pretrained[name], trained[name]) for name in trained)

@@ -1,4 +1,4 @@
-"""`alpha-clip convert` and --alpha-weights: what comes out loads, answers as before, and sees the region."""
+"""`alpha-clip convert` and --alpha-weights: the result loads, gives the same answers, and uses the region."""
 
 import re
 
@@ -60,7 +60,7 @@ def with_projection(original):
 
 @pytest.fixture(scope="module")
 def clip_llava(original, tmp_path_factory):
-    """A stock LLaVA with a plain CLIP tower of the checkpoint's size, and a processor of ours."""
+    """A stock LLaVA with a plain CLIP tower of the size of the checkpoint, and our processor."""
     folder = tmp_path_factory.mktemp("llava")
     torch.manual_seed(0)
     fields = from_original(original)[0].to_dict()
@@ -130,9 +130,7 @@ def tiny_clip_dir(folder, projection_dim):
 
 
 @pytest.mark.compatibility(
-    "transformers CLIPModel",
-    "--text-from: text features with the converted tower",
-    "1.3e-6 relative",
+    "transformers CLIPModel", "--text-from: text features with the converted tower", "1.3e-6 relative"
 )
 def test_text_tower_completes_the_model(checkpoint, with_projection, tmp_path, measured):
     clip = tiny_clip_dir(tmp_path / "clip", 48)
@@ -155,9 +153,7 @@ def test_text_tower_completes_the_model(checkpoint, with_projection, tmp_path, m
 
 
 @pytest.mark.compatibility(
-    "transformers CLIPVisionModel, num_channels=4",
-    "fused tower: hidden state and embeddings",
-    "1e-5",
+    "transformers CLIPVisionModel, num_channels=4", "fused tower: hidden state and embeddings", "1e-5"
 )
 def test_fused_tower_is_stock_clip(checkpoint, with_projection, tmp_path, measured):
     assert convert(checkpoint, tmp_path / "fused", "--fused") == 0
@@ -212,7 +208,7 @@ def test_fused_llava_is_stock_llava(checkpoint, clip_llava, tmp_path, measured, 
     model, processor = mllm.load(clip_llava, device="cpu", alpha_weights=checkpoint)
     save_model(tmp_path / "ours", model, processor)
     assert convert(tmp_path / "ours", tmp_path / "fused", "--fused") == 0
-    # with other names Transformers 4.37 leaves the tower random, and says no more than a warning
+    # with other names Transformers 4.37 only warns and leaves the tower random
     names = load_file(tmp_path / "fused" / "model.safetensors").keys()
     assert {name.split(".")[0] for name in names} == {"vision_tower", "multi_modal_projector", "language_model"}
     assert all(name.split(".")[1] == "vision_model" for name in names if name.startswith("vision_tower."))
@@ -238,7 +234,7 @@ def test_fused_llava_is_stock_llava(checkpoint, clip_llava, tmp_path, measured, 
 
 @pytest.mark.parametrize("width, height", [(64, 40), (45, 64), (65, 40)], ids=["wide", "tall", "odd"])
 def test_the_input_built_by_hand_is_the_processors(checkpoint, tmp_path, width, height):
-    """The lines of docs/export.md against our image processor, in LLaVA's geometry."""
+    """The code in docs/export.md compared with our image processor in the geometry of LLaVA."""
     assert convert(checkpoint, tmp_path / "OUT", "--fused") == 0
     lines = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(encoding="utf-8"), re.DOTALL)[-1]
     image, region = noise_image(width, height), Region.from_box(8, 5, 30, 33)

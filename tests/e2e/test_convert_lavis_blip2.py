@@ -1,4 +1,4 @@
-"""`alpha-clip convert-lavis`: what comes out loads everywhere, keeps the language model, and sees the region."""
+"""`alpha-clip convert-lavis`: the result loads, keeps the language model, and uses the region."""
 
 import logging
 
@@ -25,7 +25,7 @@ from transformers import (
 import mllm
 from alpha_clip_commands import alpha_clip
 from mllm.blip2 import AlphaBlip2ForConditionalGeneration, AlphaBlip2Processor, AlphaCLIPBlip2VisionModel
-from tests.drawn_back import iou
+from tests.alpha_maps import iou
 from tests.files import read_json, write_json
 from tests.tensors import fixture_tensors, same_tensors
 from tests.tiny import noise_image
@@ -39,7 +39,7 @@ LOADERS = {"t5": AutoModelForSeq2SeqLM, "opt": AutoModelForCausalLM}
 
 
 def save_language_model(folder, kind, vocab_size=16, width=64):
-    """A tiny T5 or OPT, its output embedding its own as Flan-T5's is, and a tokenizer without <image>."""
+    """A tiny T5 or OPT, with untied output embedding like Flan-T5, and a tokenizer without <image>."""
     torch.manual_seed(3)
     ids = {"vocab_size": vocab_size, "pad_token_id": 0, "eos_token_id": 1}
     if kind == "t5":
@@ -212,7 +212,7 @@ def test_a_stage_1_checkpoint_begins_its_projection_when_asked(sources, tmp_path
 def test_errors_leave_nothing_behind(sources, tmp_path, capsys):
     def error_of(*args, **kwargs):
         assert convert(*args, **kwargs) == 2
-        error = capsys.readouterr().err.splitlines()[-1]  # before it, progress bars
+        error = capsys.readouterr().err.splitlines()[-1]  # after progress bars
         assert error.startswith("alpha-clip convert-lavis: error: ")
         return error
 

@@ -1,4 +1,4 @@
-"""What the documentation shows is what happens: its first examples and commands run as written."""
+"""The first examples and commands of the documentation run as written."""
 
 import ast
 import io
@@ -22,7 +22,7 @@ from vision_tower import (
     AlphaCLIPVisionModel,
 )
 
-# The blocks that print the answer of the embedded model, each once
+# The blocks that print an answer of the embedded model
 ANSWERS = list(dict.fromkeys(block.text for block in blocks("python") if "scene_2.png" in block.text))
 PYTHON_PAGE = [block.text for block in blocks("python") if block.page == "docs/python.md"]
 

@@ -1,4 +1,4 @@
-"""The embedded model answers by region, through every entry point; the alpha that was fed lies where the region is."""
+"""The embedded model answers by region through every entry point, and the alpha map it receives covers the region."""
 
 import json
 
@@ -19,7 +19,7 @@ from mllm.data.readers.visual_genome import read_region_questions, read_regions
 from mllm.data.shapes import scenes, visual_genome_layout
 from mllm.inference import RegionChat
 from mllm.loading import EMBEDDED_MODEL
-from tests.drawn_back import overlap
+from tests.alpha_maps import overlap
 from tests.files import read_json_lines
 from tests.tiny import prompt
 from train import finetune
@@ -43,7 +43,7 @@ def samples(root):
 
 @pytest.fixture
 def fed(embedded):
-    """What reaches the tower: every `pixel_values` it is given."""
+    """Every `pixel_values` that reaches the tower."""
     seen = []
     handle = embedded[0].model.vision_tower.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append((args[0] if args else kwargs["pixel_values"]).clone()),
@@ -54,7 +54,7 @@ def fed(embedded):
 
 
 def two_objects(samples):
-    """Two samples of one picture with different descriptions."""
+    """Two samples of one image with different descriptions."""
     first, second = samples[:2]
     assert first.meta["image_id"] == second.meta["image_id"] and first.references != second.references
     return first, second
@@ -103,7 +103,7 @@ def test_the_mask_of_answers_is_where_labels_are(embedded, samples):
 def test_answers_follow_the_region_also_to_another_object(embedded, samples):
     chat = RegionChat(*embedded)
     right = generate(chat, samples)
-    # The embedded model's scores (docs/shapes.md) less the scatter of 40 samples; without the region at most 0.3.
+    # The scores of the embedded model (docs/shapes.md) minus the spread of 40 samples; without the region at most 0.3.
     assert literal_match(right, [s.references for s in samples]) >= 0.9
     wrong = generate(chat, with_other_region(samples))
     assert literal_match(wrong, other_region_references(samples)) >= 0.9
@@ -185,8 +185,8 @@ def test_tuning_reads_the_region(embedded, root, tmp_path, fed):
     high.
     """
     from alpha_clip_commands.training.tuning_arguments import DataArguments
-    from train.sampling import ConversationDataset
     from train.tuning.collators import ConversationCollator
+    from train.tuning.conversations import ConversationDataset
 
     model, processor = embedded
     make_index(root)
@@ -225,7 +225,7 @@ def test_assets_are_small_and_safetensors():
 
 @pytest.mark.slow
 def test_the_model_trains_on(root, tmp_path):
-    """The shipped model is a start for tuning as any other directory."""
+    """The embedded model can be tuned like any other model."""
     train_root = tmp_path / "train"
     visual_genome_layout.write(train_root, 2, 9, "train", progress=False)
     arguments = [

@@ -1,4 +1,4 @@
-"""What `mllm.convert.export` writes, loaded without this package: the same logits for regions in every form.
+"""Exports loaded without this package have the same logits for all types of regions.
 
 The fast test runs it in a forked process that has not imported this package; the slow one is the proof: a new
 environment in which only the dependencies can be found.
@@ -17,13 +17,13 @@ from PIL import Image
 import mllm
 from mllm.convert.export import export
 from mllm.loading import EMBEDDED_MODEL
-from tests.drawn_back import alpha_map, iou
+from tests.alpha_maps import alpha_map, iou
 from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_image
 from vision_tower import Region
 
 PACKAGES = ("vision_tower", "mllm", "eval", "train")
 SIDE = 64
-# on the grid of the tower's pixels, so that the alpha that reaches it is sharp
+# aligned with the pixels of the tower, so that the alpha map is sharp
 REGIONS = [Region.from_box(8, 8, 32, 32, strength=0.9), Region.from_box(36, 20, 60, 60)]
 
 # sys.argv: folder, image, texts of regions joined by "|", folder to save in again, output
@@ -79,7 +79,7 @@ if not stock:
 model, fed = load_model(folder)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
-classes = []  # one `Region` for each copy of the code
+classes = []  # one `Region` class per copy of the code
 for one in (processor, image_processor):
     classes.append(sys.modules[type(one).__module__.rpartition(".")[0] + ".regions"].Region)
 assert classes[0] is not classes[1]
@@ -150,7 +150,7 @@ def our_inputs(processor, image, regions):
 
 
 def check(got, model, processor, image, regions, measured):
-    """Inputs, logits and generated texts against ours; the alpha map, drawn back onto the image, covers the region."""
+    """Compare inputs, logits and generated texts with ours, and the alpha map with the region."""
     ours = list(our_inputs(processor, image, regions))
     for region, inputs, expected, logits in zip(regions, got["inputs"], ours, got["logits"], strict=True):
         assert inputs.keys() == expected.keys()
@@ -171,9 +171,7 @@ def texts_of(regions):
 
 
 @pytest.mark.compatibility(
-    "transformers LLaVA-1.5, without this package",
-    "exported LLaVA in a process without this package: logits",
-    "1e-5",
+    "transformers LLaVA-1.5, without this package", "exported LLaVA in a process without this package: logits", "1e-5"
 )
 def test_an_export_runs_without_this_package(exported, llava, tmp_path, processes, measured):
     image = noise_image(SIDE, SIDE)
@@ -184,9 +182,7 @@ def test_an_export_runs_without_this_package(exported, llava, tmp_path, processe
 
 
 @pytest.mark.compatibility(
-    "transformers trust_remote_code",
-    "saved BLIP-2 in a process without this package: logits",
-    "1e-5",
+    "transformers trust_remote_code", "saved BLIP-2 in a process without this package: logits", "1e-5"
 )
 def test_a_blip2_runs_without_this_package(tmp_path, processes, measured):
     model, processor = build_tiny_blip2("opt")
@@ -201,12 +197,12 @@ def test_a_blip2_runs_without_this_package(tmp_path, processes, measured):
 
 @pytest.fixture(scope="module")
 def python_elsewhere(tmp_path_factory):
-    """Python of a new environment, in which the dependencies are found and this package is not."""
+    """The Python of a new environment with the dependencies but without this package."""
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / ("Scripts" if os.name == "nt" else "bin") / Path(sys.executable).name
     (site_packages,) = folder.rglob("site-packages")
-    # Python does not read the .pth files of a folder that a .pth file adds: an editable install stays behind.
+    # Python ignores .pth files in a folder that a .pth file adds, so an editable install is not found.
     dependencies = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     (site_packages / "dependencies.pth").write_text("\n".join(dependencies) + "\n", encoding="utf-8")
     find = f"import importlib.util; print([importlib.util.find_spec(name) for name in {PACKAGES}])"

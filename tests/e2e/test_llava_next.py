@@ -1,4 +1,4 @@
-"""LLaVA-NeXT through the commands: tuned on regions, its adapter merged and asked, evaluated."""
+"""LLaVA-NeXT in the commands: tuned on regions, merged, asked and evaluated."""
 
 import json
 

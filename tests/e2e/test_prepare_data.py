@@ -1,4 +1,4 @@
-"""`alpha-clip prepare`: what is missing, left out, held out elsewhere; real records of Visual Genome."""
+"""`alpha-clip prepare`: missing files, skipped records, held-out images; real records of Visual Genome."""
 
 import json
 import shutil
@@ -124,7 +124,7 @@ def test_orphans_and_damage(folder, capsys):
     before = (folder / "region_index" / "regions.arrow").read_bytes()
     path.write_text(whole[:-40])
     assert "region_descriptions.json is not whole JSON" in refused(capsys, "vg", "--source", folder)
-    assert (folder / "region_index" / "regions.arrow").read_bytes() == before  # the old one is still there
+    assert (folder / "region_index" / "regions.arrow").read_bytes() == before  # the old index is kept
     (folder / "refs(umd).p").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     assert "which would be run" in refused(capsys, "refcocog", "--source", folder)
 
@@ -149,14 +149,14 @@ def test_training_images_that_are_held_out_elsewhere_are_counted(tmp_path, folde
     printed = capsys.readouterr().out
     assert f"training images in the test and validation splits of {folder} itself: 0" in printed
     line = next(line for line in printed.splitlines() if "mix.json trains on" in line)
-    assert ": 2 (first: coco 9, vg" in line  # one picture, under both of its names
+    assert ": 2 (first: coco 9, vg" in line  # one image under both of its names
 
 
 def test_real_records(shared_data, tmp_path, capsys):
     source = tmp_path / "vg"
     shutil.copytree(shared_data / "visual_genome" / "v1.2.0", source)
     shutil.copy(shared_data / "visual_genome" / "image_data.json", source)
-    (source / "question_answers.json").unlink()  # their mapping is not among the published pieces
+    (source / "question_answers.json").unlink()  # the published files do not include its mapping
     assert alpha_clip.main(["prepare", "vg", "--source", str(source)]) == 0
     index = RegionIndex(source)
     assert len(index) == 1278 and len(index.pictures) == 5

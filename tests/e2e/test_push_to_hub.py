@@ -1,4 +1,4 @@
-"""`alpha-clip publish`: the folder that would be uploaded, its card, and the calls to the hub (a stand-in here)."""
+"""`alpha-clip publish`: the folder to upload, its model card, and the calls to the Hub (mocked)."""
 
 import re
 import shutil
@@ -17,14 +17,7 @@ from alpha_clip_commands import alpha_clip
 from mllm import publish
 from mllm.convert.export import export
 from tests.files import read_json, write_json
-from tests.tiny import (
-    build_tiny_blip2,
-    build_tiny_tower,
-    noise_image,
-    save_model,
-    tiny_clip_config,
-    tiny_tokenizer,
-)
+from tests.tiny import build_tiny_blip2, build_tiny_tower, noise_image, save_model, tiny_clip_config, tiny_tokenizer
 from vision_tower import (
     AlphaCLIPConfig,
     AlphaCLIPImageProcessor,
@@ -33,7 +26,7 @@ from vision_tower import (
     AlphaCLIPVisionModel,
 )
 
-ADDRESS = "http://127.0.0.1:9"  # a port that nobody listens on
+ADDRESS = "http://127.0.0.1:9"  # nothing listens on this port
 
 
 def push(*arguments):
@@ -48,11 +41,11 @@ def tower(tmp_path_factory):
 
 @pytest.fixture
 def run_example(monkeypatch):
-    """Run a card's own code, with local folders in place of hub ids; gives its variables."""
+    """Run the code in a card with local folders instead of Hub IDs, and return its variables."""
 
     def run(card, folders):
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # PEFT would look an adapter's base model up
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", str)  # a folder is there already
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # otherwise PEFT looks up the base model
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", str)  # the folder exists
         (code,) = re.findall(r"```python\n(.*?)```", card.content, re.DOTALL)
         for hub_id, folder in folders.items():
             assert f'"{hub_id}"' in code
@@ -68,7 +61,7 @@ def run_example(monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A stand-in for `HfApi` that notes its calls; `hub.private` is what the repository is afterwards."""
+    """A mock of `HfApi` that records its calls; `hub.private` is the visibility of the repository afterwards."""
     stand_in = SimpleNamespace(calls=[], private=True)
 
     def upload_folder(**given):
@@ -135,7 +128,7 @@ def test_an_export_needs_no_package(tiny_llava, tmp_path, run_example):
 def test_a_blip2_and_a_model_with_text_tower(tmp_path, run_example):
     for part in build_tiny_blip2("opt"):
         part.save_pretrained(tmp_path / "blip2")
-    assert push(tmp_path / "blip2", "lab/blip2", "--to", tmp_path / "b", "--licence", "mit") == 0
+    assert push(tmp_path / "blip2", "lab/blip2", "--to", tmp_path / "b", "--license", "mit") == 0
     card = ModelCard.load(tmp_path / "b" / "README.md")
     assert card.data.license == "mit" and "4, from a Q-Former" in card.text
     run_example(card, {"lab/blip2": tmp_path / "b"})
@@ -147,7 +140,7 @@ def test_a_blip2_and_a_model_with_text_tower(tmp_path, run_example):
     assert push(tmp_path / "clip", "lab/clip", "--to", tmp_path / "c") == 0
     card = ModelCard.load(tmp_path / "c" / "README.md")
     assert card.data.pipeline_tag == "zero-shot-image-classification"
-    assert run_example(card, {"lab/clip": tmp_path / "c"})["chances"].shape == (1, 2)
+    assert run_example(card, {"lab/clip": tmp_path / "c"})["probabilities"].shape == (1, 2)
 
 
 def test_an_adapter_names_its_model_and_no_folder(tiny_llava_dir, tmp_path, run_example, hub, capsys):
@@ -163,13 +156,14 @@ def test_an_adapter_names_its_model_and_no_folder(tiny_llava_dir, tmp_path, run_
     assert card.data.library_name == "peft" and card.data.base_model == "lab/base" and "| rank | `3` |" in card.text
     model = run_example(card, {"lab/lora": tmp_path / "out", "lab/base": tiny_llava_dir})["model"]
     assert any(isinstance(module, LoraLayer) for module in model.modules())
-    assert push(tmp_path / "lora", "lab/lora", "--base-model", "lab/base") == 0  # of links: the folder stays as it was
+    # with links: the folder does not change
+    assert push(tmp_path / "lora", "lab/lora", "--base-model", "lab/base") == 0
     assert hub.calls[-1][2] == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     assert {file.name: file.read_text(errors="replace") for file in (tmp_path / "lora").iterdir()} == saved
-    form = saved["README.md"]  # PEFT's, with nothing filled in
+    form = saved["README.md"]  # the empty template of PEFT
     (tmp_path / "lora" / "README.md").write_text(form.replace("## Uses", "## Uses\n\nCats.", 1))
     assert push(tmp_path / "lora", "lab/lora", "--to", tmp_path / "mine", "--base-model", "lab/base") == 2
-    assert "README.md of its own" in capsys.readouterr().err  # somebody wrote a word into it
+    assert "has a README.md" in capsys.readouterr().err  # edited by the user
 
 
 def test_a_card_of_ones_own_is_kept_letter_for_letter(tower, tmp_path, capsys):
@@ -250,7 +244,7 @@ def test_the_hub_cannot_be_reached_or_says_no(tower, hub, monkeypatch, capsys):
         patch.setattr(publish, "hub_is_available", lambda: False)
         assert "--to FOLDER" in refused()
     assert not hub.calls
-    api = huggingface_hub.HfApi(endpoint=ADDRESS, token="token")  # the real one, as behind a proxy that is down
+    api = huggingface_hub.HfApi(endpoint=ADDRESS, token="token")  # the real API, as behind a proxy that is down
     with monkeypatch.context() as patch:
         patch.setattr(publish, "HfApi", lambda: api)
         assert "refused" in refused()

@@ -1,4 +1,4 @@
-"""`region-eval` from files to report, on the drawn world: the command as a user types it."""
+"""`region-eval` from files to report, on synthetic scenes."""
 
 import errno
 import itertools
@@ -89,7 +89,7 @@ def test_an_equal_run_continues_and_another_is_refused(finished, data, capsys):
 
 @pytest.mark.slow
 def test_two_processes_give_the_same_bytes(data, tmp_path, processes):
-    """The batches are those of one process, so the file is too."""
+    """The batches, and so the file, are those of one process."""
     run = ["run", "--task", "shapes-caption", "--data", str(data), "--batch-size", "4", *FAST]
     threads = torch.get_num_threads()
     try:
@@ -110,7 +110,7 @@ def test_two_processes_give_the_same_bytes(data, tmp_path, processes):
 def test_scoring_the_file_again_gives_the_same(finished, tmp_path):
     assert main(["score", str(finished), "--out", str(tmp_path / "s"), "--task", "shapes-caption", *FAST]) == 0
     assert read(tmp_path / "s")["metrics"] == read(finished)["metrics"]
-    assert main(["score", str(finished), "--out", str(finished), *FAST]) == 2  # the run's own metrics stay
+    assert main(["score", str(finished), "--out", str(finished), *FAST]) == 2  # the metrics of the run are kept
     shuffled = tmp_path / "p.jsonl"
     rows = (finished / "predictions.jsonl").read_text().splitlines(keepends=True)
     shuffled.write_text("".join(reversed(rows)))
@@ -169,7 +169,7 @@ def test_a_missing_picture_stops_before_the_model_unless_allowed(data, tmp_path,
     assert main([str(argument) for argument in (*run, "--allow-missing")]) == 0
     found = read(tmp_path / "out")
     assert any("INCOMPLETE" in note for note in found["notes"]) and found["items"] < len(lines(tmp_path / "out"))
-    # mended, the same run completes, and says nothing any more
+    # after the fix, the same run completes without a warning
     shutil.copy(data / "VG_100K" / "3.png", broken / "VG_100K" / "3.png")
     assert main([str(argument) for argument in run]) == 0
     assert not any("INCOMPLETE" in note for note in read(tmp_path / "out")["notes"])
@@ -193,7 +193,7 @@ def test_a_file_of_ones_own(data, tmp_path):
 
 
 def test_questions_of_ones_own_are_scored_as_questions(data, tmp_path, capsys):
-    """Two regions of one image, whose answers differ: a region that is dropped or shifted shows in the score."""
+    """Two regions of one image with different answers: a dropped or shifted region changes the score."""
     own = data / "questions.jsonl"
     samples = [sample for sample in read_region_questions(data) if sample.question.startswith("What colour")]
     first, second = next(
@@ -271,9 +271,9 @@ def test_a_second_process_is_refused_on_the_command_line(data, finished, tmp_pat
     before = read(out)
     assert main([str(argument) for argument in score]) == 0 and read(out) == before
     run = ["run", "--task", "shapes-caption", "--data", data, *FAST]
-    assert "not written by this command" in fails(capsys, *run, "--out", out)  # scores are no run
+    assert "not written by this command" in fails(capsys, *run, "--out", out)  # a folder of scores is not a run
     (tmp_path / "t").mkdir()
-    (tmp_path / "t" / "metrics.json").write_text("{}")  # somebody else's
+    (tmp_path / "t" / "metrics.json").write_text("{}")  # written by another program
     assert "not written by this command" in fails(capsys, "score", finished, "--out", tmp_path / "t", *FAST)
     assert "reads" in fails(capsys, "score", out, "--out", out, *FAST)
 
@@ -303,7 +303,7 @@ def test_a_closed_pipe_ends_quietly(command, arguments, monkeypatch, capsys):
     with open(writer, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
         assert command(arguments) == 141
-        pipe.flush()  # as the interpreter does at its end
+        pipe.flush()  # as the interpreter does at exit
         monkeypatch.undo()
     assert capsys.readouterr().err == ""
 

@@ -1,4 +1,4 @@
-"""`region-tune` as a process among others: launched three ways on one or two ranks, killed, stopped, out of disk."""
+"""`region-tune` in processes: three launchers on one or two ranks, killed, stopped, and with a full disk."""
 
 import os
 import resource
@@ -17,8 +17,8 @@ from tests.files import ROOT, read_json
 from tests.tiny import build_tiny_llava, save_model
 from tests.training import BIN, assert_equal_runs, launch, losses, recipe_arguments, write_splits
 from train import finetune
-from train.output import WHOLE, last_whole_checkpoint
-from train.trainer import StopOnSignal
+from train.output import COMPLETE, last_checkpoint
+from train.stop_on_signal import StopOnSignal
 
 REGION_TUNE = str(BIN / "region-tune")
 ALPHA = "patch_embedding.alpha.weight"
@@ -27,7 +27,7 @@ ADAPTER = "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with a tiny model (its alpha weight not zero), its data and a recipe."""
+    """A folder with a tiny model (nonzero alpha weight), data and a recipe."""
     folder = tmp_path_factory.mktemp("world")
     save_model(folder / "start", *build_tiny_llava(alpha_std=0.02))
     write_splits(visual_genome_layout, folder, 6)
@@ -62,7 +62,7 @@ def undisturbed(world):
 
 
 def folder_with_a_train_file(world):
-    """A folder whose own files must not be what runs."""
+    """A folder with files that must not be imported."""
     folder = world / "work"
     folder.mkdir(exist_ok=True)
     for name in ("train", "eval", "mllm"):
@@ -71,9 +71,9 @@ def folder_with_a_train_file(world):
 
 
 def tune_with(command, world, out, *flags):
-    """Run a launcher, which must succeed, and return its output."""
+    """Run a launcher that must succeed, and return its output."""
     cwd = ROOT if MODULE in command else folder_with_a_train_file(world)
-    # A run alone uses as many threads as this process: rounding depends on it.
+    # A single process uses as many threads as this one, because rounding depends on it.
     one_thread = command[0] != REGION_TUNE
     code, output = launch(command, recipe_arguments(world, out, *flags), cwd, one_thread, timeout=150)
     assert code == 0, output[-3000:]
@@ -104,7 +104,7 @@ def test_ranks_learn_what_one_process_learns(world, undisturbed, tmp_path, comma
     flags = ["--per_device_train_batch_size", 2] if two else []
     flags += ["--deepspeed", stage] if stage else []
     output = tune_with(command, world, tmp_path, *flags)
-    assert "multi_modal_projector" in output  # the table of what is trained, once
+    assert "multi_modal_projector" in output  # the table of trained parameters, once
     assert output.count("language_model   ") == 1
     assert_equal_runs(undisturbed, tmp_path, ADAPTER, tolerance, tolerance)
 
@@ -129,7 +129,7 @@ def test_bfloat16(world, tmp_path, stage):
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
 @pytest.mark.parametrize("zero", [True, False])
 def test_alpha_starts_as_loaded_under_every_stage(world, tmp_path, stage, zero):
-    """With a learning rate of nothing, what is saved is what was loaded."""
+    """With a learning rate of zero, the saved weights are the loaded ones."""
     start = world / "start"
     if zero:
         model, processor = build_tiny_llava()
@@ -179,7 +179,7 @@ def test_evaluation_while_training(world, tmp_path):
     )
     tune(world, tmp_path, *flags, "--report_to", "tensorboard")
     log = read_json(tmp_path / "training_record.json")["log"]
-    for name in ("eval_loss", "eval_exactly_right", "eval_cider_frozen_df"):
+    for name in ("eval_loss", "eval_literal_match", "eval_cider_frozen_df"):
         assert len([entry for entry in log if name in entry]) == 2, name
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 
@@ -188,7 +188,7 @@ SAVING = ("--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 2
 
 
 def until_a_checkpoint(started, out):
-    while started.poll() is None and last_whole_checkpoint(out) is None:
+    while started.poll() is None and last_checkpoint(out) is None:
         time.sleep(0.01)
 
 
@@ -197,7 +197,7 @@ def test_two_processes_learn_what_one_does(world, undisturbed, tmp_path, process
     ranks = processes.start_ranks("train.finetune:main", flags)
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output()[-3000:]
     outputs = [rank.output() for rank in ranks]
-    assert [output.count("language_model   ") for output in outputs] == [1, 0]  # the table of what is trained
+    assert [output.count("language_model   ") for output in outputs] == [1, 0]  # the table of trained parameters
     assert_equal_runs(undisturbed, tmp_path, ADAPTER, 5e-5, 5e-5)
 
 
@@ -206,7 +206,7 @@ def test_a_killed_run_goes_on_to_the_same_end(world, undisturbed, tmp_path, proc
     until_a_checkpoint(started, tmp_path)
     started.kill_group()
     assert started.wait() == -signal.SIGKILL
-    assert last_whole_checkpoint(tmp_path) is not None
+    assert last_checkpoint(tmp_path) is not None
     tune(world, tmp_path, *SAVING)
     assert_equal_runs(undisturbed, tmp_path, ADAPTER, 0, 0)
 
@@ -214,7 +214,7 @@ def test_a_killed_run_goes_on_to_the_same_end(world, undisturbed, tmp_path, proc
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.slow
 def test_a_signal_to_all_processes_ends_with_a_checkpoint(world, tmp_path, processes, number):
-    """As a launcher or a terminal sends it: the workers that read pictures get it too."""
+    """Sent to the process group, as by a launcher or terminal: data-loading workers receive it, too."""
     flags = *SAVING, "--max_steps", 2000, "--dataloader_num_workers", 2, "--dataloader_persistent_workers", "true"
     started = processes.start("train.finetune:main", recipe_arguments(world, tmp_path, *flags))
     until_a_checkpoint(started, tmp_path)
@@ -222,7 +222,7 @@ def test_a_signal_to_all_processes_ends_with_a_checkpoint(world, tmp_path, proce
     assert started.wait() == 128 + number, started.output()[-3000:]
     assert started.group_is_empty()
     assert f"by {number.name}; rerun the same command to resume" in started.output()
-    assert int(last_whole_checkpoint(tmp_path).name.partition("-")[2]) >= 2
+    assert int(last_checkpoint(tmp_path).name.partition("-")[2]) >= 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -236,7 +236,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(world, undisturbed, tmp_pat
 
     monkeypatch.setattr(StopOnSignal, "on_step_end", killed_at_three)
     assert finetune.main(recipe_arguments(world, tmp_path, *SAVING)) == 128 + number
-    assert last_whole_checkpoint(tmp_path).name == "checkpoint-3"
+    assert last_checkpoint(tmp_path).name == "checkpoint-3"
     assert not (tmp_path / "adapter_model.safetensors").exists()
     monkeypatch.undo()
     tune(world, tmp_path, *SAVING)
@@ -245,14 +245,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(world, undisturbed, tmp_pat
 
 def test_half_written_and_foreign_checkpoints_are_not_picked_up(world, undisturbed, tmp_path, capsys):
     tune(world, tmp_path, *SAVING)
-    (tmp_path / "checkpoint-6" / WHOLE).unlink()
+    (tmp_path / "checkpoint-6" / COMPLETE).unlink()
     (tmp_path / "checkpoint-6" / "optimizer.pt").write_bytes(b"half")
-    assert last_whole_checkpoint(tmp_path).name == "checkpoint-4"
+    assert last_checkpoint(tmp_path).name == "checkpoint-4"
     tune(world, tmp_path, *SAVING)
     assert_equal_runs(undisturbed, tmp_path, ADAPTER, 0, 0)
     assert finetune.main(recipe_arguments(world, tmp_path, *SAVING, "--learning_rate", 2e-2)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "is of another run: learning_rate was 0.01, is 0.02" in error
+    assert "belongs to another run: learning_rate was 0.01, now 0.02" in error
 
 
 def test_a_full_disk_is_named_and_the_run_goes_on_afterwards(world, undisturbed, tmp_path, capsys):
@@ -265,14 +265,14 @@ def test_a_full_disk_is_named_and_the_run_goes_on_afterwards(world, undisturbed,
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "cannot write the checkpoint" in error and "is the disk full?" in error
-    assert last_whole_checkpoint(tmp_path / "full") is None
+    assert last_checkpoint(tmp_path / "full") is None
     tune(world, tmp_path / "full", *SAVING)
     assert_equal_runs(undisturbed, tmp_path / "full", ADAPTER, 0, 0)
 
 
 @pytest.mark.slow
 def test_an_export_is_tuned_as_the_model_it_was_made_of(world, undisturbed, tmp_path):
-    """Its adapter fits both, and merged into either gives equal weights."""
+    """Its adapter fits both, and merging it into either gives equal weights."""
     export(*mllm.load(world / "start", device="cpu"), tmp_path / "export")
     out = tune(world, tmp_path / "tuned", f"--model={tmp_path / 'export'}")
     assert_equal_runs(out, undisturbed, ADAPTER, 0, 0)

@@ -1,9 +1,9 @@
-"""The saved tower loads with `trust_remote_code` in a process that never saw this package, also without pycocotools."""
+"""The saved tower loads with `trust_remote_code` in a process without this package and pycocotools."""
 
 import pytest
 import torch
 
-from tests.drawn_back import alpha_map
+from tests.alpha_maps import alpha_map
 from tests.tiny import build_tiny_tower, noise_image, save_model
 from vision_tower import AlphaCLIPImageProcessor, Region
 
@@ -42,9 +42,7 @@ assert "vision_tower" not in sys.modules
 
 
 @pytest.mark.compatibility(
-    "transformers trust_remote_code",
-    "tower and image processor in a process without this package",
-    "equal",
+    "transformers trust_remote_code", "tower and image processor in a process without this package", "equal"
 )
 def test_tower_and_image_processor_load_elsewhere(tmp_path, processes):
     model = build_tiny_tower()

@@ -1,4 +1,4 @@
-"""`alpha-clip score` against one pass of the model for each region and text."""
+"""`alpha-clip score` compared with one forward pass per region and text."""
 
 import re
 
@@ -13,7 +13,7 @@ from tests.tiny import build_tiny_clip, save_model, tiny_clip_config, tiny_clip_
 
 
 def build():
-    """Weights so large that what a region changes reaches the class token."""
+    """A model with weights so large that the region changes the class token."""
     model, processor = build_tiny_clip(alpha_std=1)
     for parameter in model.vision_model.parameters():
         if parameter.ndim == 2:

@@ -18,7 +18,7 @@ from alpha_clip_commands.region_eval import main as region_eval
 from eval.region_matching import DescribedImage, embed_regions
 from mllm.convert.export import export
 from mllm.inference import RegionChat
-from tests.drawn_back import alpha_map
+from tests.alpha_maps import alpha_map
 from tests.files import write_json_lines
 from tests.tiny import build_tiny_blip2, build_tiny_clip, build_tiny_llava, noise_image
 from train.contrastive.data import RegionTextCollator, RegionTexts
@@ -28,7 +28,7 @@ from vision_tower import AlphaPatchEmbedding, Region
 IMAGE = noise_image(64, 32)
 BOX = Region.from_box(24, 8, 40, 24)
 SOFT = dataclasses.replace(BOX, strength=0.3)
-# where the box lies in the tower's input: x0, y0, x1, y1
+# the box in the input of the tower: x0, y0, x1, y1
 PLACES = {"crop": (8, 8, 24, 24), "pad": (12, 12, 20, 20), "stretch": (12, 8, 20, 24)}
 FORMS = {
     "box": BOX,
@@ -44,7 +44,7 @@ def alpha_of(pixel_values):
 
 @pytest.fixture
 def fed(monkeypatch):
-    """The alpha maps (32, 32) that reach a tower, whoever makes it."""
+    """The alpha maps (32, 32) that reach a tower."""
     maps, forward = [], AlphaPatchEmbedding.forward
 
     def noting(self, pixel_values):

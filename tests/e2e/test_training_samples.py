@@ -14,7 +14,7 @@ from alpha_clip_commands.training.tuning_arguments import DataArguments
 from mllm.data.index import RegionIndex
 from mllm.data.prepare import make_index
 from mllm.data.splits import densecap_split
-from tests.drawn_back import alpha_map
+from tests.alpha_maps import alpha_map
 from tests.files import read_json, write_json, write_json_lines
 from tests.tiny import build_tiny_clip, build_tiny_llava, noise_image, save_model
 from tests.training import train
@@ -22,9 +22,9 @@ from train import alpha_clip, finetune
 from train.contrastive import trainer as contrastive_trainer
 from train.contrastive.data import RegionTextDataset
 from train.contrastive.trainer import RegionTextTrainer, _capped
-from train.sampling import ConversationDataset
 from train.trainer import RegionTrainer
 from train.tuning.collators import IGNORE_INDEX
+from train.tuning.conversations import ConversationDataset
 from vision_tower import AlphaCLIPModel
 
 SPLITS = ("test", "train", "unlisted", "val")
@@ -47,7 +47,7 @@ def data(tmp_path_factory):
 
 
 class Ran:
-    """A run of a program, and what its trainer was given."""
+    """A run of a program, and the batches of its trainer."""
 
     def __init__(self, program, model, processor, data, folder, *flags):
         self.trained, self.evaluated, self.scored, self.phrases = [], [], [], []
@@ -75,7 +75,7 @@ class Ran:
         patch.setattr(
             finetune.AnswerScorer,
             "answer",
-            lambda s, *a: self.scored.extend(held.item["image"] for held in s.asked) or answer(s, *a),
+            lambda s, *a: self.scored.extend(held.item["image"] for held in s.questions) or answer(s, *a),
         )
         patch.setattr(finetune, "freeze_document_frequency", lambda texts: self.phrases.extend(texts))
 
@@ -94,9 +94,9 @@ class Ran:
 
 def noting(method, batches):
     def noted(self, model, inputs, *args, **kwargs):
-        # gradient caching and RegionTextTrainer call their parent's method with the same batch
+        # gradient caching and RegionTextTrainer call the parent method with the same batch
         if not any(batch is inputs for batch in batches):
-            batches.append(inputs if "labels" not in inputs else dict(inputs))  # Trainer takes the labels out
+            batches.append(inputs if "labels" not in inputs else dict(inputs))  # Trainer removes the labels
         return method(self, model, inputs, *args, **kwargs)
 
     return noted
@@ -111,13 +111,13 @@ def tuned(data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def contrasted(data, tmp_path_factory):
     model, processor = build_tiny_clip()
-    model.logit_scale.data.fill_(math.log(60))  # so large that smoothing shows
+    model.logit_scale.data.fill_(math.log(60))  # so large that smoothing has an effect
     return Ran(alpha_clip, model, processor, data, tmp_path_factory.mktemp("contrasted"))
 
 
 @pytest.fixture(scope="module")
 def released(data, tmp_path_factory):
-    """With the released loss, and a temperature beyond the largest one."""
+    """With the released loss and a temperature above the maximum."""
     model, processor = build_tiny_clip()
     model.logit_scale.data.fill_(math.log(500))
     flags = "--loss", "released", "--train_parts", "vision_model", "logit_scale"
@@ -154,7 +154,7 @@ def test_regions_are_shown_at_the_drawn_strengths(ran):
 
 
 def test_labels_are_smoothed_in_tuning(tuned):
-    """Of the next token: Trainer itself would smooth the labels of LLaVA without shifting them."""
+    """Shifted to the next token: Trainer would smooth the labels of LLaVA without the shift."""
     model, _ = mllm.load(tuned.start, device="cpu")
     batch = dict(tuned.trained[0])
     labels = batch.pop("labels")[:, 1:]
@@ -199,7 +199,7 @@ def test_the_temperature_that_is_saved_is_capped_and_comes_down_again(released):
 
 
 def test_visual_genomes_images_of_no_split_are_not_trained_on(tmp_path):
-    """DenseCap's splits leave out a tenth of Visual Genome; none of it, nor val and test, is for training."""
+    """The DenseCap splits do not contain a tenth of Visual Genome. Training uses neither it nor val and test."""
     ids = {split: min(densecap_split(split)) for split in ("train", "val", "test")}
     listed = frozenset().union(*map(densecap_split, ids))
     ids["unlisted"] = next(number for number in range(1, 10**6) if number not in listed)

@@ -1,4 +1,4 @@
-"""What `pip install` gives: the wheel holds every file, and its commands run elsewhere, in another environment."""
+"""The wheel contains every file, and its commands run in another environment and folder."""
 
 import configparser
 import json
@@ -34,14 +34,14 @@ print(json.dumps(results))
 
 
 def files_of(folder):
-    """Paths below a folder, with "/" and relative to its parent; no compiled files."""
+    """Paths of the files in a folder, relative to its parent, without bytecode."""
     paths = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return {path.relative_to(folder.parent).as_posix() for path in paths}
 
 
 def run(command, **options):
-    """Run a command that must succeed; its standard output."""
-    # PYTHONPATH would show the commands this checkout.
+    """Run a command that must succeed, and return its standard output."""
+    # PYTHONPATH would make this checkout importable.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environment |= {"HF_HUB_OFFLINE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(
@@ -53,13 +53,13 @@ def run(command, **options):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel, built from a copy: a build/lib left in this folder would put stale files into the next one."""
+    """The wheel, built from a copy of the sources, because a stale build/lib would be included."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for folder in (*PACKAGES, *NOT_SHIPPED):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    # Everything that builds is in [dev]: nothing is downloaded.
+    # The build dependencies are in [dev], so nothing is downloaded.
     flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     run([sys.executable, "-m", "pip", "wheel", *flags, "--wheel-dir", out, source])
     (built,) = out.glob("*.whl")
@@ -68,13 +68,13 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory):
-    """A new environment with the wheel in it; only the dependencies come from this one."""
+    """A new environment with the wheel and the dependencies of this environment."""
     folder = tmp_path_factory.mktemp("environment")
     run([sys.executable, "-m", "venv", "--without-pip", folder])
     python = folder / SCRIPTS_FOLDER / Path(sys.executable).name
     install = ["install", "--quiet", "--no-deps", "--no-index", wheel]
     run([sys.executable, "-m", "pip", "--python", python, *install])
-    # Python does not read the .pth files of a folder that a .pth file adds: an editable install stays behind.
+    # Python ignores .pth files in a folder that a .pth file adds, so an editable install is not found.
     dependencies = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     (site_packages,) = {path.parent for path in folder.rglob("vision_tower")}
     (site_packages / "dependencies.pth").write_text("\n".join(dependencies) + "\n", encoding="utf-8")
@@ -83,7 +83,7 @@ def environment(wheel, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
-    """A folder with packages of its own that are called eval and train, which must not be ours."""
+    """A folder with other packages called eval and train, which must not be imported."""
     folder = tmp_path_factory.mktemp("elsewhere")
     for name in ("eval", "train", "mllm", "vision_tower"):
         (folder / name).mkdir()
@@ -108,7 +108,7 @@ def test_nothing_else_is_in_the_wheel(wheel):
 
 @pytest.fixture(scope="module")
 def results(wheel, environment, elsewhere):
-    """Where the packages come from, then exit code and output of each command line of `command_lines`."""
+    """The locations of the packages, then exit code and output of each command in `command_lines`."""
     probe = environment / SCRIPTS_FOLDER / "run_all.py"
     probe.write_text(RUN_ALL, encoding="utf-8")
     python = environment / SCRIPTS_FOLDER / Path(sys.executable).name
@@ -150,7 +150,7 @@ def test_question_about_a_scene(results):
 
 
 def console_scripts(wheel):
-    """Names of the commands that the wheel installs."""
+    """The commands that the wheel installs."""
     archive = zipfile.ZipFile(wheel)
     (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
     parser = configparser.ConfigParser()

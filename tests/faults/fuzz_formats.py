@@ -29,8 +29,8 @@ from mllm.region_chat.batch import read_requests
 from tests.files import encoded_image
 from tests.fuzzing import HOSTILE, byte_cases, hostile_records, json_cases, pickle_cases
 from tests.tiny import noise_image
-from train.arguments import parse_args
 from train.contrastive import arguments
+from train.tuning.arguments import parse_args
 from vision_tower import AlphaCLIPImageProcessor, Region, conversion
 
 RLE = {"size": [8, 10], "counts": [12, 3, 5, 3, 57]}
@@ -41,7 +41,7 @@ WEIGHTS = Path(__file__).parents[1] / "parity" / "data" / "alpha_clip_original.s
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How the cases of a format are made and read.
+    """How to generate and read the cases of a format.
 
     Attributes:
         cases: Strategy of the bytes of a file.
@@ -57,7 +57,7 @@ class Format:
 
 
 def in_file(name, read):
-    """A reader of a folder, with the case as one of its files."""
+    """A reader that reads a folder in which the case is one file."""
 
     def read_case(folder, content):
         (folder / name).write_bytes(content)
@@ -99,7 +99,7 @@ GENOME = writing(
 )
 REFS = [
     {"ref_id": 1, "ann_id": 5, "image_id": 1, "split": "val", "category_id": 2, "file_name": "p_5.png"}
-    | {"sentences": [{"sent_id": 9, "sent": "the cat", "raw": "The cat", "tokens": ["the", "cat"]}], "sent_ids": [9]},
+    | {"sentences": [{"sent_id": 9, "sent": "the cat", "raw": "The cat", "tokens": ["the", "cat"]}], "sent_ids": [9]}
 ]
 INSTANCES = {
     "images": [{"id": 1, "width": 10, "height": 8, "file_name": "p.png"}],
@@ -171,10 +171,7 @@ JSONL = [
     {**META, "region": {"box": [1, 2, 5, 6]}, "answer": "a cat", "meta": {"area": 0.1}},
     {"image": "p.png", "region": {"rle": RLE}, "references": ["a", "b"]},
 ]
-REQUESTS = [
-    {**META, "region": {"box": [1, 2, 5, 6]}},
-    {"id": 2, "image": "p.png", "region": {"whole": True}},
-]
+REQUESTS = [{**META, "region": {"box": [1, 2, 5, 6]}}, {"id": 2, "image": "p.png", "region": {"whole": True}}]
 PREDICTIONS = [
     {"id": "1", "prediction": "a cat", "references": ["a cat"], "question": "What?", "meta": {"area": 0.1}},
     {"id": "2", "prediction": "a dog", "references": ["it"], "image": "p.png", "region": {"box": [1, 2, 3, 4]}},
@@ -317,7 +314,7 @@ def array_cases(draw):
 
 
 def parsed(content):
-    """JSON as a caller has it, parsed already."""
+    """Parsed JSON, as callers pass it."""
     try:
         return json.loads(content)
     except RecursionError:
@@ -347,7 +344,7 @@ def pth():
 
 @st.composite
 def pickles_in_archives(draw):
-    """A damaged pickle in an archive whose checksums are right."""
+    """A damaged pickle in an archive with correct checksums."""
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(PTH)) as whole, zipfile.ZipFile(file, "w") as archive:
         for name in whole.namelist():
@@ -358,7 +355,7 @@ def pickles_in_archives(draw):
 
 @st.composite
 def headers(draw):
-    """A hostile header before the right tensors."""
+    """A malformed header before correct tensors."""
     length = int.from_bytes(SAFETENSORS[:8], "little")
     header = draw(json_cases(json.loads(SAFETENSORS[8 : 8 + length])))
     return len(header).to_bytes(8, "little") + header + SAFETENSORS[8 + length :]

@@ -6,14 +6,13 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import mllm
 from alpha_clip_commands import alpha_clip
 from mllm import adapter_files, hub, loading
 from tests.files import read_json, write_json
-from tests.tiny import build_tiny_llava
+from tests.tiny import build_tiny_llava, random_adapter, save_model
 from vision_tower.modeling_alpha_clip import ALPHA_WEIGHT
 
 DEEP = b"[" * 100_000
@@ -21,28 +20,21 @@ DEEP = b"[" * 100_000
 
 @pytest.fixture
 def model_dir(tiny_llava_dir, tmp_path):
-    """A copy of the tiny LLaVA's folder."""
+    """A copy of the folder of the tiny LLaVA."""
     return shutil.copytree(tiny_llava_dir, tmp_path / "model")
 
 
 @pytest.fixture(scope="module")
 def adapter_dir(tmp_path_factory):
-    """An adapter of the tiny LLaVA with an alpha weight."""
+    """An adapter for the tiny LLaVA with an alpha weight."""
     folder = tmp_path_factory.mktemp("adapter")
     model, _ = build_tiny_llava()
-    targets = r".*language_model.*\.(q_proj|v_proj)"
-    config = LoraConfig(target_modules=targets, r=4, modules_to_save=["patch_embedding.alpha"])
-    tuned = get_peft_model(model, config)
-    for name, parameter in tuned.named_parameters():
-        if "modules_to_save" in name:
-            torch.nn.init.normal_(parameter)
-    tuned.save_pretrained(folder)
-    return folder
+    return save_model(folder, random_adapter(model, r".*language_model.*\.(q_proj|v_proj)"))
 
 
 @pytest.fixture
 def adapter(adapter_dir, tmp_path):
-    """A copy of that adapter."""
+    """A copy of the adapter."""
     return shutil.copytree(adapter_dir, tmp_path / "adapter")
 
 
@@ -103,14 +95,14 @@ def test_values_of_a_configuration(model_dir, keys, value):
 def test_files_that_are_something_else(model_dir, name, content):
     (model_dir / name).write_bytes(content)
     if content == b"{}" and name == "tokenizer_config.json":
-        return  # every key of it is optional
+        return  # all of its keys are optional
     assert str(model_dir) in refusal(loading.load_processor, model_dir)
 
 
 @pytest.mark.parametrize(
     ("name", "keys", "value"),
     [
-        ("tokenizer.json", ["version"], None),  # an error of the class Exception itself
+        ("tokenizer.json", ["version"], None),  # raises a plain Exception
         ("tokenizer.json", ["added_tokens"], 3),
         ("tokenizer.json", ["model"], {"type": "x"}),
         ("tokenizer_config.json", ["bos_token"], True),
@@ -146,7 +138,7 @@ def test_a_mistake_of_our_own_is_not_taken_for_damage(model_dir, monkeypatch):
     with pytest.raises(TypeError, match="a mistake"):
         loading.load_processor(model_dir)
     with pytest.raises(TypeError), loading.reading("DIR", "cannot load"):
-        hub.offline_options(None)  # raised in os.path, called by our own code
+        hub.offline_options(None)  # raised in os.path, called by this project
 
 
 ADAPTERS = [
@@ -190,11 +182,11 @@ ADAPTERS = [
 
 @pytest.fixture(scope="module")
 def wrapped():
-    """A fresh tiny LLaVA for each adapter, in turn: loading an adapter changes the model."""
+    """A new tiny LLaVA for each adapter, because loading an adapter changes the model."""
     return lambda: build_tiny_llava()[0]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, before the error
+@pytest.mark.filterwarnings("ignore::UserWarning")  # from PEFT, before the error
 @pytest.mark.parametrize(("key", "value"), ADAPTERS, ids=lambda value: ascii(value)[:40])
 def test_values_of_an_adapter(wrapped, adapter, key, value):
     edited(adapter / "adapter_config.json", key, value=value)
@@ -211,7 +203,7 @@ def alpha_of(tensors):
     return next(name for name in tensors if "alpha" in name)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, before the error
+@pytest.mark.filterwarnings("ignore::UserWarning")  # from PEFT, before the error
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
@@ -237,7 +229,7 @@ def test_the_adapter_itself_is_good(wrapped, adapter):
 
 
 def test_merging_puts_the_adapters_alpha_weight_into_the_model(tiny_llava_dir, adapter, tmp_path):
-    """What was trained in full is merged like the matrices: the tower of the new model has the adapter's alpha."""
+    """Fully trained weights are merged too: the tower of the merged model has the alpha weight of the adapter."""
     out = tmp_path / "merged"
     assert alpha_clip.main(["merge", str(adapter), str(out), "--model", str(tiny_llava_dir)]) == 0
     tensors = load_file(adapter / "adapter_model.safetensors")

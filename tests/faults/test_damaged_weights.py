@@ -23,18 +23,18 @@ LAYER = "Qformer.bert.encoder.layer"
 
 @pytest.fixture
 def original():
-    """An original checkpoint: 2 blocks, width 128."""
+    """A checkpoint in the original layout: 2 blocks, width 128."""
     return fixture_tensors("alpha_clip_original.safetensors")
 
 
 @pytest.fixture
 def lavis():
-    """A stage-2 checkpoint of LAVIS without a tower: 3 Q-Former layers 64 wide."""
+    """A stage-2 checkpoint of LAVIS without a tower: 3 Q-Former layers of width 64."""
     return fixture_tensors("lavis_blip2.safetensors")
 
 
 def refusal(read, *args):
-    """The message of the ValueError that `read` raises, of one line and within 2 seconds of computing and 1 GB."""
+    """The one-line message of the ValueError that `read` raises within 2 seconds of CPU time and 1 GB."""
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(ValueError) as caught:
         read(*args)
@@ -69,14 +69,14 @@ KINDS = {
     "0-d": (put("class_embedding", lambda t: torch.tensor(1.0)), r"class_embedding of shape .*got \(\)"),
     "0-d proj": (put("proj", lambda t: torch.tensor(1.0)), r"matrix proj.*got \(\)"),
     "empty": (put("ln_post.weight", lambda t: t[:0]), r"ln_post.weight.*got \(0,\)"),
-    "empty convolution": (put("conv1.weight", lambda t: t[:0]), "none of them empty, got width 0"),
-    "empty patches": (put("conv1.weight", lambda t: t[..., :0]), "none of them empty.*patch 0"),
+    "empty convolution": (put("conv1.weight", lambda t: t[:0]), "not empty, got width 0"),
+    "empty patches": (put("conv1.weight", lambda t: t[..., :0]), "not empty.*patch 0"),
     "empty positions": (put("positional_embedding", lambda t: t[:0]), "positional_embedding"),
     "empty mlp": (put("transformer.resblocks.0.mlp.c_fc.weight", lambda t: t[:0]), "0 in mlp.c_fc"),
     "empty projection": (put("proj", lambda t: t[:, :0]), "0 in proj"),
     "many dimensions": (put("proj", lambda t: torch.zeros([0] * 60)), "proj"),
-    "nan": (put("conv1_alpha.weight", lambda t: t * torch.nan), "conv1_alpha.weight holds NaN"),
-    "infinity": (put(f"{BLOCK}.ln_1.bias", lambda t: t - torch.inf), f"{BLOCK}.ln_1.bias holds NaN or inf"),
+    "nan": (put("conv1_alpha.weight", lambda t: t * torch.nan), "conv1_alpha.weight contains NaN"),
+    "infinity": (put(f"{BLOCK}.ln_1.bias", lambda t: t - torch.inf), f"{BLOCK}.ln_1.bias contains NaN or Inf"),
     "huge block": (renamed(f"{BLOCK}.", "transformer.resblocks.99999999999."), f"lacks {BLOCK}"),
     "endless block": (renamed(f"{BLOCK}.", f"transformer.resblocks.{'9' * 5000}."), f"lacks {BLOCK}"),
     "negative block": (renamed(f"{BLOCK}.", "transformer.resblocks.-1."), f"lacks {BLOCK}"),
@@ -86,7 +86,7 @@ KINDS = {
     "no blocks": (renamed("transformer.", "transformers."), "matrix transformer.resblocks.0"),
     "word for a block": (renamed(f"{BLOCK}.", "transformer.resblocks.x."), f"lacks {BLOCK}"),
     "too many blocks": (blocks(conversion.MAX_BLOCKS + 1), "301 blocks transformer.resblocks.*at most 300"),
-    "two spellings": (put(f"{BLOCK}.attn.in_proj_bias", lambda t: torch.zeros(384)), "two names for one tensor"),
+    "two spellings": (put(f"{BLOCK}.attn.in_proj_bias", lambda t: torch.zeros(384)), "two names of one tensor"),
     "other prefix": (renamed("", "clip.model."), r"expected an original Alpha-CLIP .*clip\.model"),
     "one prefix": (renamed("proj", "module.proj"), r"mixes names .*module\.proj"),
     "newline": (put("a\nb", lambda t: torch.zeros(1)), r"more than .*'a\\nb'"),
@@ -110,7 +110,7 @@ PICKLED = {
     "sparse": (lambda: torch.ones(4, 4).to_sparse(), "proj, got a torch.sparse_coo"),
     "sparse rows": (lambda: torch.ones(4, 4).to_sparse_csr(), "proj, got a torch.sparse_csr"),
     "meta": (lambda: torch.empty(10**12, device="meta"), "proj, got a meta"),
-    "expanded": (lambda: torch.ones(1, 1).expand(10**6, 10**6), "proj of shape .* larger than what is stored"),
+    "expanded": (lambda: torch.ones(1, 1).expand(10**6, 10**6), "proj of shape .* larger than its stored data"),
     "nested": (lambda: {"weight": torch.ones(1)}, "proj: dict"),
     "list": (lambda: [torch.ones(1)], "proj: list"),
     "none": (lambda: None, "proj: NoneType"),
@@ -119,7 +119,7 @@ PICKLED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of formats in beta
+@pytest.mark.filterwarnings("ignore::UserWarning")  # from torch, about beta formats
 @pytest.mark.parametrize("kind", PICKLED)
 def test_what_only_torch_can_save(original, tmp_path, kind):
     make, named = PICKLED[kind]
@@ -150,7 +150,7 @@ def number(value):
 
 
 def tensor_pickle(stored=4, shape=(4,), strides=(1,), offset=0):
-    """{"w": a float32 tensor} as torch.save pickles it, of a storage that is said to hold `stored` numbers."""
+    """{"w": a float32 tensor} as pickled by torch.save, with a storage that states `stored` values."""
     storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + number(stored) + b"tQ"
     sizes = b"".join(b"(" + b"".join(map(number, values)) + b"t" for values in (shape, strides))
     call = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number(offset) + sizes
@@ -166,7 +166,7 @@ def archive(path, pickled, storage=bytes(16), compression=zipfile.ZIP_STORED, **
 
 
 def tuples_of_tuples(depth):
-    """Sixty tuples, each of two references to the one before, as a key: it takes years to hash."""
+    """A dict key of sixty nested tuples, each with two references to the previous one: hashing it takes years."""
     steps = (b"h" + bytes([n]) + b"h" + bytes([n]) + b"\x86q" + bytes([n + 1]) for n in range(depth))
     return b"\x80\x02})q\x00" + b"".join(steps) + b"Ns."
 
@@ -238,7 +238,7 @@ def test_tensors_that_share_a_storage_do_not_unfold_without_end(tmp_path):
     torch.save({"a": shared, "tied": shared}, tmp_path / "tied.pth")
     assert len(checkpoint_files.read_tensors(tmp_path / "tied.pth")) == 2
     torch.save({f"w{n}": shared for n in range(100)}, tmp_path / "weights.pth")
-    assert "more than 2 times its own size" in refusal(checkpoint_files.read_tensors, tmp_path / "weights.pth")
+    assert "more than 2 times its size" in refusal(checkpoint_files.read_tensors, tmp_path / "weights.pth")
 
 
 def test_each_flipped_byte_of_the_weights_is_found(original, tmp_path):
@@ -294,11 +294,11 @@ def test_hostile_headers(tmp_path, kind):
 def test_headers_have_a_limit(tmp_path):
     file = tmp_path / "w.safetensors"
     many = {f"w{n}": entry([0], 0) for n in range(checkpoint_files.MAX_TENSORS + 1)}
-    assert "holds 5,001 tensors" in refusal(conversion.read_tower, safetensors(file, many, b""))
+    assert "contains 5,001 tensors" in refusal(conversion.read_tower, safetensors(file, many, b""))
     assert "header of" in refusal(conversion.read_tower, safetensors(file, b" " * 5_000_000))
     for size in range(9):
         file.write_bytes(b"\xff" * size)
-        assert "cut short" in refusal(conversion.read_tower, file)
+        assert "truncated" in refusal(conversion.read_tower, file)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_headers_have_a_limit(tmp_path):
         (renamed(f"{LAYER}.2.", f"{LAYER}.-2."), rf"lacks {LAYER}\.2"),
         (renamed(f"{LAYER}.1.", f"{LAYER}.3."), rf"lacks {LAYER}\.1"),
         (renamed(f"{LAYER}.0.", f"{LAYER}.3."), rf"{LAYER}\.0"),
-        (put("ln_vision.bias", lambda t: t + torch.inf), "ln_vision.bias holds NaN or infinity"),
+        (put("ln_vision.bias", lambda t: t + torch.inf), "ln_vision.bias contains NaN or Inf"),
     ],
 )
 def test_lavis_checkpoints(lavis, original, tmp_path, damage, named, capsys):

@@ -16,12 +16,12 @@ from tests.fuzzing import limited
 
 INPUTS = Path(__file__).parent / "inputs"
 FAILED = Path(__file__).parents[2] / "build" / "fuzz"
-SHORT = 20  # cases at which a run counts as a short one
+SHORT = 20  # cases of a short run
 
 
 @pytest.fixture
 def folder(tmp_path, request):
-    """A folder with what a format needs beside the case; nothing is logged meanwhile."""
+    """A folder with the other files that a format needs; logging is disabled."""
     FORMATS[request.node.callspec.params["name"]].prepare(tmp_path)
     logging.disable()
     yield tmp_path
@@ -29,7 +29,7 @@ def folder(tmp_path, request):
 
 
 def read(name, folder, content):
-    """Read a case; a ValueError of it is as good as a result."""
+    """Read a case; a ValueError is a valid result."""
     with limited():
         try:
             FORMATS[name].read(folder, content)
@@ -58,7 +58,7 @@ def test_fuzz(name, folder, request):
     def check(content):
         try:
             read(name, folder, content)
-        except (Exception, SystemExit) as error:  # the last one that is kept is the smallest
+        except (Exception, SystemExit) as error:  # the last one is the smallest
             (FAILED / name).mkdir(parents=True, exist_ok=True)
             (FAILED / name / type(error).__name__).write_bytes(content)
             raise

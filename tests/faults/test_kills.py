@@ -36,7 +36,7 @@ disable_tqdm: true
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with tiny models whose alpha weight is not zero, their data, recipes and requests."""
+    """A folder with tiny models (nonzero alpha weight), data, recipes and requests."""
     folder = tmp_path_factory.mktemp("world")
     llava = build_tiny_llava(alpha_std=0.3)
     for name, (model, processor) in (("llava", llava), ("clip", build_tiny_clip(alpha_std=0.3))):
@@ -125,7 +125,7 @@ def finish(started):
         if time.monotonic() > begin + 180:
             for process in started:
                 process.kill_group()
-            raise TimeoutError(f"no end after 180 s: {started[0].output()[-3000:]}")
+            raise TimeoutError(f"still running after 180 s: {started[0].output()[-3000:]}")
         if asked is None and any(process.returncode for process in started):
             asked = time.monotonic()
             for process in started:
@@ -138,7 +138,7 @@ def finish(started):
 
 
 def result(command, out):
-    """The content of the files that must be equal."""
+    """The content of the files that must be bit-identical."""
     contents = {name: (out / name).read_bytes() for name in COMMANDS[command]}
     if "training_record.json" in contents:
         record = json.loads(contents["training_record.json"])
@@ -148,14 +148,14 @@ def result(command, out):
 
 @pytest.fixture(scope="module")
 def undisturbed(world, processes):
-    """The result of a command and how many seconds it took; the folder is gone afterwards, its name is used again."""
+    """The result and the seconds of a command. Its folder is deleted, because the name is used again."""
     known = {}
 
     def run(command, ranks=1):
         if (command, ranks) not in known:
-            processes.run("pass\n")  # the first one waits for the imports, which are no part of the time
+            processes.run("pass\n")  # the first process waits for the imports, which do not count
             out = world / f"{command.__name__}{ranks}"
-            for _ in range(2):  # the first takes longer: it reads what it imports from disk
+            for _ in range(2):  # the first run is slower: its imports are read from disk
                 begin = time.monotonic()
                 started = start(processes, command, world, out, ranks)
                 assert finish(started) == [0] * ranks, started[0].output()[-3000:]
@@ -167,9 +167,7 @@ def undisturbed(world, processes):
 
 
 @pytest.mark.parametrize(
-    ("command", "ranks"),
-    [*((command, 1) for command in COMMANDS), (tune, 2), (evaluate, 2)],
-    ids=named,
+    ("command", "ranks"), [*((command, 1) for command in COMMANDS), (tune, 2), (evaluate, 2)], ids=named
 )
 def test_a_killed_run_gives_the_same_bytes(world, processes, undisturbed, command, ranks, request):
     expected, seconds = undisturbed(command, ranks)
@@ -184,9 +182,9 @@ def test_a_killed_run_gives_the_same_bytes(world, processes, undisturbed, comman
             process.kill_group()
         codes = finish(started)
         killed += -signal.SIGKILL in codes
-        share *= 1 if -signal.SIGKILL in codes else 0.7  # a busy machine measures too long a time
+        share *= 1 if -signal.SIGKILL in codes else 0.7  # the time measured on a busy machine is too long
         if rng.random() < 0.3:
-            continue  # killed again, in what the kill left
+            continue  # killed again after resuming
         again = start(processes, command, world, out, ranks)
         assert finish(again) == [0] * ranks, again[0].output()[-3000:]
         assert result(command, out) == expected
@@ -199,7 +197,7 @@ def test_a_killed_run_gives_the_same_bytes(world, processes, undisturbed, comman
 
 
 def one_error(process):
-    """The last line of a process that failed on bad input or a bad system: one line, no traceback."""
+    """The error line of a failed process; a traceback is an AssertionError."""
     output = process.output()
     assert "Traceback" not in output, output[-3000:]
     line = output.strip().splitlines()[-1]
@@ -228,8 +226,8 @@ def test_a_full_disk_is_an_error_and_the_rerun_gives_the_same_bytes(world, proce
         largest = rng.choice([0, 100, 1000, 4000, 16_000, 60_000])
         (limited,) = start(processes, command, world, out, before=LIMIT.format(largest=largest))
         limited.wait()
-        assert limited.group_is_empty()  # also `cat`: all is printed
-        if limited.returncode != 0:  # the limit may be above every file
+        assert limited.group_is_empty()  # including `cat`
+        if limited.returncode != 0:  # the limit may exceed all files
             assert limited.returncode == 2, limited.output()[-3000:]
             one_error(limited)
         (again,) = start(processes, command, world, out)
@@ -258,7 +256,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(world, processes, command, 
     if mode == 0o755 and os.geteuid() != 0:
         pytest.skip("only root can give a folder away")
     out = world / f"readonly-{mode:o}-{command.__name__}"
-    command(world, out)  # the batch makes its folder
+    command(world, out)  # the batch creates its folder
     out.mkdir(exist_ok=True)
     out.chmod(mode)
     if mode == 0o755:

@@ -1,4 +1,4 @@
-"""Whatever a command is told to write to: what somebody else put there survives, and the error is one line."""
+"""Commands do not replace files that they did not write; the error is one line."""
 
 import os
 
@@ -20,7 +20,7 @@ from tests.tiny import noise_image
 
 
 def tree(folder):
-    """Every name under a folder with its content or, of links, where they lead."""
+    """The content of every file and the target of every link under a folder."""
     return {
         path.relative_to(folder).as_posix(): os.readlink(path)
         if path.is_symlink()
@@ -31,7 +31,7 @@ def tree(folder):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with one of everything that commands read, and where no model can be loaded."""
+    """A folder with an input of each kind, where no model can be loaded."""
     noise_image(60, 40).save(tmp_path / "image.png")
     Image.new("L", (60, 40), 255).save(tmp_path / "mask.png")
     visual_genome_layout.write(tmp_path / "vg", 2, 1, progress=False)
@@ -58,7 +58,7 @@ def place(tmp_path, monkeypatch):
         (eval.attention_map, "load"),
         (mllm.convert.alpha_clip, "read_source"),
         (mllm.convert.lavis, "convert"),
-        (mllm.publish, "check_whole"),
+        (mllm.publish, "check_complete"),
     ):
         monkeypatch.setattr(module, name, unexpected)
     monkeypatch.chdir(tmp_path)
@@ -125,7 +125,7 @@ def test_what_is_not_ours_survives_every_command(place, capsys, what):
     before = tree(place)
     for name, (main, arguments) in WRITERS.items():
         if what == "hidden" and name == "export":
-            continue  # two new files beside what is there
+            continue  # two new files next to existing ones
         if what in ("thesis", "link") and name == "export":
             continue
         refused(main, [*arguments, "out.png"], capsys)
@@ -140,7 +140,7 @@ def test_no_command_writes_over_what_is_read(place, capsys, out):
     before = tree(place)
     for name, (main, arguments) in WRITERS.items():
         if name == "export" and out not in ("loop/x", "mine.jsonl/x"):
-            continue  # its two names are free there
+            continue  # its two files do not exist
         refused(main, [*arguments, out], capsys)
         assert tree(place) == before, name
 
@@ -185,7 +185,7 @@ def test_the_index_lies_in_the_data_and_nothing_else_changes(place, capsys):
     assert before.items() <= after.items()
     assert {name.split("/")[0] for name in after.keys() - before.keys()} == {"region_index"}
     (place / "vg" / "region_index" / "notes.txt").touch()
-    assert "holds more than this command wrote" in refused(alpha_clip.main, ["prepare", "vg", "--source", "vg"], capsys)
+    assert "that this command did not write" in refused(alpha_clip.main, ["prepare", "vg", "--source", "vg"], capsys)
 
 
 def test_an_index_of_an_earlier_version_loads_and_is_replaced(place, capsys):

@@ -1,4 +1,4 @@
-"""After any error, in any process, both training programs say what failed and end, and nothing of them is left."""
+"""After an error in any process, both training programs report it, end, and leave no process running."""
 
 import importlib
 import multiprocessing
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from alpha_clip_commands.command_line import stopping_signals
 from tests.faults.training_runs import BIN, PROGRAMS, make_worlds, note_time, run_until_it_ends  # noqa: F401, the scripts call note_time
 from train import run as train_run
-from train.sampling import PictureDataset
+from train.region_dataset import RegionDataset
 from train.trainer import RegionTrainer
 
 ROOT_FOLDER = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ def raising(error):
 
 
 def from_call(number, fail, original):
-    """`original`, until it is called for the last time."""
+    """A function that calls `original`, and `fail` at the call with this number."""
     calls = []
 
     def called(*args, **kwargs):
@@ -57,17 +57,17 @@ def kill_itself(*args):
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 # name: where, at which call, what happens, exit code, what is said in one line (None: a traceback)
 FAULTS = {
-    "data": (PictureDataset, "__getitem__", 3, raising(ValueError("the data is\nbad")), 2, "the data is bad"),
-    "unreadable file": (PictureDataset, "__getitem__", 3, raising(PermissionError(13, "no", "f")), 2, "f"),
-    "killed worker": (PictureDataset, "__getitem__", 3, kill_itself, 2, "DataLoader worker (pid"),
-    "worker without memory": (PictureDataset, "__getitem__", 3, raising(MemoryError()), 2, "out of memory"),
-    "mistake in a worker": (PictureDataset, "__getitem__", 3, raising(TypeError("our mistake")), 1, None),
+    "data": (RegionDataset, "__getitem__", 3, raising(ValueError("the data is\nbad")), 2, "the data is bad"),
+    "unreadable file": (RegionDataset, "__getitem__", 3, raising(PermissionError(13, "no", "f")), 2, "f"),
+    "killed worker": (RegionDataset, "__getitem__", 3, kill_itself, 2, "DataLoader worker (pid"),
+    "worker without memory": (RegionDataset, "__getitem__", 3, raising(MemoryError()), 2, "out of memory"),
+    "mistake in a worker": (RegionDataset, "__getitem__", 3, raising(TypeError("our mistake")), 1, None),
     "memory": (RegionTrainer, "training_step", 2, raising(NO_MEMORY), 2, "lower per_device_train_batch_size"),
     "mistake": (RegionTrainer, "training_step", 2, raising(TypeError("our mistake")), 1, None),
     "interrupted": (RegionTrainer, "training_step", 2, raising(KeyboardInterrupt()), 130, None),
     "evaluation": (RegionTrainer, "_evaluate", 1, raising(ValueError("no answers")), 2, "no answers"),
     "checkpoint": (RegionTrainer, "_save_optimizer_and_scheduler", 1, raising(OSError(28, "full")), 2, "disk full?"),
-    "last save": (train_run, "write_record", 1, raising(SafetensorError("I/O error")), 2, "disk full?"),
+    "last save": (train_run, "write_training_record", 1, raising(SafetensorError("I/O error")), 2, "disk full?"),
 }
 
 
@@ -193,7 +193,7 @@ if os.environ["RANK"] == "{rank}":
     ("name", "rank"),
     [
         *((name, rank) for name in ("data", "killed worker", "memory", "mistake") for rank in (0, 1)),
-        ("checkpoint", 0),  # the second rank writes none
+        ("checkpoint", 0),  # only rank 0 writes one
     ],
 )
 def test_two_ranks_end_within_seconds(recipes, tmp_path, processes, name, program, rank):

@@ -1,4 +1,4 @@
-"""What training leaves out, what it keeps on disk, and how ranks agree to end: small cases of each."""
+"""Skipped samples, checkpoints on disk, and the shutdown of several ranks in training."""
 
 import os
 import shutil
@@ -19,13 +19,14 @@ from tests.faults.training_runs import make_worlds
 from tests.files import read_json, write_json_lines
 from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_image
 from train import finetune, output
+from train import process as train_process
 from train import run as train_run
 from train import trainer as trainers
-from train.output import TRAINING_RECORD, WHOLE, last_whole_checkpoint, remove_older_checkpoints
-from train.sampling import ConversationDataset
+from train.output import COMPLETE, TRAINING_RECORD, last_checkpoint, remove_older_checkpoints
 from train.skipped import SKIPPED, read_skipped
 from train.trainer import RegionTrainer
 from train.tuning.collators import IGNORE_INDEX, ConversationCollator
+from train.tuning.conversations import ConversationDataset
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -43,7 +44,7 @@ def flags(recipe, out, *more):
 
 
 def indexed(folder, regions, size=(64, 32)):
-    """An index of one image with an answer for each region."""
+    """An index with one image and one answer per region."""
     noise_image(*size).save(folder / "0.png")
     lines = [{"image": "0.png", "region": region, "answer": "red", "meta": {"split": TRAIN}} for region in regions]
     write_json_lines(folder / "own.jsonl", lines)
@@ -85,7 +86,7 @@ def test_a_region_outside_of_the_image_that_is_there_is_left_out(tmp_path):
 
 
 def checkpoints(out):
-    return sorted(folder.name for folder in Path(out).glob("checkpoint-*") if (folder / WHOLE).exists())
+    return sorted(folder.name for folder in Path(out).glob("checkpoint-*") if (folder / COMPLETE).exists())
 
 
 @pytest.mark.parametrize(
@@ -103,8 +104,8 @@ def checkpoints(out):
 def test_only_older_whole_checkpoints_are_removed(tmp_path, keep, best, left):
     for step in (2, 4, 6, 8, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        if step != 100:  # half-written: it neither counts nor goes
-            (tmp_path / f"checkpoint-{step}" / WHOLE).write_text("{}")
+        if step != 100:  # incomplete: neither counted nor removed
+            (tmp_path / f"checkpoint-{step}" / COMPLETE).write_text("{}")
     remove_older_checkpoints(tmp_path, keep, best and str(tmp_path / f"checkpoint-{best}"))
     assert checkpoints(tmp_path) == [f"checkpoint-{step}" for step in left]
     assert (tmp_path / "checkpoint-100").is_dir()
@@ -201,7 +202,7 @@ def test_a_closed_terminal_ends_with_a_checkpoint(recipe, tmp_path, processes):
         "train.finetune:main", flags(recipe, tmp_path, "--disable_tqdm", "false", "--logging_steps", 1), before=before
     )
     assert run.wait() == 128 + signal.SIGHUP
-    assert last_whole_checkpoint(tmp_path).name == "checkpoint-3"
+    assert last_checkpoint(tmp_path).name == "checkpoint-3"
 
 
 def in_ranks(processes, recipe, out, *more, before=("", "")):
@@ -233,7 +234,7 @@ def test_a_signal_to_one_rank_ends_both_and_they_resume_to_the_same_bytes(recipe
     stop = AT_STEP.format(what="os.kill(os.getpid(), signal.SIGTERM)")
     codes, said = in_ranks(processes, recipe, tmp_path, before=("", stop))
     assert codes == [143, 143], said
-    assert last_whole_checkpoint(tmp_path).name == "checkpoint-3"
+    assert last_checkpoint(tmp_path).name == "checkpoint-3"
     codes, said = in_ranks(processes, recipe, tmp_path)
     assert codes == [0, 0], said
     assert saved(tmp_path) == two_ranks
@@ -257,7 +258,7 @@ def test_a_finished_training_under_deepspeed_saves_the_same_again(recipe, tmp_pa
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("DeepSpeed compiles what its ranks on CPUs talk through: no C++ compiler here")
     contents = []
-    killed = "from train import run\nrun.write_record = lambda *args: os.kill(os.getpid(), 9)"
+    killed = "from train import run\nrun.write_training_record = lambda *args: os.kill(os.getpid(), 9)"
     for name, before in (("undisturbed", ""), ("killed", killed)):
         codes, said = in_ranks(processes, recipe, tmp_path / name, "--deepspeed", stage, before=(before, ""))
         assert (codes == [0, 0]) == (not before), said
@@ -270,14 +271,14 @@ def test_a_finished_training_under_deepspeed_saves_the_same_again(recipe, tmp_pa
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_does_not_interrupt_the_last_save(recipe, tmp_path, monkeypatch, number):
-    """Without checkpoints the whole training would be lost."""
-    original = train_run.write_record
+    """Without checkpoints, the entire training would be lost."""
+    original = train_run.write_training_record
 
     def signalled(*args):
         os.kill(os.getpid(), number)
         original(*args)
 
-    monkeypatch.setattr(train_run, "write_record", signalled)
+    monkeypatch.setattr(train_run, "write_training_record", signalled)
     before = signal.getsignal(number)
     assert finetune.main(flags(recipe, tmp_path, "--save_strategy", "no", "--max_steps", 1)) == 0
     assert signal.getsignal(number) is before
@@ -297,11 +298,11 @@ def test_a_lock_that_cannot_be_removed_hides_no_error(tmp_path, monkeypatch):
 
 
 def test_lost_workers_and_closed_outputs_are_explained(capsys):
-    assert "loader worker" in train_run.explanation(ConnectionResetError(104, "Connection reset by peer"))
-    assert "loader worker" in train_run.explanation(EOFError())
+    assert "loader worker" in train_process.explanation(ConnectionResetError(104, "Connection reset by peer"))
+    assert "loader worker" in train_process.explanation(EOFError())
 
     def closed(arguments):
         raise BrokenPipeError(32, "Broken pipe")
 
-    assert train_run.run_command("p", closed, []) == 141
+    assert train_process.run_command("p", closed, []) == 141
     assert capsys.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""A run that is run again: finished, killed during its last save, killed between two logs, with items left out."""
+"""Rerun training: finished runs, runs killed during the last save or between two logs, and skipped samples."""
 
 import importlib
 import os
@@ -13,9 +13,10 @@ from tests.faults.training_runs import PROGRAMS, make_worlds
 from tests.files import read_json, write_json
 from tests.processes import Killed
 from train import run as train_run
-from train.output import TRAINING_RECORD, last_whole_checkpoint
+from train.output import TRAINING_RECORD, last_checkpoint
 from train.skipped import SKIPPED, read_skipped
-from train.trainer import RegionTrainer, StopOnSignal
+from train.stop_on_signal import StopOnSignal
+from train.trainer import RegionTrainer
 
 BOTH = ["region-tune", pytest.param("alpha-clip train", marks=pytest.mark.slow)]
 WEIGHTS = {"region-tune": "adapter_model.safetensors", "alpha-clip train": "model.safetensors"}
@@ -32,7 +33,7 @@ def train(recipes, program, out, *flags):
 
 
 def content(out, program):
-    """What a run must leave the same each time: the bytes of its weights, its record but for the times."""
+    """The reproducible output of a run: the bytes of its weights, and its record without times."""
     record = read_json(out / TRAINING_RECORD)
     assert record.pop("times")
     assert not any("runtime" in name or "second" in name for entry in record["log"] for name in entry)
@@ -94,7 +95,7 @@ def lose_weights_after_the_end(out, weights):
 @pytest.mark.parametrize("damage", [damage_nothing, pytest.param(cut_weights, marks=pytest.mark.slow)])
 def test_a_run_killed_in_its_last_save_saves_again(recipes, undisturbed, tmp_path, monkeypatch, program, damage):
     with monkeypatch.context() as patch:
-        patch.setattr(train_run, "write_record", killed)
+        patch.setattr(train_run, "write_training_record", killed)
         with pytest.raises(Killed):
             train(recipes, program, tmp_path)
     assert not (tmp_path / TRAINING_RECORD).exists()
@@ -102,7 +103,7 @@ def test_a_run_killed_in_its_last_save_saves_again(recipes, undisturbed, tmp_pat
     untrainable(monkeypatch)
     assert train(recipes, program, tmp_path) == 0
     assert content(tmp_path, program) == content(undisturbed[program], program)
-    assert last_whole_checkpoint(tmp_path).name == "checkpoint-6"
+    assert last_checkpoint(tmp_path).name == "checkpoint-6"
 
 
 @pytest.mark.slow
@@ -123,7 +124,7 @@ def test_a_run_without_checkpoints_killed_in_its_last_save_trains_again(
 ):
     flags = "--save_strategy", "no"
     with monkeypatch.context() as patch:
-        patch.setattr(train_run, "write_record", killed)
+        patch.setattr(train_run, "write_training_record", killed)
         with pytest.raises(Killed):
             train(recipes, program, tmp_path, *flags)
     assert train(recipes, program, tmp_path, *flags) == 0
@@ -141,7 +142,7 @@ def test_a_run_stopped_between_two_logs_logs_the_same(recipes, undisturbed, tmp_
     def stopped_at_three(self, args, state, control, **kwargs):
         if state.global_step == 3:
             os.kill(os.getpid(), number)
-            os.kill(os.getpid(), number)  # launchers repeat it
+            os.kill(os.getpid(), number)  # launchers send it twice
         original(self, args, state, control, **kwargs)
 
     before = signal.getsignal(number)
@@ -149,7 +150,7 @@ def test_a_run_stopped_between_two_logs_logs_the_same(recipes, undisturbed, tmp_
         patch.setattr(StopOnSignal, "on_step_end", stopped_at_three)
         assert train(recipes, program, tmp_path) == 128 + number
     assert signal.getsignal(number) is before
-    assert last_whole_checkpoint(tmp_path).name == "checkpoint-3"
+    assert last_checkpoint(tmp_path).name == "checkpoint-3"
     assert train(recipes, program, tmp_path) == 0
     assert content(tmp_path, program) == content(undisturbed[program], program)
 
@@ -220,7 +221,7 @@ def test_a_folder_inside_the_data_and_one_of_an_earlier_version_are_taken(recipe
 
 
 def spoiled(recipes, folder):
-    """A copy of the data in which one answer is too long, one region lies outside and one image is damaged."""
+    """A copy of the data with a too long answer, a region outside the image and a damaged image."""
     shutil.copytree(recipes["region-tune"].parent / "train", folder, ignore=shutil.ignore_patterns("region_index"))
     described = read_json(folder / "region_descriptions.json")
     described[0]["regions"][0]["phrase"] = "a word " * 400
@@ -255,7 +256,7 @@ def test_items_that_cannot_be_used_are_left_out_the_same_way_each_time(recipes, 
         assert {item.name.rpartition("/")[2] for item in listed} >= {"3.png"}
     assert contents[0] == contents[1]
     record = contents[0][1]
-    assert len(record["skipped_pictures"]) == 1 and len(record["skipped_regions"]) >= 1
+    assert len(record["skipped_images"]) == 1 and len(record["skipped_regions"]) >= 1
     assert any("the model reads 512" in item.reason for item in listed)
     capsys.readouterr()
     assert train(recipes, program, tmp_path / "refused", *flags, "--max_missing", 0.001) == 2

@@ -1,4 +1,4 @@
-"""Real training runs that end in an error: launched, waited for with a limit, and looked after for what they leave."""
+"""Training runs that fail: launched, stopped after a time limit, and checked for processes left running."""
 
 import contextlib
 import os
@@ -33,7 +33,7 @@ disable_tqdm: true
 
 
 def make_worlds(folder: Path) -> dict[str, Path]:
-    """A recipe for each program, with its tiny model and its data."""
+    """A recipe for each program, with a tiny model and data."""
     recipes = {}
     for name, build, layout in (
         ("region-tune", build_tiny_llava, visual_genome_layout),
@@ -51,7 +51,7 @@ def make_worlds(folder: Path) -> dict[str, Path]:
 
 
 class Ended(NamedTuple):
-    """How a run ended: exit code, seconds from the fault to the end of its last process, and all it printed."""
+    """The end of a run: exit code, seconds from the fault to the end of its last process, and output."""
 
     code: int
     seconds: float
@@ -63,8 +63,8 @@ class Ended(NamedTuple):
 
 
 def run_until_it_ends(command: list, limit: float, fault_time: Path, **environment: str) -> Ended:
-    """Run a command, which writes the time of its fault to a file; AssertionError if it, or a process that it started,
-    is still there `limit` seconds after the fault.
+    """Run a command that writes the time of its fault to a file. AssertionError if the command or one of its child
+    processes is still running `limit` seconds after the fault.
     """
     mark = uuid.uuid4().hex
     path = f"{BIN}:{os.environ['PATH']}"
@@ -78,11 +78,11 @@ def run_until_it_ends(command: list, limit: float, fault_time: Path, **environme
         start_new_session=True,
     )
     try:
-        output, _ = started.communicate(timeout=limit + 90)  # to start takes a while
+        output, _ = started.communicate(timeout=limit + 90)  # startup takes a while
         while processes_of(mark) and time.time() - float(fault_time.read_text()) < limit:
             time.sleep(0.05)
         seconds = time.time() - float(fault_time.read_text())
-        assert not processes_of(mark), f"left behind after {seconds:.1f} s: {processes_of(mark)}\n{output[-3000:]}"
+        assert not processes_of(mark), f"still running after {seconds:.1f} s: {processes_of(mark)}\n{output[-3000:]}"
     finally:
         for process in processes_of(mark):
             with contextlib.suppress(ProcessLookupError):
@@ -92,14 +92,14 @@ def run_until_it_ends(command: list, limit: float, fault_time: Path, **environme
 
 
 def note_time(path: str) -> None:
-    """Write the present time to a file, whole: a worker may be killed meanwhile."""
+    """Write the current time to a file atomically, because a worker may be killed meanwhile."""
     own = f"{path}.{os.getpid()}"
     Path(own).write_text(str(time.time()))
     os.replace(own, path)
 
 
 def processes_of(mark: str) -> list[int]:
-    """The processes that carry a mark in their environment."""
+    """The processes with a mark in their environment."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended

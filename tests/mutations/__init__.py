@@ -1,1 +1,1 @@
-"""Mutations of the sources, and whether the tests notice them: `make mutations`, `make mutations-known`."""
+"""Mutation testing: `make mutations`, `make mutations-known`."""

@@ -1,7 +1,7 @@
-"""Which tests execute which lines of the packages, measured once, and the tests to run for a mutation.
+"""The lines of the packages that each test executes, measured once, and the tests to run for a mutation.
 
-As a pytest plugin (`-p tests.mutations.coverage`) it writes the map; lines that a fixture executes belong to every test
-that uses it, whichever of them is the first.
+As a pytest plugin (`-p tests.mutations.coverage`), this module writes the coverage map. Lines that a fixture executes
+are attributed to every test that uses the fixture.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAP = "ALPHA_MUTATIONS_MAP"  # the file that the plugin writes
 
 
 def sources_digest() -> str:
-    """Of all sources and tests: a map of others is measured again."""
+    """Digest of all sources and tests; the coverage is measured again if it changes."""
     digest = hashlib.sha256()
     for file in python_files(str(ROOT), (*PACKAGES, "scripts", "tests")):
         digest.update(file.encode() + (ROOT / file).read_bytes())
@@ -36,11 +36,11 @@ def sources_digest() -> str:
 
 
 class Tracer:
-    """Notes the lines of the packages that run, by context: a test or a fixture."""
+    """Records the executed lines of the packages for each context (test or fixture)."""
 
     def __init__(self) -> None:
         self.prefixes = tuple(f"{ROOT}{os.sep}{package}{os.sep}" for package in PACKAGES)
-        self.lines_of: dict[Any, frozenset | None] = {}  # of a code object; None where it is not ours
+        self.lines_of: dict[Any, frozenset | None] = {}  # of a code object; None outside the packages
         self.contexts: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         self.stack: list[str] = []
         self.current: dict[str, set[int]] = {}
@@ -76,7 +76,7 @@ class Tracer:
 
 
 class Plugin:
-    """Writes the map at the end of a run of the tests."""
+    """Writes the coverage map at the end of the test run."""
 
     def __init__(self) -> None:
         self.tracer = Tracer()
@@ -132,7 +132,7 @@ def _key(definition: Any) -> str:
 
 
 def _installed() -> set[str]:
-    """Top-level names of what is installed; nothing of ours, and nothing that a test made."""
+    """Top-level names of the imported modules that are installed, without the packages of this project."""
     found = set()
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
@@ -142,13 +142,13 @@ def _installed() -> set[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the plugin where a map is asked for."""
+    """Register the plugin if a coverage map is requested."""
     if os.environ.get(MAP):
         config.pluginmanager.register(Plugin())
 
 
 class Coverage:
-    """A map that was measured."""
+    """A measured coverage map."""
 
     def __init__(self, path: Path) -> None:
         content = json.loads(path.read_text("utf-8"))
@@ -167,13 +167,13 @@ class Coverage:
                     self.tests_of[file, line].update(users)
         self.texts = {file: (ROOT / file).read_text("utf-8") for file in python_files(str(ROOT), PACKAGES)}
 
-    def leave_out(self, tests: Iterable[str]) -> None:
-        """Select these tests for no mutation."""
+    def exclude(self, tests: Iterable[str]) -> None:
+        """Never select these tests."""
         for found in self.tests_of.values():
             found.difference_update(tests)
 
     def tests(self, mutation: Mutation) -> set[str]:
-        """The tests that execute a mutation: its statement, or what uses the names that a module-level one sets."""
+        """The tests that execute the mutated statement or, at module level, use a name that it assigns."""
         lines, names = place(self.texts[mutation.file], mutation.line)
         if lines:
             return self._covering(mutation.file, lines)
@@ -188,7 +188,7 @@ class Coverage:
         return set().union(*(self.tests_of.get((file, line), ()) for line in lines))
 
     def selected(self, mutation: Mutation, budget: float) -> list[str]:
-        """As many of them as take `budget` seconds: first the test file of the module, then the cheapest files."""
+        """Tests of at most `budget` seconds: first the test file of the module, then the fastest files."""
         files: dict[str, list[str]] = defaultdict(list)
         for test in self.tests(mutation):
             files[test.partition("::")[0]].append(test)
@@ -205,15 +205,15 @@ class Coverage:
 
 
 def place(text: str, line: int) -> tuple[set[int], re.Pattern | None]:
-    """The lines of the statement at a line inside of a function; elsewhere no line, and what the statement names."""
+    """The lines of a statement in a function; at module level no lines, and a pattern of the names it assigns."""
     inside, innermost, statement = False, None, None
-    for node in ast.walk(ast.parse(text)):  # from the outside in
+    for node in ast.walk(ast.parse(text)):  # outer nodes first
         if not isinstance(node, ast.stmt) or not node.lineno <= line <= node.end_lineno:
             continue
         if isinstance(node, ast.FunctionDef):
             innermost, inside = node, line >= node.body[0].lineno
         statement = node
-    if innermost is not None and not inside:  # a default of an argument
+    if innermost is not None and not inside:  # a default value
         return set(range(innermost.body[0].lineno, innermost.end_lineno + 1)), None
     if inside:
         body = getattr(statement, "body", None)

@@ -1,6 +1,4 @@
-"""Mutations that the tests must notice, in known.json: each a text of a file, what it becomes, and the tests that must
-then fail.
-"""
+"""Known mutations (known.json): a text of a source file, its replacement, and the tests that must then fail."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.files import ROOT
 
 
 class Row(NamedTuple):
@@ -21,22 +19,22 @@ class Row(NamedTuple):
     tests: list[str]
 
     def problem(self) -> str | None:
-        """Why the row no longer says anything; None where it does."""
+        """Why the row is outdated; None if it is valid."""
         path = ROOT / self.file
         found = path.read_text("utf-8").count(self.old) if path.is_file() else 0
         if found != 1:
-            return f"expected its text once in {self.file}, got {found} times; give the row today's text: {self.old!r}"
+            return f"expected its text once in {self.file}, got {found} times; update the row: {self.old!r}"
         if self.old == self.new or not self.tests:
-            return "expected a change and tests that notice it"
+            return "expected a change and tests that detect it"
         for test in self.tests:
             file, _, function = test.partition("::")
             if not (ROOT / file).is_file() or f"def {function}(" not in (ROOT / file).read_text("utf-8"):
-                return f"there is no test {test}"
+                return f"test not found: {test}"
         compile(self.applied(), self.file, "exec", dont_inherit=True)
         return None
 
     def applied(self) -> str:
-        """The changed file."""
+        """The mutated file."""
         return (ROOT / self.file).read_text("utf-8").replace(self.old, self.new)
 
 

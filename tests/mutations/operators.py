@@ -1,7 +1,7 @@
-"""A source file -> the changes of one place in it that should change a result.
+"""Mutations of a source file: small changes, each of which should change a result.
 
-Left out: docstrings and other texts, annotations, decorators, everything inside `raise`, and calls that only log, print
-or show progress.
+Docstrings and other texts, annotations, decorators, `raise` statements, and calls that only log, print or show progress
+are not mutated.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ _COMPARISONS = {
 _ARITHMETIC = {"+": "-", "-": "+", "*": "/", "/": "*", "//": "*", "%": "*", "**": "*", "|": "&", "&": "|", "@": "*"}
 _OPPOSITES = {"min": "max", "minimum": "maximum", "any": "all", "floor": "ceil", "argmin": "argmax"}
 _OPPOSITES |= {value: key for key, value in _OPPOSITES.items()}
-# Functions and methods whose calls say something and compute nothing, and the texts of commands.
+# Functions and methods that only print, log or configure output.
 _TALK = {"print", "warn", "debug", "info", "warning", "error", "tqdm", "say", "say_error", "set_description"}
 _TALK |= {"filterwarnings", "set_verbosity_error", "disable_progress_bar", "progress.update"}
-_ORDERED = {"isinstance", "issubclass", "hasattr", "getattr"}  # swapped arguments are a TypeError, no result
+_ORDERED = {"isinstance", "issubclass", "hasattr", "getattr"}  # swapped arguments raise TypeError
 _TEXTS = {"__repr__", "__str__", "to_text"}
-# Keyword arguments that change no result: texts for people, and checks that only turn one error into another.
+# Keyword arguments that do not change a result: texts, and checks that only replace one error by another.
 _SILENT = {"help", "metavar", "metadata", "description", "desc", "unit", "prog", "strict", "encoding", "disable"}
 _SILENT |= {"stacklevel", "category", "formatter_class", "label"}
 
 
 class Mutation(NamedTuple):
-    """One change: text of the file from `start` to `end` (characters) becomes `new`."""
+    """A replacement of the characters from `start` to `end` of a file."""
 
     file: str
     function: str
@@ -45,16 +45,16 @@ class Mutation(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What identifies it, wherever its line stands."""
+        """A name that does not depend on the line number."""
         return f"{self.file}::{self.function}::{self.source}::{self.operator}::{self.number}"
 
     def applied(self, text: str) -> str:
-        """The changed file."""
+        """The mutated file."""
         return text[: self.start] + self.new + text[self.end :]
 
 
 def mutations_of(file: str, text: str) -> list[Mutation]:
-    """All mutations of a source file, in order; each compiles and differs from the original."""
+    """All mutations of a source file, in order. Each compiles and differs from the original."""
     finder = _Finder(file, text)
     finder.visit(ast.parse(text))
     found, seen = [], {}
@@ -62,7 +62,7 @@ def mutations_of(file: str, text: str) -> list[Mutation]:
         changed = mutation.applied(text)
         try:
             compile(changed, file, "exec", dont_inherit=True)
-        except (SyntaxError, ValueError):  # a `not` in a place that takes none
+        except (SyntaxError, ValueError):  # a `not` where the syntax does not allow it
             continue
         if changed != text:
             number = seen[mutation.name] = seen.get(mutation.name, -1) + 1
@@ -81,10 +81,10 @@ class _Finder(ast.NodeVisitor):
         self.returns: list[ast.expr | None] = []
         self.found: list[Mutation] = []
 
-    # places
+    # positions
 
     def at(self, line: int, column: int) -> int:
-        """Position in the text of a place that `ast` gives in bytes of a line."""
+        """Character offset in the text of a position that `ast` gives as a line and byte offset."""
         return self.offsets[line - 1] + len(self.lines[line - 1].encode()[:column].decode())
 
     def span(self, node: ast.AST) -> tuple[int, int]:
@@ -103,14 +103,14 @@ class _Finder(ast.NodeVisitor):
         self.add(operator, *self.span(node), new)
 
     def between(self, operator: str, left: ast.AST, right: ast.AST, swaps: dict[str, str]) -> None:
-        """Swap the one operator that stands between two nodes."""
+        """Replace the operator between two nodes."""
         start, end = self.span(left)[1], self.span(right)[0]
         words = "|".join(sorted((re.escape(word) for word in swaps), key=len, reverse=True))
         gap = re.sub(r"#[^\n]*", lambda comment: " " * len(comment[0]), self.text[start:end])
         if match := re.search(rf"(?<![\w]){words}(?![\w])" if swaps is _WORDS else words, gap):
             self.add(operator, start + match.start(), start + match.end(), swaps[match[0]])
 
-    # what is passed over
+    # not mutated
 
     def visit(self, node: ast.AST) -> None:
         if isinstance(node, ast.Raise | ast.Import | ast.ImportFrom | ast.JoinedStr | ast.Assert):
@@ -248,7 +248,7 @@ class _Finder(ast.NodeVisitor):
             self.visit(child)
 
     def drop(self, keyword: ast.keyword, call_end: int) -> None:
-        """Take a keyword argument away, with the comma behind or before it."""
+        """Remove a keyword argument and the comma before or after it."""
         start, end = self.span(keyword)
         if behind := re.match(r"\s*,[ ]?", self.text[end:call_end]):
             end += behind.end()
@@ -270,7 +270,7 @@ def _talks(call: ast.Call) -> bool:
 
 
 def python_files(root: str, packages: tuple[str, ...]) -> Iterator[str]:
-    """Source files of the packages, relative to `root`; the code saved beside the shipped weights is a copy."""
+    """Source files of the packages, relative to `root`, without the copies saved with the embedded model."""
     for package in packages:
         for path in sorted(Path(root, package).rglob("*.py")):
             if "assets" not in path.parts:

@@ -1,6 +1,4 @@
-"""A process that has imported everything but our packages, and forks a child for each mutation: no child imports torch
-again.
-"""
+"""Forks a child for each mutation from a process that has imported all dependencies, so that no child imports torch."""
 
 from __future__ import annotations
 
@@ -20,25 +18,25 @@ from typing import NamedTuple
 
 from tests.mutations.coverage import PACKAGES, ROOT
 
-_MEMORY = 32 << 30  # bytes of addresses that a child may have: a changed size could ask for all
+_MEMORY = 32 << 30  # address space of a child in bytes: a mutated size could allocate all memory
 _OURS = (*PACKAGES, "scripts", "tests", "conftest")
 
 
 class Outcome(NamedTuple):
-    """How the tests of a child ended."""
+    """The result of the tests in a child."""
 
-    code: int  # of pytest; negative: killed by a signal
+    code: int  # exit code of pytest; negative if killed by a signal
     failed: list[str]  # tests, or files that could not be collected
     late: bool
     seconds: float
 
 
 class Server:
-    """A copy of the tree in `folder`, in which one file at a time is changed and tests are run.
+    """A copy of the source tree, in which one file at a time is mutated and tests are run.
 
     Args:
-        folder: Taken over; what is in it is deleted.
-        modules: What a child will import, in order.
+        folder: Folder for the copy; its content is deleted.
+        modules: The modules that a child will import, in order.
     """
 
     def __init__(self, folder: Path, modules: Iterable[str]) -> None:
@@ -56,7 +54,7 @@ class Server:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for name in modules:
-                # what a test has made or patched while the map was measured
+                # a module that a test created or patched during the measurement
                 with contextlib.suppress(ImportError, AttributeError, RuntimeError, OSError):
                     importlib.import_module(name)
         self.changed = 0
@@ -68,12 +66,12 @@ class Server:
 
     @contextlib.contextmanager
     def changed_file(self, file: str, text: str) -> Iterator[None]:
-        """The file with another text, as long as the context lasts."""
+        """Replace the text of a file while the context is active."""
         path = self.tree / file
         before, times = path.read_bytes(), (path.stat().st_atime, path.stat().st_mtime)
         self.changed += 1
         path.write_text(text, "utf-8")
-        os.utime(path, (times[0], times[1] + self.changed))  # no compiled file is taken for it
+        os.utime(path, (times[0], times[1] + self.changed))  # so that no stale bytecode is used
         try:
             yield
         finally:
@@ -81,13 +79,13 @@ class Server:
             os.utime(path, times)
 
     def run(self, tests: Sequence[str], limit: float, *, first_only: bool = True, keep: bool = False) -> Outcome:
-        """Run tests in a child, until the first fails with `first_only`; after `limit` seconds it is killed.
+        """Run tests in a child, which is killed after `limit` seconds.
 
         Args:
-            tests: Node ids, or pytest's flags.
+            tests: Node IDs, or flags of pytest.
             limit: Seconds.
-            first_only: Whether one failure is enough.
-            keep: Whether Python may keep compiled files: only of the unchanged tree.
+            first_only: Whether to stop at the first failure.
+            keep: Whether to write bytecode: only for the tree without mutations.
         """
         report, began = self.folder / "failed.txt", time.monotonic()
         report.write_text("", "utf-8")
@@ -103,14 +101,14 @@ class Server:
                 done = os.waitpid(child, 0)
                 break
             time.sleep(0.02)
-        with contextlib.suppress(ProcessLookupError):  # METEOR, and what the change left running
+        with contextlib.suppress(ProcessLookupError):  # METEOR, and processes that the mutation left running
             os.killpg(child, signal.SIGKILL)
         shutil.rmtree(self.folder / "tmp", ignore_errors=True)
         failed = list(dict.fromkeys(report.read_text("utf-8").splitlines()))
         return Outcome(os.waitstatus_to_exitcode(done[1]), failed, late, time.monotonic() - began)
 
     def _exit_with(self, work: Callable[[], int]) -> None:
-        """End the child without anything that the parent registered to be done at exit."""
+        """Exit the child without running exit handlers of the parent."""
         code = 3
         try:
             code = work()
@@ -136,14 +134,14 @@ class Server:
 
 
 class _Recorder:
-    """Notes what failed, as it fails: a child may be killed."""
+    """Records each failure immediately, because a child may be killed."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.failed: set[str] = set()
 
     def pytest_runtest_protocol(self, item) -> bool | None:
-        """Pass over the other parameters of a test that has failed."""
+        """Skip the remaining parameters of a test that failed."""
         return True if item.nodeid.partition("[")[0] in self.failed else None
 
     def pytest_runtest_logreport(self, report) -> None:

@@ -49,9 +49,7 @@ def run(model, content):
 
 
 @pytest.mark.compatibility(
-    "SunzeY/AlphaCLIP model.py",
-    "converted checkpoint: features and every block's hidden states",
-    "1e-5 relative",
+    "SunzeY/AlphaCLIP model.py", "converted checkpoint: features and every block's hidden states", "1e-5 relative"
 )
 def test_features_and_every_block_equal_the_original(original, measured):
     content, checkpoint = original
@@ -64,7 +62,7 @@ def test_features_and_every_block_equal_the_original(original, measured):
     assert max(errors.values()) < TOLERANCE, errors
 
 
-def test_another_alpha_gives_other_features(original):
+def test_a_different_alpha_gives_different_features(original):
     content, checkpoint = original
     model = converted(checkpoint)
     inverted = {**content, "input.alpha01": 1 - content["input.alpha01"]}

@@ -29,7 +29,7 @@ from mllm.blip2 import (
     AlphaCLIPBlip2VisionConfig,
     AlphaCLIPBlip2VisionModel,
 )
-from tests.drawn_back import iou
+from tests.alpha_maps import iou
 from tests.tiny import noise_image, tiny_vision_config
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionModel, Region
 
@@ -109,9 +109,7 @@ def forward(model, inputs):
 
 
 @pytest.mark.compatibility(
-    "transformers BLIP-2 (EVA; OPT and T5)",
-    "logits, greedy and 3-beam ids at zero alpha",
-    "equal",
+    "transformers BLIP-2 (EVA; OPT and T5)", "logits, greedy and 3-beam ids at zero alpha", "equal"
 )
 def test_stock_checkpoint_at_zero_alpha_is_stock_blip2(stock_dir):
     stock = Blip2ForConditionalGeneration.from_pretrained(stock_dir).eval()
@@ -142,7 +140,7 @@ def tuned(request, stock_dir):
     return with_alpha(AlphaBlip2ForConditionalGeneration.from_pretrained(stock_dir) if eva else clip_model(kind))
 
 
-def test_each_row_of_a_batch_sees_its_own_region(tuned):
+def test_each_row_of_a_batch_uses_its_region(tuned):
     both = forward(tuned, inputs_for([LEFT, RIGHT]))
     assert (both[0] - both[1]).abs().max() > 1e-4
     for row, region in enumerate((LEFT, RIGHT)):
@@ -173,7 +171,7 @@ def test_loss_reaches_the_alpha_weight(tuned):
     assert tuned.vision_model.embeddings.patch_embedding.alpha.weight.grad.abs().max() > 0
 
 
-def test_alpha_lies_where_the_region_is():
+def test_alpha_is_at_the_region():
     """Stretched, not cropped: the left half of a wide picture is the left half of its alpha."""
     alpha = inputs_for([LEFT])["pixel_values"][0, 3]
     drawn = alpha > 0
@@ -182,7 +180,7 @@ def test_alpha_lies_where_the_region_is():
     assert iou(drawn, expected) >= 0.95
 
 
-def test_clip_tower_is_the_last_but_one_block_normalised():
+def test_the_clip_tower_ends_at_the_normalized_penultimate_block():
     """LAVIS drops CLIP's last block: 2 of 3 blocks here, and `ln_vision` over all tokens."""
     torch.manual_seed(0)
     whole = AlphaCLIPVisionModel(AlphaCLIPBlip2VisionConfig(**tiny_vision_config())).eval()
@@ -194,14 +192,14 @@ def test_clip_tower_is_the_last_but_one_block_normalised():
         assert torch.equal(short(pixels).last_hidden_state, expected)
 
 
-def test_wrong_directories_are_refused(stock_dir, tiny_llava_dir, tmp_path):
+def test_directories_of_other_models_are_an_error(stock_dir, tiny_llava_dir, tmp_path):
     with pytest.raises(ValueError, match="expected a BLIP-2 directory, got model_type 'llava'"):
         AlphaBlip2ForConditionalGeneration.from_pretrained(tiny_llava_dir)
     with pytest.raises(ValueError, match="expected a vision tower"):
         AlphaBlip2Config(vision_config={"model_type": "siglip_vision_model"})
     config = AlphaBlip2Config.from_pretrained(stock_dir)
     config.vision_config = AlphaCLIPBlip2VisionConfig(**tiny_vision_config(hidden_size=64))
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="do not match"):
         AlphaBlip2ForConditionalGeneration.from_pretrained(stock_dir, config=config)
 
 

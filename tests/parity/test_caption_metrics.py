@@ -83,7 +83,7 @@ def test_counts_and_statistics_make_the_corpus_value(scored):
     assert again == pytest.approx(scored.corpus["meteor"], abs=1e-12)
 
 
-def test_frozen_frequencies_give_a_part_what_the_whole_gives_it(material, without_meteor):
+def test_frozen_frequencies_give_a_subset_the_values_of_the_full_set(material, without_meteor):
     rows = material[0]
     frozen = freeze_document_frequency([row["refs"] for row in rows])
     part = score_captions([r["test"] for r in rows[:50]], [r["refs"] for r in rows[:50]], ["cider"], frozen)
@@ -94,7 +94,7 @@ def test_frozen_frequencies_give_a_part_what_the_whole_gives_it(material, withou
     assert abs(unfrozen.corpus["cider"] - part.corpus[FROZEN]) > 0.02
 
 
-def test_all_published_tokenisations(shared_data):
+def test_all_published_tokenizations(shared_data):
     """20,245 captions of COCO with the tokens of Stanford's own tokenizer, before punctuation is removed."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
@@ -181,7 +181,7 @@ def test_real_expressions_as_predictions_shuffled_and_grouped(shared_data):
     assert 0.95 < grouped["cider"] / alone.corpus["cider"] < 1.05  # 171.5 / 171.8
 
 
-def test_drawn_corpora_score_what_the_scorers_give_them(material):
+def test_bootstrap_scores_equal_those_of_the_scorers(material):
     """The bootstrap's BLEU and METEOR, of added up counts: those of a corpus in which captions stand repeatedly."""
     rows = [(row["test"], row["refs"]) for row in material[0][:40]] + [("a red bus", ["a red bus"])] * 10
     scores = score_captions(*zip(*rows, strict=True), tokenized=True)
@@ -196,7 +196,7 @@ def test_drawn_corpora_score_what_the_scorers_give_them(material):
 
 
 @pytest.mark.slow
-def test_beside_pycocoevalcap_with_empty_captions(material, monkeypatch):
+def test_empty_captions_score_as_in_pycocoevalcap(material, monkeypatch):
     """Its own wrappers, run here, on captions of which some are empty: the same to the last digit."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider

@@ -71,9 +71,7 @@ def layouts(clip_dir, tmp_path):
 
 
 @pytest.mark.compatibility(
-    "transformers CLIP checkpoints",
-    "old, new and full-CLIP key layouts loaded into our tower",
-    "equal",
+    "transformers CLIP checkpoints", "old, new and full-CLIP key layouts loaded into our tower", "equal"
 )
 def test_three_layouts_load_with_exactly_the_alpha_missing(clip_dir, tmp_path, pixels):
     expected = CLIPVisionModel.from_pretrained(clip_dir).eval()(pixels[0]).pooler_output
@@ -113,9 +111,7 @@ def test_trained_alpha_survives_each_root(clip_dir, tmp_path):
 
 
 @pytest.mark.compatibility(
-    "transformers CLIPModel",
-    "AlphaCLIPModel and AlphaCLIPVisionModelWithProjection at zero alpha",
-    "equal",
+    "transformers CLIPModel", "AlphaCLIPModel and AlphaCLIPVisionModelWithProjection at zero alpha", "equal"
 )
 def test_full_model_and_projection_equal_clip(clip_dir, tmp_path, pixels):
     full = layouts(clip_dir, tmp_path)["full"]

@@ -8,12 +8,7 @@ import torch
 from transformers import CLIPImageProcessorPil
 
 from tests.tiny import noise_image, tiny_vision_config
-from vision_tower import (
-    AlphaCLIPImageProcessor,
-    AlphaCLIPVisionConfig,
-    AlphaCLIPVisionModelWithProjection,
-    Region,
-)
+from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModelWithProjection, Region
 
 diffusers = pytest.importorskip("diffusers", reason="an optional dependency: pip install 'alpha-clip-mllm[generation]'")
 
@@ -64,7 +59,7 @@ def pixels(processor, region):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("extractor", ["ours", "stock"])
-def test_a_saved_pipeline_comes_back(tmp_path, extractor):
+def test_save_and_load_a_pipeline(tmp_path, extractor):
     processor = AlphaCLIPImageProcessor.for_size(32, "stretch")
     pipeline = tiny_pipeline(processor if extractor == "ours" else CLIPImageProcessorPil())
     pipeline.save_pretrained(tmp_path)

@@ -80,7 +80,7 @@ def worst(ours, theirs, name):
 @pytest.mark.compatibility(
     "salesforce/LAVIS BLIP-2 ViT-L", "converted: tower, ln_vision, Q-Former states, projection", "1e-5 relative"
 )
-def test_a_whole_lavis_checkpoint_equals_lavis(lavis, alpha_clip, measured):
+def test_a_complete_lavis_checkpoint_equals_lavis(lavis, alpha_clip, measured):
     checkpoint, outputs = lavis
     model = built(*from_lavis(with_own_tower(checkpoint, alpha_clip[0]), blocks=2))
     pixels = alpha_clip[1]["image"][:2]

@@ -11,7 +11,6 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     CLIPImageProcessor,
-    CLIPVisionConfig,
     LlavaForConditionalGeneration,
     LlavaImageProcessorPil,
     LlavaProcessor,
@@ -19,7 +18,7 @@ from transformers import (
 
 import mllm
 from mllm.processing_llava import VICUNA_V1_SYSTEM, AlphaLlavaProcessor
-from tests.tiny import noise_image, prompt, save_model, tiny_llava_config, tiny_tokenizer, tiny_vision_config
+from tests.tiny import build_stock_llava, noise_image, prompt, save_model, tiny_tokenizer
 from vision_tower import AlphaCLIPVisionModel, Region
 
 # The template of llava-hf/llava-1.5-7b-hf, in the part that a first turn uses.
@@ -31,20 +30,16 @@ ALPHA = "vision_tower.embeddings.patch_embedding.alpha.weight"
 def stock_dir(tmp_path_factory):
     """A stock LLaVA-1.5 directory that knows nothing of regions."""
     folder = tmp_path_factory.mktemp("stock")
-    torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
-    config = tiny_llava_config(tokenizer, CLIPVisionConfig(**tiny_vision_config()))
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
     settings = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    LlavaProcessor(
+    processor = LlavaProcessor(
         CLIPImageProcessor(**settings),
-        tokenizer,
+        tiny_tokenizer(),
         patch_size=8,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template="{{ 'stock' }}",
-    ).save_pretrained(folder)
-    return folder
+    )
+    return save_model(folder, build_stock_llava(), processor)
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +125,7 @@ def test_576_image_tokens_at_336(both):
 
 
 @pytest.mark.compatibility(
-    "llava-hf checkpoints",
-    "hub-legacy, 4.52 and flat key layouts loaded with our tower",
-    "equal",
+    "llava-hf checkpoints", "hub-legacy, 4.52 and flat key layouts loaded with our tower", "equal"
 )
 @pytest.mark.parametrize("layout", ["hub-legacy", "4.52", "flat"])
 def test_every_key_layout_loads(stock_dir, both, tmp_path, layout):
@@ -170,11 +163,9 @@ def test_a_missing_tower_tensor_raises(stock_dir, tmp_path):
 
 
 @pytest.mark.compatibility(
-    "transformers Auto classes",
-    "our LLaVA saved and loaded by AutoModelForImageTextToText and AutoProcessor",
-    "equal",
+    "transformers Auto classes", "our LLaVA saved and loaded by AutoModelForImageTextToText and AutoProcessor", "equal"
 )
-def test_saved_model_comes_back_bit_for_bit_through_the_auto_classes(tiny_llava, tmp_path):
+def test_a_saved_model_is_bit_identical_when_loaded_by_auto_classes(tiny_llava, tmp_path):
     model, processor = tiny_llava
     save_model(tmp_path, model, processor)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
@@ -184,12 +175,7 @@ def test_saved_model_comes_back_bit_for_bit_through_the_auto_classes(tiny_llava,
     assert type(again_processor) is AlphaLlavaProcessor
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     inputs = [
-        p(
-            noise_image(50, 70),
-            prompt("What?"),
-            Region.from_box(2, 2, 30, 30),
-            return_tensors="pt",
-        )
+        p(noise_image(50, 70), prompt("What?"), Region.from_box(2, 2, 30, 30), return_tensors="pt")
         for p in (processor, again_processor)
     ]
     assert all(torch.equal(inputs[0][key], inputs[1][key]) for key in inputs[0])

@@ -22,7 +22,7 @@ from transformers import (
 import mllm
 from mllm.loading import load_processor
 from mllm.processing_llava_next import AlphaLlavaNextProcessor
-from tests.drawn_back import alpha_map, iou
+from tests.alpha_maps import alpha_map, iou
 from tests.tiny import noise_image, prompt, tiny_llava_next_config, tiny_tokenizer, tiny_vision_config
 from vision_tower import AlphaCLIPVisionModel, AlphaLlavaNextImageProcessor, Region
 from vision_tower.alpha_embedding import WHOLE_IMAGE
@@ -123,7 +123,7 @@ def test_a_batch_equals_the_stock_processor(both):
 
 
 @pytest.mark.compatibility("transformers LlavaNextProcessor", "the model's own chat template, tokenized", "equal")
-def test_the_chat_template_is_the_models_own(both):
+def test_the_chat_template_is_that_of_the_model(both):
     _, stock, _, processor = both
     turns = question({"image": noise_image(60, 40)})
     turns += [{"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}, *question(text="Where?")]
@@ -201,7 +201,7 @@ def test_the_hubs_key_layout_loads(stock_dir, both, tmp_path):
 
 
 @pytest.mark.compatibility("transformers Auto classes", "our LLaVA-NeXT saved and loaded by the Auto classes", "equal")
-def test_saved_model_comes_back_bit_for_bit_through_the_auto_classes(tiny_llava_next, tiny_llava_next_dir):
+def test_a_saved_model_is_bit_identical_when_loaded_by_auto_classes(tiny_llava_next, tiny_llava_next_dir):
     model, processor = tiny_llava_next
     again = AutoModelForImageTextToText.from_pretrained(tiny_llava_next_dir).eval()
     processors = [AutoProcessor.from_pretrained(tiny_llava_next_dir), load_processor(tiny_llava_next_dir)]

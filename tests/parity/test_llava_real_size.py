@@ -50,7 +50,7 @@ def hub_layout(width, inner, layers):
 
 @pytest.mark.compatibility("llava-hf 7B and 13B", "every key and shape of the hub layout (meta device)", "equal")
 @pytest.mark.parametrize("size", SIZES)
-def test_every_tensor_of_the_hub_layout_has_its_place(size):
+def test_every_tensor_of_the_hub_layout_is_loaded(size):
     width, inner, layers = SIZES[size]
     text = LlamaConfig(
         hidden_size=width,

@@ -80,7 +80,7 @@ def test_logits_equal_the_original_code(model, content, measured):
     assert max(errors) < TOLERANCE, errors
 
 
-def test_regions_decide(model, content):
+def test_regions_change_the_logits(model, content):
     images = content["input.images"]
     assert torch.equal(images[0, :3], images[1, :3]) and not torch.equal(images[0, 3], images[1, 3])
     _, swapped = run(model, content, images.flip(0))

@@ -79,7 +79,7 @@ def test_zero_alpha_is_the_stock_model(stock, dtype):
             ours(pixels(channels))
 
 
-def test_trained_alpha_sees_the_region(stock):
+def test_trained_alpha_uses_the_region(stock):
     ours = add_alpha_channel(stock)
     nn.init.normal_(alpha_of(ours), std=0.1)
     whole = torch.cat([pixels(3), torch.full((2, 1, 32, 32), WHOLE_IMAGE)], 1)
@@ -106,7 +106,7 @@ def test_weights_are_the_same_tensors_and_alpha_is_trained(stock):
 
 
 @pytest.mark.parametrize("shard", ["1GB", "20KB"])
-def test_saved_alpha_comes_back_only_through_load_with_alpha(stock, tmp_path, shard):
+def test_saved_alpha_is_loaded_only_by_load_with_alpha(stock, tmp_path, shard):
     ours = add_alpha_channel(stock)
     nn.init.normal_(alpha_of(ours), std=0.1)
     ours.save_pretrained(tmp_path, max_shard_size=shard)
@@ -121,7 +121,7 @@ def test_saved_alpha_comes_back_only_through_load_with_alpha(stock, tmp_path, sh
     assert not any(isinstance(module, AlphaPatchEmbedding) for module in plain.modules())
 
 
-def test_a_stock_directory_is_refused(stock, tmp_path):
+def test_a_stock_directory_is_an_error(stock, tmp_path):
     """Its alpha would be zero, and every region ignored without a word."""
     stock.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="has no alpha weight.*add_alpha_channel"):
@@ -131,7 +131,7 @@ def test_a_stock_directory_is_refused(stock, tmp_path):
     assert torch.equal(states(ours, pixels()), states(stock, pixels(4)[:, :3]))
 
 
-def test_a_good_load_reports_nothing(stock, tmp_path, caplog):
+def test_a_complete_load_logs_no_report(stock, tmp_path, caplog):
     ours = add_alpha_channel(stock)
     ours.save_pretrained(tmp_path)
     caplog.clear()
@@ -148,11 +148,11 @@ def test_other_weights_are_an_error(stock, tmp_path):
         {**weights, "extra.alpha.weight": torch.ones(2)},
     ):
         save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
-        with pytest.raises(ValueError, match="do not fit"):
+        with pytest.raises(ValueError, match="do not match"):
             load_with_alpha(tmp_path)
 
 
-def test_models_that_hold_a_tower(tmp_path):
+def test_models_that_contain_a_tower(tmp_path):
     torch.manual_seed(0)
     clip = add_alpha_channel(CLIPModel(tiny_clip_config()))
     assert torch.count_nonzero(alpha_of(clip)) == 0
@@ -177,7 +177,7 @@ def test_peft_trains_and_saves_the_alpha_weight(stock, tmp_path):
     assert any(key.endswith("alpha.weight") for key in load_file(tmp_path / "adapter_model.safetensors"))
 
 
-def test_what_cannot_have_alpha_is_refused(stock):
+def test_unsupported_models_are_an_error(stock):
     naflex = Siglip2VisionModel(
         Siglip2VisionConfig(
             hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_patches=16

@@ -7,13 +7,7 @@ import base64
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    Blip2Processor,
-    BlipImageProcessorPil,
-    CLIPImageProcessorPil,
-    LlavaProcessor,
-    pipeline,
-)
+from transformers import Blip2Processor, BlipImageProcessorPil, CLIPImageProcessorPil, LlavaProcessor, pipeline
 
 from mllm.processing_llava import CHAT_TEMPLATE
 from tests.serving import serve
@@ -279,7 +273,7 @@ PIPELINE_REGIONS = {
 
 @pytest.mark.parametrize("call", PIPELINE_REGIONS.values(), ids=PIPELINE_REGIONS)
 @pytest.mark.parametrize("kind", ["llava", "blip2"])
-def test_regions_arrive_through_pipelines(request, kind, call):
+def test_pipelines_pass_on_regions(request, kind, call):
     model, ours, _ = request.getfixturevalue(kind)
     if "TEXT" in call["text"]:
         call = call | {"text": [prompt("What?") if kind == "llava" else BLIP2_TEXT] * 2}
@@ -294,17 +288,17 @@ def test_regions_arrive_through_pipelines(request, kind, call):
 
 @pytest.mark.parametrize("kind", ["llava", "blip2"])
 @pytest.mark.parametrize("name", ["region", "masks", "processing_kwargs", "mm_processor_kwargs"])
-def test_pipelines_refuse_what_would_be_dropped(request, kind, name):
+def test_pipeline_arguments_that_would_be_ignored_are_an_error(request, kind, name):
     model, ours, _ = request.getfixturevalue(kind)
     text = prompt("What?") if kind == "llava" else BLIP2_TEXT
     for call in ({"text": question()}, {"images": ONE, "text": text}):
-        with pytest.raises(ValueError, match="regions are passed as regions="):
+        with pytest.raises(ValueError, match="pass regions as regions="):
             fed(model, ours, **call, **{name: LEFT})
     with pytest.raises(ValueError, match="each of 1 images, got 2"):  # a pipeline gives each chat all of its arguments
         fed(model, ours, text=[question(), question()], regions=[LEFT, RIGHT])
 
 
-def test_settings_of_generate_are_told_their_place(llava):
+def test_settings_of_generate_raise_with_a_hint(llava):
     model, ours, _ = llava
     pipe = pipeline("image-text-to-text", model=model, processor=ours, max_new_tokens=1)
     with pytest.raises(ValueError, match="unknown argument do_sample.*generate_kwargs"):
@@ -321,7 +315,7 @@ DROPPED = {
 
 @pytest.mark.parametrize("call", DROPPED.values(), ids=DROPPED)
 @pytest.mark.parametrize("kind", ["llava", "blip2"])
-def test_what_a_pipeline_drops_itself_is_an_error(request, kind, call):
+def test_arguments_that_pipelines_drop_are_an_error(request, kind, call):
     model, ours, _ = request.getfixturevalue(kind)
     pipe = pipeline("image-text-to-text", model=model, processor=ours, max_new_tokens=1)
     item = {"images": ONE, "text": prompt("What?") if kind == "llava" else BLIP2_TEXT}

@@ -1,4 +1,4 @@
-"""Conversions: no setting is added, no plain CLIP passes for an Alpha-CLIP, no alpha weight is lost."""
+"""Conversions keep settings and alpha weights, and a plain CLIP is not accepted as an Alpha-CLIP."""
 
 import pytest
 import torch
@@ -25,12 +25,12 @@ ALPHA = "model.vision_tower.embeddings.patch_embedding.alpha.weight"
 
 
 def changed(config, defaults):
-    """The fields of a configuration that differ from its class's defaults."""
+    """The fields of a configuration that differ from the defaults of its class."""
     return {name: value for name, value in config.to_dict().items() if defaults.to_dict().get(name) != value}
 
 
 def original_tower(width=64, blocks=2):
-    """An original visual tower of patches of 8 pixels, 16 pixels wide."""
+    """A visual tower in the original layout: patch size 8, image size 16."""
     shapes = conversion._original_shapes(
         AlphaCLIPVisionConfig(
             hidden_size=width,
@@ -93,7 +93,7 @@ def test_a_llava_keeps_the_settings_of_its_tower():
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A CLIP's image tower without an alpha weight, as a directory and in the original layout."""
+    """A CLIP vision tower without an alpha weight, as a directory and in the original layout."""
     folder = tmp_path_factory.mktemp("plain")
     config = tiny_clip_config()
     CLIPVisionModelWithProjection(config.vision_config).save_pretrained(folder / "tower")

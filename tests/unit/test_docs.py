@@ -27,7 +27,7 @@ from tests.files import read_json
 from vision_tower.conversion import RELEASED_CHECKPOINTS
 
 OURS = ("alpha_clip_commands", "vision_tower", "mllm", "eval", "train")
-SHELL = ("git", "cd", "source")  # ways into a checkout; not run
+SHELL = ("git", "cd", "source")  # not run
 LAUNCHER_FLAGS = {"--nproc_per_node": 1, "--nproc-per-node": 1, "--hostfile": 1}  # flag -> number of values
 OTHER_FLAGS = ("--no_python", "--no-python", "--module", "--vision_tower")  # of launchers and the original LLaVA
 PLACEHOLDERS = {"RECIPE": "llava_7b_lora_vg"}
@@ -58,7 +58,7 @@ def check_command(words, monkeypatch):
     elif program == "pytest":
         assert (ROOT / rest[0]).exists(), rest[0]
     elif training := TRAINING.get(tuple(words[:2])) or TRAINING.get(tuple(words[:1])):
-        # the files of the examples are not here
+        # the files of the examples do not exist
         monkeypatch.setattr(region_tune, "check_found", lambda *_: None)
         monkeypatch.setattr(region_tune, "check_model", lambda *_: None)
         region_tune.check(training, words[words.index("train") + 1 :] if "train" in words[:2] else rest)
@@ -69,18 +69,18 @@ def check_command(words, monkeypatch):
 
 
 def launched(words):
-    """The command after a launcher's own flags."""
+    """The command without the launcher and its flags."""
     while (flag := words.pop(0)) not in ("--no_python", "--no-python"):
         del words[: LAUNCHER_FLAGS[flag]]
     return words
 
 
 class Parsed(BaseException):
-    """A script has read its arguments."""
+    """Raised when a script has parsed its arguments."""
 
 
 def check_script(monkeypatch, path, *words):
-    """Run a script until it has read its arguments."""
+    """Run a script until it has parsed its arguments."""
     parse_args, parse_known_args = ArgumentParser.parse_args, ArgumentParser.parse_known_args
 
     def stop(*arguments):
@@ -100,13 +100,13 @@ def check_script(monkeypatch, path, *words):
     before = set(sys.modules)
     with pytest.raises(Parsed):
         runpy.run_path(str(ROOT / path), run_name="__main__")
-    for name in set(sys.modules) - before:  # scripts that it imports by a short name
+    for name in set(sys.modules) - before:  # scripts that it imports by their short names
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(ROOT / "scripts")):
             del sys.modules[name]
 
 
 def flags():
-    """Every flag of our commands, scripts and launchers."""
+    """The flags of all commands, scripts and launchers."""
     parsers = [module.build_parser() for module in PARSERS.values()]
     parsers += [region_tune.build_parser(program) for program in TRAINING.values()]
     found = {*LAUNCHER_FLAGS, *OTHER_FLAGS}
@@ -185,7 +185,7 @@ def test_flags_in_the_text_exist():
 
 @pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.name)
 def test_names_and_arguments_in_a_python_block_exist(block):
-    """Imports, attributes of what is imported, and keyword arguments of what is called."""
+    """Imports, attributes of imported modules, and keyword arguments of calls."""
     tree = ast.parse(block.text)
     names = {}
     for node in ast.walk(tree):
@@ -204,7 +204,7 @@ def test_names_and_arguments_in_a_python_block_exist(block):
 
 
 def imported(name, leaf=True):
-    """A module of ours or of Transformers; None for another one, which only has to be installed."""
+    """A module of this project or of Transformers; None for other modules, which only have to be installed."""
     root = name.partition(".")[0]
     if root in (*OURS, "transformers"):
         module = importlib.import_module(name)
@@ -214,7 +214,7 @@ def imported(name, leaf=True):
 
 
 def resolve(node, names):
-    """What an expression of names and attributes is; None where that is only known when it runs."""
+    """The value of an expression of names and attributes; None if it is only known at run time."""
     if isinstance(node, ast.Name):
         return names.get(node.id)
     if isinstance(node, ast.Attribute) and (owner := resolve(node.value, names)) is not None:
@@ -223,7 +223,7 @@ def resolve(node, names):
 
 
 def check_keywords(function, keywords):
-    """Fails for an argument that a function of ours does not have."""
+    """Fail if a function of this project does not have an argument."""
     if getattr(function, "__module__", "").partition(".")[0] not in OURS:
         return
     parameters = inspect.signature(function).parameters.values()
@@ -236,14 +236,14 @@ def test_names_of_our_packages_in_the_text_exist():
     for page, code in inline_code():
         if match := re.fullmatch(rf"((?:{'|'.join(OURS)})(?:\.\w+)+)(?:\(.*\))?", code):
             if match[1].endswith((".py", ".yaml", ".json", ".md")) or "changelog" in page.lower():
-                continue  # a file; what was there before
+                continue  # a file, or a former name
             assert exists(match[1]), f"{page}: {code}"
             checked += 1
     assert checked > 10
 
 
 def exists(dotted):
-    """Whether a module, or an attribute of one, is there."""
+    """Whether a module or an attribute of a module exists."""
     module, _, attribute = dotted.rpartition(".")
     if importlib.util.find_spec(module.partition(".")[0]) and module_there(dotted):
         return True
@@ -268,7 +268,7 @@ def test_files_in_the_text_exist():
 
 
 def anchors(text):
-    """The anchors of a page's headings, as GitHub makes them."""
+    """The anchors that GitHub creates for the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

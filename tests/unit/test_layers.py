@@ -1,8 +1,11 @@
-"""Imports point one way: vision_tower <- mllm <- eval <- train <- scripts. The commands' arguments come before all of
-them, and import nothing but Python until a command runs.
+"""Imports point one way: vision_tower <- mllm <- eval <- train <- scripts, and no two modules import each other.
+
+`alpha_clip_commands` comes before all of them: it imports only the standard library and PyYAML until a command runs,
+and only its entry modules import the packages.
 """
 
 import ast
+import functools
 import re
 import sys
 import tomllib
@@ -14,6 +17,13 @@ from tests.files import ROOT
 # A folder may import itself and those to its left.
 LAYERS = ("alpha_clip_commands", "vision_tower", "mllm", "eval", "train", "scripts", "tests")
 COMMANDS_MAY_IMPORT = {"alpha_clip_commands", "yaml"}
+# The modules behind the installed commands. They import the packages; only `scripts` imports them.
+ENTRY_MODULES = {f"alpha_clip_commands.{name}" for name in ("alpha_clip", "region_chat", "region_eval", "region_tune")}
+# To be removed: the modules that `region_tune` runs take its `main`.
+KNOWN_ENTRY_IMPORTS = {
+    ("train.alpha_clip", "alpha_clip_commands.region_tune"),
+    ("train.finetune", "alpha_clip_commands.region_tune"),
+}
 TOWER_MAY_IMPORT = {"torch", "transformers", "numpy", "PIL", "safetensors"}  # the last comes with transformers
 TOWER_MAY_TRY = {"pycocotools"}
 PACKAGE_OF_IMPORT = {"PIL": "pillow", "yaml": "pyyaml", "google": "protobuf"}
@@ -28,31 +38,27 @@ EXTRA_OF_LAYER = {
 
 
 def source_files(layer):
-    """The Python files of a folder; code saved beside shipped weights is a copy and is left out."""
+    """The Python files of a folder, without the copies saved with the embedded model."""
     assets = ROOT / "mllm" / "assets"
     return [path for path in sorted((ROOT / layer).rglob("*.py")) if assets not in path.parents]
 
 
+@functools.cache
 def imports(source):
-    """Every import as (line, number of leading dots, module, whether it stands in the body of a `try`)."""
-    tree = ast.parse(source)
-    tried = {
-        id(node)
-        for try_ in ast.walk(tree)
-        if isinstance(try_, ast.Try)
-        for part in try_.body
-        for node in ast.walk(part)
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield node.lineno, 0, alias.name, id(node) in tried
+    """Every import as (line, number of leading dots, module, whether it is in the body of a `try`)."""
+    tree, tried, found = ast.parse(source), set(), []
+    for node in ast.walk(tree):  # a parent comes before its children
+        if isinstance(node, ast.Try):
+            tried.update(id(child) for part in node.body for child in ast.walk(part))
+        elif isinstance(node, ast.Import):
+            found += [(node.lineno, 0, alias.name, id(node) in tried) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            yield node.lineno, node.level, node.module or "", id(node) in tried
+            found.append((node.lineno, node.level, node.module or "", id(node) in tried))
+    return found
 
 
 def problems(layer, source):
-    """What is wrong with the imports of one file, a line each."""
+    """The forbidden imports of a file, one line each."""
     if layer == "alpha_clip_commands":
         return command_problems(source)
     later = LAYERS[LAYERS.index(layer) + 1 :]
@@ -72,7 +78,7 @@ def problems(layer, source):
 
 
 def command_problems(source):
-    """Imports outside of functions that cost more than Python's own modules, and those of scripts and tests."""
+    """Imports outside functions that are not in the standard library, and those of scripts and tests."""
     tree = ast.parse(source)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     inside = {line for node in functions for line in range(node.lineno, node.end_lineno + 1)}
@@ -136,6 +142,91 @@ def test_a_wrong_import_is_found(layer, source):
 )
 def test_a_right_import_is_not(layer, source):
     assert not problems(layer, source)
+
+
+def module_graph(sources, strings=("alpha_clip_commands",)):
+    """The modules that each module imports: {module: {module}}, from {path of a file: source}.
+
+    Lazy imports and those under TYPE_CHECKING count. In the packages in `strings`, so do strings that are the name of a
+    module, because `importlib` imports it.
+    """
+    modules = {path.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): path for path in sources}
+    graph = {module: set() for module in modules}
+    for module, path in modules.items():
+        package = module if path.endswith("__init__.py") else module.rpartition(".")[0]
+        for node in ast.walk(ast.parse(sources[path])):
+            if isinstance(node, ast.Import):
+                graph[module].update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+                start = ".".join([*parents, *filter(None, [node.module])])
+                names = {f"{start}.{alias.name}" for alias in node.names}
+                graph[module] |= (names & modules.keys()) or {start}
+            elif isinstance(node, ast.Constant) and module.startswith(strings) and "." in str(node.value):
+                graph[module].add(node.value)
+        graph[module] = (graph[module] & modules.keys()) - {module}
+    return graph
+
+
+def cycles(graph):
+    """The pairs of modules that import each other, directly or through others."""
+    reached = {module: set(targets) for module, targets in graph.items()}
+    for middle in graph:
+        for targets in reached.values():
+            if middle in targets:
+                targets |= reached[middle]
+    return {(a, b) for a in graph for b in reached[a] if a < b and a in reached[b]}
+
+
+@pytest.fixture(scope="module")
+def graph():
+    files = [path for layer in LAYERS[:-1] for path in source_files(layer)]
+    return module_graph({path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in files})
+
+
+def test_modules_do_not_import_each_other(graph):
+    assert not cycles({a: {b for b in targets if (a, b) not in KNOWN_ENTRY_IMPORTS} for a, targets in graph.items()})
+
+
+def test_only_scripts_import_the_entry_modules(graph):
+    found = {(a, b) for a, targets in graph.items() for b in targets & ENTRY_MODULES}
+    packages = {(a, b) for a, b in found if not a.startswith("scripts.") and a not in ENTRY_MODULES}
+    assert packages <= KNOWN_ENTRY_IMPORTS
+
+
+def test_only_entry_modules_import_the_packages(graph):
+    found = [
+        f"{module} imports {target}"
+        for module, targets in graph.items()
+        if module.startswith("alpha_clip_commands") and module not in ENTRY_MODULES
+        for target in targets
+        if not target.startswith("alpha_clip_commands")
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_a_cycle_is_found_through_lazy_imports_types_and_names():
+    sources = {
+        "p/__init__.py": "from .a import x",
+        "p/a.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .b import y",
+        "p/b.py": "def f():\n    from p import c",
+        "p/c.py": "import p.a",
+        "alpha_clip_commands/d.py": "MODULE = 'q.e'",
+        "q/e.py": "from alpha_clip_commands import d",
+    }
+    found = cycles(module_graph(sources))
+    assert found == {("alpha_clip_commands.d", "q.e"), ("p.a", "p.b"), ("p.a", "p.c"), ("p.b", "p.c")}
+
+
+def test_each_training_program_imports_only_its_own_package():
+    """`train.tuning` is used by train/finetune.py only, `train.contrastive` by train/alpha_clip.py only."""
+    owners = {"train.tuning": ("finetune.py", "tuning"), "train.contrastive": ("alpha_clip.py", "contrastive")}
+    for path in source_files("train"):
+        for line, _, module, _ in imports(path.read_text("utf-8")):
+            package = ".".join(module.split(".")[:2])
+            owned = package not in owners or path.relative_to(ROOT / "train").parts[0] in owners[package]
+            assert owned, f"{path.relative_to(ROOT)}:{line} imports {module}"
+            assert module not in ("train.finetune", "train.alpha_clip"), f"{path.relative_to(ROOT)}:{line}: entry point"
 
 
 @pytest.mark.parametrize("layer", EXTRA_OF_LAYER)

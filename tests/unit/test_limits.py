@@ -1,32 +1,32 @@
-"""docs/files.md lists every limit on what is read, with its value."""
+"""docs/files.md lists every limit on input files, with its value."""
 
 import importlib
 import re
 
 import pytest
 
-from alpha_clip_commands.training.tuning_arguments import RegionArguments
+from alpha_clip_commands.training.shared_arguments import RegionArguments
 from tests.files import ROOT
 from tests.unit.test_style import PACKAGES
 from vision_tower import AlphaCLIPImageProcessor
 
-DOCUMENTED = {  # limit -> its value, and how the page writes it
+DOCUMENTED = {  # limit -> value, and its text on the page
     "LARGEST_FILE": (2 * 2**30, "2 GiB"),
     "LARGEST_RECORD": (16 * 2**20, "16 MiB"),
     "DEEPEST": (100, "100 levels"),
     "MOST_SENTENCES": (10_000, "10,000"),
     "LARGEST_PICKLE": (256 * 2**20, "256 MiB"),
     "LONGEST_NAME": (1024, "1,024 characters"),
-    "LARGEST_RECIPE": (64 * 2**10, "64 KiB"),
-    "MOST_BRACKETS": (1000, "1,000"),
-    "MOST_VALUES": (10_000, "10,000"),
+    "MAX_RECIPE_BYTES": (64 * 2**10, "64 KiB"),
+    "MAX_BRACKETS": (1000, "1,000"),
+    "MAX_VALUES": (10_000, "10,000"),
     "MAX_PIXELS": (100_000_000, "100 million"),
     "MAX_MASK_PIXELS": (200_000_000, "200 million"),
     "MAX_DRAWN": (10**9, "10^9 pixels"),
     "MAX_TENSORS": (5_000, "5,000"),
     "MAX_HEADER": (4_000_000, "4,000,000 bytes"),
-    "MAX_OPERATIONS": (250_000, "250,000"),
-    "MAX_ENLARGED": (2, "2 times"),
+    "MAX_OPCODES": (250_000, "250,000"),
+    "MAX_EXPANSION": (2, "2 times"),
     "MAX_BLOCKS": (300, "300"),
     "MAX_RANK": (4096, "4,096"),
     "MAX_ERRORS": (0.5, "half"),

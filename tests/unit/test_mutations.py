@@ -1,4 +1,4 @@
-"""The tool of `make mutations`: what it changes and what it leaves alone. Every known mutation still applies."""
+"""The mutation testing tool: mutations, coverage, and whether the known mutations still apply."""
 
 import pytest
 
@@ -71,7 +71,7 @@ def test_a_mutation_is_one_change_with_a_name_of_its_own():
         assert changed[: m.start] == SOURCE[: m.start] and changed.endswith(SOURCE[m.end :])
         assert SOURCE[m.start : m.end] == m.old and SOURCE.splitlines()[m.line - 1].strip() == m.source
     moved = mutations_of("a.py", SOURCE.replace("import os", "import os\nimport sys"))
-    assert [m.name for m in moved] == [m.name for m in mutations]  # whatever stands above
+    assert [m.name for m in moved] == [m.name for m in mutations]  # independent of the line number
 
 
 def test_the_tests_of_a_mutation_are_those_of_its_statement():
@@ -95,4 +95,4 @@ def test_a_row_whose_text_has_changed_is_a_problem():
     assert "got 0 times" in row._replace(old="no such text").problem()
     assert "times" in row._replace(old="self").problem()
     assert "expected a change" in row._replace(new=row.old).problem()
-    assert "there is no test" in Row(*row[:4], ["tests/unit/test_mutations.py::test_none"]).problem()
+    assert "test not found" in Row(*row[:4], ["tests/unit/test_mutations.py::test_none"]).problem()

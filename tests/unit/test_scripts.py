@@ -1,4 +1,4 @@
-"""Scripts are seldom run: what they import is there."""
+"""The names that scripts import exist. Scripts run rarely, so no other test would notice."""
 
 import ast
 import importlib
@@ -11,7 +11,7 @@ OURS = ("alpha_clip_commands", "vision_tower", "mllm", "eval", "train")
 
 
 def names_of(module, folder):
-    """The names that may be imported from a module of ours, or from a script next to this one."""
+    """The names that can be imported from a module of this project or from a script in the same folder."""
     if (script := folder / f"{module}.py").exists():
         body = ast.parse(script.read_text("utf-8")).body
         bound = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}

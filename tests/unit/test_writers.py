@@ -1,4 +1,4 @@
-"""Files are written in one place: mllm/files.py. Whoever writes otherwise is listed here, with the reason."""
+"""Files are written by mllm/files.py. Other code that writes files is listed here, with the reason."""
 
 import ast
 
@@ -12,21 +12,18 @@ ALLOWED = {
     "mllm/folders.py": "the same, for folders",
     "mllm/locks.py": "the lock of an output, and what its dead holder left",
     "mllm/overlay.py": {"save"},  # through replacing_file
-    "mllm/data/shapes/visual_genome_layout.py": {"save"},  # into a folder that replacing_folder has made
-    "mllm/data/shapes/grit_layout.py": {"save", "write_bytes"},  # so too; PNG into memory
+    "mllm/data/shapes/visual_genome_layout.py": {"save"},  # into a folder of replacing_folder
+    "mllm/data/shapes/grit_layout.py": {"save", "write_bytes"},  # the same; PNG into memory
     "vision_tower/region_masks.py": {"save"},  # into memory
-    "mllm/convert/export.py": {
-        "save_pretrained",
-        "save_torch_state_dict",
-    },  # into a folder that replacing_folder has made
-    "mllm/fused.py": {"save_pretrained"},  # so too
-    "mllm/remote_code.py": {"write_text"},  # a part of save_pretrained; runs elsewhere too
+    "mllm/convert/export.py": {"save_pretrained", "save_torch_state_dict"},  # into a folder of replacing_folder
+    "mllm/fused.py": {"save_pretrained"},  # the same
+    "mllm/remote_code.py": {"write_text"},  # part of save_pretrained, also in exported code
     "eval/page.py": {"save"},  # into memory
     "scripts/shapes/build_embedded_model.py": {"save", "copy", "save_pretrained"},  # into claimed folders
     "scripts/shapes/build_blip2.py": {"save_pretrained"},
     "scripts/shapes/build_clip.py": {"save_pretrained"},
-    "mllm/publish.py": {"copytree"},  # into a folder that replacing_folder has made, or a temporary one
-    # into a folder that replacing_folder has made; the original layout into work_folder and replacing_file
+    "mllm/publish.py": {"copytree"},  # into a folder of replacing_folder, or a temporary one
+    # into a folder of replacing_folder; the original layout into work_folder and replacing_file
     "mllm/convert/alpha_clip.py": {"save", "replace", "save_file", "save_pretrained"},
     "mllm/convert/lavis.py": {"save", "save_pretrained"},
     "mllm/convert/merge.py": {"save_pretrained"},
@@ -36,7 +33,7 @@ ALLOWED = {
     "scripts/bench/index.py": {"open"},  # into a claimed folder
     "eval/predictions.py": {"open"},
     "train/trainer.py": {"rmtree"},
-    "train/output.py": {"rmtree"},  # checkpoints of the run's own
+    "train/output.py": {"rmtree"},  # checkpoints of the same run
     "train/run.py": {"save", "save_pretrained"},
     "train/contrastive/trainer.py": {"write_text"},
 }
@@ -48,7 +45,7 @@ _WRITERS = {
 
 
 def writes(source):
-    """The calls of a file that may write: (name, line)."""
+    """The calls in a file that may write: (name, line)."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
@@ -69,7 +66,7 @@ def writes(source):
     return found
 
 
-def test_nothing_writes_beside_the_one_place():
+def test_only_listed_code_writes_files():
     wrong = []
     for path in python_files(*PACKAGES):
         name = path.relative_to(ROOT).as_posix()

@@ -1,1 +1,1 @@
-"""Contrastive training of Alpha-CLIP: what only `train.alpha_clip` needs."""
+"""Contrastive training of Alpha-CLIP; used by `train.alpha_clip` only."""

@@ -1,8 +1,7 @@
-"""Index -> region-text pairs -> batches. What is drawn depends on (seed, epoch, picture) alone."""
+"""Index -> region-text pairs -> batches. All random choices depend on (seed, epoch, image) only."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import math
@@ -16,16 +15,14 @@ from PIL import Image, ImageFilter
 
 from alpha_clip_commands.training.contrastive_arguments import PairArguments
 from mllm.data.index import RegionFacts, RegionIndex
-from mllm.data.samples import RegionSample, describe_source
-from train.sampling import PictureDataset, draw_region
-from train.tuning.collators import check_region
+from train.region_dataset import RegionDataset, check_region, sample_region
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPProcessor, Region
 
-_ALL = 2**31 - 1  # regions of a picture that make a sample: of all, some are drawn each time
+_ALL_REGIONS = 2**31 - 1  # a sample has all regions of an image, some of which are selected in each epoch
 
 
 class RegionTexts(NamedTuple):
-    """A picture with some of its regions (or the whole of it), each with its text."""
+    """An image with some of its regions (or the whole image), each with its text."""
 
     id: str
     image: Image.Image
@@ -33,11 +30,19 @@ class RegionTexts(NamedTuple):
     texts: tuple[str, ...]
 
 
-class RegionTextDataset(PictureDataset):
-    """A sample is a picture with up to `regions_per_image` of its regions, drawn anew each epoch.
+class RegionTextDataset(RegionDataset):
+    """A sample is an image with up to `regions_per_image` of its regions, selected at random in each epoch.
 
-    The whole image with its caption takes a region's place so often that it is the share `whole_image_rate` of all
-    pairs; where the data has no captions it never does.
+    The whole image with its caption replaces a region with a probability that makes its share of all pairs
+    `whole_image_rate`; never if the data has no captions.
+
+    Args:
+        indexes: Indexed data.
+        pair_args: Regions per image, how regions are given, augmentation.
+        split: Split of the data.
+        seed: Seed of the run.
+        skipped: File that lists skipped items, or None.
+        image_processor: If given, regions that it would remove are skipped.
     """
 
     def __init__(
@@ -49,61 +54,61 @@ class RegionTextDataset(PictureDataset):
         skipped: Path | None,
         image_processor: AlphaCLIPImageProcessor | None = None,
     ) -> None:
-        super().__init__(indexes, split, ["description"], _ALL, seed, pair_args.max_missing, skipped)
+        super().__init__(indexes, split, ["description"], _ALL_REGIONS, seed, pair_args.max_missing, skipped)
         self.pair_args = pair_args
         self.image_processor = image_processor
 
     @property
     def has_captions(self) -> bool:
-        """Whether some picture has a caption of the whole of it; a question about the whole is none."""
+        """Whether any image has a caption; questions about the whole image do not count."""
         groups = zip(self.indexes, self._groups, strict=True)
         return any(bool(index.is_whole[rows].any()) for index, (rows, _) in groups)
 
-    def drawn_rows(self, index: RegionIndex, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Rows of different regions, and perhaps the whole image's in place of the last."""
+    def select_rows(self, index: RegionIndex, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Rows of different regions, with the last one sometimes replaced by the whole image."""
         whole = index.is_whole[rows]
         regions, captions = rows[~whole], rows[whole]
         count = min(len(regions), self.pair_args.regions_per_image)
-        drawn = rng.choice(regions, count, replace=False)
+        selected = rng.choice(regions, count, replace=False)
         if len(captions) and rng.random() < max(count, 1) * self.pair_args.whole_image_rate:
-            drawn = np.append(drawn[: max(count, 1) - 1], rng.choice(captions))
-        return drawn if len(drawn) else captions[:1]  # a picture with a caption and no region
+            selected = np.append(selected[: max(count, 1) - 1], rng.choice(captions))
+        return selected if len(selected) else captions[:1]  # an image with a caption and no region
 
-    def made_of(self, facts: RegionFacts, image: Image.Image, rng: np.random.Generator) -> tuple[Region, str]:
+    def build_item(self, facts: RegionFacts, image: Image.Image, rng: np.random.Generator) -> tuple[Region, str]:
         """A region and its text."""
-        region = softened(draw_region(facts, image.size, self.pair_args, rng), image.size, self.pair_args, rng)
+        region = soften_region(sample_region(facts, image.size, self.pair_args, rng), image.size, self.pair_args, rng)
         answers = [answer for kind, _, answer in facts.turns if kind == "description"]
         text = answers[rng.integers(len(answers))]
         if self.image_processor is not None:
             check_region(region, image.size, self.image_processor)
         return region, text
 
-    def sample_of(self, name: str, image: Image.Image, made: list[tuple[Region, str]]) -> RegionTexts:
-        """The pairs of a picture."""
-        regions, texts = zip(*made, strict=True)
+    def build_sample(self, name: str, image: Image.Image, items: list[tuple[Region, str]]) -> RegionTexts:
+        """The pairs of an image."""
+        regions, texts = zip(*items, strict=True)
         return RegionTexts(name, image, regions, texts)
 
 
-def softened(region: Region, size: tuple[int, int], args: PairArguments, rng: np.random.Generator) -> Region:
-    """The region with its outline grown or shrunk (`mask_jitter`) and blurred (`max_blur`), each by a random amount.
-    Its peak stays what it was.
+def soften_region(region: Region, size: tuple[int, int], args: PairArguments, rng: np.random.Generator) -> Region:
+    """Dilate or erode a region (`mask_jitter`) and blur it (`max_blur`), each by a random amount. The maximum of its
+    alpha map does not change.
 
     Args:
-        region: Any region; the whole image stays what it is, and a box keeps its outline.
-        size: Width and height of the picture in pixels.
+        region: Any region. The whole image is returned unchanged, and a box is only blurred.
+        size: Width and height of the image in pixels.
         args: `mask_jitter` in pixels, `max_blur` as a share of the region's longer side.
-        rng: What is drawn from.
+        rng: Random generator.
     """
     if region.is_whole or not (args.mask_jitter or args.max_blur):
         return region
-    # rounded up, so that a faint value does not vanish
+    # rounded up, so that a small value does not become 0
     mask = Image.fromarray(np.ceil(region.mask(size[1], size[0]) * 255 - 1e-6).astype(np.uint8))
     x0, y0, x1, y1 = mask.getbbox()
     steps = 0 if region.kind in ("box", "nbox") else int(rng.integers(-args.mask_jitter, args.mask_jitter + 1))
     sigma = rng.uniform(0, args.max_blur) * max(x1 - x0, y1 - y0)
     if not steps and not sigma:
         return region
-    margin = abs(steps) + math.ceil(3 * sigma)  # only the window that changes: filters are slow
+    margin = abs(steps) + math.ceil(3 * sigma)  # only the part that changes, because filters are slow
     window = (max(x0 - margin, 0), max(y0 - margin, 0), min(x1 + margin, size[0]), min(y1 + margin, size[1]))
     inside = mask.crop(window)
     if steps:
@@ -113,18 +118,22 @@ def softened(region: Region, size: tuple[int, int], args: PairArguments, rng: np
     if sigma:
         blurred = np.asarray(inside.filter(ImageFilter.GaussianBlur(sigma)), np.float64)
         alpha = blurred * (alpha.max() / blurred.max()) if blurred.any() else alpha
-    whole = np.zeros((size[1], size[0]))
-    whole[window[1] : window[3], window[0] : window[2]] = alpha / 255
-    # as shares: a faint mask of whole numbers could be a map of labels
-    return Region.from_mask(whole.clip(0, 1), strength=region.strength)
+    full = np.zeros((size[1], size[0]))
+    full[window[1] : window[3], window[0] : window[2]] = alpha / 255
+    # floats in 0..1: a mask of small integers could be taken for a label map
+    return Region.from_mask(full.clip(0, 1), strength=region.strength)
 
 
 class RegionTextCollator:
-    """Makes a batch of samples.
+    """Builds a batch from samples.
 
-    Returns `pixel_values` (N, 4, S, S) of all pairs in order; `input_ids` and `attention_mask` (M, T) of the M
-    different texts among them, padded to the longest: the text tower reads each once; `text_of` (N,), the row of each
-    pair's text; `text_ids` (N,) int64, equal for equal texts on all ranks; and `names`, the ids of the samples.
+    Returns a dict with `pixel_values` (N, 4, S, S) of all pairs in order; `input_ids` and `attention_mask` (M, T) of
+    the M distinct texts, padded to the longest, so that the text tower encodes each text once; `text_of` (N,), the row
+    of each pair's text; `text_ids` (N,) int64, equal for equal texts on all ranks; and `names`, the IDs of the samples.
+
+    Args:
+        processor: The processor of the model.
+        max_length: Maximum number of tokens per text.
     """
 
     def __init__(self, processor: AlphaCLIPProcessor, max_length: int) -> None:
@@ -132,12 +141,12 @@ class RegionTextCollator:
         self.max_length = max_length
 
     def __call__(self, samples: Sequence[RegionTexts]) -> dict[str, Any]:
-        """Build the batch; texts longer than the text tower reads are cut, as CLIP's own training does."""
+        """Build the batch; longer texts are truncated, as in CLIP's training."""
         texts = [text for sample in samples for text in sample.texts]
         encoded = self.processor.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
-        different = list(dict.fromkeys(map(tuple, encoded)))
-        row_of = {tokens: row for row, tokens in enumerate(different)}
-        padded = self.processor.tokenizer.pad({"input_ids": list(map(list, different))}, return_tensors="pt")
+        distinct = list(dict.fromkeys(map(tuple, encoded)))
+        row_of = {tokens: row for row, tokens in enumerate(distinct)}
+        padded = self.processor.tokenizer.pad({"input_ids": list(map(list, distinct))}, return_tensors="pt")
         pixels = self.processor.image_processor(
             [sample.image for sample in samples], [list(sample.regions) for sample in samples], return_tensors="pt"
         )
@@ -152,12 +161,14 @@ class RegionTextCollator:
 
 
 def text_id(tokens: Sequence[int]) -> int:
-    """63 bits of the hash of a text's tokens: the same number on every rank. Of tokens, since CLIP lowers case."""
+    """63 bits of the hash of a text's tokens, the same on every rank. CLIP's tokenizer lowercases, so texts that differ
+    only in case are equal.
+    """
     return int.from_bytes(hashlib.sha256(np.array(tokens, np.int64).tobytes()).digest()[:8], "big") >> 1
 
 
 def chunks_of(batch: dict[str, Any], count: int = 1) -> list[dict[str, torch.Tensor]]:
-    """A batch cut into chunks of about as many pairs, each with the texts that it needs."""
+    """Split a batch into `count` chunks of about equal size, each with the texts of its pairs."""
     bounds = np.linspace(0, len(batch["text_of"]), count + 1).round().astype(int).tolist()
     chunks = []
     for start, end in itertools.pairwise(bounds):
@@ -171,34 +182,3 @@ def chunks_of(batch: dict[str, Any], count: int = 1) -> list[dict[str, torch.Ten
             }
         )
     return chunks
-
-
-def held_out_samples(dataset: RegionTextDataset, index: RegionIndex, picture: int, position: int) -> list[RegionSample]:
-    """The described regions of one picture of an index (and its caption, as the whole image), each in the form that is
-    trained: its box, or its mask where it has one. What cannot be used is left out, and listed in the dataset's list.
-
-    Raises:
-        ValueError: If more had to be left out than `max_missing` allows.
-    """
-    described = [facts for facts in index.read(np.flatnonzero(index.picture_of == picture)) if facts.sample.references]
-    if not described:
-        return []
-    source, wanted = describe_source(described[0].sample.image), dataset.pair_args.region_input
-    try:
-        image = described[0].sample.open_image()
-    except ValueError as error:
-        dataset.skipped.add(position, source, None, error)
-        return []
-    samples = []
-    for facts in described:
-        try:
-            region = facts.forms[0]
-            if not region.is_whole:
-                region = facts.form("available" if wanted == "mixed" else wanted)
-            if dataset.image_processor is not None:
-                check_region(region, image.size, dataset.image_processor)
-        except ValueError as error:
-            dataset.skipped.add(position, source, facts.sample.id, error)
-        else:
-            samples.append(dataclasses.replace(facts.sample, regions=(region,)))
-    return samples

@@ -1,4 +1,4 @@
-"""Contrastive batches larger than memory: embed in chunks, take the loss over all of them, embed again with gradient.
+"""Contrastive batches larger than memory: embed in chunks, compute the loss over all, embed again with gradients.
 
 Source: GradCache, Gao et al., arXiv 2101.06983.
 """
@@ -22,22 +22,22 @@ def cached_backward(
     backward: Callable[[Tensor, bool], None],
     around: Callable[[bool], AbstractContextManager] | None = None,
 ) -> Tensor:
-    """Go backward through a loss over all chunks, with the graph of one chunk in memory at a time.
+    """Backward pass of a loss over all chunks, with the graph of only one chunk in memory at a time.
 
-    The gradients are those of `loss_of` over `embed` of all chunks at once, dropout included: each chunk is embedded
-    twice, from the same state of the random generators of torch. The price is that second forward pass.
+    The gradients equal those of `loss_of` over `embed` of all chunks at once, including dropout: each chunk is embedded
+    twice with the same random state. The cost is the second forward pass.
 
     Args:
-        chunks: What `embed` takes; at least one. Under DDP or ZeRO-3 every process needs as many.
-        embed: Chunk -> named tensors: embeddings of its rows, (rows, ...), and what all chunks have in common, (),
-            such as a learned scale. Everything learned that the loss depends on must be among them.
-        loss_of: The same names -> (). It gets the rows of all chunks in order, and of a () tensor the last chunk's,
-            each as a leaf of float32 at least, so that no small gradient is lost before `backward` scales it. It may
-            gather from other processes; it is called once.
-        backward: Called once a chunk with (surrogate, whether it is the last chunk). The surrogate is a () tensor
-            whose gradients to the parameters are the chunk's share; its value means nothing. Must not retain the graph.
-        around: Entered with "whether it is the last chunk" around the second embedding of a chunk and its `backward`:
-            DDP's `no_sync`, which must hold in the forward pass already, for all chunks but the last.
+        chunks: Inputs of `embed`, at least one. Under DDP or ZeRO-3 every process needs the same number.
+        embed: Maps a chunk to named tensors: embeddings of its rows, (rows, ...), and values shared by all chunks, (),
+            such as a learned scale. They must include everything learned that the loss depends on.
+        loss_of: Maps tensors with the same names to a () loss. It receives the rows of all chunks in order, and a ()
+            tensor of the last chunk, as leaves of at least float32, so that small gradients are not lost before
+            `backward` scales them. It may gather from other processes, and is called once.
+        backward: Called for each chunk with (surrogate, is_last). The gradients of the () surrogate are the chunk's
+            share; its value is meaningless. Must not retain the graph.
+        around: Called with is_last; its context encloses the second embedding of a chunk and its `backward`. For DDP's
+            `no_sync`, which must also be active in the forward pass, on all chunks except the last.
 
     Returns:
         (), the loss, detached.
@@ -53,7 +53,7 @@ def cached_backward(
         own = {name: parts[number] for name, parts in gradients.items() if parts[number] is not None}
         with around(is_last) if around is not None else nullcontext():
             _set_random_state(state)
-            # in a function of its own: a name here would keep one chunk's graph while the next is embedded
+            # a separate function, because a local variable would keep this graph while the next chunk is embedded
             _backward_chunk(chunk, own, embed, backward, is_last)
     return loss
 
@@ -61,12 +61,12 @@ def cached_backward(
 def _loss_and_gradients(
     embedded: Sequence[Embeddings], loss_of: Callable[[Embeddings], Tensor]
 ) -> tuple[Tensor, dict[str, list[Tensor | None]]]:
-    """The loss, detached, and by name the gradient to each chunk's tensor."""
+    """The loss, detached, and by name the gradient of each chunk's tensor."""
     leaves = {}
     for name, tensor in embedded[-1].items():
         rows = torch.cat([chunk[name] for chunk in embedded]) if tensor.ndim else tensor
         if rows.is_floating_point():
-            # whether the second pass will have a gradient for it cannot be known yet: of a frozen tower too
+            # also for a frozen tower: whether the second pass needs a gradient is not known yet
             rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32)).requires_grad_()
         leaves[name] = rows
     loss = loss_of(leaves)
@@ -90,7 +90,7 @@ def _backward_chunk(
     backward: Callable[[Tensor, bool], None],
     is_last: bool,
 ) -> None:
-    """Embed a chunk with gradient and go backward from the gradients to its embeddings."""
+    """Embed a chunk with gradients, and backpropagate the gradients of its embeddings."""
     embeddings = embed(chunk)
     parts = [
         (embeddings[name].to(gradient.dtype) * gradient).sum()
@@ -101,7 +101,7 @@ def _backward_chunk(
 
 
 def _random_state() -> list[Tensor]:
-    """The state of torch's random generators: the processor's, and the current accelerator's if there is one."""
+    """The state of torch's random generators: the CPU's and the current accelerator's, if any."""
     states = [torch.get_rng_state()]
     if torch.accelerator.is_available():
         states.append(torch.get_device_module().get_rng_state())
@@ -109,7 +109,7 @@ def _random_state() -> list[Tensor]:
 
 
 def _set_random_state(states: list[Tensor]) -> None:
-    """Put back what `_random_state` gave."""
+    """Restore the state returned by `_random_state`."""
     torch.set_rng_state(states[0])
     if len(states) > 1:
         torch.get_device_module().set_rng_state(states[1])

@@ -1,1 +1,1 @@
-"""Tuning of LLaVA and BLIP-2: what only `train.finetune` needs."""
+"""Fine-tuning of LLaVA and BLIP-2; used by `train.finetune` only."""

@@ -8,25 +8,24 @@ import torch
 
 from mllm.loading import AlphaProcessor
 from mllm.messages import Message, image_items
-from vision_tower import AlphaCLIPImageProcessor, Region
-from vision_tower.image_processing_alpha_clip import place_alpha
+from train.region_dataset import check_region
 from vision_tower.region_arguments import region_list
 
 IGNORE_INDEX = -100  # the loss skips these labels: torch's and Transformers' default
 
 
 class ConversationCollator:
-    """Makes a training batch of samples, each a list of conversations.
+    """Builds a training batch from samples, each a list of conversations.
 
-    Returns `input_ids`, `attention_mask` (B, T) and `labels` (B, L), padded on the right, and `pixel_values`
-    (N, 4, S, S) for all images in order (of LLaVA-NeXT (N, tiles, 4, S, S), and `image_sizes`). A label is the token
-    itself inside an answer and its end-of-sequence token, `IGNORE_INDEX` elsewhere; an encoder-decoder (T5) reads the
-    prompt and has labels for the answer alone.
+    Returns a dict with `input_ids`, `attention_mask` (B, T) and `labels` (B, L), padded on the right, and
+    `pixel_values` (N, 4, S, S) of all images in order (for LLaVA-NeXT (N, tiles, 4, S, S) and `image_sizes`). Labels
+    are the tokens of answers and their end-of-sequence tokens, and `IGNORE_INDEX` elsewhere. For an encoder-decoder
+    (T5), the input is the prompt and the labels are the answer.
 
     Args:
-        processor: Of the model.
-        encoder_decoder: Whether the language model is one.
-        max_length: Longest conversation in tokens, or None.
+        processor: The processor of the model.
+        encoder_decoder: Whether the language model is an encoder-decoder.
+        max_length: Maximum number of tokens per conversation, or None.
     """
 
     def __init__(self, processor: AlphaProcessor, encoder_decoder: bool = False, max_length: int | None = None) -> None:
@@ -38,8 +37,8 @@ class ConversationCollator:
         """Build the batch.
 
         Raises:
-            ValueError: If a turn's tokens are not a prefix of the conversation's, so that labels could not be placed,
-                or a conversation is longer than `max_length`.
+            ValueError: If the tokens of a turn are not a prefix of those of the conversation, so that labels cannot be
+                assigned, or a conversation is longer than `max_length`.
         """
         conversations = [conversation for sample in samples for conversation in sample]
         batch = self.tokens(conversations)
@@ -58,8 +57,8 @@ class ConversationCollator:
         longest = max(map(len, encoded))
         if self.max_length is not None and longest > self.max_length:
             raise ValueError(
-                f"a conversation has {longest} tokens, the model reads {self.max_length}; lower max_turns, or leave "
-                "long answers out of the data"
+                f"a conversation has {longest} tokens, more than the {self.max_length} of the model; lower max_turns, "
+                "or remove long answers from the data"
             )
 
     def tokens(self, conversations: Sequence[Sequence[Message]]) -> dict[str, torch.Tensor]:
@@ -76,28 +75,21 @@ class ConversationCollator:
         return {**batch, "labels": labels}
 
     def pixels(self, items: Sequence[Mapping]) -> dict[str, torch.Tensor]:
-        """What the model takes of image items, in order, one for each region."""
+        """`pixel_values` (and `image_sizes`) of image items, in order, one image for each region."""
         images, regions = [item["image"] for item in items], [item.get("region") for item in items]
         return dict(self.processor.image_processor(images, regions, return_tensors="pt"))
 
 
-def check_region(region: Region, size: tuple[int, int], image_processor: AlphaCLIPImageProcessor) -> None:
-    """Raise ValueError if a region does not fit its image, of `size` (W, H), or the centre crop cuts it away."""
-    width, height = size
-    if image_processor.geometry == "crop":
-        place_alpha(region, height, width, image_processor.crop_size.height, "crop")
-    else:  # without resizing, which costs as much as the batch itself
-        region.mask(height, width)
-
-
 def encode_prompt_and_answer(processor: AlphaProcessor, conversation: Sequence[Message]) -> tuple[list[int], list[int]]:
-    """Token ids of a question, and those of its answer with its end, for an encoder-decoder.
+    """Token IDs of a question, and of its answer with the end-of-sequence token, for an encoder-decoder.
 
     Raises:
         ValueError: If the conversation has more than one turn.
     """
     if len(conversation) != 2:
-        raise ValueError(f"expected one question and its answer for T5, got {len(conversation)} messages; max_turns: 1")
+        raise ValueError(
+            f"expected one question and its answer for T5, got {len(conversation)} messages; set max_turns: 1"
+        )
     prompt = processor.encode_conversation(conversation[:1], add_generation_prompt=True)
     answer = "".join(item["text"] for item in conversation[1]["content"])
     # split_special_tokens: "</s>" in an answer is text
@@ -106,13 +98,13 @@ def encode_prompt_and_answer(processor: AlphaProcessor, conversation: Sequence[M
 
 
 def encode_with_labels(processor: AlphaProcessor, conversation: Sequence[Message]) -> tuple[list[int], list[int]]:
-    """Token ids of a conversation and their labels, equally long.
+    """Token IDs of a conversation and their labels, of the same length.
 
-    The answer's place is found by encoding the conversation up to it: no search for "ASSISTANT:", which a user may
-    write too.
+    The position of an answer is found by encoding the conversation before it, rather than by searching for
+    "ASSISTANT:", which can also be part of a question.
 
     Raises:
-        ValueError: If the tokens up to an answer are not a prefix of the whole, or no end-of-sequence token follows it.
+        ValueError: If the tokens before an answer are not a prefix of all tokens, or it has no end-of-sequence token.
     """
     ids = processor.encode_conversation(conversation)
     labels = [IGNORE_INDEX] * len(ids)
@@ -122,14 +114,14 @@ def encode_with_labels(processor: AlphaProcessor, conversation: Sequence[Message
         before = processor.encode_conversation(conversation[:index], add_generation_prompt=True)
         if ids[: len(before)] != before:
             raise ValueError(
-                f"turn {index} is encoded in another way alone than inside its conversation; cannot place labels"
+                f"the tokens before turn {index} are not a prefix of the conversation's tokens; cannot assign labels"
             )
-        # nobody's text can hold the end-of-sequence token: the processor encodes it as plain text there
+        # texts cannot contain this token: the processor encodes "</s>" in a text as plain text
         eos = processor.tokenizer.eos_token_id
         if eos not in ids[len(before) :]:
             raise ValueError(
-                f"the chat template writes no {processor.tokenizer.eos_token} after an answer, so that a tuned model "
-                "would never stop; save the model's processor with one that does (chat_template.jinja)"
+                f"the chat template has no {processor.tokenizer.eos_token} after an answer, so a tuned model would not "
+                "stop; add it to chat_template.jinja of the model"
             )
         end = ids.index(eos, len(before)) + 1
         labels[len(before) : end] = ids[len(before) : end]

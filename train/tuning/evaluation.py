@@ -1,4 +1,4 @@
-"""Answers to held-out questions while a model is being trained, scored with the metrics of `eval`."""
+"""Answers to validation questions during training, scored with the metrics of `eval`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _MAX_NEW_TOKENS = 64
 _BATCH = 32
 
 
-class HeldOut(NamedTuple):
-    """A held-out question: a picture with its region (an image item), the question and its right answer."""
+class ValidationQuestion(NamedTuple):
+    """A validation question: an image with its region (an image item), the question and the reference answer."""
 
     item: dict
     question: str
@@ -28,9 +28,9 @@ class HeldOut(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """The place of a held-out question and what the model answered; what processes send each other."""
+    """The number of a validation question and the answer of the model."""
 
-    place: int
+    number: int
     text: str
 
 
@@ -38,9 +38,10 @@ class AnswerScorer:
     """Answers the first turns of conversations and scores them.
 
     Args:
-        conversations: Held-out ones, whose first turn is asked.
-        described: Whether that turn asks for a description.
-        frequency: Document frequencies of the whole held-out split, for CIDEr; None leaves CIDEr out.
+        processor: The processor of the model.
+        conversations: Validation conversations; only their first turns are used.
+        described: For each conversation, whether its first turn requests a description.
+        frequency: Document frequencies of the validation split, for CIDEr; if None, CIDEr is not computed.
     """
 
     def __init__(
@@ -52,8 +53,8 @@ class AnswerScorer:
     ) -> None:
         self.processor = processor
         self.frequency = frequency
-        self.asked = [
-            HeldOut(
+        self.questions = [
+            ValidationQuestion(
                 image_items(turns)[0],
                 turns[0]["content"][-1]["text"],
                 turns[1]["content"][0]["text"],
@@ -63,40 +64,40 @@ class AnswerScorer:
         ]
 
     def answer(self, model: nn.Module, rank: int, world: int) -> list[Answered]:
-        """This process's share of the answers. All processes make the same number of calls: under ZeRO-3 each call
-        gathers weights from all of them.
+        """This process's share of the answers. All processes make the same number of calls, because under ZeRO-3 each
+        call gathers weights from all of them.
         """
         chat = RegionChat(model, self.processor)
-        places = list(range(rank, len(self.asked), world))
-        calls = math.ceil(math.ceil(len(self.asked) / world) / _BATCH)
+        numbers = list(range(rank, len(self.questions), world))
+        calls = math.ceil(math.ceil(len(self.questions) / world) / _BATCH)
         training = model.training
         model.eval()
         answered = []
         for call in range(calls):
-            batch = places[call * _BATCH : (call + 1) * _BATCH]
-            asked = [self.asked[place] for place in batch or [0]]
+            batch = numbers[call * _BATCH : (call + 1) * _BATCH]
+            questions = [self.questions[number] for number in batch or [0]]
             answers = chat.answers(
-                [(held.item["image"], held.item["region"], held.question) for held in asked],
+                [(asked.item["image"], asked.item["region"], asked.question) for asked in questions],
                 max_new_tokens=_MAX_NEW_TOKENS,
             )
-            answered += [Answered(place, answer.text) for place, answer in zip(batch, answers, strict=False)]
+            answered += [Answered(number, answer.text) for number, answer in zip(batch, answers, strict=False)]
         model.train(training)
         return answered
 
     def score(self, answered: Sequence[Answered]) -> dict[str, float]:
-        """Shares of exactly right answers: all, descriptions, questions; CIDEr of descriptions where asked for."""
+        """Literal match (0..1) of all answers, descriptions and questions; CIDEr of descriptions if requested."""
         texts = [text for _, text in sorted(answered)]
-        references = [(held.answer,) for held in self.asked]
-        scores = {"exactly_right": literal_match(texts, references)}
-        places: dict[str, list[int]] = {"descriptions": [], "questions": []}
-        for place, held in enumerate(self.asked):
-            places["descriptions" if held.is_description else "questions"].append(place)
-        if all(places.values()):
-            for kind, chosen in places.items():
-                scores[f"exactly_right_{kind}"] = literal_match(
+        references = [(asked.answer,) for asked in self.questions]
+        scores = {"literal_match": literal_match(texts, references)}
+        numbers: dict[str, list[int]] = {"descriptions": [], "questions": []}
+        for number, asked in enumerate(self.questions):
+            numbers["descriptions" if asked.is_description else "questions"].append(number)
+        if all(numbers.values()):
+            for kind, chosen in numbers.items():
+                scores[f"literal_match_{kind}"] = literal_match(
                     [texts[n] for n in chosen], [references[n] for n in chosen]
                 )
-        if self.frequency is not None and (chosen := places["descriptions"]):
+        if self.frequency is not None and (chosen := numbers["descriptions"]):
             scored = score_captions(
                 [texts[n] for n in chosen], [references[n] for n in chosen], ("cider",), frozen=self.frequency
             )

@@ -105,11 +105,11 @@ def test_json_says_the_same_without_control_characters():
     ("main", "arguments", "message"),
     [
         (region_chat, ["--image", "x", "--box", "--ask", "x"], "argument --box: expected one argument"),
-        (region_chat, ["--image", "x", "--ask", "-what"], "is written with an equals sign: --ask=-..."),
+        (region_chat, ["--image", "x", "--ask", "-what"], "with an equals sign: --ask=-..."),
         (region_chat, ["--image", "x", "--strength", "0.5", "0.6"], "unrecognized arguments: 0.6"),
         (region_chat, ["--box", "1", "2", "3", "4", "--point", "1,2@3"], "not allowed with argument"),
         (region_chat, ["--nonsense"], "unrecognized arguments: --nonsense; see --help"),
-        (region_chat, ["--batch-size", "x"], "expected a whole number of up to 32 bits, got 'x'"),
+        (region_chat, ["--batch-size", "x"], "expected an integer of up to 32 bits, got 'x'"),
         (region_chat, ["--dtype", EVIL], "invalid choice"),
         (region_eval, [], "expected a command"),
         (region_eval, ["nonsense"], "invalid choice"),

@@ -69,7 +69,7 @@ def test_regions_are_read_in_the_form_that_is_shown(plan, shown, form):
 
 def say_something(self, requests, **options):
     """Answers without a model: of the region alone."""
-    return [Answer("" if region is None else str(region), cut=False) for _, region, _ in requests]
+    return [Answer("" if region is None else str(region), truncated=False) for _, region, _ in requests]
 
 
 def test_differences_are_of_the_same_samples(plan):

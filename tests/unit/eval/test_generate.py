@@ -15,7 +15,7 @@ from eval.views import with_other_region
 from mllm.data.readers.visual_genome import read_region_questions, read_regions
 from mllm.data.shapes import visual_genome_layout
 from mllm.inference import RegionChat
-from tests.drawn_back import alpha_map, iou
+from tests.alpha_maps import alpha_map, iou
 from tests.files import read_json_lines
 from tests.tiny import build_tiny_blip2
 

@@ -94,10 +94,7 @@ def test_an_object_of_captions_by_id(tmp_path, captions, references, indent):
 @pytest.mark.parametrize(
     "text, message",
     [
-        (
-            '{"1": ["a cat"], "2": "a dog"}',
-            "an object of id: caption, .* got an object with .'a cat'. under '1'",
-        ),
+        ('{"1": ["a cat"], "2": "a dog"}', "an object of id: caption, .* got an object with .'a cat'. under '1'"),
         ('{"": null}', "None under ''"),
         ('{"1": 5}', "5 under '1'"),
         ('{"results": [{"image_id": 1, "caption": "a"}]}', "under 'results'"),

@@ -296,7 +296,7 @@ def test_what_cannot_be_drawn_says_why(folder):
     del records[3]["image"], records[3]["region"], records[3]["question"]  # another system's file
     page = report(folder, records)
     assert len(page.all("img")) == 2 and page.text.count("No image") == 4
-    assert "image file" in page.text
+    assert "image file not found" in page.text
     # the reason of several is said once
     assert (
         page.text.count("2 have no image: the predictions have no image names.")

@@ -15,7 +15,7 @@ import mllm
 from mllm.data.templates import DESCRIBE_REGION
 from mllm.inference import RegionChat, check_alpha
 from mllm.loading import EMBEDDED_MODEL
-from tests.drawn_back import overlap
+from tests.alpha_maps import overlap
 from tests.files import encoded_image
 from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_image, prompt
 from vision_tower import Region
@@ -67,7 +67,7 @@ def test_conversations_put_the_image_first_and_keep_the_history(chat):
 
 
 def test_too_long_is_an_error(chat):
-    with pytest.raises(ValueError, match="the model reads 512"):
+    with pytest.raises(ValueError, match="context is 512"):
         chat.ask(IMAGE, LEFT, "x" * 600, max_new_tokens=4)
 
 
@@ -110,7 +110,7 @@ def test_beams_and_sampling_of_a_checkpoint_neither_fail_nor_warn(chat, tiny_lla
 
 def test_broken_unicode_is_a_value_error(chat):
     for tokens in ("8", 2.5, 0):
-        with pytest.raises(ValueError, match="max_new_tokens as a whole number of 1 or more, got"):
+        with pytest.raises(ValueError, match="max_new_tokens as an integer of at least 1, got"):
             chat.ask(IMAGE, LEFT, "What?", max_new_tokens=tokens)
     with pytest.raises(ValueError, match="surrogates not allowed"):
         chat.ask(IMAGE, LEFT, "what\udc80", max_new_tokens=2)
@@ -249,9 +249,9 @@ def test_a_stream_passes_errors_on_and_leaves_no_thread(embedded):
         ((WIDE, np.ones((32, 64)), "What?"), "expected a Region.*got ndarray"),
         ((WIDE, "24,3,60,39", "What?"), "expected a region box:"),
         ((WIDE, {"bbox": [1, 2, 3, 4]}, "What?"), "expected exactly one of box"),
-        ((WIDE, ENDS[0], 5), "expected a question as text"),
-        ((WIDE, ENDS[0], ["What?"]), "expected a question as text"),
-        ((WIDE, ENDS[0], ""), "expected a question as text, or None for a description, got ''"),
+        ((WIDE, ENDS[0], 5), "expected a question as a string"),
+        ((WIDE, ENDS[0], ["What?"]), "expected a question as a string"),
+        ((WIDE, ENDS[0], ""), "expected a question as a string, or None for a description, got ''"),
         ((WIDE, ENDS[0], " \n"), r"for a description, got ' \\n'"),
         (("http://127.0.0.1:9/a\nb", ENDS[0], "What?"), "cannot download the image http://127.0.0.1:9/a b: "),
         (("missing.png", ENDS[0], "What?"), "no image file missing.png"),
@@ -273,7 +273,7 @@ def test_mistakes_are_errors_of_one_line_everywhere(chat, arguments, message):
     "turn", [{"role": "user", "content": "What?"}, "ab", ("a",), ("a", "b", "c"), ("a", None)], ids=str
 )
 def test_a_history_is_pairs_of_text(chat, turn):
-    with pytest.raises(ValueError, match=r"expected the history as \(question, answer\) pairs of text, got"):
+    with pytest.raises(ValueError, match=r"expected the history as \(question, answer\) pairs of strings, got"):
         chat.ask(WIDE, ENDS[0], "What?", history=[turn])
 
 

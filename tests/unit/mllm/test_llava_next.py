@@ -15,8 +15,8 @@ from mllm.model_card import model_card
 from mllm.processing_llava_next import AlphaLlavaNextProcessor
 from tests.files import read_json, write_json
 from tests.tiny import noise_image, tiny_llava_next_config, tiny_tokenizer, tiny_vision_config
-from train.lora import parts_of
 from train.tuning.collators import IGNORE_INDEX, ConversationCollator
+from train.tuning.lora import parts_of
 from train.tuning.memory_estimate import meta_model
 from vision_tower import Region
 
@@ -52,10 +52,7 @@ def processor_with(template, like):
 
 def turns(image, region, answer="a cat"):
     items = [{"type": "image", "image": image, "region": region}, {"type": "text", "text": "What?"}]
-    return [
-        {"role": "user", "content": items},
-        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-    ]
+    return [{"role": "user", "content": items}, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
 
 
 def test_chat_answers_in_batches_as_alone(tiny_llava_next):
@@ -159,5 +156,5 @@ def test_the_model_card_tells_the_tiles(tiny_llava_next_dir):
     card = model_card(tiny_llava_next_dir, "lab/next")
     assert "LLaVA-NeXT with an Alpha-CLIP tower" in card.text and "(B, tiles, 4, H, W)" in card.text
     assert (
-        "| tiles | the whole picture, and those of the best of 64 x 32, 32 x 64, 64 x 64, 32 x 32 pixels" in card.text
+        "| tiles | the whole image, and those of the best fit of 64 x 32, 32 x 64, 64 x 64, 32 x 32 pixels" in card.text
     )

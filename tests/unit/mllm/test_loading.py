@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import mllm
 from alpha_clip_commands import alpha_clip
@@ -13,7 +11,7 @@ from alpha_clip_commands.region_chat import main as region_chat
 from mllm.inference import RegionChat
 from mllm.loading import EMBEDDED_MODEL
 from tests.files import read_json
-from tests.tiny import noise_image, prompt
+from tests.tiny import noise_image, prompt, random_adapter
 from vision_tower import Region
 
 LEFT, RIGHT = Region.from_box(0, 0, 30, 40), Region.from_box(30, 0, 60, 40)
@@ -32,21 +30,13 @@ def adapter(tiny_llava_dir, tmp_path_factory):
     """An adapter of random LoRA matrices and another alpha weight, and the logits it was saved with."""
     folder = tmp_path_factory.mktemp("adapter")
     model, processor = mllm.load(tiny_llava_dir, device="cpu")
-    config = LoraConfig(target_modules=TARGETS, r=4, modules_to_save=["patch_embedding.alpha"])
-    tuned = get_peft_model(model, config)
-    torch.manual_seed(3)
-    for name, parameter in tuned.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
-            nn.init.normal_(parameter, std=0.3)
+    tuned = random_adapter(model, TARGETS)
     tuned.save_pretrained(folder)
-    tuned.eval()
     return folder, [logits(tuned, processor, region) for region in (LEFT, RIGHT)]
 
 
 @pytest.mark.compatibility(
-    "peft LoRA",
-    "a loaded adapter with an alpha weight: logits from before saving",
-    "1.3e-6 relative",
+    "peft LoRA", "a loaded adapter with an alpha weight: logits from before saving", "1.3e-6 relative"
 )
 def test_adapter_gives_the_logits_it_was_saved_with(tiny_llava, tiny_llava_dir, adapter, measured):
     folder, expected = adapter
@@ -95,18 +85,16 @@ def test_adapter_for_another_model_is_refused(tiny_llava_dir, adapter, tmp_path)
 
 
 @pytest.mark.compatibility(
-    "bitsandbytes nf4 and int8 on a CPU",
-    "embedded model: tower equal, same descriptions",
-    "equal",
+    "bitsandbytes nf4 and int8 on a CPU", "embedded model: tower equal, same descriptions", "equal"
 )
 @pytest.mark.parametrize("load_in", ["4bit", "8bit"])
-def test_only_the_language_model_is_quantised(embedded, load_in):
+def test_only_the_language_model_is_quantized(embedded, load_in):
     pytest.importorskip("bitsandbytes", reason="an optional dependency; make setup installs it on Linux")
     whole, processor = embedded
     model, _ = mllm.load(device="cpu", load_in=load_in)
     kinds = {name: type(module).__name__ for name, module in model.named_modules() if "Linear" in type(module).__name__}
-    quantised = {name for name, kind in kinds.items() if kind != "Linear"}
-    assert quantised == {name for name in kinds if ".language_model." in name}
+    quantized = {name for name, kind in kinds.items() if kind != "Linear"}
+    assert quantized == {name for name in kinds if ".language_model." in name}
     tower = whole.model.vision_tower.state_dict()
     assert all(torch.equal(tensor.float(), tower[key]) for key, tensor in model.model.vision_tower.state_dict().items())
     image = Image.open(SCENES / "scene_2.png")

@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard
 from transformers import CLIPVisionConfig
 
 from mllm.loading import EMBEDDED_MODEL
-from mllm.model_card import LICENCES, check_base_model, model_card
+from mllm.model_card import LICENSES, check_base_model, model_card
 from tests.files import read_json, write_json
 from tests.tiny import tiny_llava_config, tiny_tokenizer, tiny_vision_config
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig
@@ -49,10 +49,10 @@ def test_the_metadata_is_the_hubs(tower):
 @pytest.mark.parametrize(
     ("given", "fields", "words"),
     [
-        ({}, {"license": "unknown"}, "has not said"),
-        ({"licence": "bsd-3-clause"}, {"license": "bsd-3-clause"}, "as its publisher states"),
+        ({}, {"license": "unknown"}, "did not state"),
+        ({"license": "bsd-3-clause"}, {"license": "bsd-3-clause"}, "as stated by its publisher"),
         ({"built_from": ["clip"]}, {"license": "mit"}, "CLIP: MIT"),
-        ({"built_from": ["clip", "blip-2"]}, {"license": "mit"}, "language model's licence besides: unknown"),
+        ({"built_from": ["clip", "blip-2"]}, {"license": "mit"}, "language model has another license: unknown"),
         (
             {"built_from": ["alpha-clip"]},
             {"license": "other", "license_name": "alpha-clip-research-only"},
@@ -61,27 +61,27 @@ def test_the_metadata_is_the_hubs(tower):
         (
             {"built_from": ["llava-1.5", "alpha-clip"]},
             {"license": "other", "license_name": "alpha-clip-research-only-and-llama2"},
-            "LLAMA 2 community licence",
+            "LLAMA 2 community license",
         ),
     ],
 )
 def test_the_licence_is_that_of_the_parts(tower, given, fields, words):
     card = model_card(tower, "lab/tower", **given)
     assert {key: value for key, value in metadata(card).items() if key.startswith("license")} == fields
-    assert words in card.text.split("## Licence")[1]
-    assert all(LICENCES[part][1] in card.text for part in given.get("built_from", []))
+    assert words in card.text.split("## License")[1]
+    assert all(LICENSES[part][1] in card.text for part in given.get("built_from", []))
 
 
 def test_who_knows_only_shapes_says_so(tower):
-    assert "no photographs" in model_card(tower, "lab/tower", built_from=["shapes"]).text
-    assert "no photographs" not in model_card(tower, "lab/tower", built_from=["clip"]).text
+    assert "not work on photographs" in model_card(tower, "lab/tower", built_from=["shapes"]).text
+    assert "not work on photographs" not in model_card(tower, "lab/tower", built_from=["clip"]).text
 
 
 def test_sizes_geometry_and_files(tower):
     (tower / "regions.py").write_text("")
     card = model_card(tower, "lab/tower")
     assert row(card, "class") == ["`AlphaCLIPVisionModel`"] and row(card, "geometry") == ["`stretch`"]
-    assert row(card, "picture") == ["32 x 32 pixels, 4 x 4 patches of 8"]
+    assert row(card, "image size") == ["32 pixels, 4 x 4 patches of 8"]
     assert "trust_remote_code" in row(card, "`*.py`")[0] and "`tokenizer*`" not in card.text
 
 
@@ -152,7 +152,7 @@ def test_an_adapter_is_used_as_its_model_is(tmp_path, trained, title):
         ("scores.json", '{"meteor": 0.3}', "score_embedded_model.py"),
         ("scores.json", '{"a": {"size": {"score": "high", "of": 3}}}', "score_embedded_model.py"),
         ("scores.json", '{"a": {"si', "damaged"),
-        ("training_record.json", "[1]", "names and values"),
+        ("training_record.json", "[1]", "a JSON object"),
         ("config.json", '{"model_type": "llama"}', "'llama'"),
         ("config.json", '{"model_type": "nothing_known"}', "cannot read"),
         ("config.json", '{"model_type', "cannot read"),
@@ -175,7 +175,7 @@ def test_what_cannot_be_used_as_the_card_says(tower):
         model_card(tower, "lab/tower")
 
 
-@pytest.mark.parametrize("given", [{"built_from": ["eva"]}, {"built_from": ["clip"], "licence": "mit"}])
+@pytest.mark.parametrize("given", [{"built_from": ["eva"]}, {"built_from": ["clip"], "license": "mit"}])
 def test_a_licence_that_says_two_things_or_nothing_known(tower, given):
     with pytest.raises(ValueError, match="eva|one of both"):
         model_card(tower, "lab/tower", **given)

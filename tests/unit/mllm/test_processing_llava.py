@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoProcessor
 
 from mllm.processing_llava import _FORMER_CHAT_TEMPLATE, CHAT_TEMPLATE, VICUNA_V1_SYSTEM
-from tests.drawn_back import alpha_map, iou
+from tests.alpha_maps import alpha_map, iou
 from tests.tensors import same_tensors
 from tests.tiny import build_tiny_llava, noise_image, prompt
 from train.tuning.collators import IGNORE_INDEX, encode_with_labels
@@ -127,8 +127,8 @@ def test_a_list_of_regions_makes_slots_of_one_decoded_image(tmp_path, monkeypatc
     decoded = []
     import vision_tower.image_processing_alpha_clip as module
 
-    original = module._resize
-    monkeypatch.setattr(module, "_resize", lambda pixels, *args: decoded.append(pixels) or original(pixels, *args))
+    original = module.resize
+    monkeypatch.setattr(module, "resize", lambda pixels, *args: decoded.append(pixels) or original(pixels, *args))
     for images, regions in (
         ([str(path), OTHER], [[BOX, FAR], None]),
         ([[path, OTHER]], [[["box:4,4,20,20", FAR], None]]),
@@ -380,7 +380,7 @@ def test_what_transformers_would_drop_is_an_error(name):
         lambda: PROCESSOR.apply_chat_template(ask(item()), **{name: value}),
         lambda: PROCESSOR.apply_chat_template(ask(item()), processor_kwargs={name: value}),
     ):
-        with pytest.raises(ValueError, match="would be ignored; regions are passed as regions="):
+        with pytest.raises(ValueError, match="would be ignored; pass regions as regions="):
             call()
 
 

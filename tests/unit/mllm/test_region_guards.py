@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPImageProcessor, CLIPVisionConfig, LlavaForConditionalGeneration
+from transformers import CLIPImageProcessor
 
 import mllm
 from alpha_clip_commands.region_chat import build_parser
@@ -22,8 +22,8 @@ from mllm.llava import build_llava_processor
 from mllm.loading import EMBEDDED_MODEL
 from mllm.region_chat import cli
 from tests.files import read_json, read_json_lines, write_json
-from tests.tiny import build_tiny_llava, noise_image, prompt, tiny_llava_config, tiny_tokenizer, tiny_vision_config
-from train.sampling import ConversationDataset
+from tests.tiny import build_stock_llava, build_tiny_llava, noise_image, prompt, save_model
+from train.tuning.conversations import ConversationDataset
 from vision_tower import AlphaCLIPImageProcessor, Region
 
 BOX = Region.from_box(2, 2, 30, 30)
@@ -31,24 +31,19 @@ BOX = Region.from_box(2, 2, 30, 30)
 
 @pytest.mark.parametrize("name", ["region", "mask", "masks", "alpha_values"])
 def test_a_misspelt_region_is_an_error(tiny_llava, name):
-    with pytest.raises(ValueError, match="regions are passed as regions="):
+    with pytest.raises(ValueError, match="pass regions as regions="):
         tiny_llava[1](images=noise_image(60, 40), text=prompt("What?"), **{name: BOX})
 
 
 def test_a_stock_image_processor_is_refused():
     model, processor = build_tiny_llava()
     stock = build_llava_processor(CLIPImageProcessor(), processor.tokenizer, model.config)
-    with pytest.raises(ValueError, match="would drop every region"):
+    with pytest.raises(ValueError, match="does not support regions"):
         stock(images=noise_image(60, 40), text=prompt("What?"), regions=BOX)
 
 
 def clip_llava(folder):
-    tokenizer = tiny_tokenizer()
-    config = tiny_llava_config(tokenizer, CLIPVisionConfig(**tiny_vision_config()))
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    _, processor = build_tiny_llava()
-    processor.save_pretrained(folder)
-    return folder
+    return save_model(folder, build_stock_llava(), build_tiny_llava()[1])
 
 
 def test_a_tower_that_ignores_regions_says_so(tiny_llava_dir, tmp_path, caplog):

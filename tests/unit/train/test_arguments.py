@@ -8,8 +8,8 @@ import torch
 
 import train
 from tests.files import write_json
-from train.arguments import parse_args
 from train.contrastive import arguments
+from train.tuning.arguments import parse_args
 
 RECIPES = sorted(Path(train.__file__).parent.glob("recipes/*.yaml"))
 CONTRASTIVE = [recipe for recipe in RECIPES if "alpha-clip train" in recipe.read_text("utf-8")]
@@ -72,6 +72,14 @@ def test_an_optimizer_of_deepspeeds_is_in_the_way_of_rates_of_parts_only(tmp_pat
     assert Path(training.deepspeed).stem == content.split()[1]
 
 
+def test_renamed_settings_of_earlier_recipes_are_read(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("eval_metrics: [exactly right, CIDEr]\n")
+    assert parse_args([str(recipe), *REQUIRED])[1].eval_metrics == ["literal_match", "CIDEr"]
+    recipe.write_text("eval_pictures: 7\npatch_weight: 0.0\n")
+    assert arguments.parse_args([str(recipe), *REQUIRED])[1].eval_images == 7
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -87,14 +95,14 @@ def test_an_optimizer_of_deepspeeds_is_in_the_way_of_rates_of_parts_only(tmp_pat
         ("box_jitter: 0.5", "box_jitter: expected a share from 0 to below 0.5"),
         ("min_strength: 2", "min_strength: expected a number from 0 to 1"),
         ("regions_per_image: 0", "regions_per_image: expected 1 or more"),
-        ("eval_metrics: [SPICE]", "eval_metrics: expected names out of"),
-        ("eval_metrics: [exact match]", "name 'exactly right'"),
+        ("eval_metrics: [SPICE]", "eval_metrics: expected literal_match or CIDEr"),
+        ("eval_metrics: [exact match]", "use literal_match"),
         ("dtype: int8", "dtype: expected float32"),
-        ("load_in: 4bit", "quantised weights cannot be trained; give lora_r"),
-        ("lora_tower: true", "no effect without LoRA; give lora_r"),
+        ("load_in: 4bit", "quantized weights cannot be trained; set lora_r"),
+        ("lora_tower: true", "no effect without LoRA; set lora_r"),
         ("deepspeed: zero9", "deepspeed: expected one of zero1, zero2, zero2_offload, zero3, zero3_offload"),
-        ("deepspeed: zero2\noptimizer: muon", "muon runs without DeepSpeed only"),
-        ("deepspeed: zero2_offload\nlearning_rates: [alpha=1.0]", "brings an optimizer of one learning rate"),
+        ("deepspeed: zero2\noptimizer: muon", "muon cannot be used with DeepSpeed"),
+        ("deepspeed: zero2_offload\nlearning_rates: [alpha=1.0]", "defines an optimizer with a single learning rate"),
     ],
 )
 def test_bad_recipes(tmp_path, content, message):
@@ -111,38 +119,37 @@ def test_bad_recipes(tmp_path, content, message):
         ("max_turns: 1", "unknown keys max_turns"),  # of region-tune
         ("geometry: squash", "geometry: expected one of crop, pad, stretch"),
         ("train_blocks: -1", "train_blocks: expected 0 or more"),
-        ("train_blocks: 1\ntrain_parts: [alpha]", "train_blocks: they are blocks of vision_model"),
-        ("train_blocks: 1\nlora_r: 2", "train_blocks: blocks are frozen under LoRA"),
+        ("train_blocks: 1\ntrain_parts: [alpha]", "train_blocks: requires vision_model"),
+        ("train_blocks: 1\nlora_r: 2", "train_blocks: blocks are frozen with LoRA"),
         ("lora_r: -1", "lora_r: expected 0"),
-        ("lora_targets: [q_proj]", "no effect without LoRA; give lora_r"),
-        ("lora_alpha: 2.0", "no effect without LoRA; give lora_r"),
-        ("lora_dropout: 0.1", "no effect without LoRA; give lora_r"),
-        ("lora_r: 2\ntrain_parts: [alpha, logit_scale]", "an adapter holds no logit_scale"),
+        ("lora_targets: [q_proj]", "no effect without LoRA; set lora_r"),
+        ("lora_alpha: 2.0", "no effect without LoRA; set lora_r"),
+        ("lora_dropout: 0.1", "no effect without LoRA; set lora_r"),
+        ("lora_r: 2\ntrain_parts: [alpha, logit_scale]", "an adapter cannot contain logit_scale"),
         ("logit_scale: 0", "logit_scale: expected a factor above 0 and up to 100"),
         ("logit_scale: 101", "logit_scale: expected a factor above 0 and up to 100"),
         ("learning_rates: [alpha]", "learning_rates: expected NAME=NUMBER"),
         ("optimizer: sgd", "optimizer: expected trainer or muon"),
-        ("deepspeed: zero2\noptimizer: muon", "muon runs without DeepSpeed only"),
+        ("deepspeed: zero2\noptimizer: muon", "muon cannot be used with DeepSpeed"),
         ("region_input: circle", "region_input: expected one of"),
         ("loss: clip", "loss: expected one of symmetric, released"),
         ("schedule: cosine", "schedule: expected one of trainer, released"),
         ("regions_per_image: 0", "regions_per_image: expected 1 or more"),
         ("released_steps: 0", "released_steps: expected 1 or more"),
-        ("eval_pictures: 0", "eval_pictures: expected 1 or more"),
+        ("eval_pictures: 0", "eval_images: expected 1 or more"),
         ("mask_share: 1.5", "mask_share: expected a number from 0 to 1"),
         ("min_strength: -0.1", "min_strength: expected a number from 0 to 1"),
         ("max_missing: 2", "max_missing: expected a number from 0 to 1"),
         ("whole_image_rate: 1.1", "whole_image_rate: expected a number from 0 to 1"),
-        ("whole_image_rate: 0.5\nregions_per_image: 4", "up to 0.25 of the pairs, got 0.5"),
+        ("whole_image_rate: 0.5\nregions_per_image: 4", "expected at most 0.25, got 0.5"),
         ("max_blur: 2", "max_blur: expected a number from 0 to 1"),
         ("mask_jitter: -1", "mask_jitter: expected 0 or more"),
-        ("patch_weight: -0.5", "patch_weight: expected 0 or more"),
+        ("patch_weight: 0.5", "patch_weight was removed: .* delete the key"),
         ("cache_chunk: -1", "cache_chunk: expected 0 or more"),
         ("box_jitter: 0.5", "box_jitter: expected a share from 0 to below 0.5"),
-        ("loss: released\ncache_chunk: 4", "released knows neither patch_weight nor cache_chunk"),
-        ("loss: released\npatch_weight: 0.5", "released knows neither patch_weight nor cache_chunk"),
-        ("cache_chunk: 4\ngradient_accumulation_steps: 2", "takes the place of gradient_accumulation_steps"),
-        ("load_best_model_at_end: true\neval_strategy: steps\neval_steps: 500", "evaluations give no loss"),
+        ("loss: released\ncache_chunk: 4", "released does not support cache_chunk"),
+        ("cache_chunk: 4\ngradient_accumulation_steps: 2", "replaces gradient_accumulation_steps"),
+        ("load_best_model_at_end: true\neval_strategy: steps\neval_steps: 500", "evaluations have no loss"),
     ],
 )
 def test_bad_contrastive_recipes(tmp_path, content, message):
@@ -159,7 +166,7 @@ def test_zero_stage_0_in_16_bits_is_refused(tmp_path, stage, is_refused):
     write_json(file, {"zero_optimization": {"stage": stage}, "bf16": {"enabled": "auto"}})
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"deepspeed: {file}")
-    expected = pytest.raises(ValueError, match="is of ZeRO stage 0") if is_refused else contextlib.nullcontext()
+    expected = pytest.raises(ValueError, match="has ZeRO stage 0") if is_refused else contextlib.nullcontext()
     with expected:
         arguments.parse_args([str(recipe), *REQUIRED, "--use_cpu", "true", "--bf16", "true"])
     arguments.parse_args([str(recipe), *REQUIRED])
@@ -168,14 +175,14 @@ def test_zero_stage_0_in_16_bits_is_refused(tmp_path, stage, is_refused):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("turn_weights: null", r"turn_weights: expected a value, got null; leave the key out for its default, \[\]"),
+        ("turn_weights: null", r"turn_weights: expected a value, got null; to use the default, delete the key"),
         ("max_turns: null", "max_turns: expected a value, got null"),
-        ("max_turns: many", "max_turns: expected a whole number of up to 32 bits, got 'many'"),
+        ("max_turns: many", "max_turns: expected an integer of up to 32 bits, got 'many'"),
         ("max_turns: 2.5", "max_turns: expected a whole number"),
         ("max_turns: true", "max_turns: expected text or a number, got true"),
         ("max_turns: [1]", "max_turns: expected one value, got a list"),
         ("max_turns: {a: 1}", "max_turns: expected one value or a list, got a mapping"),
-        ("max_turns: 99999999999999999999", "max_turns: expected a whole number of up to 32 bits"),
+        ("max_turns: 99999999999999999999", "max_turns: expected an integer of up to 32 bits"),
         ("max_turns: 2001-01-01", "max_turns: expected text or a number, got date"),
         ("learning_rate: 1e400", "learning_rate: expected a finite number, got '1e400'"),
         ("learning_rate: .inf", "learning_rate: expected a finite number"),
@@ -207,7 +214,7 @@ def test_zero_stage_0_in_16_bits_is_refused(tmp_path, stage, is_refused):
         ("turn_weights: [left=1, left=2]", "turn_weights: 'left' is given twice"),
         ("turn_weights: [=1]", "turn_weights: expected NAME=NUMBER"),
         ("accelerator_config: {speed: 1}", "accelerator_config: unknown keys speed"),
-        ("parallelism_config: 5", "parallelism_config: it cannot be set in a recipe"),
+        ("parallelism_config: 5", "parallelism_config: it can be set in Python only"),
         ("deepspeed: {a: 1}", "deepspeed: expected one value or a list, got a mapping"),
         ("max_turns: 1\nmax_turns: 2", "line 2, column 1, is not YAML: a repeated key: 'max_turns'"),
         ("1: 2", "is not YAML: expected text as the key: '1'"),
@@ -226,13 +233,13 @@ def test_zero_stage_0_in_16_bits_is_refused(tmp_path, stage, is_refused):
         ("a: " + "[" * 5000, "5,000 opening brackets"),
         ("a: " + "{b: " * 1000, "is not YAML: nested too deeply"),
         ("a: x\0y", "is not YAML: .*special characters"),
-        ("a: &a [*a]", "over 10,000 values"),
+        ("a: &a [*a]", "more than 10,000 values"),
         (
             "x: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
             + "".join(f"y{i}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 10)}]\n" for i in range(9)),
-            "over 10,000 values",
+            "more than 10,000 values",
         ),
-        ("# " + "x" * 70_000, "over 65,536 bytes"),
+        ("# " + "x" * 70_000, "more than 65,536 bytes"),
         (b"a: \xff", "is not UTF-8 at byte 3"),
         (b"", "expected 'key: value' lines, got NoneType"),
     ],
@@ -274,7 +281,7 @@ def test_a_recipe_takes_what_the_flags_take(tmp_path):
         (["--max_steps", "x"], "--max_steps[^:]*: expected a whole number"),
         (["--lora_r", "2", "--lora_alpha", "nan"], "--lora_alpha[^:]*: expected a finite number"),
         (["--lora_r", "1e3"], "--lora_r[^:]*: expected a whole number"),
-        (["--lora_r", "9" * 30], "--lora_r[^:]*: expected a whole number of up to 32 bits"),
+        (["--lora_r", "9" * 30], "--lora_r[^:]*: expected an integer of up to 32 bits"),
         (["--seed"], "--seed[^:]*: expected one argument"),
         (["--box_jitter", "nan"], "--box_jitter[^:]*: expected a finite number"),
         (["--max_missing", "nan"], "--max_missing[^:]*: expected a finite number"),

@@ -8,7 +8,8 @@ from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
 from torch.utils.data import BatchSampler
 from transformers import TrainerState
 
-from train.trainer import RegionTrainer, StopOnSignal
+from train.stop_on_signal import StopOnSignal
+from train.trainer import RegionTrainer
 
 SAMPLES = 8
 
@@ -46,6 +47,6 @@ def test_what_a_shell_ignores_for_its_jobs_stays_ignored():
         signal.raise_signal(signal.SIGTERM)  # launchers repeat it
         assert stopping.received == signal.SIGTERM
     finally:
-        stopping.stop_listening()
+        stopping.restore_handlers()
         signal.signal(signal.SIGINT, before)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -19,7 +19,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from mllm.data.samples import load_image
-from tests.drawn_back import alpha_map
+from tests.alpha_maps import alpha_map
 from tests.files import read_json
 from vision_tower import AlphaCLIPImageProcessor, Region
 from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
@@ -125,7 +125,7 @@ def check_photo(folder, image, annotations, worst):
         inside = [case for case in cases if is_seen(case[2], geometry)]
         for _, region, mask in cases:
             if not is_seen(mask, geometry):
-                with pytest.raises(ValueError, match="outside the centre crop"):
+                with pytest.raises(ValueError, match="outside the center crop"):
                     processor(first, region, geometry=geometry)
         if not inside:
             continue

@@ -18,7 +18,7 @@ def original():
     return fixture_tensors("alpha_clip_original.safetensors")
 
 
-def test_every_size_is_read_off_the_tensors(original):
+def test_sizes_are_inferred_from_the_tensors(original):
     config, weights = conversion.from_original(original)
     sizes = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.patch_size)
     assert sizes == (128, 2, 2, 8)
@@ -27,7 +27,7 @@ def test_every_size_is_read_off_the_tensors(original):
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
 
 
-def test_what_is_not_read_off_the_tensors_is_clips_own(original):
+def test_other_settings_are_those_of_clip(original):
     """No dropout above all: the tower that was trained has none, and Transformers would apply it in training."""
     config = conversion.from_original(original)[0]
     assert (config.attention_dropout, config.hidden_act, config.layer_norm_eps) == (0.0, "quick_gelu", 1e-5)
@@ -81,10 +81,10 @@ def poison(weights):
         (put("conv1_alpha.weight", torch.zeros(128, 3, 8, 8)), "conv1_alpha"),
         (put("positional_embedding", torch.zeros(16, 128)), "positional_embedding"),
         (put("transformer.resblocks.4.ln_1.weight", torch.zeros(128)), r"lacks transformer\.resblocks\.2"),
-        (poison, "c_fc.bias holds NaN"),
+        (poison, "c_fc.bias contains NaN"),
     ],
 )
-def test_damage_is_named(original, damage, message):
+def test_damaged_state_dicts_are_errors(original, damage, message):
     damage(original)
     with pytest.raises(ValueError, match=message):
         conversion.from_original(original)
@@ -99,12 +99,12 @@ def test_damage_is_named(original, damage, message):
         ({}, "expected an original Alpha-CLIP"),
     ],
 )
-def test_other_families_are_named(weights, message):
+def test_checkpoints_of_other_models_are_errors(weights, message):
     with pytest.raises(ValueError, match=message):
         conversion.from_original(weights)
 
 
-def test_mixed_prefixes_are_refused(original, tmp_path):
+def test_mixed_prefixes_are_an_error(original, tmp_path):
     half = {(f"visual.{key}" if "ln_" in key else key): tensor for key, tensor in original.items()}
     torch.save(half, tmp_path / "half.pth")
     with pytest.raises(ValueError, match="with and without 'visual.'"):
@@ -119,17 +119,17 @@ class Malicious:
         return os.mkdir, (str(self.file),)
 
 
-def test_a_pickle_that_wants_to_run_code_is_refused(original, tmp_path):
+def test_a_pickle_that_runs_code_is_an_error(original, tmp_path):
     torch.save({**original, "conv1.weight": Malicious(tmp_path / "ran")}, tmp_path / "bad.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
-    for name, reason in (("bad.pth", "would run code"), ("plain.pth", "expected the archive that torch.save writes")):
+    for name, reason in (("bad.pth", "would run code"), ("plain.pth", "expected an archive written by torch.save")):
         with pytest.raises(ValueError, match=reason):
             conversion.read_checkpoint(tmp_path / name)
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
-def test_truncated_files_are_one_clear_error(original, tmp_path, ending):
+def test_truncated_files_are_an_error(original, tmp_path, ending):
     whole = tmp_path / f"whole{ending}"
     save_file(original, whole) if ending == ".safetensors" else torch.save(original, whole)
     for size in (0, 10, whole.stat().st_size // 2):
@@ -138,7 +138,7 @@ def test_truncated_files_are_one_clear_error(original, tmp_path, ending):
             conversion.read_checkpoint(tmp_path / f"cut{ending}")
 
 
-def test_what_is_no_state_dict_is_refused(tmp_path):
+def test_files_without_a_state_dict_are_an_error(tmp_path):
     torch.save({"epoch": 3, "state_dict": {}}, tmp_path / "trainer.pth")
     with pytest.raises(ValueError, match="state_dict"):
         conversion.read_checkpoint(tmp_path / "trainer.pth")
@@ -159,7 +159,7 @@ def test_fused_convolution_equals_both(original):
         conversion.fuse({"embeddings.patch_embedding.weight": fused})
 
 
-def test_read_tower_refuses_a_directory_without_alpha(tmp_path):
+def test_read_tower_raises_without_alpha_weight(tmp_path):
     from transformers import CLIPModel
 
     CLIPModel(tiny_clip_config()).save_pretrained(tmp_path / "clip")
@@ -170,7 +170,7 @@ def test_read_tower_refuses_a_directory_without_alpha(tmp_path):
         conversion.read_tower(tmp_path / "empty")
 
 
-def test_read_tower_takes_file_and_directory(original, tmp_path):
+def test_read_tower_accepts_file_and_directory(original, tmp_path):
     save_file(original, tmp_path / "a.safetensors")
     config, weights = conversion.read_tower(tmp_path / "a.safetensors")
     assert isinstance(config, AlphaCLIPVisionConfig)
@@ -180,7 +180,7 @@ def test_read_tower_takes_file_and_directory(original, tmp_path):
     assert same_tensors(conversion.read_tower(tmp_path / "tower")[1], weights)
 
 
-def test_read_tower_names_a_directory_with_damaged_weights(tmp_path):
+def test_read_tower_raises_for_damaged_weights(tmp_path):
     AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**tiny_clip_config().vision_config.to_dict())).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])

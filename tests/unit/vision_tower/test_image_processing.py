@@ -22,10 +22,11 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_STD
 
-from tests.drawn_back import alpha_map
+from tests.alpha_maps import alpha_map
 from tests.files import encoded_image
 from tests.tiny import noise_image
 from vision_tower import AlphaCLIPImageProcessor, Region, image_processing_alpha_clip
+from vision_tower import geometry as geometry_module
 from vision_tower.alpha_embedding import WHOLE_IMAGE
 
 SIDE = 64
@@ -56,7 +57,7 @@ def test_rgb_equals_the_stock_processors(size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_rgb_is_close_to_the_processors_of_torchvision(size):
+def test_rgb_is_close_to_the_torchvision_processors(size):
     """Where it is installed, they are Transformers' default."""
     pytest.importorskip("torchvision")
     image = noise_image(*size).filter(ImageFilter.GaussianBlur(1))  # edges as photographs have them
@@ -69,7 +70,7 @@ def test_rgb_is_close_to_the_processors_of_torchvision(size):
 
 @pytest.mark.parametrize("geometry", ["crop", "pad", "stretch"])
 @pytest.mark.parametrize("size", SIZES)
-def test_alpha_moves_as_the_picture_does(geometry, size):
+def test_alpha_has_the_geometry_of_the_image(geometry, size):
     """A picture that is white in the region and black elsewhere: its red channel and its alpha map must agree."""
     width, height = size
     box = (width // 4, height // 4, width - width // 5, height - height // 4)
@@ -100,7 +101,7 @@ def test_padding_has_alpha_zero_for_a_region():
 
 @pytest.mark.parametrize("geometry", ["crop", "pad", "stretch"])
 @pytest.mark.parametrize("size", [(4000, 3000), (3000, 4000), (90, 70)])
-def test_one_pixel_leaves_a_trace(geometry, size):
+def test_a_region_of_one_pixel_is_visible(geometry, size):
     x, y = size[0] // 2 + 3, size[1] // 2 - 5
     alpha = alpha_map(
         build(geometry)(noise_image(*size), Region.from_box(x, y, x + 1, y + 1), return_tensors="pt")["pixel_values"]
@@ -160,7 +161,7 @@ def test_any_box_any_geometry(width, height, data):
     try:
         alpha = alpha_map(build(geometry)(noise_image(width, height), region, return_tensors="pt")["pixel_values"])
     except ValueError as error:
-        assert geometry == "crop" and "outside the centre crop" in str(error)
+        assert geometry == "crop" and "outside the center crop" in str(error)
         return
     assert -1e-6 <= alpha.min() and alpha.max() <= 1 + 1e-6 and alpha.max() > 0.99
 
@@ -175,8 +176,8 @@ def test_any_box_any_geometry(width, height, data):
         (lambda p, i: p(i, []), "empty list"),
         (lambda p, i: p(i, "box:3,2,1,4"), "cannot read the region"),
         (lambda p, i: p(i, None, geometry="zoom"), "expected geometry"),
-        (lambda p, i: p(i, None, size={"height": 8, "width": 8}), "size: set them"),
-        (lambda p, i: p(i, None, do_center_crop=False), "do_center_crop: set them"),
+        (lambda p, i: p(i, None, size={"height": 8, "width": 8}), "size: pass them to the constructor"),
+        (lambda p, i: p(i, None, do_center_crop=False), "do_center_crop: pass them to the constructor"),
     ],
 )
 def test_errors(call, message):
@@ -184,49 +185,49 @@ def test_errors(call, message):
         call(build("crop"), noise_image(60, 40))
 
 
-def test_the_text_of_a_region_is_that_region():
+def test_regions_as_text():
     image, region = noise_image(60, 40), Region.from_box(20, 10, 40, 30)
     expected = build("pad")(image, region)["pixel_values"]
     for regions, images in (("box:20,10,40,30", image), (["box:20,10,40,30"], image), (["box:20,10,40,30"], [image])):
         assert np.array_equal(build("pad")(images, regions)["pixel_values"], expected)
 
 
-def test_a_region_outside_the_centre_crop_is_an_error():
+def test_a_region_outside_the_center_crop_is_an_error():
     with pytest.raises(ValueError, match="use geometry='pad'"):
         build("crop")(noise_image(300, 60), Region.from_box(0, 0, 20, 20))
 
 
-def test_settings_that_would_part_picture_and_alpha_are_refused():
+def test_settings_that_would_change_only_the_image_are_an_error():
     with pytest.raises(ValueError, match="one square output size"):
         AlphaCLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 32, "width": 32})
     with pytest.raises(ValueError, match="expected geometry"):
         AlphaCLIPImageProcessor(geometry="fit")
 
 
-def test_the_centre_crop_decides_by_the_regions_own_place(caplog):
+def test_the_center_crop_uses_the_position_before_resizing(caplog):
     """Of a picture of 300 x 100 the crop keeps columns 100 to 200; resizing must not draw a region into it."""
     processor = AlphaCLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     image = Image.new("RGB", (300, 100))
-    with pytest.raises(ValueError, match="outside the centre crop"):
+    with pytest.raises(ValueError, match="outside the center crop"):
         processor(image, regions=Region.from_box(0, 0, 99.9, 100))
     processor(image, regions=Region.from_box(110, 10, 190, 90))
     assert not caplog.records
     processor(image, regions=Region.from_box(50, 10, 150, 90))
-    assert "cuts 50 %" in caplog.text
+    assert "removes 50%" in caplog.text
 
 
-def test_rescaling_is_no_setting_of_a_call():
+def test_rescaling_in_a_call_is_an_error():
     with pytest.raises(ValueError, match="do_rescale"):
         AlphaCLIPImageProcessor()(Image.new("RGB", (9, 9)), do_rescale=False)
 
 
 @pytest.mark.parametrize("side", [None, 0, "336"])
-def test_a_processor_for_no_size_is_refused(side):
+def test_an_invalid_size_is_an_error(side):
     with pytest.raises(ValueError, match="side in pixels"):
         AlphaCLIPImageProcessor.for_size(side, "crop")
 
 
-def test_a_file_with_transparency_lies_on_white_as_the_picture_does(tmp_path):
+def test_a_transparent_file_is_composited_onto_white(tmp_path):
     picture = Image.new("RGBA", (40, 30), (10, 20, 200, 0))
     picture.paste((200, 0, 0, 255), (5, 5, 20, 20))
     picture.save(tmp_path / "a.png")
@@ -264,11 +265,11 @@ SHAPES = [
 @pytest.mark.parametrize("resample", [0, 1, 2, 3, 4, 5])
 @pytest.mark.parametrize("strip", [1, 5000, 4_000_000])
 def test_padding_without_the_square_is_bit_equal(monkeypatch, resample, strip):
-    monkeypatch.setattr(image_processing_alpha_clip, "_STRIP", strip)
+    monkeypatch.setattr(geometry_module, "_STRIP", strip)
     for shape in SHAPES:
         image = noise_image(*shape)
         for side in (1, 7, 64):
-            ours = image_processing_alpha_clip._resize(image, side, "pad", (122, 116, 104), Image.Resampling(resample))
+            ours = geometry_module.resize(image, side, "pad", (122, 116, 104), Image.Resampling(resample))
             assert ours.tobytes() == padded_in_full(image, side, resample).tobytes(), (shape, side)
 
 
@@ -276,7 +277,7 @@ def test_padding_without_the_square_is_bit_equal(monkeypatch, resample, strip):
 @settings(deadline=None, max_examples=60)
 def test_any_size_padded_without_the_square_is_bit_equal(width, height, side, seed):
     image = noise_image(width, height, seed)
-    ours = image_processing_alpha_clip._resize(image, side, "pad", (122, 116, 104), Image.Resampling.BICUBIC)
+    ours = geometry_module.resize(image, side, "pad", (122, 116, 104), Image.Resampling.BICUBIC)
     assert ours.tobytes() == padded_in_full(image, side, Image.Resampling.BICUBIC).tobytes()
     mask = np.random.default_rng(seed).random((height, width), np.float32) * (
         noise_image(width, height) > np.full(3, 9)
@@ -286,7 +287,7 @@ def test_any_size_padded_without_the_square_is_bit_equal(width, height, side, se
     top, left = (len(square) - height) // 2, (len(square) - width) // 2
     square[top : top + height, left : left + width] = mask
     expected = np.asarray(Image.fromarray(square).resize((side, side), Image.Resampling.BILINEAR))
-    ours = image_processing_alpha_clip._resize(mask, side, "pad", 0, Image.Resampling.BILINEAR)
+    ours = geometry_module.resize(mask, side, "pad", 0, Image.Resampling.BILINEAR)
     assert np.array_equal(np.asarray(ours), expected)
 
 
@@ -302,7 +303,7 @@ def test_the_largest_images_are_processed_in_seconds(size):
 
 @pytest.mark.parametrize("geometry", ["pad", "crop", "stretch"])
 @pytest.mark.parametrize("size", [(65500, 1), (1, 65500), (20001, 4)])
-def test_images_over_the_limits_are_refused(tmp_path, geometry, size):
+def test_images_over_the_limits_are_an_error(tmp_path, geometry, size):
     Image.new("1", size).save(tmp_path / "x.png")
     with pytest.raises(ValueError, match="too long|too many pixels") as caught:
         AlphaCLIPImageProcessor.for_size(32, geometry)(str(tmp_path / "x.png"))
@@ -342,7 +343,7 @@ BATCH = np.stack([IMAGE, IMAGE[::-1]])
     ],
     ids=lambda images: f"{type(images).__name__} {getattr(images, 'shape', '')}",
 )
-def test_batches_are_what_they_are_for_the_stock_processor(images):
+def test_batches_equal_those_of_the_stock_processor(images):
     regions = [Region.from_box(5, 5, 30, 30), None]
     processor = build("pad")
     expected = np.concatenate(
@@ -385,7 +386,7 @@ def test_batches_are_what_they_are_for_the_stock_processor(images):
     ],
     ids=lambda value: str(value)[:25],
 )
-def test_what_is_no_image_or_no_region_is_an_error_of_one_line(images, regions):
+def test_invalid_images_and_regions_are_a_one_line_error(images, regions):
     with pytest.raises(ValueError) as caught:
         build("pad")(images, regions)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600

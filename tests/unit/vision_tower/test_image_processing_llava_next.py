@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.drawn_back import alpha_map
+from tests.alpha_maps import alpha_map
 from tests.tiny import noise_image
 from vision_tower import AlphaLlavaNextImageProcessor, Region
 from vision_tower.alpha_embedding import WHOLE_IMAGE
@@ -30,7 +30,7 @@ def test_the_whole_image_is_alpha_one_in_the_padding_too():
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.3])
-def test_a_region_lies_in_its_tiles_and_not_in_the_padding(strength):
+def test_a_region_is_in_its_tiles_and_not_in_the_padding(strength):
     """128 x 96 becomes 64 x 48, padded by 8 above and below; the box, its right half, is in two tiles of four."""
     region = dataclasses.replace(Region.from_box(64, 0, 128, 96), strength=strength)
     tiles = alpha(region, 128, 96)
@@ -64,8 +64,11 @@ def test_several_regions_of_one_image_and_fewer_tiles_than_the_next():
     ("call", "message"),
     [
         (lambda: PROCESSOR(noise_image(64, 32), Region.from_box(70, 0, 90, 20)), "outside"),
-        (lambda: PROCESSOR(noise_image(64, 32), geometry="pad"), "expected geometry out of tiles, got 'pad'"),
-        (lambda: PROCESSOR(noise_image(64, 32), image_grid_pinpoints=[[32, 32]]), "image_grid_pinpoints: set them"),
+        (lambda: PROCESSOR(noise_image(64, 32), geometry="pad"), "expected geometry tiles, got 'pad'"),
+        (
+            lambda: PROCESSOR(noise_image(64, 32), image_grid_pinpoints=[[32, 32]]),
+            "image_grid_pinpoints: pass them to the constructor",
+        ),
         (lambda: PROCESSOR(noise_image(64, 32), max_side=60), "too long"),
         (lambda: AlphaLlavaNextImageProcessor(**SIZE, image_grid_pinpoints=[[30, 64]]), "multiples of 32 pixels"),
         (lambda: AlphaLlavaNextImageProcessor(**SIZE, image_grid_pinpoints=[]), "multiples of 32 pixels"),

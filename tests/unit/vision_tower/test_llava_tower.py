@@ -23,7 +23,7 @@ def args(**changes):
     return SimpleNamespace(**{"mm_vision_select_layer": -2, "image_aspect_ratio": "pad", **changes})
 
 
-def test_features_are_the_towers(folder):
+def test_features_equal_those_of_the_tower(folder):
     tower = AlphaCLIPVisionTower(folder, args())
     images = tower.image_processor.preprocess(
         noise_image(60, 40), [Region.from_box(0, 0, 30, 40), Region.from_box(30, 0, 60, 40)], return_tensors="pt"
@@ -56,15 +56,15 @@ def test_the_interface_of_the_original(folder):
         AlphaCLIPVisionTower(folder, args(mm_vision_select_feature="all"))
 
 
-def test_unfrozen_it_trains_the_alpha_weight(folder):
+def test_the_alpha_weight_is_trained_if_unfrozen(folder):
     tower = AlphaCLIPVisionTower(folder, args(unfreeze_mm_vision_tower=True), delay_load=True)
     tower(torch.randn(1, 4, 32, 32)).square().mean().backward()
     assert tower.vision_tower.embeddings.patch_embedding.alpha.weight.grad.abs().max() > 0
 
 
-def test_a_clip_directory_has_zero_alpha_and_says_so(tmp_path, caplog):
+def test_a_clip_directory_has_zero_alpha_and_logs_a_warning(tmp_path, caplog):
     CLIPVisionModel(CLIPVisionConfig(**tiny_vision_config())).save_pretrained(tmp_path)
     CLIPImageProcessor(**SIZE).save_pretrained(tmp_path)
     tower = AlphaCLIPVisionTower(str(tmp_path), args())
-    assert "regions are ignored" in caplog.text
+    assert "regions have no effect" in caplog.text
     assert torch.count_nonzero(tower.vision_tower.embeddings.patch_embedding.alpha.weight) == 0

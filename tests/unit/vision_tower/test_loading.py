@@ -103,7 +103,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: str(next(iter(options.items()), ""))[:30])
 @pytest.mark.parametrize("cls", CLASSES)
-def test_alpha_is_zero_and_nothing_is_said_of_a_clip(clip, cls, options, caplog):
+def test_a_clip_loads_with_zero_alpha_and_without_a_report(clip, cls, options, caplog):
     if options is QUANTIZED:
         pytest.importorskip("bitsandbytes", reason="an optional dependency; make setup installs it on Linux")
     model = cls.from_pretrained(clip, **options)
@@ -123,7 +123,7 @@ for name in {[cls.__name__ for cls in CLASSES]}:
     assert [line for line in printed if line and not line.startswith("Loading weights:")] == []
 
 
-def test_other_reports_are_shown(clip, tmp_path, caplog):
+def test_other_reports_are_logged(clip, tmp_path, caplog):
     """Transformers' own classes keep their report, before and after ours were loaded."""
     AlphaCLIPVisionModel.from_pretrained(clip)
     caplog.clear()
@@ -137,7 +137,7 @@ def test_other_reports_are_shown(clip, tmp_path, caplog):
     assert "LOAD REPORT" in caplog.text and not logging.getLogger("transformers.modeling_utils").filters
 
 
-def test_the_loading_info_is_truthful(clip, ours):
+def test_loading_info(clip, ours):
     model, info = AlphaCLIPVisionModel.from_pretrained(clip, output_loading_info=True)
     assert info["missing_keys"] == {ALPHA_WEIGHT} and type(model) is AlphaCLIPVisionModel
     stored = load_file(clip / "model.safetensors")
@@ -150,7 +150,7 @@ def test_the_loading_info_is_truthful(clip, ours):
 def test_mismatched_sizes(ours, caplog):
     key = "encoder.layers.1.mlp.fc1.weight"
     change(ours, lambda tensors: {**tensors, key: torch.zeros(8, 8)})
-    with pytest.raises(ValueError, match=f"model.safetensors do not fit .*1 of another shape .*{key}"):
+    with pytest.raises(ValueError, match=f"model.safetensors do not match .*1 of another shape .*{key}"):
         AlphaCLIPVisionModel.from_pretrained(ours)
     caplog.clear()
     model, info = AlphaCLIPVisionModel.from_pretrained(ours, ignore_mismatched_sizes=True, output_loading_info=True)
@@ -176,7 +176,7 @@ def test_a_state_dict(clip, tower):
     zero = AlphaCLIPVisionModel.from_pretrained(None, config=tower.config, state_dict=clips)
     assert torch.count_nonzero(alpha_of(zero)) == 0
     del clips["embeddings.class_embedding"]
-    with pytest.raises(ValueError, match="the given state_dict do not fit .*1 missing"):
+    with pytest.raises(ValueError, match="the given state_dict do not match .*1 missing"):
         AlphaCLIPVisionModel.from_pretrained(None, config=tower.config, state_dict=clips)
 
 
@@ -257,7 +257,7 @@ def offline(monkeypatch):
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("cls", [AlphaCLIPVisionModel, AutoModel])
 @pytest.mark.parametrize("write", [*LAYOUTS, under_old_names])
-def test_every_layout_gives_the_same_features_and_its_loss_of_alpha_raises(tower, tmp_path, cls, write, caplog):
+def test_every_layout_gives_the_same_features_and_raises_without_alpha(tower, tmp_path, cls, write, caplog):
     options, file = write(tower, tmp_path)
     name = "somebody/tower" if write is in_a_hub_cache else tmp_path
     caplog.clear()
@@ -267,26 +267,26 @@ def test_every_layout_gives_the_same_features_and_its_loss_of_alpha_raises(tower
         change(folder, without_alpha)
     for pickled in tmp_path.rglob("pytorch_model.bin"):
         torch.save(without_alpha(torch.load(pickled)), pickled)
-    with pytest.raises(ValueError, match=f"{file} lacks the alpha weight {ALPHA_WEIGHT}, which") as raised:
+    with pytest.raises(ValueError, match=f"{file} lacks the alpha weight {ALPHA_WEIGHT}, although") as raised:
         cls.from_pretrained(name, **options)
     assert "\n" not in str(raised.value) and "REPORT" not in caplog.text
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_a_lost_alpha_raises_in_every_class(clip, tmp_path, cls):
+def test_a_missing_alpha_raises_in_every_class(clip, tmp_path, cls):
     cls.from_pretrained(clip).save_pretrained(tmp_path)
     change(tmp_path, without_alpha)
     for loader in (cls, AutoModel):
         if loader is AutoModel and cls is AlphaCLIPVisionModelWithProjection:
             continue  # AutoModel loads the tower alone from its directory
-        with pytest.raises(ValueError, match="model.safetensors lacks the alpha weight .*config.json promises"):
+        with pytest.raises(ValueError, match="model.safetensors lacks the alpha weight .*although its config.json"):
             loader.from_pretrained(tmp_path)
     # a configuration given by hand does not hide it
     with pytest.raises(ValueError, match="lacks the alpha weight"):
         cls.from_pretrained(tmp_path, config=cls.config_class.from_pretrained(clip))
 
 
-def test_a_lost_alpha_raises_in_the_tower_of_the_original_llava(ours):
+def test_a_missing_alpha_raises_in_the_tower_of_the_original_llava(ours):
     AlphaCLIPImageProcessor.for_size(32, "pad").save_pretrained(ours)
     args = SimpleNamespace(mm_vision_select_layer=-2)
     AlphaCLIPVisionTower(str(ours), args)
@@ -295,7 +295,7 @@ def test_a_lost_alpha_raises_in_the_tower_of_the_original_llava(ours):
         AlphaCLIPVisionTower(str(ours), args)
 
 
-def test_a_directory_without_configuration_promises_nothing(tower, tmp_path):
+def test_a_directory_without_configuration_may_lack_alpha(tower, tmp_path):
     save_file(without_alpha(tower.state_dict()), tmp_path / "model.safetensors", {"format": "pt"})
     assert torch.count_nonzero(alpha_of(AlphaCLIPVisionModel.from_pretrained(tmp_path, config=tower.config))) == 0
 
@@ -337,7 +337,7 @@ def test_load_with_alpha_keeps_the_arguments_of_from_pretrained(siglip, tmp_path
         load_with_alpha(tmp_path)
 
 
-def test_a_configuration_built_from_clips_fields_is_ours(clip, tmp_path):
+def test_a_configuration_created_from_the_fields_of_clip(clip, tmp_path):
     """Its fields may name CLIP's type; its class is what counts, and what is saved."""
     fields = CLIPModel.from_pretrained(clip).config.vision_config.to_dict()
     AlphaCLIPVisionModel(AlphaCLIPVisionConfig(**fields)).save_pretrained(tmp_path)
@@ -352,5 +352,5 @@ def test_an_adapter_of_a_tower_with_missing_weights_raises(ours, tower, tmp_path
     tuned.save_pretrained(tmp_path / "adapter")
     assert torch.equal(features(AlphaCLIPVisionModel.from_pretrained(tmp_path / "adapter")), features(tower))
     change(ours, lambda tensors: {key: t for key, t in tensors.items() if "layers.1.mlp" not in key})
-    with pytest.raises(ValueError, match="ours/model.safetensors do not fit AlphaCLIPVisionModel: 4 missing"):
+    with pytest.raises(ValueError, match="ours/model.safetensors do not match AlphaCLIPVisionModel: 4 missing"):
         AlphaCLIPVisionModel.from_pretrained(tmp_path / "adapter")

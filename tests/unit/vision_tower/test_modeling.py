@@ -28,7 +28,7 @@ def test_other_channel_counts_raise(tower, shape):
         tower(torch.zeros(shape))
 
 
-def test_a_picture_without_a_batch_raises():
+def test_an_image_without_batch_dimension_raises():
     with pytest.raises(ValueError, match="expected pixel_values"):
         AlphaPatchEmbedding(6, 4)(torch.zeros(4, 16, 16))
 
@@ -90,7 +90,7 @@ def test_compiles_without_graph_breaks(tower):
         torch.testing.assert_close(compiled(pixels()).last_hidden_state, tower(pixels()).last_hidden_state)
 
 
-def test_auto_classes_know_the_tower(tmp_path, tower):
+def test_auto_classes_load_the_tower(tmp_path, tower):
     tower.save_pretrained(tmp_path)
     assert type(AutoConfig.from_pretrained(tmp_path)) is AlphaCLIPVisionConfig
     again = AutoModel.from_pretrained(tmp_path).eval()
@@ -130,7 +130,7 @@ def reshape(tensors):
     tensors[key] = torch.zeros(8, 8)
 
 
-@pytest.mark.parametrize(("change", "message"), [(drop, "1 missing"), (add, "1 not of this model")])
+@pytest.mark.parametrize(("change", "message"), [(drop, "1 missing"), (add, "1 unexpected")])
 def test_a_checkpoint_that_does_not_fit_raises(clip_dir, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         AlphaCLIPVisionModel.from_pretrained(damaged(clip_dir, tmp_path / "x", change))
@@ -142,7 +142,7 @@ def test_a_tensor_of_another_shape_raises(clip_dir, tmp_path):
         AlphaCLIPVisionModel.from_pretrained(folder)
 
 
-def test_another_kind_of_model_raises(tmp_path):
+def test_another_model_type_raises(tmp_path):
     SiglipVisionModel(
         SiglipVisionConfig(
             hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32

@@ -66,7 +66,7 @@ def test_zero_shot_scores_depend_on_the_region(tmp_path):
     assert len({tuple(row.tolist()) for row in logits}) == 3
 
 
-def test_clips_own_vocabulary(shared_data):
+def test_the_released_clip_vocabulary(shared_data):
     """Text goes through CLIP's tokenizer unchanged, judged on the released vocabulary."""
     with gzip.open(shared_data / "tokenizers" / "clip_bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8") as file:
         merges = [tuple(line.split()) for line in file.read().split("\n")[1 : 49152 - 256 - 2 + 1]]

@@ -9,7 +9,7 @@ import torch
 from tests.tiny import build_tiny_clip, noise_image
 from vision_tower import AlphaCLIPImageProcessor, Region
 from vision_tower.image_sources import fetch
-from vision_tower.region_arguments import as_region, flat_pairs, match_regions, region_list
+from vision_tower.region_arguments import as_region, flatten_pairs, match_regions, region_list
 
 BOX, FAR = Region.from_box(2, 2, 20, 20), Region.from_box(20, 10, 38, 38)
 IMAGE = noise_image(40, 40)
@@ -42,7 +42,7 @@ REGIONS = [
 
 
 @pytest.mark.parametrize("region", REGIONS, ids=str)
-def test_a_region_in_every_form_gives_the_same_pixels(region):
+def test_all_region_types_give_the_same_pixels(region):
     forms = [region.to_json(), dataclasses.asdict(region), Foreign(region.kind, region.data, region.strength)]
     assert all(as_region(form) == region for form in forms)
     forms.append({"points": None, "radius": None, "soft": None} | region.to_json())  # a row of `datasets`
@@ -75,7 +75,7 @@ def test_a_region_in_every_form_gives_the_same_pixels(region):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_is_no_region_is_one_line(value):
+def test_invalid_regions_are_a_one_line_error(value):
     with pytest.raises(ValueError) as caught:
         as_region(value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
@@ -97,9 +97,11 @@ def test_what_is_no_region_is_one_line(value):
         ([["a", "b"], ["c"]], [None, FAR], [None, None, FAR]),
     ],
 )
-def test_images_get_their_regions(images, regions, expected):
+def test_images_are_paired_with_their_regions(images, regions, expected):
     pairs = match_regions(images, regions)
-    assert [region for _, entry in flat_pairs(pairs) for region in entry] == [as_region(region) for region in expected]
+    assert [region for _, entry in flatten_pairs(pairs) for region in entry] == [
+        as_region(region) for region in expected
+    ]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_images_get_their_regions(images, regions, expected):
         ([[]], [BOX]),
     ],
 )
-def test_numbers_that_differ_are_errors(images, regions):
+def test_different_numbers_of_images_and_regions_are_an_error(images, regions):
     with pytest.raises(ValueError, match="expected one entry of regions for each of"):
         match_regions(images, regions)
 
@@ -128,12 +130,12 @@ def test_lists_of_regions():
 
 
 @pytest.mark.parametrize("name", ["region", "masks", "bbox", "mm_processor_kwargs", "images_kwargs", "audio_kwargs"])
-def test_clip_refuses_what_would_be_dropped(name):
-    with pytest.raises(ValueError, match="would be ignored; regions are passed as regions="):
+def test_arguments_that_would_be_ignored_are_an_error(name):
+    with pytest.raises(ValueError, match="would be ignored; pass regions as regions="):
         CLIP(IMAGE, "a", **{name: {"region": BOX} if name.endswith("kwargs") else BOX})
 
 
 @pytest.mark.parametrize("url", ["data:image/png;base64,", "data:image/png,abc", "DATA:image/png;base64,%%%"])
-def test_a_data_url_without_an_image_is_named(url):
+def test_a_data_url_without_an_image_is_an_error(url):
     with pytest.raises(ValueError, match="expected an image as data:image"):
         fetch(url)

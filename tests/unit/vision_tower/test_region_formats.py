@@ -30,7 +30,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("written", [*FRACTIONS.values(), *TEXTS], ids=str)
-def test_fractions_given_as_pixels_are_refused_in_every_form(written):
+def test_fractions_as_pixels_are_an_error_in_every_format(written):
     with pytest.raises(ValueError, match="in pixels, got .*fractions of the image must be (passed as nbox|multiplied)"):
         Region.parse(written) if isinstance(written, str) else Region.from_json(written)
 
@@ -52,7 +52,7 @@ def test_pixels_on_the_corners_of_the_first_pixel_are_pixels():
     ],
     ids=lambda region: region.kind,
 )
-def test_coordinates_up_to_1000_outside_the_image_are_an_error_that_says_nbox(region, caplog):
+def test_coordinates_up_to_1000_are_an_error_that_suggests_nbox(region, caplog):
     with pytest.raises(ValueError, match="outside the image of 640 x 480 .*from 0 to 1000, divide .* nbox"):
         region.mask(480, 640)
     region.mask(795, 795)  # partly outside: cut off, with the same advice
@@ -73,10 +73,9 @@ def test_xywh_is_the_box_of_coco():
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["24,3,60,39", "24 3 60 39", " 24, 3, 60, 39 ", "24 ,3 60,  39", "24\t3\n60 39", "+24 3. 6e1 39.0"],
+    "text", ["24,3,60,39", "24 3 60 39", " 24, 3, 60, 39 ", "24 ,3 60,  39", "24\t3\n60 39", "+24 3. 6e1 39.0"]
 )
-def test_numbers_have_commas_or_spaces_between_them(text):
+def test_numbers_are_separated_by_commas_or_spaces(text):
     assert Region.parse(f"box:{text}") == Region.from_box(24, 3, 60, 39)
     assert Region.parse(f"xywh:{text} * 0.5") == Region.from_xywh(24, 3, 60, 39, strength=0.5)
     assert Region.parse(f"stroke:{text}@ 4") == Region.from_stroke([[24, 3], [60, 39]], width=4)
@@ -85,7 +84,7 @@ def test_numbers_have_commas_or_spaces_between_them(text):
 
 
 @pytest.mark.parametrize("text", ["box:24,,3,60,39", "box:24,3,60,39,", "box:24;3;60;39", "points:1,2,3@4", "box:"])
-def test_numbers_that_are_missing_are_an_error(text):
+def test_missing_numbers_are_an_error(text):
     with pytest.raises(ValueError, match="cannot read the region"):
         Region.parse(text)
 
@@ -126,7 +125,7 @@ def test_a_coco_annotation_or_its_segmentation_is_a_region(segmentation, tmp_pat
         ([1, 2, 3, 4], "3 different vertices"),
     ],
 )
-def test_what_is_no_annotation_is_an_error_that_says_so(written, message):
+def test_invalid_annotations_are_an_error(written, message):
     for read in (Region.from_coco, lambda value: Region.from_json({"rle": value})):
         with pytest.raises(ValueError, match=message) as raised:
             read(written)
@@ -145,16 +144,16 @@ def test_what_is_no_annotation_is_an_error_that_says_so(written, message):
         "whole",
     ],
 )
-def test_a_region_is_shown_as_it_is_written(text):
+def test_str_and_parse_are_inverse(text):
     assert str(Region.parse(text)) == text
 
 
-def test_a_wrong_region_names_the_form_of_its_own_kind_only():
+def test_errors_contain_the_expected_format():
     with pytest.raises(ValueError, match=r"expected 4 numbers, got 2; expected nbox:x0,y0,x1,y1$"):
         Region.parse("nbox:1,2")
 
 
 @pytest.mark.parametrize("kind", ["box:1,2,3,4", [1, 2, 3, 4], None])
-def test_a_region_of_no_kind_is_refused_when_it_is_made(kind):
+def test_an_unknown_kind_is_an_error(kind):
     with pytest.raises(ValueError, match="expected a region kind .* create regions with Region.from_box"):
         Region(kind)

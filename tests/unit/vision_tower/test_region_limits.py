@@ -20,7 +20,7 @@ def test_strips_change_nothing(monkeypatch):
         assert np.array_equal(region.mask(30, 40), expected)
 
 
-def test_too_long_an_outline_is_refused():
+def test_too_long_an_outline_is_an_error():
     zigzag = [[i % 1000, 999 * (i % 2)] for i in range(1500)]
     assert Region.from_polygon(zigzag).mask(100, 1000).any()
     with pytest.raises(ValueError, match="too long an outline"):
@@ -35,14 +35,14 @@ def test_too_long_an_outline_is_refused():
         Region.from_stroke([[0, 0], [99, 99]] * 9, width=9),
     ],
 )
-def test_too_many_large_parts_are_refused(region, monkeypatch):
+def test_too_many_large_parts_are_an_error(region, monkeypatch):
     assert region.mask(100, 100).any()
     monkeypatch.setattr(region_pixels, "MAX_DRAWN", 80_000)
     with pytest.raises(ValueError, match="too many large parts"):
         region.mask(100, 100)
 
 
-def test_strengths_may_be_numbers_of_numpy():
+def test_strengths_can_be_numpy_numbers():
     region = Region.from_box(1, 2, 3, 4, strength=np.float32(0.5))
     assert region == Region.from_box(1, 2, 3, 4, strength=0.5) and type(region.strength) is float
     assert str(Region.from_box(1, 2, 3, 4, strength=-0.0).to_json()["strength"]) == "0.0"

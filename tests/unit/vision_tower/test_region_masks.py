@@ -11,14 +11,14 @@ from PIL import Image
 from vision_tower.regions import Region
 
 
-def test_palette_masks_with_several_objects_are_refused():
+def test_palette_masks_with_several_objects_are_an_error():
     image = Image.fromarray(np.array([[0, 1], [2, 0]], np.uint8)).convert("P")
     image.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
     with pytest.raises(ValueError, match="several objects"):
         Region.from_mask(image)
 
 
-def test_a_map_of_labels_is_no_faint_mask():
+def test_a_label_map_is_not_a_soft_mask():
     labels = np.array([[0, 1], [2, 0]], np.uint8)
     for mask in (labels, Image.fromarray(labels)):
         with pytest.raises(ValueError, match="label map"):
@@ -38,7 +38,7 @@ LABELS = [
 
 
 @pytest.mark.parametrize("labels", LABELS, ids=lambda labels: f"{labels.dtype} {labels.tolist()}")
-def test_a_map_of_labels_is_refused_in_every_form(tmp_path, labels):
+def test_a_label_map_is_an_error_in_every_format(tmp_path, labels):
     forms = [labels, torch.tensor(labels.astype(np.int32)), labels.tolist()]
     if labels.dtype != np.int64:
         Image.fromarray(labels).save(tmp_path / "m.png" if labels.dtype != np.int32 else tmp_path / "m.tif")
@@ -57,7 +57,7 @@ def test_a_map_of_labels_is_refused_in_every_form(tmp_path, labels):
             Region.from_mask(mask)
 
 
-def test_soft_masks_are_stated(tmp_path):
+def test_soft_masks_need_soft_true(tmp_path):
     edges = np.array([[0, 1], [128, 255]], np.uint8)
     Image.fromarray(edges).save(tmp_path / "m.png")
     soft = Region.from_mask(edges, soft=True)
@@ -101,7 +101,7 @@ def test_masks_of_every_mode(inside, image):
     "mode", ["LA", "PA", "RGBA", "L with transparency", "P with transparency", "RGB with transparency"]
 )
 @pytest.mark.parametrize("color", [0, 255])
-def test_a_mask_of_transparency_in_one_color_is_refused(tmp_path, mode, color):
+def test_a_mask_in_the_transparency_is_an_error(tmp_path, mode, color):
     """All colors are equal, so only the transparency tells: taken by its color, it would be everything or nothing."""
     image = Image.new("L", (8, 6), color).convert(mode.split()[0])
     if "with" in mode:
@@ -136,7 +136,7 @@ def test_masks_from_torch(mask):
     "mask",
     [None, 5, [], [[]], [[1, 2], [3]], ["a"], b"", {}, object(), torch.zeros(2, 2, 2), np.zeros((0, 4)), "folder"],
 )
-def test_what_is_no_mask(tmp_path, monkeypatch, mask):
+def test_invalid_masks_are_an_error(tmp_path, monkeypatch, mask):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError) as caught:

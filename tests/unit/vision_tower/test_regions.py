@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from tests.drawn_back import iou
-from tests.files import read_json, write_json
+from tests.alpha_maps import iou
+from tests.files import encoded_mask, read_json, write_json
 from vision_tower import regions as regions_module
 from vision_tower.region_values import ROUNDING
 from vision_tower.regions import Region
@@ -131,7 +131,7 @@ def test_rle_agrees_with_pycocotools(seed):
     mask[: height // 2, : width // 3] = rng.random() < 0.5
     mask[-1, -1] = True
     rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-    ours = Region.from_rle({"size": rle["size"], "counts": rle["counts"].decode()})
+    ours = Region.from_rle(encoded_mask(mask))
     assert np.array_equal(ours.mask(height, width), mask)
     assert ours == Region.from_rle(rle) == Region.from_mask(mask)
     written = ours.to_json()["rle"]
@@ -164,7 +164,7 @@ def test_a_polygon_between_the_scan_lines_leaves_its_area():
     assert Region.from_polygon([[1, 3.51], [9, 3.51], [9, 3.53], [1, 3.53]]).mask(10, 10).sum() == pytest.approx(0.16)
 
 
-def test_a_figure_of_eight_has_an_area():
+def test_a_figure_of_eight_is_a_region():
     assert Region.from_polygon([[0, 0], [4, 4], [4, 0], [0, 4]]).mask(5, 5).sum() == pytest.approx(8, abs=1e-4)
 
 
@@ -184,7 +184,7 @@ def test_points_and_strokes_have_their_areas():
     assert stroke.sum() == pytest.approx(60 * 10 + np.pi * 25, rel=0.02)
 
 
-def test_a_line_from_edge_to_edge_covers_its_rows_wholly():
+def test_a_line_from_edge_to_edge_covers_all_of_its_rows():
     mask = Region.from_stroke([[0, 5], [20, 5]], width=4).mask(10, 20)
     assert (mask[4:6] == 1).all() and mask[:2].max() == mask[8:].max() == 0
 
@@ -198,7 +198,7 @@ def test_a_line_from_edge_to_edge_covers_its_rows_wholly():
         Region.from_box(7.3, 4.9, 7.31, 4.91),
     ],
 )
-def test_tiny_regions_leave_a_trace_in_their_pixel(region):
+def test_tiny_regions_are_visible(region):
     mask = region.mask(10, 10)
     assert mask[4, 7] > 0
     assert np.unravel_index(mask.argmax(), mask.shape) == (4, 7)
@@ -213,7 +213,7 @@ def test_strength():
     assert (Region.whole().to_alpha(3, 5) == 1).all()
 
 
-def test_every_kind_of_mask_array_means_the_same():
+def test_all_mask_dtypes_give_the_same_region():
     mask = np.zeros((6, 8), bool)
     mask[1:3, 2:5] = True
     expected = Region.from_mask(mask)
@@ -325,7 +325,7 @@ def test_parse(text, region):
         (lambda: Region.from_points([[-30, 5]], radius=2).mask(50, 50), "outside the image"),
     ],
 )
-def test_errors_say_what_was_expected(make, message):
+def test_errors_contain_what_was_expected(make, message):
     with pytest.raises(ValueError, match=message) as caught:
         make()
     assert len(str(caught.value)) < 500
@@ -344,7 +344,7 @@ def test_rounding_gives_no_warning(caplog):
     assert not caplog.records
 
 
-def test_bounding_box_is_cut_off_at_the_picture():
+def test_the_bounding_box_is_clipped_to_the_image():
     assert Region.from_box(-5, 2, 5.5, 90).bounding_box(50, 60) == (0, 2, 5.5, 50)
     assert Region.from_mask(np.eye(4)[:3]).bounding_box(3, 4) == (0, 0, 3, 3)
 
@@ -371,7 +371,7 @@ SQUARE = [[10, 10], [14, 10], [14, 14], [10, 14]]
         tuple(map(tuple, SQUARE)),
     ],
 )
-def test_every_form_of_a_polygon(polygon):
+def test_all_polygon_nestings(polygon):
     assert Region.from_polygon(polygon) == Region.from_polygon(SQUARE)
 
 
@@ -451,7 +451,7 @@ def test_an_rle_file_with_a_byte_order_mark(tmp_path):
         assert Region.parse(f"rle:{tmp_path / 'r.json'}") == Region.from_mask(np.eye(4))
 
 
-def test_a_bug_of_ours_is_not_taken_for_a_wrong_record(monkeypatch):
+def test_bugs_are_not_reported_as_invalid_records(monkeypatch):
     def broken(*args, **kwargs):
         raise TypeError("a bug")
 

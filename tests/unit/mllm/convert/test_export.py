@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, CLIPVisionModel, LlavaForConditionalGeneration
@@ -16,7 +15,7 @@ from alpha_clip_commands.region_chat import main as region_chat
 from mllm.convert.export import export
 from mllm.loading import load_adapter
 from tests.files import ROOT
-from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_image, save_model
+from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_image, random_adapter, save_model
 from vision_tower import AlphaCLIPVisionModel, Region
 
 LEFT, RIGHT = Region.from_box(0, 0, 30, 40), Region.from_box(30, 0, 60, 40)
@@ -33,14 +32,7 @@ def exported(tiny_llava, tmp_path_factory):
 def adapter(tiny_llava_dir, tmp_path_factory):
     """An adapter of random LoRA matrices and another alpha weight."""
     folder = tmp_path_factory.mktemp("adapter")
-    config = LoraConfig(target_modules=r".*language_model.*\.q_proj", r=4, modules_to_save=["patch_embedding.alpha"])
-    tuned = get_peft_model(mllm.load(tiny_llava_dir, device="cpu")[0], config)
-    torch.manual_seed(3)
-    for name, parameter in tuned.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
-            nn.init.normal_(parameter, std=0.3)
-    tuned.save_pretrained(folder)
-    return folder
+    return save_model(folder, random_adapter(mllm.load(tiny_llava_dir, device="cpu")[0]))
 
 
 def logits(model, processor, region):
@@ -145,7 +137,7 @@ def test_an_adapter_is_never_left_out(tiny_llava_dir, adapter, tmp_path):
     model, processor = mllm.load(tiny_llava_dir, device="cpu")
     handle = load_adapter(model, adapter)
     for tuned in (model, handle):
-        with pytest.raises(ValueError, match="has an adapter that is not merged"):
+        with pytest.raises(ValueError, match="has an unmerged adapter"):
             export(tuned, processor, tmp_path / "out")
     export(handle.merge_and_unload(), processor, tmp_path / "out")
 

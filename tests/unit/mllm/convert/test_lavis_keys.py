@@ -143,17 +143,17 @@ def test_each_missing_or_misshapen_tensor_is_named(lavis, tower, name):
     with pytest.raises(ValueError, match=f"{name}.*(such tensors|got nothing)"):
         conversion.from_lavis(lavis, tower, 1)
     lavis[name] = whole[..., :-1]
-    with pytest.raises(ValueError, match="expected .* got|holds more|wide"):
+    with pytest.raises(ValueError, match="expected .* got|contains more|wide"):
         conversion.from_lavis(lavis, tower, 1)
     lavis[name] = torch.full_like(whole, torch.nan)
-    with pytest.raises(ValueError, match=f"{name} holds NaN"):
+    with pytest.raises(ValueError, match=f"{name} contains NaN"):
         conversion.from_lavis(lavis, tower, 1)
 
 
 @pytest.mark.parametrize("name", ["t5_model.shared.weight", f"{LAYER}.1.crossattention.self.key.bias", "temperature"])
 def test_each_tensor_too_many_is_named(lavis, tower, name):
     lavis[name] = torch.zeros(64)
-    with pytest.raises(ValueError, match=f"holds more.*{name}"):
+    with pytest.raises(ValueError, match=f"contains more.*{name}"):
         conversion.from_lavis(lavis, tower, 1)
 
 

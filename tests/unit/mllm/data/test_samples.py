@@ -54,17 +54,7 @@ def in_mode(mode):
 
 
 @pytest.mark.parametrize(
-    "mode",
-    [
-        "RGB",
-        "L",
-        "1",
-        "P",
-        "RGBA",
-        "LA",
-        "P with a transparent colour",
-        "RGB with a transparent colour",
-    ],
+    "mode", ["RGB", "L", "1", "P", "RGBA", "LA", "P with a transparent colour", "RGB with a transparent colour"]
 )
 def test_modes_become_rgb_as_in_transformers(mode):
     picture = in_mode(mode)
@@ -119,8 +109,8 @@ def test_a_broken_field_of_exif_does_not_matter(tmp_path):
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
-        ("none.png", lambda path: None, "there is no image file"),
-        ("folder", lambda path: path.mkdir(), "there is no image file"),
+        ("none.png", lambda path: None, "image file not found"),
+        ("folder", lambda path: path.mkdir(), "expected an image file, got a folder"),
         ("text.png", lambda path: path.write_text("hello"), "not an image"),
         ("empty.png", lambda path: path.write_bytes(b""), "not an image"),
         ("cut.jpg", write_truncated, "cannot read the image"),

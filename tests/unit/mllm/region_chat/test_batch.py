@@ -86,7 +86,7 @@ def test_another_run_is_refused(tiny_llava_dir, folder, capsys):
 def test_duplicate_ids_are_refused_before_anything_runs(tiny_llava_dir, folder, capsys):
     write(folder, [*good(3), {"id": 1, "image": "a.png", "region": BOX}])
     assert region_chat(arguments(tiny_llava_dir, folder)) == 2
-    assert "ids must differ, but 1" in capsys.readouterr().err
+    assert "expected unique ids, but 1" in capsys.readouterr().err
     assert not (folder / "answers.jsonl").exists()
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 
+import msgspec
 import pytest
 from PIL import Image
 
@@ -14,6 +15,7 @@ from mllm.inference import RegionChat
 from mllm.locks import locked
 from mllm.region_chat.batch import read_requests, run_batch
 from mllm.region_chat.batch_output import BatchOutput
+from mllm.region_chat.records import BatchConfig
 from tests.batch_files import (  # noqa: F401, pytest finds the fixtures here
     BOX,
     answers,
@@ -257,3 +259,31 @@ def test_an_error_of_ours_ends_the_run_and_keeps_the_answers(tiny_llava_dir, fol
     assert len(answers(folder)) == 4
     assert region_chat(arguments(tiny_llava_dir, folder)) == 0
     assert (folder / "answers.jsonl").read_bytes() == (folder / "undisturbed.jsonl").read_bytes() and len(asked) == 2
+
+
+def test_the_settings_in_a_journal_of_an_earlier_version_are_read():
+    earlier = {
+        "model": "embedded",
+        "weights": "0a1b",
+        "quantised": "None",
+        "alpha and adapter": "2c3d",
+        "dtype": "torch.float32",
+        "request file": "requests.jsonl",
+        "batch_size": 16,
+        "max_new_tokens": 128,
+        "version": "0.9.0",
+    }
+    now = BatchConfig("embedded", "0a1b", "None", "2c3d", "torch.float32", "requests.jsonl", 16, 128, "0.9.0")
+    assert BatchConfig.from_json(earlier) == BatchConfig.from_json(msgspec.to_builtins(now)) == msgspec.to_builtins(now)
+
+
+def test_a_journal_of_an_earlier_version_is_resumed(tiny_llava, folder, asked):
+    write(folder, good(3))
+    batch(tiny_llava, folder)
+    journal, before = folder / "answers.jsonl.journal.jsonl", len(asked)
+    text = journal.read_text()
+    for new, old in (("quantized", "quantised"), ("alpha_and_adapter", "alpha and adapter"), ("request_", "request ")):
+        assert f'"{new}' in text
+        text = text.replace(f'"{new}', f'"{old}', 1)
+    journal.write_text(text)
+    assert batch(tiny_llava, folder) == 0 and len(asked) == before

@@ -12,7 +12,7 @@ from alpha_clip_commands.region_chat import main as region_chat
 from mllm.blip2 import AlphaBlip2Processor
 from mllm.inference import RegionChat
 from mllm.processing_blip2 import conversation_prompt
-from tests.drawn_back import alpha_map, iou
+from tests.alpha_maps import alpha_map, iou
 from tests.files import write_json, write_json_lines
 from tests.tensors import same_tensors
 from tests.tiny import build_tiny_blip2, noise_image, save_model, tiny_blip2_parts, tiny_vision_config
@@ -167,13 +167,13 @@ def test_alpha_weights_are_the_first_blocks_and_keep_the_norm(folder, tmp_path):
     "runs",
 )
 @pytest.mark.parametrize("load_in", ["4bit", "8bit"])
-def test_only_the_language_model_is_quantised(folder, load_in):
+def test_only_the_language_model_is_quantized(folder, load_in):
     pytest.importorskip("bitsandbytes", reason="an optional dependency; make setup installs it on Linux")
     model, processor = mllm.load(folder, device="cpu", load_in=load_in)
     kinds = {name: type(module).__name__ for name, module in model.named_modules() if "Linear" in type(module).__name__}
-    quantised = {name for name, kind in kinds.items() if kind != "Linear"}
+    quantized = {name for name, kind in kinds.items() if kind != "Linear"}
     inside = {name for name in kinds if name.startswith("language_model.") and not name.endswith("lm_head")}
-    assert quantised and quantised <= inside
+    assert quantized and quantized <= inside
     talk = RegionChat(model, processor)
     assert len(talk.answers([(IMAGE, LEFT, None), (IMAGE, RIGHT, None)], max_new_tokens=3)) == 2
 

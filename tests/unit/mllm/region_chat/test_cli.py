@@ -13,11 +13,11 @@ from alpha_clip_commands.region_chat import build_parser
 from alpha_clip_commands.region_chat import main as region_chat
 from alpha_clip_commands.region_options import region_in
 from mllm.region_chat import cli
-from tests.drawn_back import alpha_map
+from tests.alpha_maps import alpha_map
 from tests.files import encoded_image, write_json
 from tests.tiny import noise_image
 from vision_tower import Region
-from vision_tower.image_processing_alpha_clip import place_alpha
+from vision_tower.geometry import place_alpha
 
 
 @pytest.fixture
@@ -113,22 +113,22 @@ def write_cut(path):
         (["--image", "picture.png", "--whole", "--ask", "x", "--save-overlay", "."], "it is a folder"),
         (["--image", "picture.png", "--whole", "--strength", "7", "--ask", "x"], "--strength from 0 to 1"),
         (["--image", "picture.png", "--whole", "--strength", "nan", "--ask", "x"], "--strength from 0 to 1"),
-        (["--image", "picture.png", "--strength", "0.5"], "--strength belongs to a region"),
+        (["--image", "picture.png", "--strength", "0.5"], "--strength requires a region"),
         (["--image", "picture.png", "--whole", "--ask", "a\udc80"], "surrogates not allowed"),
-        (["--batch", "r.jsonl", "--output", "o.jsonl", "--strength", "0.5"], "leave the other flags out"),
+        (["--batch", "r.jsonl", "--output", "o.jsonl", "--strength", "0.5"], "omit the other flags"),
         (["--batch", "r.jsonl", "--output", "no/o.jsonl"], "folder not found"),
         (["--batch", "r.jsonl", "--output", "."], "it is a folder"),
         (["--ask", "x", "--whole"], "expected --image"),
         (["--image", "picture.png", "--whole", "--ask", " "], "--ask is empty"),
-        (["--image", "picture.png", "--whole", "--ask", "x", "--output", "o.jsonl"], "belong to --batch"),
-        (["--image", "picture.png", "--whole", "--ask", "x", "--batch-size", "4"], "belong to --batch"),
-        (["--image", "picture.png", "--whole", "--ask", "x", "--retry-failed"], "belong to --batch"),
+        (["--image", "picture.png", "--whole", "--ask", "x", "--output", "o.jsonl"], "require --batch"),
+        (["--image", "picture.png", "--whole", "--ask", "x", "--batch-size", "4"], "require --batch"),
+        (["--image", "picture.png", "--whole", "--ask", "x", "--retry-failed"], "require --batch"),
         (
             ["--batch", "r.jsonl", "--output", "o.jsonl", "--max-errors", "nan"],
             "--max-errors: expected a fraction from 0 to 1",
         ),
-        (["--image", "picture.png", "--whole", "--ask", "x" * 100_000], "the model reads 512"),
-        (["--batch", "r.jsonl"], "--batch needs --output"),
+        (["--image", "picture.png", "--whole", "--ask", "x" * 100_000], "context is 512"),
+        (["--batch", "r.jsonl"], "--batch requires --output"),
         (["--batch", "missing.jsonl", "--output", "o.jsonl"], "batch file not found: missing.jsonl"),
         (["--image", "picture.png", "--whole", "--ask", "x", "--device", "quantum"], "expected a device"),
         (["--image", "picture.png", "--whole", "--ask", "x", "--device", "cpu:abc"], "expected a device"),
@@ -194,7 +194,7 @@ def test_an_unknown_hub_id_fails_at_once_without_network(picture, monkeypatch, c
 @pytest.mark.parametrize("flags, noted", [(["--points", "20,20@6"], True), (["--box", "2,2,30,30"], False)])
 def test_what_the_embedded_model_never_learned_is_noted(picture, capsys, flags, noted):
     assert region_chat(["--image", str(picture), *flags, "--ask", "What is this?", "--max-new-tokens", "1"]) == 0
-    assert ("learned from boxes and masks" in capsys.readouterr().err) == noted
+    assert ("trained on boxes and masks" in capsys.readouterr().err) == noted
 
 
 WORDS = [

@@ -12,11 +12,11 @@ from alpha_clip_commands.region_options import FORMER_OPTIONS, REGION_OPTIONS
 from mllm.data.templates import DESCRIBE_REGION
 from mllm.inference import RegionChat
 from mllm.region_chat import cli
-from tests.drawn_back import alpha_map
+from tests.alpha_maps import alpha_map
 from tests.files import read_json, write_json
 from tests.tiny import noise_image
 from vision_tower import Region
-from vision_tower.image_processing_alpha_clip import place_alpha
+from vision_tower.geometry import place_alpha
 
 
 @pytest.fixture
@@ -138,11 +138,13 @@ def test_strength_keeps_the_turns_and_changes_the_alpha(tiny_llava_dir, picture,
     asked, ask = [], RegionChat.ask
     monkeypatch.setattr(RegionChat, "ask", lambda self, *a, **k: asked.append(k["history"][:]) or ask(self, *a, **k))
     lines = ["/box 2 2 30 30", "What?", "/strength 0.3", "And?", "/strength strong", "/strength 3", "/whole 3", "/save"]
+    lines.append("/save x.png")
     assert talk(monkeypatch, tiny_llava_dir, picture, lines) == 2
     assert [len(history) for history in asked] == [0, 1] and len(fed) == 2 and not torch.equal(*fed)
     said = capsys.readouterr().err
     assert "at strength 0.3; the turns so far are kept" in said
     assert said.count("expected a strength from 0 to 1") == 2
+    assert "/save writes JSON" in said
     assert "/whole takes no value" in said and "/save needs a value" in said
 
 
@@ -155,7 +157,7 @@ def test_the_note_about_the_embedded_model_is_said_by_commands_too(embedded, pic
         (["/box 2,2,30,30", "/strength 0.5"], 1),
     ):
         assert talk(monkeypatch, None, picture, lines) == 0
-        assert capsys.readouterr().err.count("learned from boxes and masks") == notes
+        assert capsys.readouterr().err.count("trained on boxes and masks") == notes
 
 
 def test_a_region_that_is_cut_off_is_said_once_when_it_is_set(tiny_llava_dir, picture, tmp_path, monkeypatch, caplog):

@@ -7,26 +7,25 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
 from PIL import Image, ImageFilter
-from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
 from alpha_clip_commands.training.contrastive_arguments import PairArguments
 from mllm.data.index import HELD_OUT, TRAIN, RegionIndex
 from mllm.data.prepare import make_index
 from mllm.data.shapes import grit_layout, scenes, visual_genome_layout
-from tests.drawn_back import alpha_map, iou
-from tests.files import read_json_lines, write_json
+from tests.alpha_maps import alpha_map, iou
+from tests.files import encoded_mask, read_json_lines, write_json
 from tests.tiny import build_tiny_clip, noise_image, tiny_clip_tokenizer
 from train.contrastive.data import (
     RegionTextCollator,
     RegionTextDataset,
     RegionTexts,
     chunks_of,
-    held_out_samples,
-    softened,
+    soften_region,
     text_id,
 )
-from train.sampling import EpochSampler
+from train.contrastive.evaluation import validation_samples
+from train.epoch_sampler import EpochSampler
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPProcessor, Region
 from vision_tower.alpha_embedding import WHOLE_IMAGE
 
@@ -85,8 +84,7 @@ def write_pair(folder, name, picture, caption, phrases, boxes, masks=None, suffi
         rows.append([start, start + len(phrase), x0 / width, y0 / height, x1 / width, y1 / height, 1.0])
     record = {"caption": caption, "width": width, "height": height, "ref_exps": rows}
     if masks:
-        rles = [coco_mask.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
-        record["seudo_masks"] = [{"size": rle["size"], "counts": rle["counts"].decode("ascii")} for rle in rles]
+        record["seudo_masks"] = [encoded_mask(mask) for mask in masks]
     write_json(folder / f"{name}.json", record)
 
 
@@ -158,7 +156,7 @@ def test_the_share_of_whole_images_is_that_of_all_pairs(grit, tmp_path, regions,
     index, pairs, whole, epochs = samples.indexes[0], 0, 0, 80
     for number, of_sample in enumerate(rows):
         for epoch in range(epochs):
-            drawn = samples.drawn_rows(index, of_sample, np.random.default_rng([0, epoch, number]))
+            drawn = samples.select_rows(index, of_sample, np.random.default_rng([0, epoch, number]))
             pairs, whole = pairs + len(drawn), whole + int(index.is_whole[drawn].sum())
             assert len(set(drawn)) == len(drawn) == regions and index.is_whole[drawn].sum() <= 1
     trials, chance = epochs * SCENES, regions * rate  # one trial a sample
@@ -258,7 +256,7 @@ def test_a_jittered_mask_grows_or_shrinks_by_so_many_pixels(truth):
     args, rng, moved = PairArguments(data=["d"], mask_jitter=2), np.random.default_rng(0), Counter()
     for region in masks_of(truth):
         mask = region.mask(SIDE, SIDE) > 0.5
-        after = softened(region, (SIDE, SIDE), args, rng).mask(SIDE, SIDE) > 0.5
+        after = soften_region(region, (SIDE, SIDE), args, rng).mask(SIDE, SIDE) > 0.5
         image = Image.fromarray(mask)
         largest, least = (
             np.asarray(image.convert("L").filter(f(5))) > 0 for f in (ImageFilter.MaxFilter, ImageFilter.MinFilter)
@@ -273,7 +271,7 @@ def test_blur_softens_the_edge_and_strength_stays(truth):
     args, rng, soft = PairArguments(data=["d"], max_blur=0.05), np.random.default_rng(0), []
     for region in [*masks_of(truth), Region.from_box(10, 10, 40, 50)]:
         weak = Region(region.kind, region.data, 0.7)
-        after = softened(weak, (SIDE, SIDE), args, rng)
+        after = soften_region(weak, (SIDE, SIDE), args, rng)
         mask, before = after.mask(SIDE, SIDE), region.mask(SIDE, SIDE)
         assert after.strength == 0.7
         soft.append(((mask > 0.01) & (mask < 0.99)).any())
@@ -290,17 +288,17 @@ def test_a_region_of_one_pixel_never_vanishes(settings):
     args, rng = PairArguments(data=["d"], **settings), np.random.default_rng(0)
     for _ in range(20):
         for region in (Region.from_mask(mask), Region.from_box(10, 10, 10.02, 10.02)):
-            assert softened(region, (300, 64), args, rng).mask(64, 300).max() > 0
+            assert soften_region(region, (300, 64), args, rng).mask(64, 300).max() > 0
 
 
 def test_without_softening_regions_are_what_they_were(grit, tmp_path):
     args, rng = PairArguments(data=["d"]), np.random.default_rng(0)
     box = Region.from_box(1.5, 2.5, 9.25, 8)
-    assert softened(box, (SIDE, SIDE), args, rng) is box
+    assert soften_region(box, (SIDE, SIDE), args, rng) is box
     jitter = PairArguments(data=["d"], mask_jitter=3)
     whole = Region.whole()
-    assert softened(whole, (SIDE, SIDE), jitter, rng) is whole
-    after = softened(box, (SIDE, SIDE), jitter, rng)  # a box keeps its outline, to 1/255
+    assert soften_region(whole, (SIDE, SIDE), jitter, rng) is whole
+    after = soften_region(box, (SIDE, SIDE), jitter, rng)  # a box keeps its outline, to 1/255
     assert abs(after.mask(SIDE, SIDE) - box.mask(SIDE, SIDE)).max() <= 0.5 / 255 + 1e-6
     samples = dataset(grit, tmp_path, min_strength=0.5, whole_image_rate=0)
     strengths = [region.strength for number in range(len(samples)) for region in samples[number].regions]
@@ -435,13 +433,13 @@ def test_masks_of_another_size_than_the_picture_are_never_trained_on(tmp_path):
     assert line["image"].endswith("1.jpg") and "is 24 x 48 pixels, its data set says 48 x 24" in line["reason"]
 
 
-def test_held_out_samples_are_all_regions_in_the_form_that_is_trained(tmp_path):
+def test_validation_samples_are_all_regions_in_the_form_that_is_trained(tmp_path):
     folder = tmp_path / "val"
     grit_layout.write(folder, 2, 1, "val", progress=False)
     make_index(folder)
     index = RegionIndex(folder)
     for form, kind in (("box", "box"), ("mask", "mask"), ("mixed", "mask")):
-        samples = held_out_samples(dataset(folder, tmp_path, "val", region_input=form), index, 1, 0)
+        samples = validation_samples(dataset(folder, tmp_path, "val", region_input=form), index, 1, 0)
         kinds = [sample.regions[0].kind for sample in samples]
         assert kinds == [kind] * (len(kinds) - 1) + ["whole"] and len(kinds) >= 4
         assert {sample.meta["image_id"] for sample in samples} == {"00000/000000002"}

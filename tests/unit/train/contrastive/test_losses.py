@@ -10,8 +10,7 @@ from torch.nn import functional
 from transformers import CLIPModel
 
 from tests.tiny import tiny_clip_config
-from train.contrastive.losses import gather_rows, region_patch_embeds, region_text_loss, released_learning_rate_factor
-from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD
+from train.contrastive.losses import _gather, _row_counts, region_text_loss, released_learning_rate_factor
 
 ROWS = {"equal": (4, 4), "unequal": (3, 5)}  # on each of two ranks
 OPTIONS = {
@@ -89,6 +88,10 @@ def on_two_ranks(processes, worker, folder):
 def rows_of_rank(name):
     first = sum(ROWS[name][: dist.get_rank()])
     return slice(first, first + ROWS[name][dist.get_rank()])
+
+
+def gather_rows(rows):
+    return _gather(rows, _row_counts(rows))
 
 
 def every_case():
@@ -215,31 +218,6 @@ def test_released_rate_warms_up_falls_and_rises_again():
     assert factors[0] == 1 / 200 and factors[199] == factors[200] == 1
     assert factors[5000] < 1e-9 and min(factors[201:]) == factors[5000]
     assert factors[8000] > 0.6 and released_learning_rate_factor(0, 0, 10) == 1
-
-
-def normalised(alpha01, dtype=torch.float32):
-    return ((alpha01.double() - ALPHA_MEAN) / ALPHA_STD).to(dtype)
-
-
-def test_whole_image_is_the_mean_of_its_patches():
-    tokens = torch.randn(2, 6, 5)
-    found = region_patch_embeds(tokens, normalised(torch.ones(2, 1, 8, 12)), 4)
-    assert (found - tokens.mean(1)).abs().max() < 1e-6  # measured: 1.2e-7
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_patches_weigh_what_the_region_covers_of_them(dtype):
-    """A pixel of one patch and four of another, none of the others, however many there are."""
-    alpha = torch.zeros(2, 1, 40, 60)  # 10 x 15 patches
-    alpha[0, 0, 4, 9] = 1  # patch (1, 2)
-    alpha[0, 0, 36:38, 58:60] = 1  # patch (9, 14)
-    alpha[1, 0, 20:24, 20:24] = 0.5  # patch (5, 5), by halves
-    alpha[1, 0, 0:4, 0:4] = 1  # patch (0, 0), wholly
-    tokens = torch.randn(2, 150, 5)
-    found = region_patch_embeds(tokens, normalised(alpha, dtype), 4)
-    expected = torch.stack([(tokens[0, 17] + 4 * tokens[0, 149]) / 5, (tokens[1, 80] + 2 * tokens[1, 0]) / 3])
-    assert (found - expected).abs().max() < 1e-5  # measured: 2.4e-7
-    assert region_patch_embeds(tokens.bfloat16(), normalised(alpha, dtype), 4).dtype == torch.bfloat16
 
 
 def test_equal_texts_as_targets_come_to_the_same():

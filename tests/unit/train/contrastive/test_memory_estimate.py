@@ -5,10 +5,10 @@ import torch
 
 from alpha_clip_commands.training.contrastive_arguments import TowerArguments
 from tests.tiny import tiny_vision_config
-from train.alpha_clip import PARTS, prepare_model
 from train.contrastive.arguments import parse_args
-from train.contrastive.memory_estimate import plan_contrast, step_flops, tower_activations
-from train.tuning.memory_estimate import GIB
+from train.contrastive.memory_estimate import estimate_memory, step_flops, tower_activations
+from train.contrastive.model import prepare_model
+from train.memory_estimate import GIB
 from vision_tower import AlphaCLIPConfig, AlphaCLIPModel
 
 PAIRS = 32
@@ -60,7 +60,7 @@ def test_activations_are_those_of_a_real_step(checkpointing):
 def planned(*flags):
     required = ["--model", "M", "--data", "D", "--output_dir", "O", "--use_cpu", "true"]
     _, pair_args, args = parse_args([*required, *map(str, flags)])
-    return plan_contrast(on_meta(), on_meta(), pair_args, args, PARTS, 1000, 1.0)
+    return estimate_memory(on_meta(), pair_args, args, 1000, 1.0)
 
 
 def test_steps_and_hours_follow_from_the_batch():

@@ -139,5 +139,5 @@ def test_t5_reads_the_prompt_and_has_labels_for_the_answer():
 
 
 def test_a_conversation_longer_than_the_model_reads_is_refused():
-    with pytest.raises(ValueError, match="the model reads 8; lower max_turns"):
+    with pytest.raises(ValueError, match="more than the 8 of the model; lower max_turns"):
         ConversationCollator(PROCESSOR, max_length=8)([[conversation(("What?", "a cat"))]])

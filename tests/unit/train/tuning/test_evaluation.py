@@ -38,16 +38,16 @@ def scorer(embedded, samples, regions=None, frequency=None):
 def test_shares_of_several_processes_make_the_whole(embedded, held_out, world):
     asked = scorer(embedded, held_out, frequency=freeze_document_frequency([s.references for s in held_out]))
     answered = [answer for rank in reversed(range(world)) for answer in asked.answer(embedded[0], rank, world)]
-    assert sorted(answer.place for answer in answered) == list(range(11))
+    assert sorted(answer.number for answer in answered) == list(range(11))
     scores = asked.score(answered)
-    assert scores["exactly_right_descriptions"] == scores["exactly_right_questions"] == scores["exactly_right"] == 1.0
+    assert scores["literal_match_descriptions"] == scores["literal_match_questions"] == scores["literal_match"] == 1.0
     assert scores["cider_frozen_df"] > 1
 
 
 def test_another_region_is_another_answer(embedded, held_out):
     regions = [sample.regions[0] for sample in held_out]
     asked = scorer(embedded, held_out, regions[1:6] + regions[:1] + regions[7:] + regions[6:7])
-    assert asked.score(asked.answer(embedded[0], 0, 1))["exactly_right_descriptions"] < 0.2
+    assert asked.score(asked.answer(embedded[0], 0, 1))["literal_match_descriptions"] < 0.2
 
 
 def test_the_model_goes_on_training(embedded, held_out):

@@ -1,5 +1,6 @@
 """`--plan`: agreement with DeepSpeed's estimators and with the memory that a real step takes."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from mllm.data.shapes import visual_genome_layout
 from scripts.bench.llava_7b import VISION, VOCABULARY
 from tests.tiny import tiny_vision_config
 from train import finetune
-from train.arguments import parse_args
-from train.lora import prepare_model
-from train.tuning.memory_estimate import activation_bytes, frozen_bytes, meta_model, plain_peak, plan
+from train.memory_estimate import peak_without_deepspeed
+from train.tuning.arguments import parse_args
+from train.tuning.lora import prepare_model
+from train.tuning.memory_estimate import activation_bytes, estimate_memory, frozen_bytes, meta_model
 from vision_tower import AlphaCLIPVisionConfig
 
 GIB = 2**30
@@ -87,7 +89,7 @@ def test_planned_memory_is_what_a_step_takes(arguments, checkpointing):
         model = prepare_model(LlavaForConditionalGeneration(small_config()), arguments)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kept = activation_bytes(model, BATCH, TOKENS, checkpointing)
-    planned = plain_peak(trained, frozen_bytes(model, None), kept)
+    planned = peak_without_deepspeed(trained, frozen_bytes(model, None), kept)
     assert planned == pytest.approx(measured_peak(arguments, checkpointing), rel=0.15)
 
 
@@ -105,7 +107,7 @@ def paper(tmp_path_factory):
 
 def test_llava_7b_paper_agrees_with_deepspeed(paper):
     model, arguments, training = paper
-    drawn = plan(model, arguments, training, conversations=8, tokens=700, samples=10_000)
+    drawn = estimate_memory(model, arguments, training, conversations=8, tokens=700, samples=10_000)
     trained = sum(p.numel() for n, p in model.named_parameters() if ".vision_tower." not in n and "projector" not in n)
     assert trained == 6_738_939_904  # LLaMA-2-7B's 6,738,415,616 and 64 rows more in both embeddings
     frozen = 2 * sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -115,7 +117,8 @@ def test_llava_7b_paper_agrees_with_deepspeed(paper):
     for name, states in (("ZeRO-2", two), ("ZeRO-3", three)):
         assert drawn.memory[name][0] - drawn.activations == pytest.approx((states + frozen) / GIB, rel=1e-6)
     assert drawn.steps == 5000 and drawn.hours is None
-    rated = plan(model, arguments, training, conversations=8, tokens=700, samples=10_000, device_tflops=400)
+    arguments = dataclasses.replace(arguments, device_tflops=400)
+    rated = estimate_memory(model, arguments, training, conversations=8, tokens=700, samples=10_000)
     # 8 x 6.6e9 (6, and 2 again for checkpointing) x 16 x 700 tokens a step
     assert rated.hours == pytest.approx(5000 * 8 * 6.61e9 * 16 * 700 / 400e12 / 3600, rel=0.03)
     assert "hours unknown" in drawn.table() and "ZeRO-3, offload" in drawn.table()
@@ -130,5 +133,5 @@ def test_the_command_prints_it_without_reading_weights(tmp_path, capsys):
     visual_genome_layout.write(tmp_path / "test", 4, 1, "test", progress=False)
     flags[3] = tmp_path / "test"
     assert finetune.main([str(flag) for flag in (*flags, "--use_cpu", "true")]) == 2
-    assert "expected regions of the split 'train', the data has only test" in capsys.readouterr().err
+    assert "expected regions in the split 'train', got data with the splits test" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -8,24 +8,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from mllm.data import masks
 from mllm.data.readers import grit
 from mllm.data.readers.grit import read_grit
 from mllm.data.records import CLAMPED, NO_AREA, READ, ReadReport
 from mllm.data.samples import TarMember
-from tests.files import write_json
+from tests.files import encoded_mask, write_json
 from tests.tiny import noise_image
 from vision_tower import Region
 
 CAPTION = "a red dog on a mat"
 WIDTH, HEIGHT = 40, 20
-
-
-def rle(mask):
-    encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-    return {"size": encoded["size"], "counts": encoded["counts"].decode()}
 
 
 def filled(x0, y0, x1, y1, height=HEIGHT, width=WIDTH):
@@ -42,7 +36,7 @@ def record(**changes):
     content = {
         "caption": CAPTION,
         "ref_exps": [[0.0, 9.0, 0.1, 0.1, 0.5, 0.6, 0.9], [13.0, 18.0, 0, 0.6, 1, 1, 0.8]],
-        "seudo_masks": [rle(DOG), rle(MAT)],
+        "seudo_masks": [encoded_mask(DOG), encoded_mask(MAT)],
     }
     return {key: value for key, value in {**content, **changes}.items() if value is not None}
 
@@ -84,7 +78,7 @@ def test_a_picture_gives_boxes_masks_and_its_caption(tmp_path):
 
 @pytest.mark.parametrize("key", grit.MASK_KEYS)
 def test_masks_under_each_spelling(tmp_path, key):
-    write(tmp_path, {**record(seudo_masks=None), key: [rle(DOG), rle(MAT)]})
+    write(tmp_path, {**record(seudo_masks=None), key: [encoded_mask(DOG), encoded_mask(MAT)]})
     assert [s.regions[0].kind for s in read(tmp_path)[0]] == ["box", "mask", "box", "mask", "whole"]
 
 
@@ -146,13 +140,13 @@ def test_a_box_over_the_edge_is_clamped_and_counted(tmp_path):
         ({"size": [HEIGHT, WIDTH], "counts": [1, 2]}, masks.BAD_MASK),
         ({"size": [HEIGHT], "counts": [HEIGHT * WIDTH]}, masks.BAD_MASK),
         ({"size": [10**9, 10**9], "counts": [0, 10**18]}, masks.BAD_MASK),
-        (rle(np.zeros((HEIGHT, WIDTH))), masks.EMPTY_MASK),
-        (rle(filled(0, 0, 5, 5, WIDTH, HEIGHT)), masks.OTHER_SIZE),
+        (encoded_mask(np.zeros((HEIGHT, WIDTH))), masks.EMPTY_MASK),
+        (encoded_mask(filled(0, 0, 5, 5, WIDTH, HEIGHT)), masks.OTHER_SIZE),
     ],
 )
 def test_a_bad_mask_takes_its_region_with_it(tmp_path, bad, reason):
     rows = record()["ref_exps"]
-    write(tmp_path, record(ref_exps=[rows[0], *rows], seudo_masks=[bad, rle(DOG), rle(MAT)]))
+    write(tmp_path, record(ref_exps=[rows[0], *rows], seudo_masks=[bad, encoded_mask(DOG), encoded_mask(MAT)]))
     samples, left_out = read(tmp_path)
     assert left_out == {reason: 1} and phrases(samples) == ["a red dog", "a mat"]
     assert [s.meta.get("region_id") for s in samples] == [1, 1, 2, 2, None]
@@ -160,12 +154,15 @@ def test_a_bad_mask_takes_its_region_with_it(tmp_path, bad, reason):
 
 
 def test_no_mask_for_one_phrase_leaves_its_box(tmp_path):
-    write(tmp_path, record(seudo_masks=[None, rle(MAT)]))
+    write(tmp_path, record(seudo_masks=[None, encoded_mask(MAT)]))
     samples, left_out = read(tmp_path)
     assert not left_out and [s.regions[0].kind for s in samples] == ["box", "box", "mask", "whole"]
 
 
-@pytest.mark.parametrize("stated", [[], [rle(DOG)], [rle(DOG), rle(MAT), rle(MAT)], "x", {"0": rle(DOG)}])
+@pytest.mark.parametrize(
+    "stated",
+    [[], [encoded_mask(DOG)], [encoded_mask(DOG), encoded_mask(MAT), encoded_mask(MAT)], "x", {"0": encoded_mask(DOG)}],
+)
 def test_masks_that_could_be_shifted_are_dropped(tmp_path, stated):
     write(tmp_path, record(seudo_masks=stated))
     samples, left_out = read(tmp_path)

@@ -2,23 +2,17 @@
 
 import numpy as np
 import pytest
-from pycocotools import mask as coco_mask
 
 from mllm.data.index import RegionIndex
 from mllm.data.masks import BAD_MASK, EMPTY_MASK
 from mllm.data.prepare import index_mask_imagenet
 from mllm.data.readers import mask_imagenet
 from mllm.data.records import CLAMPED, NO_AREA, READ, ReadReport
-from tests.files import write_json
+from tests.files import encoded_mask, write_json
 from tests.tiny import noise_image
 from vision_tower import Region
 
 PATH = "imagenet-21k/images/n01440764/{}.JPEG"
-
-
-def rle(mask):
-    encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-    return {"size": encoded["size"], "counts": encoded["counts"].decode()}
 
 
 def masked(x0, x1):
@@ -32,7 +26,7 @@ def entry(number, **changes):
         "id": number,
         "class": "n01440764",
         "path": PATH.format(number),
-        "mask": rle(masked(number, number + 10)),
+        "mask": encoded_mask(masked(number, number + 10)),
         "box": [number, 5, 10, 10],
         "score": 0.5,
         "text": f" a tench number {number} on a white background ",
@@ -89,7 +83,7 @@ def test_a_picture_of_another_size_is_refused(tmp_path):
         (entry(1, text=None), mask_imagenet.NO_TEXT),
         (entry(1, mask=None), BAD_MASK),
         (entry(1, mask={"size": [20, 30], "counts": "zz"}), BAD_MASK),
-        (entry(1, mask=rle(np.zeros((20, 30)))), EMPTY_MASK),
+        (entry(1, mask=encoded_mask(np.zeros((20, 30)))), EMPTY_MASK),
         (entry(1, box=None), mask_imagenet.NO_BOX),
         (entry(1, box=[1, 2, "3", 4]), mask_imagenet.NO_BOX),
         (entry(1, box=[1, 2, 0, 4]), NO_AREA),

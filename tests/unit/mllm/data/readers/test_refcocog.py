@@ -14,7 +14,7 @@ from mllm.data.readers.refcocog import NO_TEXT, read_hub_rows, read_refs
 from mllm.data.readers.visual_genome import read_regions
 from mllm.data.records import CLAMPED, ReadReport
 from mllm.data.shapes import scenes, visual_genome_layout
-from tests.files import read_json, write_json
+from tests.files import encoded_mask, read_json, write_json
 from vision_tower import Region
 
 SQUARE = [10.0, 10.0, 30.0, 10.0, 30.0, 20.0, 10.0, 20.0]
@@ -25,13 +25,12 @@ def root(tmp_path):
     """Two regions of one picture, the first with two expressions; as Python 2 would have pickled them."""
     mask = np.zeros((50, 60), np.uint8)
     mask[5:15, 40:55] = 1
-    rle = coco_mask.encode(np.asfortranarray(mask))
     annotations = [
         {"id": 7, "image_id": 1, "category_id": 3, "bbox": [10, 10, 20, 10], "segmentation": [SQUARE, [1, 1, 2, 2]]},
         {"id": 8, "image_id": 1, "category_id": 3, "bbox": [40, 5, 25, 10]},  # reaches over the picture
         {"id": 9, "image_id": 1, "category_id": 4, "bbox": [0, 0, 5, 5], "segmentation": []},
     ]
-    annotations[1]["segmentation"] = {"size": [50, 60], "counts": rle["counts"].decode()}
+    annotations[1]["segmentation"] = encoded_mask(mask)
     images = [{"id": 1, "file_name": "COCO_train2014_000000000001.jpg", "width": 60, "height": 50}]
     write_json(tmp_path / "instances.json", {"images": images, "annotations": annotations})
     (tmp_path / "train2014").mkdir()
@@ -282,9 +281,8 @@ def test_grit_has_a_caption_in_each_annotation_and_masks_beside(tmp_path):
     assert report.counts == {"without a caption, left out": 1, "read": 2}
     mask = np.zeros((50, 60), np.uint8)
     mask[:2, 5:10] = 1
-    rle = coco_mask.encode(np.asfortranarray(mask))
     beside = tmp_path / "masks.json"
-    write_json(beside, {"1": {"size": [50, 60], "counts": rle["counts"].decode()}})
+    write_json(beside, {"1": encoded_mask(mask)})
     report = ReadReport()
     (sample,) = read_captions(file, tmp_path, region_input="mask", masks=beside, report=report)
     assert sample.regions[0].mask(50, 60).sum() == 10 and report.examples[masks.NO_MASK] == [2]

@@ -7,12 +7,7 @@ import numpy as np
 import pytest
 
 from mllm.data import masks
-from mllm.data.readers.visual_genome import (
-    ReadReport,
-    read_free_questions,
-    read_region_questions,
-    read_regions,
-)
+from mllm.data.readers.visual_genome import ReadReport, read_free_questions, read_region_questions, read_regions
 from tests.files import read_json, write_json
 from tests.tiny import noise_image
 from vision_tower import Region
@@ -276,7 +271,7 @@ def test_where_a_picture_is(small, url, files, expected):
 
 def test_pictures_are_opened_late_and_checked(small):
     sample, missing = read_regions(small)
-    with pytest.raises(ValueError, match=r"there is no image file .*VG_100K/2\.png"):
+    with pytest.raises(ValueError, match=r"image file not found: .*VG_100K/2\.png"):
         missing.open_image()
     noise_image(100, 80).save(small / "images" / "1.jpg")
     assert sample.open_image().size == (100, 80)

@@ -9,7 +9,7 @@ from mllm.data.prepare import index_grit, make_index
 from mllm.data.readers.grit import read_grit
 from mllm.data.samples import TarMember
 from mllm.data.shapes import grit_layout, scenes
-from tests.drawn_back import iou
+from tests.alpha_maps import iou
 from tests.files import read_json
 
 COUNT, SEED = 12, 5
@@ -80,12 +80,7 @@ def test_captions_name_objects_from_left_to_right_and_spans_are_exact(drawn):
 
 def test_all_is_of_the_split_that_the_folder_names(tmp_path):
     grit_layout.write(tmp_path / "x", 2, 1, "test", progress=False)
-    assert read_json(tmp_path / "x" / "dataset.json") == {
-        "world": "shapes",
-        "split": "test",
-        "seed": 1,
-        "images": 2,
-    }
+    assert read_json(tmp_path / "x" / "dataset.json") == {"world": "shapes", "split": "test", "seed": 1, "images": 2}
     scenes.expect_split(tmp_path / "x", "test")
     index_grit(tmp_path / "x")
     index = RegionIndex(tmp_path / "x")
@@ -132,7 +127,7 @@ def test_command_line(tmp_path, capsys):
     ]
     (tmp_path / "x" / "mine.tar").touch()
     for wrong, message in (
-        (arguments, "holds more than this command wrote (first: mine.tar)"),
+        (arguments, "contains files that this command did not write (first: mine.tar)"),
         ([*arguments, "--out", str(tmp_path / "y"), "--tars", "3"], "0 to that many tars, got 2 and 3"),
         ([*arguments, "--out", str(tmp_path / "y"), "--min-objects", "9"], "objects a scene, got 9"),
     ):

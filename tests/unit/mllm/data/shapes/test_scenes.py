@@ -161,12 +161,7 @@ def test_questions_about_the_whole_image_are_not_mapped(folders):
 def test_command_line(tmp_path, capsys):
     arguments = ["--out", str(tmp_path / "x"), "--images", "2", "--seed", "1", "--split", "novel"]
     assert alpha_clip.main(["shapes", *arguments]) == 0
-    assert read_json(tmp_path / "x" / "dataset.json") == {
-        "world": "shapes",
-        "split": "novel",
-        "seed": 1,
-        "images": 2,
-    }
+    assert read_json(tmp_path / "x" / "dataset.json") == {"world": "shapes", "split": "novel", "seed": 1, "images": 2}
     before = {file.name: file.read_bytes() for file in (tmp_path / "x").rglob("*") if file.is_file()}
     assert alpha_clip.main(["shapes", *arguments]) == 0  # the marker too is the same
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "x").rglob("*") if file.is_file()}

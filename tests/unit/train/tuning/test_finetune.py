@@ -52,8 +52,8 @@ def test_training_moves_all_that_reaches_the_loss(start, data, tmp_path, optimiz
     assert not names & unread
     assert everything - unread - key_bias <= names
     record = read_json(tmp_path / "out" / "training_record.json")
-    assert record["run"]["optimizer"] == optimizer
-    assert record["run"]["max_steps"] == 2 and record["run"]["data"][0].endswith("train")
+    assert record["run_config"]["optimizer"] == optimizer
+    assert record["run_config"]["max_steps"] == 2 and record["run_config"]["data"][0].endswith("train")
 
 
 def test_only_the_named_parts_move(start, data, tmp_path):
@@ -69,7 +69,7 @@ def test_only_the_named_parts_move(start, data, tmp_path):
 
 def test_unknown_parts_are_refused(start, data, tmp_path, capsys):
     assert run(start, data / "train", tmp_path / "out", "--train_parts", "tower") == 2
-    assert "train_parts: expected names out of vision_tower" in capsys.readouterr().err
+    assert "train_parts: expected one of vision_tower" in capsys.readouterr().err
 
 
 def test_blip2_trains_its_parts(data, tmp_path):
@@ -95,7 +95,7 @@ def test_same_seed_same_model(start, data, tmp_path):
 
 def test_the_test_split_is_refused(start, data, tmp_path, capsys):
     assert run(start, data / "test", tmp_path / "out") == 2
-    assert "expected regions of the split 'train', the data has only test" in capsys.readouterr().err
+    assert "expected regions in the split 'train', got data with the splits test" in capsys.readouterr().err
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -192,6 +192,6 @@ def test_document_frequencies_are_those_of_the_held_out_split(monkeypatch):
     train = SimpleNamespace(wordings=["Describe it."], indexes=[Index("a"), Index("b")])
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe it."}]}]
     metrics = SimpleNamespace(eval_metrics=["CIDEr"])
-    _, conversations, described, frequency = finetune.scorer("processor", train, [[turns]], metrics)
+    _, conversations, described, frequency = finetune.build_scorer("processor", train, [[turns]], metrics)
     assert counted == [["a val 0"], ["a val 1"], ["b val 0"], ["b val 1"]]
     assert frequency == "frequency" and described == [True] and conversations == [turns]

@@ -13,7 +13,8 @@ from tests.tensors import changed_tensors
 from tests.tiny import build_tiny_blip2, build_tiny_llava, prompt, save_model
 from tests.training import train, write_splits
 from train import finetune
-from train.lora import linear_layers, original_name, part_of, parts_of, prepare_model, trained_table
+from train.parts import linear_layers, original_name, parameter_table, part_of
+from train.tuning.lora import parts_of, prepare_model
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -102,7 +103,7 @@ def test_the_adapter_is_complete_small_and_answers_by_region(starts, data, tmp_p
     model, processor = mllm.load(starts["llava"], adapter=tmp_path, device="cpu")
     assert (tmp_path / "processor_config.json").exists()
     record = read_json(tmp_path / "training_record.json")
-    assert record["run"]["lora_r"] == 2 and record["skipped_pictures"] == []
+    assert record["run_config"]["lora_r"] == 2 and record["skipped_images"] == []
     from mllm.data.readers.visual_genome import read_regions
 
     one, two = list(read_regions(data / "val"))[:2]
@@ -114,7 +115,7 @@ def test_the_adapter_is_complete_small_and_answers_by_region(starts, data, tmp_p
 
 def test_parts_have_their_own_learning_rate(starts, data, tmp_path, monkeypatch):
     seen = {}
-    original = finetune.RegionTrainer.create_optimizer
+    original = finetune.ConversationTrainer.create_optimizer
 
     def spy(self, model=None):
         optimizer = original(self, model)
@@ -124,7 +125,7 @@ def test_parts_have_their_own_learning_rate(starts, data, tmp_path, monkeypatch)
                 seen[names[id(parameter)]] = group["initial_lr"] if "initial_lr" in group else group["lr"]
         return optimizer
 
-    monkeypatch.setattr(finetune.RegionTrainer, "create_optimizer", spy)
+    monkeypatch.setattr(finetune.ConversationTrainer, "create_optimizer", spy)
     flags = "--train_parts", "alpha", "multi_modal_projector", "--learning_rates", "alpha=3e-3"
     assert tune(starts["llava"], data, tmp_path, *flags) == 0
     assert {rate for name, rate in seen.items() if "patch_embedding.alpha" in name} == {3e-3}
@@ -144,7 +145,7 @@ def test_names_and_table():
             of_part.setdefault(part_of(name, parts), set()).add(original_name(name))
     assert set(of_part) == {"language_model", "multi_modal_projector", "alpha"}
     assert of_part["alpha"] == {"model.vision_tower.embeddings.patch_embedding.alpha.weight"}
-    table = trained_table(tuned, parts).splitlines()
+    table = parameter_table(tuned, parts).splitlines()
     assert [line.split()[0] for line in table] == ["part", *parts, "all"]
     frozen, lora, trained = (int(number.replace(",", "")) for number in table[-1].split()[1:])
     assert frozen + trained == count
@@ -154,10 +155,10 @@ def test_names_and_table():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lora_targets": ["query"]}, "lora_targets: expected names out of down_proj"),
-        ({"train_parts": ["language_model"]}, "cannot be trained in full beside LoRA"),
-        ({"train_parts": ["tower"]}, "train_parts: expected names out of"),
-        ({"learning_rates": ["tower=1e-3"]}, "learning_rates: expected names out of"),
+        ({"lora_targets": ["query"]}, "lora_targets: expected one of down_proj"),
+        ({"train_parts": ["language_model"]}, "cannot be fully trained together with LoRA"),
+        ({"train_parts": ["tower"]}, "train_parts: expected one of"),
+        ({"learning_rates": ["tower=1e-3"]}, "learning_rates: expected one of"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments, message):

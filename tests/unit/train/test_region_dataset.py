@@ -12,7 +12,9 @@ from mllm.data.readers.visual_genome import read_free_questions, read_region_que
 from mllm.data.shapes import visual_genome_layout
 from mllm.data.templates import DESCRIBE_REGION_WORDINGS
 from tests.files import read_json, read_json_lines, write_json
-from train.sampling import ConversationDataset, EpochSampler, draw_region, group_rows
+from train.epoch_sampler import EpochSampler
+from train.region_dataset import group_rows, sample_region
+from train.tuning.conversations import ConversationDataset
 from vision_tower import Region
 
 
@@ -182,23 +184,23 @@ def test_jitter_moves_a_box_a_little_and_soft_alpha_weakens_it(root, tmp_path):
     x0, y0, x1, y1 = entry.forms[0].data
     rng, strengths = np.random.default_rng(0), []
     for _ in range(50):
-        region = draw_region(entry, (96, 96), samples.data_args, rng)
+        region = sample_region(entry, (96, 96), samples.data_args, rng)
         moved = np.array(region.data) - entry.forms[0].data
         assert (abs(moved[::2]) <= 0.2 * (x1 - x0)).all() and (abs(moved[1::2]) <= 0.2 * (y1 - y0)).all()
         assert moved.any() and 0 <= min(region.data) and max(region.data) <= 96
         strengths.append(region.strength)
     assert 0.5 <= min(strengths) < 0.6 and 0.9 < max(strengths) <= 1
     whole = samples.indexes[0].read([len(samples.indexes[0]) - 1])[0]
-    assert draw_region(whole, (96, 96), samples.data_args, rng) == Region.whole()
+    assert sample_region(whole, (96, 96), samples.data_args, rng) == Region.whole()
 
 
 def test_masks_are_not_made_up(root, tmp_path):
     samples = dataset(root, tmp_path, region_input="mask")
     (entry,) = samples.indexes[0].read([0])
-    assert draw_region(entry, (96, 96), samples.data_args, np.random.default_rng(0)).kind == "mask"
+    assert sample_region(entry, (96, 96), samples.data_args, np.random.default_rng(0)).kind == "mask"
     boxed = type(entry)(entry.sample, entry.forms[:1], entry.turns)
     with pytest.raises(ValueError, match="has no mask; use region_input: box"):
-        draw_region(boxed, (96, 96), samples.data_args, np.random.default_rng(0))
+        sample_region(boxed, (96, 96), samples.data_args, np.random.default_rng(0))
 
 
 def test_a_damaged_picture_is_replaced_counted_and_too_many_stop(tmp_path):

@@ -1,4 +1,4 @@
-"""What a tower is given, and how well its alpha, drawn back onto the image, covers the region."""
+"""The pixels that reach a tower, and the overlap of their alpha map with the region."""
 
 import numpy as np
 import pytest
@@ -9,19 +9,19 @@ from vision_tower.alpha_embedding import ALPHA_MEAN, ALPHA_STD, AlphaPatchEmbedd
 
 @pytest.fixture(name="fed")
 def fed_pixels(monkeypatch):
-    """Every image (4, S, S) that reaches a tower, whoever makes it."""
+    """Every image (4, S, S) that reaches a tower, however it is called."""
     seen, forward = [], AlphaPatchEmbedding.forward
 
-    def noting(self, pixel_values):
+    def record(self, pixel_values):
         seen.extend(pixel_values.detach().clone())
         return forward(self, pixel_values)
 
-    monkeypatch.setattr(AlphaPatchEmbedding, "forward", noting)
+    monkeypatch.setattr(AlphaPatchEmbedding, "forward", record)
     return seen
 
 
 def alpha_map(pixel_values):
-    """The alpha in [0, 1], (..., H, W), of what a tower is given, (..., 4, H, W)."""
+    """The alpha map (..., H, W), in [0, 1], of pixel values (..., 4, H, W)."""
     return pixel_values[..., 3, :, :] * ALPHA_STD + ALPHA_MEAN
 
 
@@ -31,7 +31,7 @@ def iou(first, second):
 
 
 def overlap(pixel_values, region, height, width):
-    """IoU of the alpha (4, S, S) that was fed, drawn back onto the padded image, with the region."""
+    """IoU of a region and the alpha map of pixel values (4, S, S), resized to the padded image of height x width."""
     side = max(height, width)
     alpha = alpha_map(pixel_values).float().numpy()
     drawn = np.asarray(Image.fromarray(alpha).resize((side, side), Image.Resampling.BILINEAR)) >= 0.5

@@ -1,0 +1,17 @@
+"""Settings of earlier versions: renamed keys and values are still read, removed keys are errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+RENAMED = {"eval_pictures": "eval_images"}
+REMOVED = {"patch_weight": "the loss on patch tokens improved nothing (docs/ablations.md)"}
+
+
+def current_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with today's keys and values. A removed key stays if it was in use, so that it is an error."""
+    current = {RENAMED.get(key, key): value for key, value in settings.items() if key not in REMOVED or value}
+    if isinstance(metrics := current.get("eval_metrics"), list):
+        current["eval_metrics"] = ["literal_match" if name == "exactly right" else name for name in metrics]
+    return current
