@@ -237,11 +237,7 @@ def score_region_text(
         ValueError: If no score is defined, the numbers of regions and texts of an image differ, or as `embed_regions`
             and `embed_texts`.
     """
-    for image in images:
-        if len(image.regions) != len(image.texts):
-            raise ValueError(
-                f"expected a text for each of {len(image.regions)} regions of an image, got {len(image.texts)}"
-            )
+    _check_texts(images)
     texts = [text for image in images for text in image.texts]
     captioned = [image for image in images if image.caption is not None]
     scores = {}
@@ -262,6 +258,14 @@ def score_region_text(
             f"and {len(captioned)} captions"
         )
     return scores
+
+
+def _check_texts(images: Sequence[DescribedImage]) -> None:
+    for image in images:
+        if len(image.regions) != len(image.texts):
+            raise ValueError(
+                f"expected a text for each of {len(image.regions)} regions of an image, got {len(image.texts)}"
+            )
 
 
 def _score_regions(
