@@ -79,8 +79,8 @@ bench: setup ## run the benchmarks; the results are in docs/benchmarks.md
 
 eval-demo: setup ## evaluate the embedded model on 40 synthetic scenes, with all views (under 3 minutes)
 	@test -f build/eval/shapes/dataset.json || $(BIN)/alpha-clip shapes --out build/eval/shapes --images 40 --seed 2 --split test
-	$(BIN)/region-eval run --task shapes-caption --data build/eval/shapes --out build/eval/caption --controls
-	$(BIN)/region-eval run --task shapes-vqa --data build/eval/shapes --out build/eval/vqa --region-input mask --controls
+	$(BIN)/region-eval run --task shapes-caption --data build/eval/shapes --out build/eval/caption --all-views
+	$(BIN)/region-eval run --task shapes-vqa --data build/eval/shapes --out build/eval/vqa --view mask --all-views
 
 compatibility: setup ## write docs/compatibility.md from the tests that compare with other implementations
 	$(BIN)/python -m pytest -m compatibility --write-compatibility

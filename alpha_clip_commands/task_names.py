@@ -1,4 +1,4 @@
-"""Names of tasks, metrics and views, which help and errors show before torch is imported."""
+"""Names of tasks, metrics and views, available to help and error messages without importing torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from alpha_clip_commands.source_values import constant
 
-INPUTS = tuple(constant("eval/views.py", "INPUTS"))
-VG_SAMPLE = "vg-test/sample-N-seed-S"  # a name with two numbers of one's own
-_NEAR = 5  # names in a message
-TASKS = (  # the names of `eval.tasks.TASKS`
+VIEWS = tuple(constant("eval/views.py", "VIEWS"))
+VG_SAMPLE = "vg-test/sample-N-seed-S"  # N and S are numbers chosen by the user
+_MAX_SUGGESTIONS = 5
+TASKS = (  # in the order of `eval.tasks.TASKS`
     "refcocog-umd-val/ungrouped",
     "refcocog-umd-val/grouped",
     "refcocog-umd-test/ungrouped",
@@ -42,37 +42,37 @@ TASKS = (  # the names of `eval.tasks.TASKS`
     "jsonl",
 )
 
-METRICS = (  # `eval.score.METRICS`
-    "exactly right",
-    "BLEU-1",
-    "BLEU-2",
-    "BLEU-3",
-    "BLEU-4",
-    "METEOR",
-    "ROUGE-L",
-    "CIDEr",
-    "exact match",
-    "contains",
-    "token F1",
-    "VQA accuracy",
-    "S-IoU",
-    "semantic similarity",
-)
+METRICS = {  # id (in files and flags) -> label (in tables and reports)
+    "literal_match": "literal match",
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "meteor": "METEOR",
+    "rouge_l": "ROUGE-L",
+    "cider": "CIDEr",
+    "exact_match": "exact match",
+    "contains": "contains",
+    "token_f1": "token F1",
+    "vqa_accuracy": "VQA accuracy",
+    "s_iou": "S-IoU",
+    "semantic_similarity": "semantic similarity",
+}
 
 
 def check_metric_names(names: Sequence[str], sentence_model: str | os.PathLike | None) -> None:
-    """Raise ValueError if a metric is unknown, or needs a sentence model and has none."""
-    if unknown := sorted(set(names) - set(METRICS)):
-        raise ValueError(f"expected metrics out of {', '.join(METRICS)}, got {', '.join(unknown)}")
-    if "semantic similarity" in names and sentence_model is None:
-        raise ValueError("semantic similarity needs --sentence-model, a directory of a sentence-transformers model")
+    """Raise ValueError if a metric is unknown or requires a sentence model that is not given."""
+    if unknown := sorted(set(names) - METRICS.keys()):
+        raise ValueError(f"expected metrics from {', '.join(METRICS)}, got {', '.join(unknown)}")
+    if "semantic_similarity" in names and sentence_model is None:
+        raise ValueError("semantic_similarity requires --sentence-model, a directory of a sentence-transformers model")
 
 
 def check_task(name: str) -> tuple[int, int] | None:
-    """The size and seed that `VG_SAMPLE` stands for, None for the name of a task.
+    """Check the name of a task; returns size and seed for a name of the form `VG_SAMPLE`, None for other tasks.
 
     Raises:
-        ValueError: If there is no such task; names like it are in the message.
+        ValueError: If the task is unknown; the message suggests similar names.
     """
     if match := re.fullmatch(r"vg-test/sample-([1-9]\d{0,8})-seed-(\d{1,9})", name):
         return int(match[1]), int(match[2])
@@ -81,14 +81,16 @@ def check_task(name: str) -> tuple[int, int] | None:
             f"expected {VG_SAMPLE} with numbers for N and S (vg-test/sample-1000-seed-0), got {name!r:.100}"
         )
     if name not in TASKS:
-        near = _near(name)
-        meant = f"did you mean {', '.join(near)}? " if near else ""
-        raise ValueError(f"unknown task {name!r:.100}; {meant}`region-eval tasks` lists all of them")
+        similar = _similar(name)
+        meant = f"did you mean {', '.join(similar)}? " if similar else ""
+        raise ValueError(f"unknown task {name!r:.100}; {meant}`region-eval tasks` lists all tasks")
     return None
 
 
-def _near(name: str) -> list[str]:
-    """The names that hold a name or part of it, then those that are spelled like it."""
+def _similar(name: str) -> list[str]:
+    """Names that contain `name`, followed by names with a similar spelling."""
     names, wanted = [*TASKS, VG_SAMPLE], name.lower().replace("_", "-")
-    holding = [other for other in names if wanted and wanted in other.lower()]
-    return list(dict.fromkeys([*holding, *difflib.get_close_matches(wanted, names, _NEAR)]))[:_NEAR]
+    containing = [other for other in names if wanted and wanted in other.lower()]
+    return list(dict.fromkeys([*containing, *difflib.get_close_matches(wanted, names, _MAX_SUGGESTIONS)]))[
+        :_MAX_SUGGESTIONS
+    ]

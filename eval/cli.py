@@ -1,4 +1,4 @@
-"""What the command `region-eval` does, once its arguments are read (`alpha_clip_commands.region_eval`)."""
+"""The subcommands of `region-eval`. Its arguments are defined in `alpha_clip_commands.region_eval`."""
 
 from __future__ import annotations
 
@@ -12,34 +12,36 @@ from alpha_clip_commands.command_line import say
 from alpha_clip_commands.progress import step
 
 if TYPE_CHECKING:
+    from eval.predictions import Prediction
+    from eval.results import Result
     from eval.tasks import Task
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the arguments ask for; returns the exit code."""
+    """Run the subcommand; returns the exit code."""
     commands = {"run": _run, "score": _score, "compare": _compare, "export": _export, "tasks": _tasks}
     return commands[args.command](args)
 
 
 def _run(args: argparse.Namespace) -> int:
     from eval import tasks
-    from eval.evaluate import Plan, evaluate
-    from eval.generate import Settings
+    from eval.evaluate import EvalConfig, evaluate
+    from eval.generate import GenerationSettings
     from mllm.region_chat.cli import load_chat
 
     task = tasks.find(args.task)
-    settings = Settings(
-        _region_input(task, args.region_input),
+    settings = GenerationSettings(
+        _view(task, args.view),
         task.prompt if args.prompt is None else args.prompt,
         args.batch_size,
         task.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens,
     )
-    plan = Plan(
+    config = EvalConfig(
         task,
         args.data,
         args.out,
         settings,
-        controls=args.controls,
+        all_views=args.all_views,
         strength=args.strength,
         limit=args.limit,
         metrics=tuple(args.metrics or ()),
@@ -53,23 +55,23 @@ def _run(args: argparse.Namespace) -> int:
     )
     if (rank := os.environ.get("LOCAL_RANK")) is not None and args.device == "auto":
         args.device = _device_of_rank(int(rank))
-    metrics = evaluate(plan, lambda: load_chat(args), args.model or "embedded")
-    if metrics is not None:
-        print_metrics(metrics, args.out)
+    result = evaluate(config, lambda: load_chat(args), args.model or "embedded")
+    if result is not None:
+        print_result(result, args.out)
     return 0
 
 
-def _region_input(task: Task, asked: str | None) -> str:
-    """The input that is asked for, or the only one that the protocol allows."""
-    if task.region_input is None:
-        return asked or "box"
-    if asked not in (None, task.region_input):
-        raise ValueError(f"{task.name} shows the region as {task.region_input}; leave --region-input out")
-    return task.region_input
+def _view(task: Task, requested: str | None) -> str:
+    """The requested view, or the only one that the protocol allows."""
+    if task.view is None:
+        return requested or "box"
+    if requested not in (None, task.view):
+        raise ValueError(f"{task.name} requires the view {task.view}, got --view {requested}; omit --view")
+    return task.view
 
 
 def _device_of_rank(local_rank: int) -> str:
-    """With several processes on a machine, each has a GPU of its own."""
+    """With several processes on a machine, each uses its own GPU."""
     from mllm.loading import pick_device
 
     device = pick_device()
@@ -80,49 +82,61 @@ def _score(args: argparse.Namespace) -> int:
     from eval import tasks
     from eval.evaluate import SCORES, is_scores
     from eval.predictions import read_predictions
+    from eval.results import RUN_FILE
     from eval.score import check_metrics
     from mllm.folders import claim_folder
     from mllm.locks import locked
 
-    records, notes = read_predictions(
+    predictions, notes = read_predictions(
         args.predictions, args.references, allow_missing=args.allow_missing, max_errors=args.max_errors
     )
     task = tasks.find(args.task) if args.task else None
-    if task and task.items not in (None, len(records)) and not args.allow_missing:
-        raise ValueError(f"{task.name} has {task.items:,} items, {args.predictions} has {len(records):,}")
-    questions = [record.get("question") for record in records]
+    if task and task.items not in (None, len(predictions)) and not args.allow_missing:
+        raise ValueError(f"{task.name} has {task.items:,} items, {args.predictions} has {len(predictions):,}")
+    questions = [prediction.question for prediction in predictions]
     metrics = tasks.metrics_for(questions, task, args.metrics or (), args.sentence_model)
     check_metrics(metrics, args.sentence_model)
-    if (args.out / "run.json").exists():
-        raise ValueError(f"{args.out} is a run, whose own metrics would be lost; choose another --out")
+    if (args.out / RUN_FILE).exists():
+        raise ValueError(f"{args.out} is a run, whose metrics would be overwritten; choose another --out")
     reads = [path for path in (args.predictions, args.references, args.data, args.sentence_model) if path]
     claim_folder(args.out, SCORES, reads=reads, known=is_scores)
     with locked(args.out, inside=True):
-        found = _write_scores(args, task, records, notes, metrics)
-    print_metrics(found, args.out)
+        result = _write_scores(args, task, predictions, notes, metrics)
+    print_result(result, args.out)
     return 0
 
 
 @step("scoring and writing the report")
 def _write_scores(
-    args: argparse.Namespace, task: Task | None, records: list[dict], notes: list[str], names: Sequence[str]
-) -> dict:
-    """Score predictions and write them, with metrics and report; the content of metrics.json."""
+    args: argparse.Namespace,
+    task: Task | None,
+    predictions: list[Prediction],
+    notes: list[str],
+    metrics: Sequence[str],
+) -> Result:
+    """Score predictions and write them together with metrics and report."""
+    from msgspec import structs
+
     from eval.evaluate import write_results
-    from eval.predictions import write_predictions
-    from eval.report import Results
+    from eval.predictions import PREDICTIONS_FILE, write_predictions
+    from eval.report import ReportData
+    from eval.results import Protocol, Result, RunConfig
     from eval.score import measure, score
 
-    measured = measure(records, names, args.sentence_model)
-    metrics = score(records, names, with_intervals=not args.no_intervals, seed=args.seed, measured=measured)
-    metrics["notes"] = notes + metrics["notes"]
-    about = {"item": task.item, "references": task.references} if task else {}
-    protocol = {**about, "items": len(records), "predictions": str(args.predictions)}
-    metrics = {"task": args.task, "protocol": protocol, **metrics, "inputs": {}}
-    write_predictions(args.out / "predictions.jsonl", records)  # joined with their references, to compare with
-    record = {"task": args.task, "protocol": protocol, "model": str(args.predictions)}
-    results = Results(metrics, record, records, measured)
-    return write_results(args.out, task, results, args.command_line, args.seed, args.data)
+    measured = measure(predictions, metrics, args.sentence_model)
+    scores = score(predictions, measured, metrics, with_intervals=not args.no_intervals, seed=args.seed)
+    protocol = Protocol(
+        item=task.item if task else None,
+        references=task.references if task else None,
+        items=len(predictions),
+        predictions=str(args.predictions),
+    )
+    fields = structs.asdict(scores) | {"notes": notes + scores.notes}
+    result = Result(**fields, task=args.task, protocol=protocol)
+    write_predictions(args.out / PREDICTIONS_FILE, predictions)  # with their references, for `region-eval compare`
+    config = RunConfig(task=args.task, protocol=protocol, model=str(args.predictions))
+    report = ReportData(result, config, predictions, measured)
+    return write_results(args.out, task, report, args.command_line, args.seed, args.data)
 
 
 @step("comparing")
@@ -155,20 +169,23 @@ def _tasks(args: argparse.Namespace) -> int:
     return 0
 
 
-def print_metrics(metrics: dict, out: Path) -> None:
-    """The numbers as people know them, times 100, with their intervals; then the inputs side by side."""
-    say(f"{metrics['task'] or 'predictions'}: {metrics['items']:,} items")
-    for name, entry in metrics["metrics"].items():
-        interval = "" if entry["low"] is None else f"  [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]"
-        say(f"  {name:<12}{100 * entry['value']:7.1f}{interval}")
-    if len(metrics["inputs"]) > 1:
-        first = next(iter(metrics["metrics"]))
-        say(f"does it look where it is told? {first} under each input:")
-        for name, entry in metrics["inputs"].items():
-            shown = f"; of the region shown {100 * entry['shown'][first]['value']:.1f}" if "shown" in entry else ""
-            say(f"  {name:<12}{100 * entry['metrics'][first]['value']:7.1f}  ({entry['items']:,} items{shown})")
-    for row in metrics["published"]:
-        say(f"  beside it: {row['system']}: METEOR {row['METEOR']}, CIDEr {row['CIDEr']} ({row['source']})")
-    for note in metrics["notes"]:
+def print_result(result: Result, out: Path) -> None:
+    """Print the values times 100 with their intervals, the main metric of each view, and notes."""
+    from eval.results import label
+
+    say(f"{result.task or 'predictions'}: {result.items:,} items")
+    for name, value in result.metrics.items():
+        interval = "" if value.low is None else f"  [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+        say(f"  {label(name):<12}{100 * value.value:7.1f}{interval}")
+    if len(result.views) > 1:
+        first = next(iter(result.metrics))
+        say(f"{label(first)} by view:")
+        for name, view in result.views.items():
+            shown = view.shown_region_metrics
+            of_shown = f"; references of the shown region: {100 * shown[first].value:.1f}" if shown else ""
+            say(f"  {name:<12}{100 * view.metrics[first].value:7.1f}  ({view.items:,} items{of_shown})")
+    for row in result.published:
+        say(f"  published: {row.system}: METEOR {row.meteor}, CIDEr {row.cider} ({row.source})")
+    for note in result.notes:
         say(f"note: {note}")
     say(f"report: {out / 'report.html'}")

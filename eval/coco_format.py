@@ -1,12 +1,12 @@
-"""Predictions as COCO caption results and annotations, for other people's tools (COCOEvalCap and its like)."""
+"""Export predictions as COCO caption results and annotations, for tools such as COCOEvalCap."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
+from eval.predictions import Prediction
 from mllm.files import check_file, check_replaceable, check_unread, made_by, write_json
 from mllm.folders import check_shared_folder
 from mllm.locks import locked
@@ -15,39 +15,40 @@ RESULTS, ANNOTATIONS = "results.json", "annotations.json"
 _KIND = "COCO export"
 
 
-def write_coco(out: Path, records: Sequence[Mapping[str, Any]]) -> None:
+def write_coco(out: Path, predictions: Sequence[Prediction]) -> None:
     """Write results.json ([{"image_id", "caption"}]) and annotations.json ({"images", "annotations"}) into a folder.
 
-    COCO's image ids are whole numbers, one for each sample: they count from 1 in the order of the records, and each
-    image names its sample's own id.
+    COCO's image ids are integers. They count from 1 in the order of the predictions, and `sample_id` of each image is
+    the id of the sample.
 
     Raises:
-        ValueError: If one of the files is there already and this did not write it.
-        OSError: If they cannot be written.
+        ValueError: If one of the files exists and was not written by this command.
+        OSError: If the files cannot be written.
     """
     check_coco(out)
     images, annotations, results = [], [], []
-    for number, record in enumerate(records, 1):
-        images.append({"id": number, "file_name": record.get("image", ""), "sample_id": record["id"]})
-        results.append({"image_id": number, "caption": record["prediction"]})
-        for text in record["references"]:
+    for number, prediction in enumerate(predictions, 1):
+        images.append({"id": number, "file_name": prediction.image or "", "sample_id": prediction.id})
+        results.append({"image_id": number, "caption": prediction.text})
+        for text in prediction.references:
             annotations.append({"id": len(annotations) + 1, "image_id": number, "caption": text})
     info = {"made_by": made_by(_KIND)}
-    # COCO's reader wants `licenses` and `type` beside the others
+    # COCO's reader requires `licenses` and `type`
     content = {"info": info, "licenses": [], "type": "captions", "images": images, "annotations": annotations}
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         check_coco(out)
-        # first the file that says whose both are: whenever this is killed, the same command can be rerun
+        # the file with the marker first, so that an interrupted command can be rerun
         write_json(out / ANNOTATIONS, content, indent=None)
         write_json(out / RESULTS, results, indent=None)
 
 
 def check_coco(out: Path, *, reads: Iterable[str | os.PathLike] = ()) -> None:
-    """Raise ValueError unless the two files may be written into a folder: they are not there, or this wrote them, and
-    the folder is neither what the command reads, nor a parent of it, nor one of another command (a run).
+    """Raise ValueError unless the two files may be written to a folder.
 
-    COCO's results are a list, which has no room for a marker: they are replaced only beside annotations that have it.
+    Existing files must be from this command, and the folder must not be, contain or belong to what the command reads,
+    nor be the output of another command (a run). COCO's results are a list without a place for a marker: they are
+    replaced only together with annotations that have one.
     """
     reads = list(reads)
     check_shared_folder(out, _KIND, reads=reads)

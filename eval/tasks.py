@@ -1,7 +1,7 @@
-"""The protocols by name: which samples, which references, what is asked. Two protocols are never mixed.
+"""The tasks: protocols that define samples, references, prompt and metrics. Their results are not comparable.
 
-Why there are so many: the same predictions give METEOR 18.8 or 28.5 on RefCOCOg's validation split, depending only on
-whether the expressions of a region are separate items or references of one (docs/evaluation.md).
+The same predictions have METEOR 18.8 or 28.5 on RefCOCOg's validation split, depending on whether the expressions of a
+region are separate items or references of one item (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from pathlib import Path
 
 from alpha_clip_commands.task_names import check_task
 from eval import task_samples
-from eval.metrics import similarity
+from eval.metrics import captions, similarity
 from mllm.data.samples import RegionSample
 
-CAPTION_METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
-QUESTION_METRICS = ("exact match", "contains", "token F1")
-# LLaVA-1.5's own prompt for short answers: haotian-liu/LLaVA, docs/Evaluation.md at c121f04
+CAPTION_METRICS = captions.METRICS
+QUESTION_METRICS = ("exact_match", "contains", "token_f1")
+# LLaVA-1.5's prompt for short answers: haotian-liu/LLaVA, docs/Evaluation.md at c121f04
 SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
 _VG_IMAGES = "images in VG_100K and VG_100K_2"
-_VG_OWN_FILES = (
+_OWN_VG_FILES = (
     "region_descriptions.json and image_data.json in Visual Genome's format; images of any split in VG_100K, "
-    "VG_100K_2, images or the folder itself (regions of images that are not there are left out)"
+    "VG_100K_2, images or the folder itself (regions of images that are not found are skipped)"
 )
-_VG_OWN_QUESTIONS = _VG_OWN_FILES.replace(" and", ", question_answers.json, qa_to_region_mapping.json and", 1)
+_OWN_VG_QUESTIONS = _OWN_VG_FILES.replace(" and", ", question_answers.json, qa_to_region_mapping.json and", 1)
 _VG_FILES = f"Visual Genome's region_descriptions.json and image_data.json, {_VG_IMAGES}"
 _REFER_FILES = "{}, instances.json, images in train2014"
 
@@ -35,21 +35,21 @@ class Task:
     """A protocol.
 
     Attributes:
-        name: What a number made by it is called.
-        kind: "caption", "question", or "either" where the samples decide.
-        read: Gives its samples.
-        files: What the data folder holds.
-        about: What is scored, in a few words.
-        references: How many right answers an item has, and where they come from.
-        items: How many samples there must be; None where the data decides.
-        item: What one is: "expression", "region", "question".
-        prompt: What is asked (see `eval.generate.Settings`); None leaves it to the model.
-        max_new_tokens: Longest answer, in tokens.
-        metrics: Names of `eval.metrics`; none where the samples decide (see `metrics_for`).
-        region_input: The only input that the protocol allows, or None.
-        comparable: Published numbers may stand beside it.
-        verified: Its reader has read a record published by its authors; None for this project's own formats.
-        family: What it is listed as, with the other tasks that are listed so; None for a line of its own.
+        name: Of the protocol.
+        kind: "caption", "question", or "either" if it depends on the samples.
+        read: Reads its samples.
+        files: The required content of the data folder.
+        about: A short description of what is scored.
+        references: How many references an item has, and where they come from.
+        items: Required number of samples; None if it depends on the data.
+        item: What an item is: "expression", "region", "question" or "line".
+        prompt: See `eval.generate.GenerationSettings`; None for the model's default.
+        max_new_tokens: Maximum length of an answer, in tokens.
+        metrics: Ids; empty if they depend on the samples (see `metrics_for`).
+        view: The only view that the protocol allows, or None.
+        comparable: Whether published results are comparable.
+        verified: Whether its reader was tested on a record published by the authors; None for formats of this project.
+        family: The name under which several tasks are listed together; None for a separate line.
     """
 
     name: str
@@ -63,33 +63,33 @@ class Task:
     prompt: str | None = None
     max_new_tokens: int = 64
     metrics: tuple[str, ...] = CAPTION_METRICS
-    region_input: str | None = None
+    view: str | None = None
     comparable: bool = False
     verified: bool | None = False
     family: str | None = None
 
     def samples(self, data: Path, form: str, limit: int | None = None) -> list[RegionSample]:
-        """The samples, in the order of the data; `form` is "box" or "mask", `limit` takes the first ones.
+        """Read the samples in the order of the data; `form` is "box" or "mask", `limit` the maximum number.
 
         Raises:
-            ValueError: If files are missing or damaged, or there are not as many samples as the protocol has.
+            ValueError: If files are missing or damaged, or the number of samples is not that of the protocol.
         """
         samples = list(itertools.islice(self.read(data, form), limit))
         if not samples:
-            raise ValueError(f"{self.name}: {data} holds no sample; expected {self.files}")
+            raise ValueError(f"{self.name}: no samples in {data}; expected {self.files}")
         if limit is None and self.items not in (None, len(samples)):
             raise ValueError(
-                f"{self.name} has {self.items:,} items, {data} gives {len(samples):,}: a number on them could not be "
-                f"compared. Expected {self.files}; part of it may be evaluated with --limit"
+                f"{self.name} has {self.items:,} items, but {data} has {len(samples):,}, so results would not be "
+                f"comparable. Expected {self.files}; use --limit to evaluate a part"
             )
         return samples
 
 
 def find(name: str) -> Task:
-    """The task of a name, of `TASKS` or "vg-test/sample-N-seed-S".
+    """The task with a name, from `TASKS` or of the form "vg-test/sample-N-seed-S".
 
     Raises:
-        ValueError: If there is none; names like it are in the message.
+        ValueError: If the task is unknown; the message suggests similar names.
     """
     sample = check_task(name)
     return TASKS[name] if sample is None else _vg_sample(name, *sample)
@@ -101,25 +101,26 @@ def metrics_for(
     named: Sequence[str] = (),
     sentence_model: str | None = None,
 ) -> tuple[str, ...]:
-    """The metrics that are named, or those of the task, or those of the kind of the samples: VQA's for questions, the
-    captions' for descriptions. A sentence model adds those of its kind.
+    """The given metrics, else those of the task, else those for questions or descriptions, depending on the samples.
+
+    A sentence model adds the metrics of `eval.metrics.similarity`.
 
     Args:
         questions: The question of each sample, None for a description.
-        task: The protocol, or None where it is unknown.
-        named: Names that the user gave.
+        task: The protocol, or None if unknown.
+        named: Ids given by the user.
         sentence_model: Directory of a sentence-transformers model, or None.
 
     Raises:
-        ValueError: If the samples decide, and some are questions while others are descriptions.
+        ValueError: If neither user nor task define metrics, and the samples are questions and descriptions.
     """
     names = tuple(named) or (task.metrics if task else ())
     if not names:
         asked = sum(bool(question and question.strip()) for question in questions)
         if asked not in (0, len(questions)):
             raise ValueError(
-                f"{asked} of {len(questions)} samples are questions, the others descriptions, which no metric fits "
-                "alike: make a file of each, or name the --metrics for all of them"
+                f"{asked} of {len(questions)} samples are questions, the others descriptions, and no default metrics "
+                "suit both: use two files, or specify --metrics for all of them"
             )
         names = QUESTION_METRICS if asked else CAPTION_METRICS
     return names + tuple(name for name in similarity.METRICS if sentence_model and name not in names)
@@ -142,7 +143,7 @@ def _refer_task(data_set: str, split_by: str, split: str, grouped: bool, items: 
             else ""
         ),
         about=splits.get(split_by, f"{title}, an item per {item}"),
-        references="all expressions of the region" if grouped else "1: each expression is an item of its own",
+        references="all expressions of the region" if grouped else "1: each expression is a separate item",
         items=items,
         item=item,
         comparable=data_set == "refcocog",
@@ -151,13 +152,13 @@ def _refer_task(data_set: str, split_by: str, split: str, grouped: bool, items: 
 
 
 def _vg_sample(name: str, count: int, seed: int) -> Task:
-    """An own sample of Visual Genome's test images: comparable with nothing but itself."""
+    """A random sample of the regions of Visual Genome's test images; not comparable with published results."""
     read = task_samples.vg_sample(name, count, seed)
     return Task(name, "caption", read, _VG_FILES, "Visual Genome, N test regions", "1", count, verified=True)
 
 
-_SHAPES_FILES = "what `alpha-clip shapes --out DIR --images N --seed S --split {}` writes"
-_SHAPES_METRICS = ("exactly right", *CAPTION_METRICS)
+_SHAPES_FILES = "the output of `alpha-clip shapes --out DIR --images N --seed S --split {}`"
+_SHAPES_METRICS = ("literal_match", *CAPTION_METRICS)
 _VG_REGIONQA = Task(
     "vg-regionqa/densecap-test",
     "question",
@@ -173,7 +174,7 @@ _VG_REGIONQA = Task(
 _TASKS = (
     _refer_task("refcocog", "umd", "val", False, 4896),
     _refer_task("refcocog", "umd", "val", True, 2573),
-    _refer_task("refcocog", "umd", "test", False),  # 9,602 by a secondary source: not enforced
+    _refer_task("refcocog", "umd", "test", False),  # 9,602 according to a secondary source, so not enforced
     _refer_task("refcocog", "umd", "test", True, 5023),
     _refer_task("refcocog", "google", "val", True, 5000),
     *(
@@ -191,7 +192,7 @@ _TASKS = (
         "all answers of the row",
         7573,
         prompt="Provide a short description for this region.",
-        region_input="red-box",
+        view="red_box",
     ),
     Task(
         "vg-test/subset5k",
@@ -218,7 +219,7 @@ _TASKS = (
         "vg/own",
         "caption",
         task_samples.vg_own,
-        _VG_OWN_FILES,
+        _OWN_VG_FILES,
         "Visual Genome's layout, your images",
         "1",
         verified=True,
@@ -227,7 +228,7 @@ _TASKS = (
         _VG_REGIONQA,
         name="vg-regionqa/own",
         read=task_samples.vg_own_questions,
-        files=_VG_OWN_QUESTIONS,
+        files=_OWN_VG_QUESTIONS,
         about="Visual Genome's layout, your questions",
     ),
     Task(
@@ -235,7 +236,7 @@ _TASKS = (
         "caption",
         task_samples.shapes_captions,
         _SHAPES_FILES.format("test"),
-        "drawn scenes, descriptions",
+        "synthetic scenes, descriptions",
         "1",
         metrics=_SHAPES_METRICS,
         verified=None,
@@ -245,7 +246,7 @@ _TASKS = (
         "caption",
         task_samples.shapes_novel,
         _SHAPES_FILES.format("novel"),
-        "drawn scenes, unseen pairs",
+        "synthetic scenes, unseen pairs",
         "1",
         metrics=_SHAPES_METRICS,
         verified=None,
@@ -255,20 +256,20 @@ _TASKS = (
         "question",
         task_samples.shapes_questions,
         _SHAPES_FILES.format("test"),
-        "drawn scenes, questions",
+        "synthetic scenes, questions",
         "1",
         item="question",
         max_new_tokens=32,
-        metrics=("exactly right", *QUESTION_METRICS),
+        metrics=("literal_match", *QUESTION_METRICS),
         verified=None,
     ),
     Task(
         "jsonl",
         "either",
         task_samples.jsonl_lines,
-        "a JSONL file of {image, region, question, answer} lines; without questions they ask for descriptions",
+        "a JSONL file of {image, region, question, answer} lines; a description is requested without a question",
         "your file: descriptions or questions",
-        "as many as the line has",
+        "all of the line",
         item="line",
         metrics=(),
         verified=None,

@@ -1,4 +1,4 @@
-"""What the model is shown of a sample: its region, or a control that tells what the region was worth."""
+"""Views: what the model receives of a sample. Comparing views measures whether the answers depend on the region."""
 
 from __future__ import annotations
 
@@ -12,73 +12,80 @@ from PIL import Image, ImageDraw, ImageFilter
 from mllm.data.samples import RegionSample
 from vision_tower import Region
 
-# input -> what the model gets; "box" and "mask" are the form in which the data's regions are read
-INPUTS = {
-    "box": "the picture with alpha inside the box",
-    "mask": "the picture with alpha inside the mask",
-    "whole": "the picture with alpha everywhere: no region",
-    "wrong": "the picture with alpha in another region of it",
-    "blind": "the question without a picture",
-    "crop": "the region's box cut out of the picture, alpha everywhere",
-    "blur": "the picture, blurred outside the region, alpha everywhere",
-    "red-box": "the picture with a red rectangle around the region, alpha everywhere",
+# view -> what the model receives; "box" and "mask" are also the type of region that is read from the data
+VIEWS = {
+    "box": "the image, with alpha set to the box",
+    "mask": "the image, with alpha set to the mask",
+    "whole": "the image, with alpha 1 everywhere",
+    "other_region": "the image, with alpha set to another region",
+    "no_image": "the question without an image",
+    "crop": "the region's box, cut out of the image",
+    "blur": "the image, blurred outside the region",
+    "red_box": "the image with a red rectangle around the region",
 }
-CONTROLS = tuple(name for name in INPUTS if name not in ("box", "mask"))
-# Another region of the picture may overlap the asked one by so much (intersection over union of their boxes): Visual
-# Genome has about 47 regions a picture, many of them of the same thing.
-_WRONG_OVERLAP = 0.1
-# Standard deviation of the blur, as a share of the picture's longer side: shapes of objects are gone, colours stay.
+# Largest intersection over union of the boxes of a region and its other region: Visual Genome has about 47 regions per
+# image, many of them of the same object.
+_MAX_OVERLAP = 0.1
+# Standard deviation as a share of the image's longer side: removes the shapes of objects, keeps colors.
 _BLUR = 0.04
 
 
-def show(
-    sample: RegionSample, region_input: str, picture: Image.Image | None
-) -> tuple[Image.Image | None, Region | None]:
-    """The image and region that the model gets. For "wrong", `sample` comes from `with_wrong_region`.
+def apply_view(sample: RegionSample, view: str, image: Image.Image | None) -> tuple[Image.Image | None, Region | None]:
+    """Build the image and region that the model receives.
 
     Args:
-        sample: With one region.
-        region_input: One of `INPUTS`.
-        picture: The sample's picture as displayed; not looked at when blind.
+        sample: With one region. For "other_region", a sample from `with_other_region`.
+        view: One of `VIEWS`.
+        image: The sample's image as displayed; ignored for "no_image".
 
     Raises:
-        ValueError: If the input is unknown or the region does not fit the picture.
+        ValueError: If the view is unknown or the region does not fit the image.
     """
-    if region_input not in INPUTS:
-        raise ValueError(f"expected an input out of {', '.join(INPUTS)}, got {region_input!r}")
-    if region_input == "blind":
+    if view not in VIEWS:
+        raise ValueError(f"expected a view from {', '.join(VIEWS)}, got {view!r}")
+    if view == "no_image":
         return None, None
     (region,) = sample.regions
-    if region_input in ("box", "mask", "wrong"):
-        return picture, region
-    if region_input == "whole":
-        return picture, Region.whole()
-    draw = {"crop": crop, "blur": blur_outside, "red-box": draw_red_box}[region_input]
-    return draw(picture, region), Region.whole()
+    if view in ("box", "mask", "other_region"):
+        return image, region
+    if view == "whole":
+        return image, Region.whole()
+    draw = {"crop": crop, "blur": blur_outside, "red_box": draw_red_box}[view]
+    return draw(image, region), Region.whole()
 
 
-def crop(picture: Image.Image, region: Region) -> Image.Image:
-    """The box around the region, whole pixels."""
-    x0, y0, x1, y1 = region.bounding_box(picture.height, picture.width)
+def crop(image: Image.Image, region: Region) -> Image.Image:
+    """Cut out the bounding box of the region, rounded outwards to whole pixels."""
+    x0, y0, x1, y1 = region.bounding_box(image.height, image.width)
     left, top = int(x0), int(y0)
-    return picture.crop((left, top, max(int(np.ceil(x1)), left + 1), max(int(np.ceil(y1)), top + 1)))
+    return image.crop((left, top, max(int(np.ceil(x1)), left + 1), max(int(np.ceil(y1)), top + 1)))
 
 
-def blur_outside(picture: Image.Image, region: Region) -> Image.Image:
-    """The picture, blurred where the region is not."""
-    blurred = picture.filter(ImageFilter.GaussianBlur(_BLUR * max(picture.size)))
-    inside = np.rint(region.mask(picture.height, picture.width) * 255).astype(np.uint8)
-    return Image.composite(picture, blurred, Image.fromarray(inside))
+def blur_outside(image: Image.Image, region: Region, blur: float = _BLUR) -> Image.Image:
+    """Blur the image outside the region.
+
+    Args:
+        image: RGB.
+        region: In pixels of the image.
+        blur: Standard deviation as a share of the image's longer side.
+    """
+    return replace_outside(image, region, image.filter(ImageFilter.GaussianBlur(blur * max(image.size))))
 
 
-def draw_red_box(picture: Image.Image, region: Region) -> Image.Image:
-    """A red rectangle, one pixel wide, around the region's box.
+def replace_outside(image: Image.Image, region: Region, other: Image.Image) -> Image.Image:
+    """The image inside the region and `other` outside, blended at soft edges."""
+    inside = np.rint(region.mask(image.height, image.width) * 255).astype(np.uint8)
+    return Image.composite(image, other, Image.fromarray(inside))
+
+
+def draw_red_box(image: Image.Image, region: Region) -> Image.Image:
+    """Draw a red rectangle, one pixel wide, around the region's bounding box.
 
     Source: `refcoco_bbox_doc_to_visual` of EvolvingLMMs-Lab/lmms-eval, lmms_eval/tasks/refcocog/utils.py at v0.7.2:
     `ImageDraw.rectangle([x, y, x + w, y + h], outline="red")`.
     """
-    drawn = picture.copy()
-    ImageDraw.Draw(drawn).rectangle(region.bounding_box(picture.height, picture.width), outline="red")
+    drawn = image.copy()
+    ImageDraw.Draw(drawn).rectangle(region.bounding_box(image.height, image.width), outline="red")
     return drawn
 
 
@@ -87,26 +94,26 @@ def with_whole_image(samples: Sequence[RegionSample]) -> list[RegionSample]:
     return [dataclasses.replace(sample, regions=(Region.whole(),)) for sample in samples]
 
 
-def with_wrong_region(samples: Sequence[RegionSample]) -> list[RegionSample]:
-    """Each sample with another region of its picture; references stay those of the asked region.
+def with_other_region(samples: Sequence[RegionSample]) -> list[RegionSample]:
+    """The samples with another region of the same image; the references stay those of the sample's own region.
 
-    A sample whose picture has no other region is left out. What should come out is the *other* region's description:
-    `meta["shown_references"]`, where the data has a right answer to the same question about it.
+    Samples whose image has no other region are omitted. `meta["shown_references"]` has the references of the other
+    region if the data has an answer to the same question about it: a model that uses the region gives these.
     """
-    shown = []
+    changed = []
     for sample, other in _with_others(samples):
-        known = {"shown_references": list(other.references)} if _kind(sample) == _kind(other) else {}
-        shown.append(dataclasses.replace(sample, regions=other.regions, meta={**sample.meta, **known}))
-    return shown
+        known = {"shown_references": list(other.references)} if _question_kind(sample) == _question_kind(other) else {}
+        changed.append(dataclasses.replace(sample, regions=other.regions, meta={**sample.meta, **known}))
+    return changed
 
 
-def references_of_shown_region(samples: Sequence[RegionSample]) -> list[tuple[str, ...]]:
-    """The references that belong to the regions which `with_wrong_region` shows, in its order."""
+def other_region_references(samples: Sequence[RegionSample]) -> list[tuple[str, ...]]:
+    """The references of the regions that `with_other_region` sets, in its order."""
     return [other.references for _, other in _with_others(samples)]
 
 
 def _with_others(samples: Sequence[RegionSample]) -> list[tuple[RegionSample, RegionSample]]:
-    """Each sample with the next one of its picture that is about another place, if possible with the same question."""
+    """Pair each sample with the next one of its image at another position, if possible with the same question."""
     by_image: dict[object, list[RegionSample]] = defaultdict(list)
     for sample in samples:
         by_image[sample.meta.get("image_id", sample.image)].append(sample)
@@ -115,26 +122,27 @@ def _with_others(samples: Sequence[RegionSample]) -> list[tuple[RegionSample, Re
         boxes = np.array([_box(sample) for sample in group])
         for index, sample in enumerate(group):
             order = np.roll(np.arange(len(group)), -index - 1)[:-1]
-            apart = [group[other] for other in order[_overlap(boxes[index], boxes[order]) <= _WRONG_OVERLAP]]
+            apart = [group[other] for other in order[_overlap(boxes[index], boxes[order]) <= _MAX_OVERLAP]]
             if apart:
-                pairs.append((sample, next((o for o in apart if _kind(o) == _kind(sample)), apart[0])))
+                kind = _question_kind(sample)
+                pairs.append((sample, next((o for o in apart if _question_kind(o) == kind), apart[0])))
     return pairs
 
 
-def _kind(sample: RegionSample) -> str | None:
-    """What is asked: the type of the question where the data has types, else its words; None for a description."""
+def _question_kind(sample: RegionSample) -> str | None:
+    """The type of the question if the data has types, else its text; None for a description."""
     return sample.question and sample.meta.get("type", sample.question)
 
 
 def _box(sample: RegionSample) -> tuple[float, float, float, float]:
-    """Around the region; in pixels, or in fractions where the region is and the picture's size is not stated."""
+    """Bounding box of the region in pixels, or in fractions for an "nbox" in an image of unknown size."""
     (region,) = sample.regions
     if "height" in sample.meta:
         size = sample.meta["height"], sample.meta["width"]
     elif region.kind == "mask":
         size = region.data[:2]
     else:
-        size = (1, 1) if region.kind == "nbox" else (10**9, 10**9)  # nothing is cut off
+        size = (1, 1) if region.kind == "nbox" else (10**9, 10**9)  # large enough that nothing is clipped
     return region.bounding_box(*size)
 
 
@@ -145,11 +153,10 @@ def _overlap(box: np.ndarray, others: np.ndarray) -> np.ndarray:
     return shared / ((box[2:] - box[:2]).prod() + (others[:, 2:] - others[:, :2]).prod(1) - shared)
 
 
-def best_blind_score(samples: Sequence[RegionSample]) -> float:
-    """The best share of exactly right answers of one who sees the whole picture but not the region.
+def majority_baseline(samples: Sequence[RegionSample]) -> float:
+    """The highest literal match, in [0, 1], that is possible with the whole image but without the region.
 
-    For each picture and kind of question (`meta["type"]`, "description" without one) it always gives the answer that
-    most of the picture's samples have; nobody who ignores the region can do better on these samples.
+    It always gives the most frequent answer for each image and question type (`meta["type"]`, else "description").
     """
     answers: dict[tuple, Counter] = defaultdict(Counter)
     for sample in samples:

@@ -19,7 +19,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from alpha_clip_commands.region_tune import train_alpha_clip as main
 from alpha_clip_commands.training.contrastive_arguments import PairArguments, TowerArguments
-from eval.region_matching import DescribedPicture
+from eval.region_matching import DescribedImage
 from mllm.data.index import HELD_OUT, TRAIN
 from train.contrastive.arguments import parse_args
 from train.contrastive.data import RegionTextCollator, RegionTextDataset
@@ -114,7 +114,7 @@ def show_plan(tower_args: TowerArguments, pair_args: PairArguments, training_arg
 
 def read_data(
     pair_args: PairArguments, training_args: TrainingArguments, image_processor: AlphaCLIPImageProcessor
-) -> tuple[RegionTextDataset, list[DescribedPicture]]:
+) -> tuple[RegionTextDataset, list[DescribedImage]]:
     """The training samples (split train), and the validation images (split val) if the run evaluates.
 
     Raises:

@@ -1,1 +1,1 @@
-"""One metric a file; each takes predictions and references, never a model."""
+"""Metrics of captions and answers, and their intervals."""

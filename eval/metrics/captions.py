@@ -1,8 +1,8 @@
-"""BLEU, METEOR, ROUGE-L and CIDEr as papers on captioning report them: pycocoevalcap's scorers, called directly.
+"""BLEU, METEOR, ROUGE-L and CIDEr with the scorers of pycocoevalcap, which captioning papers use.
 
-Its own `COCOEvalCap.evaluate()` would download SPICE's 384 MB first. What changes a number: the tokenizer runs on both
-sides; CIDEr's document frequencies are those of the references at hand, so that a part of a data set scores differently
-and parts cannot be averaged; its sigma and clipping make it CIDEr-D.
+The scorers are called directly, because `COCOEvalCap.evaluate()` downloads 384 MB for SPICE first. Three things affect
+the values: the tokenizer runs on predictions and references; CIDEr computes its document frequencies from the given
+references, so that it cannot be averaged over subsets; its sigma and clipping make it CIDEr-D.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import numpy as np
 
 from eval.metrics import java
 
-BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
-METRICS = (*BLEU, "METEOR", "ROUGE-L", "CIDEr")
-FROZEN = "CIDEr (frozen df)"
-_UNSTABLE = 500  # items; below, CIDEr's document frequencies say more of the items than of the captions
+BLEU = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
+METRICS = (*BLEU, "meteor", "rouge_l", "cider")
+FROZEN = "cider_frozen_df"
+_MIN_STABLE = 500  # items; with fewer, CIDEr depends more on the document frequencies than on the captions
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionScores:
-    """What captions scored.
+    """Scores of captions.
 
     Attributes:
-        corpus: Value by metric, as the reference scorers give it (METEOR .195, CIDEr .600).
-        items: Value of each caption (N,) by metric. BLEU and METEOR of the corpus are not the mean of these.
-        bleu_counts: (N, 10): matching and all n-grams of length 1 to 4, words, words of the closest reference; None
-            without BLEU.
+        corpus: Value by metric, as the reference scorers return it (METEOR .195, CIDEr .600).
+        items: Values of the captions (N,) by metric. BLEU and METEOR of the corpus are not their mean.
+        bleu_counts: (N, 10): matching n-grams and all n-grams of length 1 to 4, number of words of the caption and of
+            the closest reference; None without BLEU.
         meteor_statistics: (N, 23), see `eval.metrics.java.meteor`; None without METEOR.
-        notes: What a reader must know of these values.
+        notes: What a reader has to know to interpret the values.
     """
 
     corpus: dict[str, float]
@@ -43,7 +43,7 @@ class CaptionScores:
 
 @dataclasses.dataclass(frozen=True)
 class DocumentFrequency:
-    """How many items of a whole data set have an n-gram in their references, for CIDEr on a part of it."""
+    """For each n-gram, the number of items of a dataset whose references contain it; for CIDEr on a subset."""
 
     counts: dict[tuple[str, ...], float]
     items: int
@@ -56,57 +56,65 @@ def score_captions(
     frozen: DocumentFrequency | None = None,
     tokenized: bool = False,
 ) -> CaptionScores:
-    """Score captions; an empty one scores 0 in each metric.
+    """Score captions. An empty caption scores 0 in each metric.
 
     Args:
         predictions: N captions.
-        references: One or more right captions for each.
-        metrics: Out of `METRICS`.
-        frozen: Document frequencies of a whole data set: CIDEr is then called "CIDEr (frozen df)", and can be compared
-            between parts of that data set but with no published number.
-        tokenized: Whether all texts are tokens already, separated by spaces: the tokenizer is not run.
+        references: One or more references for each caption.
+        metrics: From `METRICS`.
+        frozen: Document frequencies of a complete dataset. CIDEr is then returned as "cider_frozen_df", which is
+            comparable between subsets of the dataset but not with published results.
+        tokenized: Whether all texts are tokens separated by spaces; the tokenizer is then not run.
 
     Raises:
-        ValueError: If there is no caption, one has no reference, a metric is unknown, or Java is absent or fails.
+        ValueError: If there are no captions, a caption has no references, a metric is unknown, or Java is not found or
+            fails.
     """
-    if not predictions or len(predictions) != len(references) or not all(references):
-        raise ValueError(
-            f"expected captions, each with references, got {len(predictions)} captions and {len(references)} lists "
-            f"of references, {sum(not refs for refs in references)} of them empty"
-        )
-    if unknown := set(metrics) - set(METRICS):
-        raise ValueError(f"expected metrics out of {', '.join(METRICS)}, got {', '.join(sorted(unknown))}")
+    _check(predictions, references, metrics)
     if tokenized:
         captions, references = list(predictions), [list(refs) for refs in references]
     else:
         captions, references = _tokenized(predictions, references)
     corpus: dict[str, float] = {}
     items: dict[str, np.ndarray] = {}
-    counts, statistics, notes = None, None, []
+    counts, statistics = None, None
     if set(metrics) & set(BLEU):
-        bleus, per_item, counts = _bleu(captions, references)
-        for order, name in enumerate(BLEU):
-            corpus[name], items[name] = bleus[order], np.array(per_item[order])
-    if "METEOR" in metrics:
-        corpus["METEOR"], items["METEOR"], statistics = java.meteor(captions, references)
-    if "ROUGE-L" in metrics:
-        corpus["ROUGE-L"], items["ROUGE-L"] = _rouge(captions, references)
-    if "CIDEr" in metrics:
-        name = "CIDEr" if frozen is None else FROZEN
+        values, per_item, counts = _bleu(captions, references)
+        corpus.update(zip(BLEU, values, strict=True))
+        items.update(zip(BLEU, map(np.array, per_item), strict=True))
+    if "meteor" in metrics:
+        corpus["meteor"], items["meteor"], statistics = java.meteor(captions, references)
+    if "rouge_l" in metrics:
+        corpus["rouge_l"], items["rouge_l"] = _rouge(captions, references)
+    if "cider" in metrics:
+        name = "cider" if frozen is None else FROZEN
         corpus[name], items[name] = _cider(captions, references, frozen)
-        if frozen is None and len(captions) < _UNSTABLE:
-            notes.append(
-                f"CIDEr of {len(captions)} items is unstable: its document frequencies are those of these items"
-                + (", and of one item it is 0 by definition" if len(captions) == 1 else "")
-            )
-    return CaptionScores(corpus, items, counts, statistics, tuple(notes))
+    notes = _cider_notes(len(captions)) if "cider" in corpus else ()
+    return CaptionScores(corpus, items, counts, statistics, notes)
+
+
+def _check(predictions: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str]) -> None:
+    if not predictions or len(predictions) != len(references) or not all(references):
+        raise ValueError(
+            f"expected captions, each with references; got {len(predictions)} captions and {len(references)} lists "
+            f"of references, {sum(not refs for refs in references)} of them empty"
+        )
+    if unknown := set(metrics) - set(METRICS):
+        raise ValueError(f"expected metrics from {', '.join(METRICS)}, got {', '.join(sorted(unknown))}")
+
+
+def _cider_notes(items: int) -> tuple[str, ...]:
+    if items >= _MIN_STABLE:
+        return ()
+    note = f"CIDEr of {items} items is unstable, because its document frequencies are computed from these items"
+    return (note + "; for a single item it is 0 by definition" if items == 1 else note,)
 
 
 def freeze_document_frequency(references: Sequence[Sequence[str]]) -> DocumentFrequency:
-    """The document frequencies of all references of a data set, as CIDEr counts them on the whole.
+    """Compute CIDEr's document frequencies of all references of a dataset.
 
     Raises:
-        ValueError: If Java is absent or fails.
+        ValueError: If Java is not found or fails.
     """
     from pycocoevalcap.cider.cider_scorer import CiderScorer
 
@@ -119,7 +127,7 @@ def freeze_document_frequency(references: Sequence[Sequence[str]]) -> DocumentFr
 
 
 def bleu_of_counts(totals: np.ndarray) -> np.ndarray:
-    """BLEU-1 to BLEU-4 (..., 4) of summed counts (..., 10), as `CaptionScores.bleu_counts` has them.
+    """BLEU-1 to BLEU-4 (..., 4) of sums (..., 10) of `CaptionScores.bleu_counts`.
 
     Source: `compute_score` of pycocoevalcap 1.2, bleu/bleu_scorer.py, with its two small constants.
     """
@@ -132,7 +140,7 @@ def bleu_of_counts(totals: np.ndarray) -> np.ndarray:
 
 
 def _tokenized(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """Both sides through the tokenizer, in one run of it."""
+    """Tokenize predictions and references in one run of the tokenizer."""
     flat = [*predictions, *(text for refs in references for text in refs)]
     tokens = java.tokenize(flat)
     return tokens[: len(predictions)], _split(tokens[len(predictions) :], references)
@@ -162,7 +170,7 @@ def _rouge(captions: list[str], references: list[list[str]]) -> tuple[float, np.
 
     scorer = Rouge()
     pairs = zip(captions, references, strict=True)
-    # an empty caption against an empty reference would match as "" = ""
+    # "" would match an empty reference
     items = np.array([scorer.calc_score([caption], refs) if caption else 0.0 for caption, refs in pairs])
     return float(items.mean()), items
 
@@ -173,7 +181,7 @@ def _cider(
     from pycocoevalcap.cider.cider_scorer import CiderScorer
 
     class FrozenScorer(CiderScorer):
-        """Takes the number of items from the frozen frequencies, where its parent counts its own."""
+        """Takes the number of items from the frozen document frequencies instead of the scored captions."""
 
         ref_len = property(lambda self: np.log(float(frozen.items)), lambda self, value: None)
 

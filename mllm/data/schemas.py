@@ -210,7 +210,8 @@ class Prediction(Struct):
     region: dict[str, Any] | None = None
     question: str | None = None
     prompt: str | None = None
-    cut: bool | None = None
+    truncated: bool | None = None
+    cut: bool | None = None  # `truncated` in version 0.1.0
     error: str | None = None
     meta: SampleMeta | None = None
 

@@ -26,7 +26,7 @@ from build_clip import ALPHA_SEED, ROOT, build_clip, claim_work, scenes_folder
 from tqdm import tqdm
 
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
-from eval.region_matching import VIEWS, DescribedPicture, described_pictures, score_region_text
+from eval.region_matching import VIEWS, DescribedImage, described_images, score_region_text
 from mllm.data.readers.grit import read_grit
 from mllm.files import write_json
 from train.run import open_index
@@ -212,10 +212,10 @@ def table(title: str, rows: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _pictures(folder: Path) -> list[DescribedPicture]:
+def _pictures(folder: Path) -> list[DescribedImage]:
     """A test's pictures, each object by its mask."""
     samples = (sample for sample in read_grit(folder) if sample.regions[0].kind != "box")
-    return described_pictures(samples)
+    return described_images(samples)
 
 
 if __name__ == "__main__":

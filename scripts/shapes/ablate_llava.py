@@ -21,8 +21,8 @@ from build_embedded_model import write_start
 import mllm
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from eval.generate import generate
-from eval.metrics.exactly_right import exactly_right
-from eval.views import references_of_shown_region, with_whole_image, with_wrong_region
+from eval.metrics.literal_match import literal_match
+from eval.views import other_region_references, with_other_region, with_whole_image
 from mllm.data.readers.visual_genome import read_regions
 from mllm.data.shapes import visual_genome_layout
 from mllm.files import write_json
@@ -94,11 +94,11 @@ def score(chat: RegionChat, data: Path) -> dict[str, float]:
     shown = {
         "box": (boxes, [sample.references for sample in boxes]),
         "mask": (masks, [sample.references for sample in masks]),
-        "other": (with_wrong_region(masks), references_of_shown_region(masks)),
+        "other": (with_other_region(masks), other_region_references(masks)),
         "whole": (with_whole_image(masks), [sample.references for sample in masks]),
     }
     return {
-        name: exactly_right(generate(chat, samples, batch_size=64, label=name), references)
+        name: literal_match(generate(chat, samples, batch_size=64, label=name), references)
         for name, (samples, references) in shown.items()
     }
 

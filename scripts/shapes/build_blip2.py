@@ -19,7 +19,7 @@ from transformers import Blip2QFormerConfig, OPTConfig, set_seed
 import mllm
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from eval.generate import generate
-from eval.metrics.exactly_right import exactly_right
+from eval.metrics.literal_match import literal_match
 from eval.views import with_whole_image
 from mllm.blip2 import (
     AlphaBlip2Config,
@@ -118,7 +118,7 @@ def score(model: Path, data: Path, scenes: int) -> dict[str, float]:
     boxes, masks = (list(read_regions(data, region_type=form)) for form in ("box", "mask"))
     sets = {"box": boxes, "mask": masks, "whole image": with_whole_image(boxes)}
     return {
-        f"description, {name}": exactly_right(
+        f"description, {name}": literal_match(
             generate(chat, samples, batch_size=64, label=name), [sample.references for sample in samples]
         )
         for name, samples in sets.items()

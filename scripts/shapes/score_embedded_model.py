@@ -15,8 +15,8 @@ from pathlib import Path
 import mllm
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from eval.generate import generate
-from eval.metrics.exactly_right import exactly_right
-from eval.views import best_blind_score, references_of_shown_region, with_whole_image, with_wrong_region
+from eval.metrics.literal_match import literal_match
+from eval.views import majority_baseline, other_region_references, with_other_region, with_whole_image
 from mllm.data.readers.visual_genome import read_region_questions, read_regions
 from mllm.data.samples import RegionSample
 from mllm.data.shapes import scenes, visual_genome_layout
@@ -71,19 +71,19 @@ def score(chat: RegionChat, folder: Path, scenes: int, seed: int, batch_size: in
     def record(name: str, samples: Sequence[RegionSample], references: Sequence | None = None, **extra: float) -> None:
         predictions = generate(chat, samples, batch_size=batch_size, label=name)
         wanted = [sample.references for sample in samples] if references is None else references
-        scores[name] = {"score": exactly_right(predictions, wanted), "of": len(samples), **extra}
+        scores[name] = {"score": literal_match(predictions, wanted), "of": len(samples), **extra}
 
     record("description, box", boxes)
     record("description, mask", masks)
     for form, samples in (("box", boxes), ("mask", masks)):
-        wrong = with_wrong_region(samples)
-        record(f"description of the other region shown, {form}", wrong, references_of_shown_region(samples))
-    record("description, whole image", with_whole_image(boxes), blind=best_blind_score(boxes))
+        wrong = with_other_region(samples)
+        record(f"description of the other region shown, {form}", wrong, other_region_references(samples))
+    record("description, whole image", with_whole_image(boxes), blind=majority_baseline(boxes))
     questions = list(read_region_questions(folder / "test", region_type="mask"))
     for kind in (*scenes.ATTRIBUTES, "neighbour"):
         asked = [q for q in questions if q.meta["type"] in (scenes.DIRECTIONS if kind == "neighbour" else (kind,))]
         record(f"{kind}", asked)
-        record(f"{kind}, whole image", with_whole_image(asked), blind=best_blind_score(asked))
+        record(f"{kind}, whole image", with_whole_image(asked), blind=majority_baseline(asked))
     for split, name in (("novel", "unseen pairs"), ("background", "unseen backgrounds")):
         for form in ("box", "mask"):
             record(f"description, {name}, {form}", list(read_regions(folder / split, region_type=form)))

@@ -19,8 +19,8 @@ from score_embedded_model import EMBEDDED_MODEL, refuse_training_scenes, score
 import mllm
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from eval.generate import generate
-from eval.metrics.exactly_right import exactly_right
-from eval.views import references_of_shown_region, with_whole_image, with_wrong_region
+from eval.metrics.literal_match import literal_match
+from eval.views import other_region_references, with_other_region, with_whole_image
 from mllm.data.readers.visual_genome import read_region_questions
 from mllm.data.shapes import visual_genome_layout
 from mllm.inference import RegionChat
@@ -64,12 +64,12 @@ def places_right(chat: RegionChat, folder: Path) -> dict[str, float]:
     for form in ("box", "mask"):
         samples = [s for s in read_region_questions(folder, region_type=form) if s.meta["type"] == "place"]
         references = [sample.references for sample in samples]
-        shares[f"{form}, {len(samples)} objects"] = exactly_right(generate(chat, samples, batch_size=64), references)
-        others = generate(chat, with_wrong_region(samples), batch_size=64)
-        shares[f"{form} of another object: that object's"] = exactly_right(others, references_of_shown_region(samples))
-        shares[f"{form} of another object: the asked one's"] = exactly_right(others, references)
+        shares[f"{form}, {len(samples)} objects"] = literal_match(generate(chat, samples, batch_size=64), references)
+        others = generate(chat, with_other_region(samples), batch_size=64)
+        shares[f"{form} of another object: that object's"] = literal_match(others, other_region_references(samples))
+        shares[f"{form} of another object: the asked one's"] = literal_match(others, references)
     whole = generate(chat, with_whole_image(samples), batch_size=64)
-    shares["whole image"] = exactly_right(whole, references)
+    shares["whole image"] = literal_match(whole, references)
     return shares
 
 

@@ -1,4 +1,4 @@
-"""`alpha-clip attention-map`: each row shows the attention of the model for its region."""
+"""`alpha-clip attention-map`: the attention that is drawn is the model's, and each row's is its own region's."""
 
 import re
 
@@ -10,7 +10,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor
 
 from alpha_clip_commands import alpha_clip
 from eval import attention_map
-from eval.attention_map import look, panel_box, read_heads
+from eval.attention_map import attention, panel_box, read_heads
 from tests.tiny import noise_image, save_model, tiny_clip_config, tiny_clip_tokenizer
 from vision_tower import AlphaCLIPConfig, AlphaCLIPImageProcessor, AlphaCLIPModel, AlphaCLIPProcessor, Region
 
@@ -19,7 +19,7 @@ LEFT, RIGHT = "0,0,24,24", "24,0,48,24"
 
 @pytest.fixture(scope="module")
 def model():
-    """A model whose class token attends to the alpha: only the last layer has an effect, through one key."""
+    """One whose class token looks where alpha is: only the last layer does anything, and a key in it is alpha."""
     torch.manual_seed(0)
     tiny = AlphaCLIPModel(AlphaCLIPConfig(**tiny_clip_config().to_dict())).eval()
     tower = tiny.vision_model
@@ -31,12 +31,12 @@ def model():
         tower.embeddings.patch_embedding.weight.mul_(0.1)
         tower.embeddings.patch_embedding.alpha.weight[0] = 1.0
         attention = tower.encoder.layers[-1].self_attn
-        torch.nn.init.normal_(attention.out_proj.weight)  # otherwise all regions would have the same embedding
+        torch.nn.init.normal_(attention.out_proj.weight)  # or all regions would have one embedding
         attention.k_proj.weight.zero_()
         attention.k_proj.weight[::8, 0] = 1.0  # 4 heads of 8 numbers: the first of each is the alpha
         attention.q_proj.weight.zero_()
         attention.q_proj.bias.zero_()
-        attention.q_proj.bias[::8] = torch.tensor([4.0, 3.0, 2.0, -4.0])  # the last head attends to the rest
+        attention.q_proj.bias[::8] = torch.tensor([4.0, 3.0, 2.0, -4.0])  # the last head looks away
     return tiny
 
 
@@ -55,7 +55,7 @@ def folder(model, processor, tmp_path_factory):
 
 
 def run(folder, *extra, model="full", out="out.png"):
-    """The page as an array, or None if the exit code is 2."""
+    """The page as an array, or None where the command ended with 2."""
     (folder / out).unlink(missing_ok=True)
     given = ["--model", folder / model, "--image", folder / "picture.png", "--out", folder / out]
     code = alpha_clip.main(["attention-map", *map(str, given), *extra])
@@ -74,7 +74,7 @@ def panel(page, row, column, texts=0):
 
 
 def centre_of_heat(page, row, texts=0):
-    """Mean x (0 to 1) and extent in y of the brightest tenth of a heat map, without the outline."""
+    """Mean x of the brightest tenth of a heat map, 0 to 1, and how wide it is in y; the outline is left out."""
     heat = panel(page, row, 1, texts)
     warmth = np.where((heat == (0, 255, 255)).all(-1), -999, heat[..., 0] - heat[..., 2])
     y, x = np.nonzero(warmth > np.quantile(warmth, 0.9))
@@ -85,7 +85,7 @@ def test_each_row_is_of_its_own_region(folder):
     page = run(folder, "--box", RIGHT, "--box", LEFT, "--text", "a red", "b", "--heads", "1")
     right, left = centre_of_heat(page, 1, 2), centre_of_heat(page, 2, 2)
     assert right[0] > 0.6 and left[0] < 0.4
-    # padded to a square: the image is the middle half of the height
+    # padded to a square: the picture, and with it the region, is the middle half of the height
     assert min(right[1], left[1]) > 0.15 and max(right[2], left[2]) < 0.85
     turned = run(folder, "--box", LEFT, "--box", RIGHT, "--text", "a red", "b", "--heads", "1")
     for column in range(3):
@@ -100,7 +100,7 @@ def test_heads_are_chosen(folder):
     away = run(folder, "--box", RIGHT, "--heads", "4")
     right_over_left = []
     for page in (towards, away):
-        warmth = panel(page, 1, 1)[110:274, :, 0] - panel(page, 1, 1)[110:274, :, 2]  # the image without padding
+        warmth = panel(page, 1, 1)[110:274, :, 0] - panel(page, 1, 1)[110:274, :, 2]  # the picture without its padding
         right_over_left.append(warmth[:, 212:370].mean() - warmth[:, 10:172].mean())
     assert right_over_left[0] > 50 and right_over_left[1] < -20
     assert (panel(towards, 1, 0) == panel(away, 1, 0)).all()
@@ -108,29 +108,27 @@ def test_heads_are_chosen(folder):
 
 
 def test_the_numbers_are_the_models(folder, model, processor):
-    """Compared with the forward pass of Transformers on each region alone."""
+    """Beside Hugging Face's own forward of each region alone."""
     loaded, own = attention_map.load(str(folder / "full"), with_text=True, device="cpu", revision=None)
     regions = [Region.whole(), Region.from_box(24, 0, 48, 24), Region.from_box(0, 0, 9, 9)]
     picture, texts = noise_image(48, 24), ["a red", "b"]
-    looks = look(loaded, own, picture, regions, texts, [0, 2])
-    for one, region in zip(looks, regions, strict=True):
+    rows = attention(loaded, own, picture, regions, texts, [0, 2])
+    for one, region in zip(rows, regions, strict=True):
         inputs = processor(images=picture, regions=region, text=texts, padding=True, return_tensors="pt")
         with torch.no_grad():
             output = loaded(**inputs, output_attentions=True)
             logits = model(**inputs).logits_per_image[0]
         expected = output.vision_model_output.attentions[-1][0, [0, 2], 0].mean(0)
         np.testing.assert_allclose(one.attention.ravel(), expected[1:], atol=1e-6)
-        np.testing.assert_allclose(one.shares, logits.softmax(-1), atol=1e-5)
+        np.testing.assert_allclose(one.probabilities, logits.softmax(-1), atol=1e-5)
         np.testing.assert_allclose(one.cosines, logits / model.logit_scale.exp().item(), atol=1e-5)
         seen = own.image_processor(picture, do_normalize=False, return_tensors="pt")["pixel_values"][0, :3]
-        np.testing.assert_allclose(one.seen, seen.permute(1, 2, 0) * 255, atol=0.51)
+        np.testing.assert_allclose(one.pixels, seen.permute(1, 2, 0) * 255, atol=0.51)
         assert one.region == region
     for one, other in ((0, 1), (1, 2)):
-        assert (
-            abs(looks[one].cosines - looks[other].cosines).max() > 0.001
-        )  # otherwise swapped regions would not be detected
-    assert looks[0].alpha.min() == 1
-    assert looks[1].alpha[8:24, 16:].mean() > 0.95 and looks[1].alpha[8:24, :15].max() < 0.05
+        assert abs(rows[one].cosines - rows[other].cosines).max() > 0.001  # or a mix-up of regions could not be seen
+    assert rows[0].alpha.min() == 1
+    assert rows[1].alpha[8:24, 16:].mean() > 0.95 and rows[1].alpha[8:24, :15].max() < 0.05
 
 
 def test_a_tower_is_enough_without_texts(folder):
@@ -168,7 +166,7 @@ def test_a_plain_clip_sees_no_region(folder):
         (["--box", LEFT, "--heads", "5"], "numbers from 1 to 4"),
         (["--box", LEFT, "--heads", "1;2"], "numbers from 1 to 4"),
         (["--box", LEFT, "--text", "a", " "], "expected non-empty texts as --text"),
-        (["--box", LEFT, "--text", "a" * 30], "32 tokens, the text tower takes 16"),
+        (["--box", LEFT, "--text", "a" * 30], "32 tokens, the text tower supports 16"),
         (["--box", LEFT, "--image", "none.png"], "image not found: none.png"),
         (["--box", LEFT, "--model", "./nothing"], "directory not found"),
         (["--box", LEFT, "--device", "abacus"], "expected a device out of"),

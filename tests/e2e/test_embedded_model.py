@@ -11,8 +11,8 @@ from transformers import pipeline
 import mllm
 from alpha_clip_commands.region_chat import main as region_chat
 from eval.generate import generate
-from eval.metrics.exactly_right import exactly_right
-from eval.views import references_of_shown_region, with_whole_image, with_wrong_region
+from eval.metrics.literal_match import literal_match
+from eval.views import other_region_references, with_other_region, with_whole_image
 from mllm.data.build_index import build_index
 from mllm.data.index import RegionIndex
 from mllm.data.readers.visual_genome import read_region_questions, read_regions
@@ -104,22 +104,22 @@ def test_answers_follow_the_region_also_to_another_object(embedded, samples):
     chat = RegionChat(*embedded)
     right = generate(chat, samples)
     # The scores of the embedded model (docs/shapes.md) minus the spread of 40 samples; without the region at most 0.3.
-    assert exactly_right(right, [s.references for s in samples]) >= 0.9
-    wrong = generate(chat, with_wrong_region(samples))
-    assert exactly_right(wrong, references_of_shown_region(samples)) >= 0.9
-    assert exactly_right(wrong, [s.references for s in with_wrong_region(samples)]) <= 0.05
+    assert literal_match(right, [s.references for s in samples]) >= 0.9
+    wrong = generate(chat, with_other_region(samples))
+    assert literal_match(wrong, other_region_references(samples)) >= 0.9
+    assert literal_match(wrong, [s.references for s in with_other_region(samples)]) <= 0.05
     whole = generate(chat, with_whole_image(samples))
-    assert exactly_right(whole, [s.references for s in samples]) < 0.3
+    assert literal_match(whole, [s.references for s in samples]) < 0.3
 
 
 def test_boxes_and_questions(embedded, root):
     chat = RegionChat(*embedded)
     boxes = list(read_regions(root, region_type="box"))
-    assert exactly_right(generate(chat, boxes), [s.references for s in boxes]) >= 0.9
+    assert literal_match(generate(chat, boxes), [s.references for s in boxes]) >= 0.9
     questions = list(read_region_questions(root))
     for kinds, least in ((scenes.ATTRIBUTES, 0.95), (scenes.DIRECTIONS, 0.85)):
         asked = [question for question in questions if question.meta["type"] in kinds]
-        assert exactly_right(generate(chat, asked), [s.references for s in asked]) >= least
+        assert literal_match(generate(chat, asked), [s.references for s in asked]) >= least
 
 
 @pytest.mark.parametrize("size", [(96, 96), (200, 96), (130, 300), (640, 480)])

@@ -50,8 +50,8 @@ disable_tqdm: true
     ]
     assert answers[0] == answers[1]
 
-    task = ["run", "--task", "shapes-caption", "--data", str(tmp_path / "test"), "--metrics", "exactly right"]
-    settings = ["--limit", "4", "--max-new-tokens", "2", "--controls", "--device", "cpu"]
+    task = ["run", "--task", "shapes-caption", "--data", str(tmp_path / "test"), "--metrics", "literal_match"]
+    settings = ["--limit", "4", "--max-new-tokens", "2", "--all-views", "--device", "cpu"]
     assert region_eval([*task, *settings, "--model", merged, "--out", out]) == 0
     run, metrics = (read_json(tmp_path / "out" / f"{name}.json") for name in ("run", "metrics"))
     assert "tiles" in json.dumps(run) and metrics["items"] == 4

@@ -18,7 +18,7 @@ from mllm.data.shapes import visual_genome_layout
 from mllm.locks import locked
 from tests.files import read_json, read_json_lines, write_json, write_json_lines
 
-FAST = ["--metrics", "exactly right", "ROUGE-L"]
+FAST = ["--metrics", "literal_match", "rouge_l"]
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +30,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
-    """A run with all controls."""
+    """A run with all views."""
     out = tmp_path_factory.mktemp("runs") / "all"
-    assert main(["run", "--task", "shapes-caption", "--data", str(data), "--out", str(out), "--controls", *FAST]) == 0
+    assert main(["run", "--task", "shapes-caption", "--data", str(data), "--out", str(out), "--all-views", *FAST]) == 0
     return out
 
 
@@ -55,23 +55,23 @@ def fails(capsys, *arguments):
     return error
 
 
-def test_it_looks_where_it_is_told(finished):
+def test_the_answers_depend_on_the_region(finished):
     found = read(finished)
-    inputs = {name: entry["metrics"]["exactly right"]["value"] for name, entry in found["inputs"].items()}
-    assert list(inputs) == ["box", "whole", "wrong", "blind", "crop", "blur", "red-box"]
-    assert inputs["box"] > 0.8 and inputs["whole"] < 0.3 and inputs["wrong"] < 0.1
-    assert found["inputs"]["wrong"]["shown"]["exactly right"]["value"] > 0.8
-    assert found["metrics"] == found["inputs"]["box"]["metrics"]
+    views = {name: entry["metrics"]["literal_match"]["value"] for name, entry in found["views"].items()}
+    assert list(views) == ["box", "whole", "other_region", "no_image", "crop", "blur", "red_box"]
+    assert views["box"] > 0.8 and views["whole"] < 0.3 and views["other_region"] < 0.1
+    assert found["views"]["other_region"]["shown_region_metrics"]["literal_match"]["value"] > 0.8
+    assert found["metrics"] == found["views"]["box"]["metrics"]
     assert "<image>" in read_json(finished / "run.json")["prompt"]
-    assert found["items"] == len(lines(finished)) and "same class" in found["by"]
+    assert found["items"] == len(lines(finished)) and "same_class" in found["by"]
     assert found["command"].startswith("region-eval run --task shapes-caption")
     assert {"torch", "transformers", "pycocoevalcap"} <= found["versions"].keys()
 
 
 def test_the_report_is_one_file_with_the_numbers(finished):
     page = (finished / "report.html").read_text()
-    value = read(finished)["metrics"]["exactly right"]["value"]
-    assert f"{100 * value:.1f}" in page and "red-box" in page and "data:image/" in page
+    value = read(finished)["metrics"]["literal_match"]["value"]
+    assert f"{100 * value:.1f}" in page and "red_box" in page and "data:image/" in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)
 
 
@@ -80,9 +80,9 @@ def test_an_equal_run_continues_and_another_is_refused(finished, data, capsys):
     run = ["run", "--task", "shapes-caption", "--data", data, "--out", finished, *FAST]
     assert main([str(argument) for argument in run]) == 0
     assert (finished / "predictions.jsonl").read_bytes() == before
-    assert "other prompt, wording" in fails(capsys, *run, "--prompt", "What?")
+    assert "other prompt, prompt_template" in fails(capsys, *run, "--prompt", "What?")
     assert "other batch_size" in fails(capsys, *run, "--batch-size", 5)
-    assert "region_input" in fails(capsys, *run, "--region-input", "mask")
+    assert "view" in fails(capsys, *run, "--view", "mask")
     assert "strength" in fails(capsys, *run, "--strength", "0.5")
     assert "samples" in fails(capsys, *run, "--limit", 3)
 
@@ -125,8 +125,8 @@ def test_another_systems_results(tmp_path, capsys):
     annotations = [{"id": i + 5, "image_id": i, "caption": "a red bus"} for i in (1, 2)]
     write_json(references, {"images": [{"id": 1}, {"id": 2}], "annotations": annotations})
     score = ["score", str(results), "--references", str(references), "--out", str(tmp_path / "out")]
-    assert main([*score, "--metrics", "exact match"]) == 0
-    assert read(tmp_path / "out")["metrics"]["exact match"]["value"] == 0.5
+    assert main([*score, "--metrics", "exact_match"]) == 0
+    assert read(tmp_path / "out")["metrics"]["exact_match"]["value"] == 0.5
     assert "50.0" in capsys.readouterr().out
     assert main(["compare", str(tmp_path / "out"), str(tmp_path / "out" / "predictions.jsonl")]) == 0
     assert "4,896 items" in fails(capsys, *score, "--task", "refcocog-umd-val/ungrouped")
@@ -145,10 +145,10 @@ def test_an_export_is_not_written_into_a_run(finished, tmp_path, capsys):
 
 
 def test_compare(finished, tmp_path, capsys):
-    whole = finished / "controls" / "whole"
+    whole = finished / "views" / "whole"
     assert main(["compare", str(finished), str(whole), "--html", str(tmp_path / "c.html")]) == 0
     text = capsys.readouterr().out
-    assert "exactly right" in text and "Changed most" in text
+    assert "literal match" in text and "Largest changes" in text
     assert "data:image/" in (tmp_path / "c.html").read_text()
     assert "ids" in fails(capsys, "compare", finished, write_half(finished, tmp_path))
 
@@ -165,7 +165,7 @@ def test_a_missing_picture_stops_before_the_model_unless_allowed(data, tmp_path,
     shutil.copytree(data, broken)
     (broken / "VG_100K" / "3.png").unlink()
     run = ["run", "--task", "shapes-caption", "--data", broken, "--out", tmp_path / "out", *FAST]
-    assert "1 of 6 pictures are missing" in fails(capsys, *run) and not (tmp_path / "out").exists()
+    assert "1 of 6 images are missing" in fails(capsys, *run) and not (tmp_path / "out").exists()
     assert main([str(argument) for argument in (*run, "--allow-missing")]) == 0
     found = read(tmp_path / "out")
     assert any("INCOMPLETE" in note for note in found["notes"]) and found["items"] < len(lines(tmp_path / "out"))
@@ -178,10 +178,10 @@ def test_a_missing_picture_stops_before_the_model_unless_allowed(data, tmp_path,
 
 def test_questions(data, tmp_path):
     run = ["run", "--task", "shapes-vqa", "--data", str(data), "--out", str(tmp_path / "q"), "--limit", "12"]
-    assert main([*run, "--region-input", "mask"]) == 0
+    assert main([*run, "--view", "mask"]) == 0
     found = read(tmp_path / "q")
-    assert found["metrics"]["exact match"]["value"] > 0.8 and "type" in found["by"]
-    assert "comparable with nothing" in found["notes"][0]
+    assert found["metrics"]["exact_match"]["value"] > 0.8 and "type" in found["by"]
+    assert "not comparable" in found["notes"][0]
 
 
 def test_a_file_of_ones_own(data, tmp_path):
@@ -210,7 +210,7 @@ def test_questions_of_ones_own_are_scored_as_questions(data, tmp_path, capsys):
     run = ["run", "--task", "jsonl", "--data", own, "--out", tmp_path / "q"]
     assert main([str(argument) for argument in run]) == 0
     found = {name: entry["value"] for name, entry in read(tmp_path / "q")["metrics"].items()}
-    assert found == {"exact match": 1, "contains": 1, "token F1": 1}
+    assert found == {"exact_match": 1, "contains": 1, "token_f1": 1}
     own.write_text(own.read_text() + json.dumps({**rows[0], "id": "d", "question": None}) + "\n")
     assert "2 of 3 samples are questions" in fails(capsys, *run[:-1], tmp_path / "mixed")
     assert not (tmp_path / "mixed").exists()
@@ -228,7 +228,7 @@ def test_refcocog_layout_goes_through_the_same_command(data, tmp_path, capsys):
     run = ["run", "--task", "refcocog-umd-val/grouped", "--data", data, "--out", tmp_path / "r", *FAST]
     assert "2,573 items" in fails(capsys, *run)
     assert main([str(argument) for argument in (*run, "--limit", 8)]) == 0
-    assert read(tmp_path / "r")["metrics"]["exactly right"]["value"] > 0.6 and not read(tmp_path / "r")["published"]
+    assert read(tmp_path / "r")["metrics"]["literal_match"]["value"] > 0.6 and not read(tmp_path / "r")["published"]
 
 
 def test_tasks(capsys):
@@ -250,8 +250,8 @@ def test_bad_input(data, tmp_path, capsys):
     assert "expected 1 or more" in fails(capsys, *run, "--task", "shapes-caption", "--batch-size", 0)
     assert "strength" in fails(capsys, *run, "--task", "shapes-caption", "--strength", 2)
     assert "--prompt is empty" in fails(capsys, *run, "--task", "shapes-caption", "--prompt", " ")
-    assert "metrics out of" in fails(capsys, *run, "--task", "shapes-caption", "--metrics", "SPICE")
-    assert "leave --region-input out" in fails(capsys, *run, "--task", "refcocog-lmms-eval", "--region-input", "box")
+    assert "metrics from" in fails(capsys, *run, "--task", "shapes-caption", "--metrics", "SPICE")
+    assert "omit --view" in fails(capsys, *run, "--task", "refcocog-lmms-eval", "--view", "box")
     (tmp_path / "empty.jsonl").write_text("")
     assert "is empty" in fails(capsys, "score", tmp_path / "empty.jsonl", *out)
     assert "predictions not found" in fails(capsys, "score", tmp_path / "no.jsonl", *out)

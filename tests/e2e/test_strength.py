@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 
 from alpha_clip_commands.region_chat import main as region_chat
 from alpha_clip_commands.region_eval import main as region_eval
-from eval.region_matching import DescribedPicture, embed_regions
+from eval.region_matching import DescribedImage, embed_regions
 from mllm.convert.export import export
 from mllm.inference import RegionChat
 from tests.alpha_maps import alpha_map
@@ -83,7 +83,7 @@ def test_clip(fed, geometry, region):
     model.get_image_features(**processor(images=IMAGE, regions=region, return_tensors="pt"))
     check(fed, geometry)
     if region is SOFT:
-        embed_regions(model, processor, [DescribedPicture(IMAGE, (SOFT,), ("a",), None)])
+        embed_regions(model, processor, [DescribedImage(IMAGE, (SOFT,), ("a",), None)])
         assert len(fed) == 2
         check(fed, geometry)
 
@@ -162,7 +162,7 @@ def test_region_chat(fed, tiny_llava_dir, files, monkeypatch, flags, lines):
 @pytest.mark.parametrize("region_input", ["box", "mask"])
 def test_region_eval(fed, tiny_llava_dir, files, region_input):
     flags = ["--model", tiny_llava_dir, "--data", files / "own.jsonl", "--out", files / "out", "--strength", 0.3]
-    flags += ["--region-input", region_input, "--device", "cpu", "--metrics", "exact match", "--max-new-tokens", 1]
+    flags += ["--view", region_input, "--device", "cpu", "--metrics", "exact_match", "--max-new-tokens", 1]
     assert region_eval(["run", "--task", "jsonl", *map(str, flags)]) == 0
     check(fed, "pad")
     (record,) = (files / "out" / "predictions.jsonl").read_text().splitlines()

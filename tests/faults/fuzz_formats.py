@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save
 
-from eval.predictions import read_predictions, read_references
+from eval.external_formats import read_references
+from eval.predictions import read_predictions
 from mllm.adapter_files import read_adapter_config
 from mllm.data.index import RegionIndex
 from mllm.data.index_writer import write_index

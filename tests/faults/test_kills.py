@@ -72,7 +72,7 @@ def contrast(world, out, ranks=1):
 
 
 def evaluate(world, out, ranks=1):
-    task = ["--task", "shapes-caption", "--metrics", "exactly right", "--no-intervals"]
+    task = ["--task", "shapes-caption", "--metrics", "literal_match", "--no-intervals"]
     model = ["--model", world / "llava", "--batch-size", 2, "--max-new-tokens", 16]
     return "alpha_clip_commands.region_eval:main", ["run", *task, "--data", world / "test", "--out", out, *model]
 

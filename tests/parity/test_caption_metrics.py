@@ -17,8 +17,8 @@ from eval.metrics.intervals import resampled_totals
 from eval.metrics.questions import vqa_accuracy
 from tests.files import read_json
 
-GOLDEN_NAMES = {"METEOR": "METEOR", "ROUGE-L": "ROUGE_L", "CIDEr": "CIDEr"} | {
-    n: n.replace("BLEU-", "Bleu_") for n in BLEU
+GOLDEN_NAMES = {"meteor": "METEOR", "rouge_l": "ROUGE_L", "cider": "CIDEr"} | {
+    n: n.replace("bleu_", "Bleu_") for n in BLEU
 }
 
 
@@ -36,7 +36,7 @@ def score(material, names):
 
 @pytest.fixture(scope="module")
 def without_meteor(material):
-    return score(material, [name for name in GOLDEN_NAMES if name != "METEOR"])
+    return score(material, [name for name in GOLDEN_NAMES if name != "meteor"])
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +49,19 @@ def scores_of(request):
     """The scores that a metric is among; METEOR takes ten seconds, so its own golden of a few captions is tested in
     tests/unit/eval/test_reference_values.py.
     """
-    return lambda name: request.getfixturevalue("scored" if name == "METEOR" else "without_meteor")
+    return lambda name: request.getfixturevalue("scored" if name == "meteor" else "without_meteor")
 
 
-METEOR = pytest.param("METEOR", marks=pytest.mark.slow)
+METEOR = pytest.param("meteor", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", [METEOR, *(name for name in GOLDEN_NAMES if name != "METEOR")])
+@pytest.mark.parametrize("name", [METEOR, *(name for name in GOLDEN_NAMES if name != "meteor")])
 def test_corpus_values(material, scores_of, name):
     scored, golden = scores_of(name), material[1]["corpus"][GOLDEN_NAMES[name]]
-    assert scored.corpus[name] == (pytest.approx(golden, abs=1e-6) if name == "CIDEr" else golden)  # all equal: 0.0
+    assert scored.corpus[name] == (pytest.approx(golden, abs=1e-6) if name == "cider" else golden)  # all equal: 0.0
 
 
-@pytest.mark.parametrize("name", [METEOR, "ROUGE-L", "CIDEr"])
+@pytest.mark.parametrize("name", [METEOR, "rouge_l", "cider"])
 def test_values_of_each_image(material, scores_of, name):
     scored, (rows, goldens) = scores_of(name), material
     expected = np.array([goldens["per_image"][str(row["image_id"])][GOLDEN_NAMES[name]] for row in rows])
@@ -80,18 +80,18 @@ def test_published_values(material, scored):
 def test_counts_and_statistics_make_the_corpus_value(scored):
     assert bleu_of_counts(scored.bleu_counts.sum(0)) == pytest.approx([scored.corpus[name] for name in BLEU], abs=1e-15)
     (again,) = java.meteor_of_statistics(scored.meteor_statistics.sum(0, keepdims=True))
-    assert again == pytest.approx(scored.corpus["METEOR"], abs=1e-12)
+    assert again == pytest.approx(scored.corpus["meteor"], abs=1e-12)
 
 
 def test_frozen_frequencies_give_a_subset_the_values_of_the_full_set(material, without_meteor):
     rows = material[0]
     frozen = freeze_document_frequency([row["refs"] for row in rows])
-    part = score_captions([r["test"] for r in rows[:50]], [r["refs"] for r in rows[:50]], ["CIDEr"], frozen)
+    part = score_captions([r["test"] for r in rows[:50]], [r["refs"] for r in rows[:50]], ["cider"], frozen)
     # one reference of the material carries a full stop that the tokenizer removes: 1e-4 of CIDEr
-    assert np.abs(part.items[FROZEN] - without_meteor.items["CIDEr"][:50]).max() < 2e-3
-    assert "CIDEr" not in part.corpus
-    unfrozen = score_captions([r["test"] for r in rows[:50]], [r["refs"] for r in rows[:50]], ["CIDEr"])
-    assert abs(unfrozen.corpus["CIDEr"] - part.corpus[FROZEN]) > 0.02
+    assert np.abs(part.items[FROZEN] - without_meteor.items["cider"][:50]).max() < 2e-3
+    assert "cider" not in part.corpus
+    unfrozen = score_captions([r["test"] for r in rows[:50]], [r["refs"] for r in rows[:50]], ["cider"])
+    assert abs(unfrozen.corpus["cider"] - part.corpus[FROZEN]) > 0.02
 
 
 def test_all_published_tokenizations(shared_data):
@@ -127,7 +127,7 @@ def expressions(shared_data):
 def same_region(texts, regions=2573):
     """Regions as tuples of positions. The file has the expressions of a region one after the other, and does not say
     where one ends: so many neighbours are paired as the regions need, those most alike, by the sum of their CIDEr."""
-    likeness = score_captions(texts[:-1], [[text] for text in texts[1:]], ["CIDEr"], tokenized=True).items["CIDEr"]
+    likeness = score_captions(texts[:-1], [[text] for text in texts[1:]], ["cider"], tokenized=True).items["cider"]
     low, high = 0.0, 10.0  # what a pair counts beside its likeness: found by halving
     while True:
         bonus, best, paired = (low + high) / 2, [0.0, 0.0], [False, False]
@@ -156,10 +156,10 @@ def test_human_line_of_refcocog(shared_data):
     assert (len(regions), len(pairs)) == (2573, 2323)
     both = pairs + [(second, first) for first, second in pairs]
     human = score_captions(
-        [texts[i] for i, _ in both], [[texts[j]] for _, j in both], ["METEOR", "CIDEr"], tokenized=True
+        [texts[i] for i, _ in both], [[texts[j]] for _, j in both], ["meteor", "cider"], tokenized=True
     ).corpus
-    assert 100 * human["METEOR"] == pytest.approx(16.2, abs=0.1)
-    assert 100 * human["CIDEr"] == pytest.approx(85.8, abs=0.6)
+    assert 100 * human["meteor"] == pytest.approx(16.2, abs=0.1)
+    assert 100 * human["cider"] == pytest.approx(85.8, abs=0.6)
 
 
 @pytest.mark.slow
@@ -168,17 +168,17 @@ def test_real_expressions_as_predictions_shuffled_and_grouped(shared_data):
     texts, rng = expressions(shared_data), np.random.default_rng(0)
     each = [[text] for text in texts]
     perfect = score_captions(texts, each, tokenized=True).corpus
-    assert all(perfect[name] == pytest.approx(1, abs=1e-9) for name in (*BLEU, "METEOR", "ROUGE-L"))
-    assert 9 < perfect["CIDEr"] <= 10
-    shuffled = score_captions(texts, [each[i] for i in rng.permutation(len(texts))], ["CIDEr"], tokenized=True)
-    assert shuffled.corpus["CIDEr"] < 0.1
+    assert all(perfect[name] == pytest.approx(1, abs=1e-9) for name in (*BLEU, "meteor", "rouge_l"))
+    assert 9 < perfect["cider"] <= 10
+    shuffled = score_captions(texts, [each[i] for i in rng.permutation(len(texts))], ["cider"], tokenized=True)
+    assert shuffled.corpus["cider"] < 0.1
     regions = same_region(texts)
-    said = [" ".join(w for w in texts[rng.choice(r)].split() if rng.random() < 0.6) for r in regions]  # a weak model
-    grouped = score_captions(said, [[texts[i] for i in r] for r in regions], ["METEOR", "CIDEr"], tokenized=True).corpus
+    said = [" ".join(w for w in texts[rng.choice(r)].split() if rng.random() < 0.6) for r in regions]  # a poor model
+    grouped = score_captions(said, [[texts[i] for i in r] for r in regions], ["meteor", "cider"], tokenized=True).corpus
     repeated = [text for text, r in zip(said, regions, strict=True) for _ in r]
-    alone = score_captions(repeated, [[texts[i]] for r in regions for i in r], ["METEOR", "CIDEr"], tokenized=True)
-    assert 1.4 < grouped["METEOR"] / alone.corpus["METEOR"] < 1.6  # the facts: 28.5 / 18.8
-    assert 0.95 < grouped["CIDEr"] / alone.corpus["CIDEr"] < 1.05  # 171.5 / 171.8
+    alone = score_captions(repeated, [[texts[i]] for r in regions for i in r], ["meteor", "cider"], tokenized=True)
+    assert 1.4 < grouped["meteor"] / alone.corpus["meteor"] < 1.6  # the facts: 28.5 / 18.8
+    assert 0.95 < grouped["cider"] / alone.corpus["cider"] < 1.05  # 171.5 / 171.8
 
 
 def test_bootstrap_scores_equal_those_of_the_scorers(material):
@@ -210,8 +210,8 @@ def test_empty_captions_score_as_in_pycocoevalcap(material, monkeypatch):
     theirs = dict(enumerate(references)), {index: [text] for index, text in enumerate(captions)}
     bleu, bleu_items = Bleu(4).compute_score(*theirs, verbose=0)
     assert [ours.corpus[name] for name in BLEU] == bleu
-    assert ours.items["BLEU-4"].tolist() == bleu_items[3]
-    for name, scorer in (("METEOR", Meteor()), ("CIDEr", Cider())):
+    assert ours.items["bleu_4"].tolist() == bleu_items[3]
+    for name, scorer in (("meteor", Meteor()), ("cider", Cider())):
         value, items = scorer.compute_score(*theirs)
         assert ours.corpus[name] == pytest.approx(value, abs=1e-15)
         assert np.array_equal(ours.items[name], np.array(items))

@@ -341,7 +341,7 @@ def test_human_performance_is_the_published_rows():
     published = yaml.safe_load((ROOT / "eval" / "published.yaml").read_text("utf-8"))
     people = published["RefCOCOg"][0]
     text = " ".join(PAGES["docs/evaluation.md"].split())
-    assert f"METEOR {people['METEOR']} and CIDEr {people['CIDEr']}" in text and "people" in people["system"]
+    assert f"METEOR {people['meteor']} and CIDEr {people['cider']}" in text and "human" in people["system"]
 
 
 def test_parameters_are_those_of_the_embedded_model():

@@ -143,7 +143,7 @@ def test_a_wrong_import_is_found(layer, source):
             "def f():\n    try:\n        from pycocotools import mask\n    except ImportError:\n        mask = None",
         ),
         ("mllm", "import evaluate\nfrom vision_tower import Region"),
-        ("train", "from eval.metrics.exactly_right import exactly_right"),
+        ("train", "from eval.metrics.literal_match import exactly_right"),
     ],
 )
 def test_a_right_import_is_not(layer, source):

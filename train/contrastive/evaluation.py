@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from eval.region_matching import DescribedPicture, described_pictures
+from eval.region_matching import DescribedImage, described_images
 from mllm.data.index import IndexedRegion, RegionIndex
 from mllm.data.samples import RegionSample, describe_source
 from train.contrastive.data import RegionTextDataset
@@ -15,7 +15,7 @@ from train.run import check_not_empty
 from vision_tower import Region
 
 
-def validation_images(dataset: RegionTextDataset, count: int) -> list[DescribedPicture]:
+def validation_images(dataset: RegionTextDataset, count: int) -> list[DescribedImage]:
     """Up to `count` evenly spaced images of a dataset; items that cannot be used are skipped.
 
     Raises:
@@ -29,7 +29,7 @@ def validation_images(dataset: RegionTextDataset, count: int) -> list[DescribedP
     usable = [validation_samples(dataset, index, image, position) for position, (index, image) in enumerate(chosen)]
     if not any(usable):
         raise ValueError(f"no validation image can be used; all are {dataset.skipped.listed}")
-    return described_pictures(sample for samples in usable for sample in samples)
+    return described_images(sample for samples in usable for sample in samples)
 
 
 def validation_samples(dataset: RegionTextDataset, index: RegionIndex, image: int, position: int) -> list[RegionSample]:

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.utils import CONFIG_NAME
 
 from alpha_clip_commands.training.contrastive_arguments import PairArguments
-from eval.region_matching import DescribedPicture, score_region_text
+from eval.region_matching import DescribedImage, score_region_text
 from train.contrastive.data import chunks_of
 from train.contrastive.gradient_cache import Embeddings, cached_backward
 from train.contrastive.losses import region_text_loss, released_learning_rate_factor, released_loss
@@ -41,7 +41,7 @@ class RegionTextTrainer(RegionTrainer):
         *args: Any,
         pair_args: PairArguments,
         decay_all: bool,
-        validation_images: Sequence[DescribedPicture],
+        validation_images: Sequence[DescribedImage],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, eval_dataset=list(validation_images), **kwargs)

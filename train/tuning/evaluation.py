@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from eval.metrics.captions import FROZEN, DocumentFrequency, score_captions
-from eval.metrics.exactly_right import exactly_right
+from eval.metrics.literal_match import literal_match
 from mllm.inference import RegionChat
 from mllm.loading import AlphaProcessor
 from mllm.messages import image_items
@@ -88,18 +88,18 @@ class AnswerScorer:
         """Literal match (0..1) of all answers, descriptions and questions; CIDEr of descriptions if requested."""
         texts = [text for _, text in sorted(answered)]
         references = [(asked.answer,) for asked in self.questions]
-        scores = {"literal_match": exactly_right(texts, references)}
+        scores = {"literal_match": literal_match(texts, references)}
         numbers: dict[str, list[int]] = {"descriptions": [], "questions": []}
         for number, asked in enumerate(self.questions):
             numbers["descriptions" if asked.is_description else "questions"].append(number)
         if all(numbers.values()):
             for kind, chosen in numbers.items():
-                scores[f"literal_match_{kind}"] = exactly_right(
+                scores[f"literal_match_{kind}"] = literal_match(
                     [texts[n] for n in chosen], [references[n] for n in chosen]
                 )
         if self.frequency is not None and (chosen := numbers["descriptions"]):
             scored = score_captions(
-                [texts[n] for n in chosen], [references[n] for n in chosen], ("CIDEr",), frozen=self.frequency
+                [texts[n] for n in chosen], [references[n] for n in chosen], ("cider",), frozen=self.frequency
             )
             scores["cider_frozen_df"] = scored.corpus[FROZEN]
         return scores

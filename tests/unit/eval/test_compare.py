@@ -40,33 +40,34 @@ def write(folder, name, lines, run=None):
 
 
 def run_of(task="shapes-vqa", references="1", **others):
-    return {"task": task, "protocol": {"item": "question", "references": references, "region form": "box"}, **others}
+    return {"task": task, "protocol": {"item": "question", "references": references, "region_form": "box"}, **others}
 
 
 RIGHT = ANSWERS
+METRICS_FILE = {"task": None, "protocol": {}, "items": 6, "metrics": {"contains": {"value": 1.0}}}
 WRONG = ["red", "green", "two", "a dog", "right", "no"]  # two of six are right
 
 
 def test_values_differences_and_what_changed(tmp_path):
     a, b = write(tmp_path, "a", records(RIGHT), run_of()), write(tmp_path, "b", records(WRONG), run_of())
-    found = compare([a, b], metrics=["exact match"])
+    found = compare([a, b], metrics=["exact_match"])
     assert found.items == 6
-    assert found.values == {"exact match": [1.0, pytest.approx(2 / 6)]}
-    (difference,) = found.differences["exact match"]
+    assert found.values == {"exact_match": [1.0, pytest.approx(2 / 6)]}
+    (difference,) = found.differences["exact_match"]
     assert difference.value == pytest.approx(-4 / 6)
     assert difference.low <= difference.value <= difference.high <= 0
-    assert [sample.records[0]["id"] for sample in found.changed] == ["q1", "q3", "q4", "q5"]
+    assert [sample.predictions[0].id for sample in found.changed] == ["q1", "q3", "q4", "q5"]
     assert found.changed[0].scores == [1.0, 0.0]
     # the other way round: the sign turns
-    assert compare([b, a], metrics=["exact match"]).differences["exact match"][0].value == pytest.approx(4 / 6)
+    assert compare([b, a], metrics=["exact_match"]).differences["exact_match"][0].value == pytest.approx(4 / 6)
 
 
 def test_other_forms_of_regions_are_noted(tmp_path):
     masks = run_of()
-    masks["protocol"]["region form"] = "mask"
+    masks["protocol"]["region_form"] = "mask"
     a, b = write(tmp_path, "a", records(RIGHT), run_of()), write(tmp_path, "b", records(WRONG), masks)
-    assert "the regions are of different form: box, mask" in compare([a, b], metrics=["exact match"]).notes
-    assert not any("form" in note for note in compare([a, a], metrics=["exact match"]).notes)
+    assert "the region forms differ: box, mask" in compare([a, b], metrics=["exact_match"]).notes
+    assert not any("form" in note for note in compare([a, a], metrics=["exact_match"]).notes)
 
 
 def test_what_changed_most_comes_first(tmp_path, monkeypatch):
@@ -74,17 +75,17 @@ def test_what_changed_most_comes_first(tmp_path, monkeypatch):
     runs = iter("ab")
     monkeypatch.setattr(
         "eval.compare.measure",
-        lambda records, metrics: Measured({"token F1": 0.0}, {"token F1": np.array(scores[next(runs)])}),
+        lambda records, metrics: Measured({"token_f1": 0.0}, {"token_f1": np.array(scores[next(runs)])}),
     )
     a, b = write(tmp_path, "a", records(RIGHT)), write(tmp_path, "b", records(WRONG))
-    found = compare([a, b], metrics=["token F1"], changed=3)
-    assert [sample.records[0]["id"] for sample in found.changed] == ["q3", "q1", "q5"]
+    found = compare([a, b], metrics=["token_f1"], max_changed=3)
+    assert [sample.predictions[0].id for sample in found.changed] == ["q3", "q1", "q5"]
 
 
 def test_a_run_compared_with_itself(tmp_path):
     a = write(tmp_path, "a", records(WRONG), run_of())
     found = compare([a, a / "predictions.jsonl"])
-    assert list(found.values) == ["exact match", "contains", "token F1"]  # every sample has a question
+    assert list(found.values) == ["exact_match", "contains", "token_f1"]  # every sample has a question
     assert all((d.value, d.low, d.high) == (0, 0, 0) for ds in found.differences.values() for d in ds)
     assert found.changed == []
 
@@ -100,9 +101,9 @@ def test_three_runs_are_each_compared_with_the_first(tmp_path):
     paths = [
         write(tmp_path, name, records(answers)) for name, answers in zip("abc", (WRONG, RIGHT, WRONG), strict=True)
     ]
-    found = compare(paths, metrics=["exact match"])
-    assert [d.value for d in found.differences["exact match"]] == [pytest.approx(4 / 6), 0]
-    assert [len(sample.records) for sample in found.changed] == [3] * 4
+    found = compare(paths, metrics=["exact_match"])
+    assert [d.value for d in found.differences["exact_match"]] == [pytest.approx(4 / 6), 0]
+    assert [len(sample.predictions) for sample in found.changed] == [3] * 4
 
 
 def test_samples_of_one_picture_are_no_independent_witnesses(tmp_path):
@@ -122,12 +123,12 @@ def test_samples_of_one_picture_are_no_independent_witnesses(tmp_path):
             lines[name, side] = write(tmp_path, name + side, rows)
     widths, notes = {}, {}
     for name in ("clustered", "free"):
-        found = compare([lines[name, "a"], lines[name, "b"]], metrics=["exact match"])
-        (difference,) = found.differences["exact match"]
+        found = compare([lines[name, "a"], lines[name, "b"]], metrics=["exact_match"])
+        (difference,) = found.differences["exact_match"]
         widths[name], notes[name] = difference.high - difference.low, found.notes
     # the exact ratio of standard errors is sqrt(8) = 2.83
     assert 2.2 < widths["clustered"] / widths["free"] < 3.5
-    assert any("over pictures" in note for note in notes["clustered"])
+    assert any("over images" in note for note in notes["clustered"])
     assert any("over samples" in note for note in notes["free"])
 
 
@@ -135,10 +136,10 @@ def test_samples_of_one_picture_are_no_independent_witnesses(tmp_path):
     ("second", "message"),
     [
         (records(RIGHT)[:-2], r"lacks 2 of the 6 ids of .*a \(q4, q5\)"),
-        (records(RIGHT + ["more", "more"]), r"has 2 ids that .*a has not \(q6, q7\)"),
+        (records(RIGHT + ["more", "more"]), r"has 2 ids that are not in .*a \(q6, q7\)"),
         (records(RIGHT)[1:] + [{**records(RIGHT)[0], "id": "other"}], r"lacks 1 of .*\(q0\).*has 1 ids.*\(other\)"),
         (records(RIGHT) + records(RIGHT)[:1], r"q0"),
-        ([{**row, "references": ["something else"]} for row in records(RIGHT)], r"other references for 6 of 6 ids"),
+        ([{**row, "references": ["something else"]} for row in records(RIGHT)], r"different references for 6 of 6 ids"),
     ],
 )
 def test_other_samples_are_refused_by_name(tmp_path, second, message):
@@ -180,17 +181,17 @@ def test_other_settings_are_said_and_a_silent_file_too(tmp_path):
     assert "1 of 2 have no run.json" in " ".join(compare([a, c]).notes)
 
 
-def test_a_control_belongs_to_its_run(tmp_path):
-    a = write(tmp_path, "a", records(RIGHT), run_of(region_input="box"))
-    whole = write(a / "controls", "whole", records(WRONG))
-    assert "they differ in region_input" in compare([a, whole]).notes
+def test_a_view_belongs_to_its_run(tmp_path):
+    a = write(tmp_path, "a", records(RIGHT), run_of(view="box"))
+    whole = write(a / "views", "whole", records(WRONG))
+    assert "the runs differ in view" in compare([a, whole]).notes
     with pytest.raises(ValueError, match="different protocols"):
         compare([write(tmp_path, "b", records(RIGHT), run_of(task="other")), whole])
 
 
 def test_the_metrics_are_those_of_the_first_run(tmp_path):
     a, b = write(tmp_path, "a", records(RIGHT)), write(tmp_path, "b", records(WRONG))
-    write_json(a / "metrics.json", {"metrics": {"contains": {}}})
+    write_json(a / "metrics.json", METRICS_FILE)
     assert list(compare([a, b]).values) == ["contains"]
 
 
@@ -206,15 +207,15 @@ def captions(tmp_path):
 
 
 def test_captions_by_the_reference_scorers(tmp_path):
-    found = compare(captions(tmp_path), metrics=["exact match", "BLEU-1", "BLEU-4", "ROUGE-L"])
-    assert found.values["exact match"] == [pytest.approx(8 / 9), pytest.approx(5 / 9)]
+    found = compare(captions(tmp_path), metrics=["exact_match", "bleu_1", "bleu_4", "rouge_l"])
+    assert found.values["exact_match"] == [pytest.approx(8 / 9), pytest.approx(5 / 9)]
     for metric, values in found.values.items():
         (difference,) = found.differences[metric]
         assert difference.value == pytest.approx(values[1] - values[0])
         assert difference.low <= difference.value <= difference.high
     # although most samples are worse, the file's BLEU is better: the mean of the samples' BLEU would say the opposite
-    assert found.differences["BLEU-1"][0].value > 0 > found.differences["ROUGE-L"][0].value
-    assert len(found.changed) == 5 and found.changed[0].records[0]["id"] == "8"
+    assert found.differences["bleu_1"][0].value > 0 > found.differences["rouge_l"][0].value
+    assert len(found.changed) == 5 and found.changed[0].predictions[0].id == "8"
 
 
 @pytest.mark.slow
@@ -222,7 +223,7 @@ def test_the_interval_of_bleu_is_that_of_files_drawn_by_hand(tmp_path):
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
     a, b = captions(tmp_path)
-    (found,) = compare([a, b], metrics=["BLEU-2"]).differences["BLEU-2"]
+    (found,) = compare([a, b], metrics=["bleu_2"]).differences["bleu_2"]
     files = [[json.loads(line) for line in (path / "predictions.jsonl").open("rb")] for path in (a, b)]
     drawn = []
     for rows in np.random.default_rng(5).integers(9, size=(1500, 9)):
@@ -239,7 +240,7 @@ def test_the_interval_of_bleu_is_that_of_files_drawn_by_hand(tmp_path):
 def test_the_interval_of_meteor_is_that_of_files_drawn_by_hand(tmp_path):
     """The very draws of the bootstrap, each written out as a corpus and given to METEOR whole."""
     a, b = captions(tmp_path)
-    (found,) = compare([a, b], metrics=["METEOR"], resamples=40, seed=5).differences["METEOR"]
+    (found,) = compare([a, b], metrics=["meteor"], resamples=40, seed=5).differences["meteor"]
     files = [[json.loads(line) for line in (path / "predictions.jsonl").open("rb")] for path in (a, b)]
     drawn = []
     for rows in np.random.default_rng(5).integers(9, size=(40, 9)):
@@ -253,7 +254,7 @@ def test_as_text(tmp_path):
     evil = records(WRONG)
     evil[1]["prediction"] = "\x1b[2Jgreen\nnew line " + "x" * 500
     a, b = write(tmp_path, "a", records(RIGHT)), write(tmp_path, "b", evil)
-    text = compare([a, b], metrics=["exact match"]).to_text()
+    text = compare([a, b], metrics=["exact_match"]).to_text()
     (row,) = [line for line in text.splitlines() if line.startswith("exact match")]
     assert row.split()[2:5] == ["100.0", "33.3", "-66.7"]
     assert f"A = {a}" in text and f"B = {b}" in text and "'q1'" in text
@@ -266,7 +267,7 @@ def test_as_html(tmp_path):
     evil[1]["prediction"] = "<script>alert(1)</script>"
     a, b = write(tmp_path, "a", records(RIGHT, region={"box": [5, 5, 25, 25]})), write(tmp_path, "b", evil)
     page = tmp_path / "compare.html"
-    compare([a, b], metrics=["exact match"]).write_html(page, tmp_path)
+    compare([a, b], metrics=["exact_match"]).write_html(page, tmp_path)
     tags, texts = [], []
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
@@ -274,7 +275,7 @@ def test_as_html(tmp_path):
     parser.feed(page.read_text("utf-8"))
     assert "script" not in {tag for tag, _ in tags}
     assert "<script>alert(1)</script>" in texts
-    assert texts.count("\u2713 right") == 4 == texts.count("\u2717 wrong")  # of A and of B, which differ in four
+    assert texts.count("\u2713 correct") == 4 == texts.count("\u2717 incorrect")  # of A and of B, which differ in four
     sources = [attributes["src"] for tag, attributes in tags if tag == "img"]
     assert len(sources) == 4 and all(source.startswith("data:image/jpeg;base64,") for source in sources)
     assert "\u221266.7" in page.read_text("utf-8")
@@ -284,7 +285,7 @@ def test_the_pictures_are_where_a_run_says(tmp_path):
     Image.new("RGB", (60, 40), "grey").save(tmp_path / "scene.png")
     a = write(tmp_path, "a", records(RIGHT), run_of(data=str(tmp_path)))
     b = write(tmp_path, "b", records(WRONG), run_of(data=str(tmp_path)))
-    compare([a, b], metrics=["exact match"]).write_html(tmp_path / "c.html")
+    compare([a, b], metrics=["exact_match"]).write_html(tmp_path / "c.html")
     assert (tmp_path / "c.html").read_text("utf-8").count("<img") == 4
     with pytest.raises(ValueError, match="cannot write"):
-        compare([a, b], metrics=["exact match"]).write_html(tmp_path / "no" / "c.html")
+        compare([a, b], metrics=["exact_match"]).write_html(tmp_path / "no" / "c.html")

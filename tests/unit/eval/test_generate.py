@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import mllm
-from eval.evaluate import answers_blind
-from eval.generate import Processes, Settings, generate, run
-from eval.views import with_wrong_region
+from eval.evaluate import supports_no_image
+from eval.generate import GenerationSettings, Processes, generate, run
+from eval.views import with_other_region
 from mllm.data.readers.visual_genome import read_region_questions, read_regions
 from mllm.data.shapes import visual_genome_layout
 from mllm.inference import RegionChat
@@ -41,7 +41,7 @@ def predictions(folder):
     return read_json_lines(folder / "predictions.jsonl")
 
 
-def test_the_region_reaches_the_model_under_every_input(chat, samples, data, tmp_path, monkeypatch):
+def test_the_region_reaches_the_model_with_every_view(chat, samples, data, tmp_path, monkeypatch):
     fed = []
     real = chat.model.generate
 
@@ -52,32 +52,32 @@ def test_the_region_reaches_the_model_under_every_input(chat, samples, data, tmp
     monkeypatch.setattr(chat.model, "generate", spy)
     sample = samples[0]
     mask = sample.regions[0].mask(96, 96)
-    for name in ("box", "wrong", "whole", "crop", "blur", "red-box", "blind"):
+    for name in ("box", "other_region", "whole", "crop", "blur", "red_box", "no_image"):
         fed.clear()
-        chosen = with_wrong_region(samples)[:1] if name == "wrong" else [sample]
-        run(chat, chosen, tmp_path / name, Settings(name), data=data)
-        if name == "blind":
+        chosen = with_other_region(samples)[:1] if name == "other_region" else [sample]
+        run(chat, chosen, tmp_path / name, GenerationSettings(name), data=data)
+        if name == "no_image":
             assert fed[-1] is None
             continue
         alpha = alpha_map(fed[-1][0]).float().numpy() > 0.5
-        wanted = {"box": mask, "wrong": samples[1].regions[0].mask(96, 96)}.get(name, np.ones((96, 96))) > 0.5
+        wanted = {"box": mask, "other_region": samples[1].regions[0].mask(96, 96)}.get(name, np.ones((96, 96))) > 0.5
         assert iou(alpha, wanted) >= 0.95
 
 
-def test_blip_2_has_no_blind_control(data, samples, tmp_path):
-    """Its prompt begins with the picture: refused before the run as main input, left out with a note as a control."""
+def test_blip_2_has_no_view_without_an_image(data, samples, tmp_path):
+    """Its prompt requires an image: an error before the run for the main view, else the view is omitted."""
     blip2 = RegionChat(*build_tiny_blip2("opt"))
-    assert not answers_blind(blip2) and not (tmp_path / "parts" / "0.jsonl").exists()
+    assert not supports_no_image(blip2) and not (tmp_path / "parts" / "0.jsonl").exists()
     with pytest.raises(ValueError, match="one image per conversation"):
-        run(blip2, samples, tmp_path, Settings("blind"), data=data)
+        run(blip2, samples, tmp_path, GenerationSettings("no_image"), data=data)
 
 
 def test_llava_has_one(chat):
-    assert answers_blind(chat)
+    assert supports_no_image(chat)
 
 
 def test_records(chat, samples, data, tmp_path):
-    settings = Settings("box", "Name it: {question}", batch_size=4, max_new_tokens=2)
+    settings = GenerationSettings("box", "Name it: {question}", batch_size=4, max_new_tokens=2)
     questions = list(read_region_questions(data))[:5]
     assert run(chat, questions, tmp_path, settings, data=data) == 0
     records = predictions(tmp_path)
@@ -89,7 +89,7 @@ def test_records(chat, samples, data, tmp_path):
 
 
 def test_answers_are_those_of_region_chat(chat, samples, data, tmp_path):
-    run(chat, samples, tmp_path, Settings("box", None, batch_size=7), data=data)
+    run(chat, samples, tmp_path, GenerationSettings("box", None, batch_size=7), data=data)
     found = [record["prediction"] for record in predictions(tmp_path)]
     assert found == generate(chat, samples, batch_size=7)
     right = sum(p == s.references[0] for p, s in zip(found, samples, strict=True))
@@ -97,14 +97,14 @@ def test_answers_are_those_of_region_chat(chat, samples, data, tmp_path):
 
 
 def test_a_cut_answer_says_so(chat, samples, data, tmp_path):
-    run(chat, samples[:2], tmp_path / "short", Settings(max_new_tokens=3), data=data)
-    assert all(record["cut"] for record in predictions(tmp_path / "short"))
-    run(chat, samples[:2], tmp_path / "long", Settings(max_new_tokens=30), data=data)
-    assert not any("cut" in record for record in predictions(tmp_path / "long"))
+    run(chat, samples[:2], tmp_path / "short", GenerationSettings(max_new_tokens=3), data=data)
+    assert all(record["truncated"] for record in predictions(tmp_path / "short"))
+    run(chat, samples[:2], tmp_path / "long", GenerationSettings(max_new_tokens=30), data=data)
+    assert not any("truncated" in record for record in predictions(tmp_path / "long"))
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(chat, samples, data, tmp_path, monkeypatch):
-    settings = Settings("box", None, batch_size=4)
+    settings = GenerationSettings("box", None, batch_size=4)
     run(chat, samples, tmp_path / "whole", settings, data=data)
     asked = []
     real = RegionChat.answer_each
@@ -129,7 +129,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(chat, samples, data, tmp_
 
 
 def test_one_unreadable_picture_is_named_and_mended_later(chat, samples, data, tmp_path):
-    settings = Settings("box", None, batch_size=4)
+    settings = GenerationSettings("box", None, batch_size=4)
     run(chat, samples, tmp_path / "good", settings, data=data)
     picture = Path(samples[0].image)
     content = picture.read_bytes()
@@ -166,7 +166,7 @@ def lines_of(part):
     ],
 )
 def test_damaged_parts_are_named(chat, samples, data, tmp_path, damage, message):
-    settings = Settings("box", None, batch_size=2, max_new_tokens=2)
+    settings = GenerationSettings("box", None, batch_size=2, max_new_tokens=2)
     run(chat, samples[:6], tmp_path, settings, data=data)
     part = tmp_path / "parts" / "0.jsonl"
     part.write_text("".join(damage(lines_of(part))))
@@ -177,15 +177,15 @@ def test_damaged_parts_are_named(chat, samples, data, tmp_path, damage, message)
 
 
 def test_parts_of_another_run_are_refused(chat, samples, data, tmp_path):
-    run(chat, samples[:4], tmp_path, Settings(batch_size=2, max_new_tokens=2), data=data)
+    run(chat, samples[:4], tmp_path, GenerationSettings(batch_size=2, max_new_tokens=2), data=data)
     with pytest.raises(ValueError, match="another run"):
-        run(chat, samples[:4], tmp_path, Settings(batch_size=2, max_new_tokens=3), data=data)
+        run(chat, samples[:4], tmp_path, GenerationSettings(batch_size=2, max_new_tokens=3), data=data)
     with pytest.raises(ValueError, match="another run"):
-        run(chat, samples[4:8], tmp_path, Settings(batch_size=2, max_new_tokens=2), data=data)
+        run(chat, samples[4:8], tmp_path, GenerationSettings(batch_size=2, max_new_tokens=2), data=data)
 
 
 def test_a_torn_part_of_another_process_is_no_damage(chat, samples, data, tmp_path):
-    settings = Settings(batch_size=2, max_new_tokens=2)
+    settings = GenerationSettings(batch_size=2, max_new_tokens=2)
     run(chat, samples[:6], tmp_path, settings, data=data)
     whole = (tmp_path / "predictions.jsonl").read_bytes()
     first, *others = lines_of(tmp_path / "parts" / "0.jsonl")
@@ -205,7 +205,7 @@ def test_an_image_deleted_in_the_middle_is_the_error_of_its_samples(chat, sample
 
     monkeypatch.setattr(RegionChat, "answer_each", deleting)
     try:
-        failed = run(chat, samples, tmp_path, Settings(batch_size=4, max_new_tokens=2), data=data)
+        failed = run(chat, samples, tmp_path, GenerationSettings(batch_size=4, max_new_tokens=2), data=data)
     finally:
         gone.write_bytes(content)
     wrong = [record for record in predictions(tmp_path) if "error" in record]
@@ -214,9 +214,9 @@ def test_an_image_deleted_in_the_middle_is_the_error_of_its_samples(chat, sample
 
 
 def test_an_error_of_ours_is_no_unreadable_image(chat, samples, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.generate.show", lambda *arguments: len(None))
+    monkeypatch.setattr("eval.generate.apply_view", lambda *arguments: len(None))
     with pytest.raises(TypeError):
-        run(chat, samples[:2], tmp_path, Settings(), data=data)
+        run(chat, samples[:2], tmp_path, GenerationSettings(), data=data)
 
 
 def lose_a_process():

@@ -1,17 +1,19 @@
-"""A paired difference is of the same samples in both runs, and the crop control shows every pixel of the region."""
+"""A paired difference is of the same samples in both runs, and the crop view shows every pixel of the region."""
 
 from unittest import mock
 
 import numpy as np
 import pytest
+from msgspec import structs
 from PIL import Image
 
 from eval import compare as comparing
 from eval import evaluate
 from eval.compare import compare
-from eval.generate import Settings
+from eval.generate import GenerationSettings
 from eval.metrics.captions import score_captions
 from eval.metrics.intervals import difference_of_captions, paired_difference
+from eval.predictions import Prediction
 from eval.score import measure
 from eval.tasks import TASKS
 from eval.views import crop, draw_red_box
@@ -20,7 +22,17 @@ from vision_tower import Region
 
 PREDICTIONS = ["a red bus", "two dogs", "a man in a coat", "a cup of tea", "the left cat", "three zebras"]
 REFERENCES = ["a blue bus", "two dogs", "the man in the coat", "a cup", "the cat on the left", "zebras"]
-METRICS = ["exact match", "token F1", "BLEU-1", "CIDEr"]
+
+
+def predictions(order):
+    return [Prediction(**row) for row in records(order)]
+
+
+def same(difference):
+    return (difference.value, difference.low, difference.high) == (0, 0, 0)
+
+
+METRICS = ["exact_match", "token_f1", "bleu_1", "cider"]
 
 
 def records(order, predictions=PREDICTIONS):
@@ -38,7 +50,7 @@ def test_the_same_answers_in_another_order_differ_in_nothing(tmp_path):
     )
     found = compare([a, b], metrics=METRICS)
     for metric in METRICS:
-        assert found.differences[metric][0][:3] == (0, 0, 0), metric
+        assert same(found.differences[metric][0]), metric
     assert found.changed == []
 
 
@@ -51,24 +63,25 @@ def test_each_sample_is_compared_with_itself(tmp_path):
     )
     seen, difference = [], paired_difference
     with mock.patch("eval.score.paired_difference", lambda a, b, *rest: seen.append((a, b)) or difference(a, b, *rest)):
-        found = compare([a, b], metrics=["exact match"])
+        found = compare([a, b], metrics=["exact_match"])
     (pair,) = seen
     assert [scores.tolist() for scores in pair] == [[0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]]  # without articles
-    assert {sample.records[1]["id"] for sample in found.changed} == {"q0", "q3"}
-    assert all(one["id"] == two["id"] for one, two in (sample.records for sample in found.changed))
-    assert comparing._matched(a, records(range(6)), b, records(shuffled)) == records(range(6))
+    assert {sample.predictions[1].id for sample in found.changed} == {"q0", "q3"}
+    assert all(one.id == two.id for one, two in (sample.predictions for sample in found.changed))
+    assert comparing._matched(a, predictions(range(6)), b, predictions(shuffled)) == predictions(range(6))
 
 
-def test_a_control_without_some_samples_is_compared_on_those_it_has(tmp_path):
+def test_a_view_without_some_samples_is_compared_on_those_it_has(tmp_path):
     """A region alone in its image has no other region: the sample is missing under "other region"."""
-    main = records(range(6))
-    control = [{**row, "prediction": row["references"][0]} for row in main[2:5]]
-    plan = evaluate.Plan(TASKS["jsonl"], tmp_path, tmp_path, Settings(), metrics=("exact match", "token F1"))
-    base, found = measure(main, plan.metrics), measure(control, plan.metrics)
-    differences = evaluate._differences(plan, main, base, control, found)
-    for metric in plan.metrics:
+    main = predictions(range(6))
+    view = [structs.replace(prediction, prediction=prediction.references[0]) for prediction in main[2:5]]
+    settings = GenerationSettings()
+    config = evaluate.EvalConfig(TASKS["jsonl"], tmp_path, tmp_path, settings, metrics=("exact_match", "token_f1"))
+    base, found = measure(main, config.metrics), measure(view, config.metrics)
+    differences = evaluate._differences(config, main, base, view, found)
+    for metric in config.metrics:
         expected = found.items[metric].mean() - base.items[metric][2:5].mean()
-        assert differences[metric]["value"] == pytest.approx(expected) and expected != 0
+        assert differences[metric].value == pytest.approx(expected) and expected != 0
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
@@ -79,10 +92,10 @@ def test_scores_of_another_number_of_samples_are_refused(count):
             paired_difference(*pair)
     if count:
         texts, refs = PREDICTIONS, [[text] for text in REFERENCES]
-        few, all_ = (score_captions(texts[:n], refs[:n], ["BLEU-1"], tokenized=True) for n in (count, 6))
+        few, all_ = (score_captions(texts[:n], refs[:n], ["bleu_1"], tokenized=True) for n in (count, 6))
         for pair in ((few, all_), (all_, few)):
             with pytest.raises(ValueError, match="expected scores of the same items"):
-                difference_of_captions(*pair, "BLEU-1")
+                difference_of_captions(*pair, "bleu_1")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +109,7 @@ def test_scores_of_another_number_of_samples_are_refused(count):
         ((79.5, 59.5, 90, 90), (79, 59, 80, 60)),
     ],
 )
-def test_the_crop_control_shows_every_pixel_that_the_region_touches(box, pixels):
+def test_the_crop_view_shows_every_pixel_that_the_region_touches(box, pixels):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8))
     region = Region.from_box(*box)
     found = np.asarray(crop(picture, region))

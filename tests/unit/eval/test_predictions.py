@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from eval.predictions import read_predictions, read_references
+from eval.external_formats import read_references
+from eval.predictions import Prediction, read_predictions, write_predictions
 from tests.files import write_json, write_json_lines
 
 ROWS = [{"id": 1, "prediction": "a cat", "references": ["a cat"]}, {"id": "x", "prediction": "", "references": ["b"]}]
@@ -18,7 +19,7 @@ def test_a_folder_without_predictions_is_named(tmp_path):
 
 def test_jsonl_with_references(tmp_path):
     records, notes = read_predictions(write_json_lines(tmp_path / "p.jsonl", ROWS))
-    assert [(r["id"], r["prediction"], r["references"]) for r in records] == [
+    assert [(r.id, r.prediction, r.references) for r in records] == [
         ("1", "a cat", ["a cat"]),
         ("x", "", ["b"]),
     ]
@@ -27,7 +28,7 @@ def test_jsonl_with_references(tmp_path):
 
 def test_a_single_line_is_jsonl_too(tmp_path):
     (record,), _ = read_predictions(write_json_lines(tmp_path / "p.jsonl", ROWS[:1]))
-    assert record["prediction"] == "a cat"
+    assert record.prediction == "a cat"
 
 
 COCO = {
@@ -59,7 +60,7 @@ def test_results_of_others(tmp_path, references, expected, results):
     file = write_json(tmp_path / "references.json", references)
     assert read_references(file) == expected
     records, _ = read_predictions(write_json(tmp_path / "results.json", results), file)
-    assert [(r["id"], r["prediction"], r["references"]) for r in records] == [
+    assert [(r.id, r.prediction, r.references) for r in records] == [
         ("7", "a", expected["7"]),
         ("9", "b", expected["9"]),
     ]
@@ -68,7 +69,7 @@ def test_results_of_others(tmp_path, references, expected, results):
 def test_result_lines_of_the_google_toolkit(tmp_path):
     results = write_json(tmp_path / "r.json", [{"annotation_id": 5, "generated_refexp": "tie"}])
     references = write_json_lines(tmp_path / "ref.jsonl", [{"id": 5, "references": ["the tie", "a red tie"]}])
-    assert read_predictions(results, references)[0][0]["prediction"] == "tie"
+    assert read_predictions(results, references)[0][0].prediction == "tie"
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -85,7 +86,7 @@ def test_result_lines_of_the_google_toolkit(tmp_path):
 def test_an_object_of_captions_by_id(tmp_path, captions, references, indent):
     (tmp_path / "p.json").write_text(json.dumps(captions, indent=indent))
     records, _ = read_predictions(tmp_path / "p.json", write_json(tmp_path / "r.json", references))
-    assert {r["id"]: r["prediction"] for r in records} == captions
+    assert {r.id: r.prediction for r in records} == captions
     with pytest.raises(ValueError, match="--references"):
         read_predictions(tmp_path / "p.json")
 
@@ -151,15 +152,15 @@ def test_torn_and_missing_files_are_named(tmp_path):
 def test_unknown_and_missing_ids_are_never_left_out_silently(tmp_path):
     references = write_json_lines(tmp_path / "ref.jsonl", [{"id": i, "references": ["a"]} for i in range(4)])
     unknown = write_json_lines(tmp_path / "u.jsonl", [{"id": i, "prediction": "a"} for i in (0, 1, 2, 3, 8)])
-    with pytest.raises(ValueError, match="1 of 5 ids are unknown .* .8."):
+    with pytest.raises(ValueError, match="1 of 5 ids are not in .* .8."):
         read_predictions(unknown, references)
-    with pytest.raises(ValueError, match="unknown"):
+    with pytest.raises(ValueError, match="ids are not in"):
         read_predictions(unknown, references, allow_missing=True)
     missing = write_json_lines(tmp_path / "m.jsonl", [{"id": i, "prediction": "a"} for i in (3, 0, 1)])
     with pytest.raises(ValueError, match="1 of 4 samples have no prediction .2."):
         read_predictions(missing, references)
     records, notes = read_predictions(missing, references, allow_missing=True)
-    assert [r["id"] for r in records] == ["0", "1", "3"] and "INCOMPLETE: 1 of 4" in notes[0]
+    assert [r.id for r in records] == ["0", "1", "3"] and "INCOMPLETE: 1 of 4" in notes[0]
 
 
 def test_an_unanswered_sample_is_missing(tmp_path):
@@ -172,7 +173,7 @@ def test_an_unanswered_sample_is_missing(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"references": [""]}, "1 has no list of 'references', texts that are not empty"),
+        ({"references": [""]}, "1 has no list of 'references' that are not empty"),
         ({"references": ["a", " "]}, "1 has no list of 'references'"),
         ({"references": ["a", 5]}, "1 has no list of 'references'"),
         ({"references": [["a"]]}, "1 has no list of 'references'"),
@@ -204,13 +205,13 @@ def test_fields_of_other_types_are_named(tmp_path, changes, message):
 def test_fields_that_are_null_are_those_that_are_not_there(tmp_path):
     nulls = dict.fromkeys(("question", "image", "region", "prompt", "cut", "error", "meta"))
     (record, _), notes = read_predictions(write_json_lines(tmp_path / "p.jsonl", [{**ROWS[0], **nulls}, ROWS[1]]))
-    assert (record["prediction"], record["meta"], notes) == ("a cat", {}, [])
+    assert (record.prediction, record.meta, notes) == ("a cat", {}, [])
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        ({"7": [""]}, "7 has no reference, text that is not empty"),
+        ({"7": [""]}, "7 has no reference: expected text that is not empty"),
         ({"7": [{"caption": " "}]}, "7 has no reference"),
         (
             [{"id": 7, "references": ["a"]}, {"id": "7", "references": ["b"]}],
@@ -239,3 +240,31 @@ def test_a_byte_order_mark_is_ignored(tmp_path, name):
     file = write(tmp_path / name, ROWS)
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     assert len(read_predictions(file)[0]) == 2
+
+
+def test_a_line_is_read_as_it_was_written(tmp_path):
+    region = {"box": [1, 2, 3, 4]}
+    answered = Prediction(
+        id="1",
+        image="a.png",
+        region=region,
+        prompt="Q",
+        prediction="a",
+        truncated=True,
+        references=["a"],
+        meta={"x": 1},
+    )
+    failed = Prediction(id="2", error="image not found", references=["b"])
+    write_predictions(tmp_path / "p.jsonl", [answered, failed])
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert lines[0]["truncated"] and "error" not in lines[0] and "prediction" not in lines[1]
+    assert read_predictions(tmp_path / "p.jsonl", allow_missing=True)[0] == [answered]
+
+
+def test_a_line_of_version_0_1_0(tmp_path):
+    line = """{"id": "vg-region-1", "image": "VG_100K/1.png", "region": {"box": [15.0, 4.0, 43.0, 30.0]},
+        "question": null, "prompt": "Describe this region.", "prediction": "a large", "cut": true,
+        "references": ["a large plain purple star"], "meta": {"image_id": 1, "area": 0.078993}}"""
+    (tmp_path / "p.jsonl").write_text(line.replace("\n", ""))
+    ((prediction,), _) = read_predictions(tmp_path / "p.jsonl")
+    assert prediction.truncated and prediction.text == "a large" and prediction.meta["image_id"] == 1

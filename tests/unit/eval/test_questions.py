@@ -7,7 +7,7 @@ both agreed on 200,000 random strings.
 import numpy as np
 import pytest
 
-from eval.metrics.questions import normalise_answer, question_word, score_answers, vqa_accuracy
+from eval.metrics.questions import normalize_answer, question_word, score_answers, vqa_accuracy
 
 
 @pytest.mark.parametrize(
@@ -32,27 +32,27 @@ from eval.metrics.questions import normalise_answer, question_word, score_answer
     ],
 )
 def test_normalised_as_the_original_does(text, expected):
-    assert normalise_answer(text) == expected
+    assert normalize_answer(text) == expected
 
 
 def test_scores_by_hand():
     predictions = ["It is a red bus.", "red", "", "bus red", "Red Bus"]
     found = score_answers(predictions, [["a red bus"], ["a red bus", "blue"], ["red"], ["red bus"], ["the red bus"]])
-    assert found["exact match"].tolist() == [0, 0, 0, 0, 1]
+    assert found["exact_match"].tolist() == [0, 0, 0, 0, 1]
     assert found["contains"].tolist() == [1, 0, 0, 1, 1]
     # "it is red bus" and "red bus": 2 * 2 / (4 + 2); "red" and "red bus": 2 * 1 / (1 + 2)
-    assert found["token F1"] == pytest.approx(np.array([2 / 3, 2 / 3, 0, 1, 1]))
+    assert found["token_f1"] == pytest.approx(np.array([2 / 3, 2 / 3, 0, 1, 1]))
 
 
 def test_an_article_alone_is_an_answer():
     """ "A." on a sign; and of marks alone nothing is left to be right with."""
     found = score_answers(["A", "the", "it says a", "?", "B"], [["A."], ["A."], ["red"], ["?"], ["A."]])
-    assert found["exact match"].tolist() == [1, 0, 0, 0, 0]
+    assert found["exact_match"].tolist() == [1, 0, 0, 0, 0]
     assert found["contains"].tolist() == [1, 0, 0, 0, 0]
 
 
 def test_the_best_reference_counts():
-    assert score_answers(["blue"], [["red", "green", "Blue."]])["exact match"].tolist() == [1]
+    assert score_answers(["blue"], [["red", "green", "Blue."]])["exact_match"].tolist() == [1]
 
 
 def test_vqa_accuracy_where_people_agree_compares_as_it_stands():
@@ -61,7 +61,7 @@ def test_vqa_accuracy_where_people_agree_compares_as_it_stands():
 
 
 def test_the_single_answer_trap_is_refused():
-    with pytest.raises(ValueError, match="several people"):
+    with pytest.raises(ValueError, match="several annotators"):
         vqa_accuracy("red", ["red"])
 
 

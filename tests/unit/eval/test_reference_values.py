@@ -26,14 +26,14 @@ REFERENCES = [
     ["a lamp of an old fashion", "old fashioned lamp"],
 ]
 CORPUS = {
-    "METEOR": 0.3767951888274173,
-    "ROUGE-L": 0.43021900743419733,
-    "CIDEr": 1.2686120467775075,
-    "BLEU-1": 0.5757575757401286,
-    "BLEU-2": 0.29205721806695356,
+    "meteor": 0.3767951888274173,
+    "rouge_l": 0.43021900743419733,
+    "cider": 1.2686120467775075,
+    "bleu_1": 0.5757575757401286,
+    "bleu_2": 0.29205721806695356,
 }
 ITEMS = {
-    "METEOR": [
+    "meteor": [
         0.3600888690063181,
         0.34672951640026717,
         0.33887493517466216,
@@ -41,7 +41,7 @@ ITEMS = {
         0.39197499624191695,
         0.5098574389611754,
     ],
-    "CIDEr": [0.75032282, 1.66029368, 1.09389541, 1.63973221, 1.515207, 0.95222115],
+    "cider": [0.75032282, 1.66029368, 1.09389541, 1.63973221, 1.515207, 0.95222115],
 }
 
 
@@ -55,7 +55,7 @@ def test_the_values_are_those_of_the_reference_scorers():
 def test_frozen_document_frequencies_give_a_part_the_values_of_the_whole():
     frozen = freeze_document_frequency(REFERENCES)
     assert frozen.items == 6
-    found = score_captions(CAPTIONS[1:4], REFERENCES[1:4], ["CIDEr"], frozen, tokenized=True)
+    found = score_captions(CAPTIONS[1:4], REFERENCES[1:4], ["cider"], frozen, tokenized=True)
     assert list(found.corpus) == [FROZEN]
-    assert np.allclose(found.items[FROZEN], ITEMS["CIDEr"][1:4], atol=6e-9, rtol=0)
-    assert found.corpus[FROZEN] == pytest.approx(np.mean(ITEMS["CIDEr"][1:4]), abs=6e-9)
+    assert np.allclose(found.items[FROZEN], ITEMS["cider"][1:4], atol=6e-9, rtol=0)
+    assert found.corpus[FROZEN] == pytest.approx(np.mean(ITEMS["cider"][1:4]), abs=6e-9)

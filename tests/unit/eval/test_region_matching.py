@@ -10,9 +10,9 @@ from transformers.image_utils import OPENAI_CLIP_MEAN
 
 from eval.region_matching import (
     VIEWS,
-    DescribedPicture,
+    DescribedImage,
     _nearest,
-    described_pictures,
+    described_images,
     embed_regions,
     embed_texts,
     embed_whole,
@@ -72,7 +72,7 @@ class ByAlpha(torch.nn.Module):
 
 def picture(*described, caption=None, image=None):
     regions, texts = zip(*described, strict=True) if described else ((), ())
-    return DescribedPicture(image or noise_image(32, 32), regions, texts, caption)
+    return DescribedImage(image or noise_image(32, 32), regions, texts, caption)
 
 
 def test_scores_counted_by_hand(processor):
@@ -144,10 +144,10 @@ def test_what_has_nothing_to_count_is_absent(processor):
     apart = [picture((LEFT, "a")), picture((RIGHT, "b"))]
     assert score_region_text(ByAlpha(), processor, apart) == {"top1": 1}
     for nothing in ([], [picture()], [picture((LEFT, "a"), caption="b")]):
-        with pytest.raises(ValueError, match="nothing can be told apart"):
+        with pytest.raises(ValueError, match="at least two different texts"):
             score_region_text(ByAlpha(), processor, nothing)
-    with pytest.raises(ValueError, match="a text for each of 2 regions of a picture, got 1"):
-        score_region_text(ByAlpha(), processor, [DescribedPicture(noise_image(32, 32), (LEFT, RIGHT), ("a",), None)])
+    with pytest.raises(ValueError, match="a text for each of 2 regions of an image, got 1"):
+        score_region_text(ByAlpha(), processor, [DescribedImage(noise_image(32, 32), (LEFT, RIGHT), ("a",), None)])
 
 
 def test_captions_belong_to_their_pictures(model, processor):
@@ -231,7 +231,7 @@ def test_texts_are_those_of_the_model_alone(model, processor):
 def test_a_text_longer_than_the_context_is_named(model, processor):
     fits, long = "a" * 14, "b" * 15  # with the two marks 16 and 17 tokens
     embed_texts(model, processor, [fits])
-    with pytest.raises(ValueError, match=f"'{long}' has 17 tokens, the text tower takes 16"):
+    with pytest.raises(ValueError, match=f"'{long}' has 17 tokens, the text tower supports 16"):
         embed_texts(model, processor, ["a", long])
     pictures = [picture((LEFT, "a"), (RIGHT, long))]
     with pytest.raises(ValueError, match="truncation=True"):
@@ -269,8 +269,8 @@ def shown(view, region=BOX, image=None):
 
 
 def test_views_are_all_here():
-    assert list(VIEWS) == ["alpha", "whole", "crop", "masked", "blurred", "circle"]
-    with pytest.raises(ValueError, match="expected a view out of alpha, whole"):
+    assert list(VIEWS) == ["alpha", "whole", "crop", "masked", "blur", "circle"]
+    with pytest.raises(ValueError, match="expected a view from alpha, whole"):
         embed_regions(None, None, [], view="red")
 
 
@@ -299,7 +299,7 @@ def test_masked_is_clips_mean_outside():
 
 
 def test_blurred_leaves_the_region_as_it_is():
-    made, image = shown("blurred")
+    made, image = shown("blur")
     assert (made[10:30, 20:40] == image[10:30, 20:40]).all()
     outside = np.ones((60, 100), bool)
     outside[10:30, 20:40] = False
@@ -311,7 +311,7 @@ def test_the_blur_grows_with_the_picture():
     for width in (64, 640):
         step = np.zeros((20, width, 3), np.uint8)
         step[:, width // 2 :] = 255
-        made, _ = shown("blurred", Region.from_box(0, 0, 1, 1), Image.fromarray(step))
+        made, _ = shown("blur", Region.from_box(0, 0, 1, 1), Image.fromarray(step))
         # one deviation (100 of 640 pixels) beside the step a normal distribution has 16 %
         assert made[10, width // 2 - round(width * 100 / 640), 0] / 255 == pytest.approx(0.16, abs=0.03)
 
@@ -332,7 +332,7 @@ def test_the_circle_is_red_and_outside_of_the_box():
     assert np.flatnonzero(across).min() == pytest.approx(250 - 50 * 2**0.5 - 5, abs=1)
 
 
-@pytest.mark.parametrize("view", ["crop", "masked", "blurred", "circle"])
+@pytest.mark.parametrize("view", ["crop", "masked", "blur", "circle"])
 def test_views_refuse_a_region_outside(view):
     with pytest.raises(ValueError, match="outside"):
         VIEWS[view](noise_image(10, 10), Region.from_box(20, 0, 30, 5))
@@ -351,7 +351,7 @@ def test_samples_of_one_image_are_one_picture(tmp_path):
     for number in range(3):
         noise_image(32, 32, seed=number).save(tmp_path / f"{number}.png")
         files.append(str(tmp_path / f"{number}.png"))
-    pictures = described_pictures(
+    pictures = described_images(
         [
             sample(7, LEFT, "a", "not this", image=files[0]),
             sample(7, Region.whole(), "all", image=files[0]),
@@ -382,7 +382,7 @@ def test_samples_of_one_image_are_one_picture(tmp_path):
 )
 def test_only_descriptions_of_one_region_are_taken(wrong):
     with pytest.raises(ValueError, match="expected a description of one region"):
-        described_pictures([wrong])
+        described_images([wrong])
 
 
 def test_images_that_cannot_be_used_are_left_out_counted_and_named(tmp_path, caplog):
@@ -395,20 +395,20 @@ def test_images_that_cannot_be_used_are_left_out_counted_and_named(tmp_path, cap
         sample(9, LEFT, "a", image=str(tmp_path / "good.png")),
         sample(9, outside, "b", image=str(tmp_path / "good.png")),
     ]
-    (kept,) = described_pictures(samples)
+    (kept,) = described_images(samples)
     assert kept.texts == ("a",)
     assert "3 of 4 images cannot be used" in caplog.text
     assert "damaged.png" in caplog.text and "missing.png" in caplog.text and "outside" in caplog.text
     missing = [sample(n, LEFT, "a", image=str(tmp_path / f"{n}.png")) for n in range(20)]
     with pytest.raises(ValueError, match="20 of 20 images cannot be used"):
-        described_pictures(missing)
+        described_images(missing)
     good = [sample(n, LEFT, "a", image=str(tmp_path / "good.png")) for n in range(100, 120)]
-    assert len(described_pictures([*missing, *good])) == 20  # no more than half
+    assert len(described_images([*missing, *good])) == 20  # no more than half
     with pytest.raises(ValueError, match="20 of 39 images"):
-        described_pictures([*missing, *good[1:]])
+        described_images([*missing, *good[1:]])
 
 
 def test_an_error_of_ours_is_no_unreadable_image(tmp_path, monkeypatch):
     monkeypatch.setattr(RegionSample, "open_image", lambda self: len(None))
     with pytest.raises(TypeError):
-        described_pictures([sample(1, LEFT, "a")])
+        described_images([sample(1, LEFT, "a")])

@@ -5,13 +5,16 @@ import io
 import re
 from html.parser import HTMLParser
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
 from eval import published
-from eval.page import ordering_metric
-from eval.report import OtherInput, Results, write_report
+from eval.page import sort_metric
+from eval.predictions import Prediction
+from eval.report import OtherView, ReportData, write_report
+from eval.results import Result, RunConfig
 from eval.score import Measured
 
 VOID = {"meta", "img", "br", "hr", "input", "link"}
@@ -61,7 +64,7 @@ class Page(HTMLParser):
 
 
 def entry(value, low=None, high=None):
-    return {"value": value, "low": low, "high": high, "interval": None if low is None else "bootstrap over pictures"}
+    return {"value": value, "low": low, "high": high, "interval": None if low is None else "bootstrap over images"}
 
 
 def metrics_of(records, **others):
@@ -69,9 +72,9 @@ def metrics_of(records, **others):
         "task": None,
         "protocol": {},
         "items": len(records),
-        "metrics": {"METEOR": entry(0.195, 0.181, 0.209), "ROUGE-L": entry(0.396), "CIDEr": entry(1.092, 0.9, 1.25)},
+        "metrics": {"meteor": entry(0.195, 0.181, 0.209), "rouge_l": entry(0.396), "cider": entry(1.092, 0.9, 1.25)},
         "by": {},
-        "inputs": {},
+        "views": {},
         "published": [],
         "notes": [],
         "counts": {},
@@ -109,39 +112,43 @@ def report(folder, records, metrics=None, inputs=None, run=None, *, right=None, 
     path = folder / "report.html"
     metrics = metrics or metrics_of(records)
     scores = np.asarray(others.pop("scores", np.linspace(0, 1, len(records))))
-    items = {ordering_metric(list(metrics["metrics"])): scores}
+    items = {sort_metric(list(metrics["metrics"])): scores}
     values = dict.fromkeys(metrics["metrics"], 0.5)
     if right is not None:
-        items |= {"exact match": np.asarray(right, float)}
-        values |= {"exact match": 0.5}
-    results = Results(metrics, run or {}, records, Measured(values, items), by_id(inputs or {}))
-    write_report(path, results, folder if image_root is ... else image_root, **others)
+        items |= {"exact_match": np.asarray(right, float)}
+        values |= {"exact_match": 0.5}
+    data = ReportData(
+        msgspec.convert(metrics, Result),
+        RunConfig(**(run or {})),
+        msgspec.convert(records, list[Prediction]),
+        Measured(values, items),
+        by_id(inputs or {}),
+    )
+    write_report(path, data, folder if image_root is ... else image_root, **others)
     return Page(path)
 
 
 def by_id(inputs):
-    """Predictions by id under each input but the right one; those that say "right" are right."""
+    """Predictions by id of each view but the main one; those that are "right" are correct."""
     return {
-        name: OtherInput(
-            {r["id"]: r["prediction"] for r in found}, {r["id"]: r["prediction"] == "right" for r in found}
-        )
+        name: OtherView({r["id"]: r["prediction"] for r in found}, {r["id"]: r["prediction"] == "right" for r in found})
         for name, found in inputs.items()
         if name != "box"
     }
 
 
-CONTROLS = {
-    "box": {"items": 12, "metrics": {"METEOR": entry(0.3, 0.25, 0.35), "ROUGE-L": entry(0.5), "CIDEr": entry(1.0)}},
-    "whole": {"items": 12, "metrics": {"METEOR": entry(0.1), "ROUGE-L": entry(0.2), "CIDEr": entry(0.4)}},
-    "wrong": {
+VIEWS = {
+    "box": {"items": 12, "metrics": {"meteor": entry(0.3, 0.25, 0.35), "rouge_l": entry(0.5), "cider": entry(1.0)}},
+    "whole": {"items": 12, "metrics": {"meteor": entry(0.1), "rouge_l": entry(0.2), "cider": entry(0.4)}},
+    "other_region": {
         "items": 9,
-        "metrics": {"METEOR": entry(0.05), "ROUGE-L": entry(0.1), "CIDEr": entry(0.1)},
-        "shown": {"METEOR": entry(0.29), "ROUGE-L": entry(0.45), "CIDEr": entry(0.95)},
+        "metrics": {"meteor": entry(0.05), "rouge_l": entry(0.1), "cider": entry(0.1)},
+        "shown_region_metrics": {"meteor": entry(0.29), "rouge_l": entry(0.45), "cider": entry(0.95)},
     },
-    "blind": {
+    "no_image": {
         "items": 9,
-        "metrics": {"METEOR": entry(0.02), "ROUGE-L": entry(0.1), "CIDEr": entry(0.1)},
-        "difference": {"METEOR": {"value": -0.27, "low": -0.31, "high": -0.22}},
+        "metrics": {"meteor": entry(0.02), "rouge_l": entry(0.1), "cider": entry(0.1)},
+        "difference": {"meteor": {"value": -0.27, "low": -0.31, "high": -0.22, "p": 0.002}},
     },
 }
 
@@ -152,16 +159,15 @@ def full(folder, **others):
     metrics = metrics_of(
         records,
         task=task,
-        protocol={"item": "expression", "references": "1", "limited to": None},
-        by={"area": {"under 1 %": {"items": 5, "METEOR": 0.1}, "over 10 %": {"items": 7, "METEOR": 0.31}}},
-        inputs=CONTROLS,
-        published=published.rows(task),
-        notes=["human line: METEOR 16.2"],
-        counts={"empty": 2, "none of these": 0},
+        protocol={"item": "expression", "references": "1", "limit": None},
+        by={"area": {"under 1 %": {"items": 5, "meteor": 0.1}, "over 10 %": {"items": 7, "meteor": 0.31}}},
+        views=VIEWS,
+        published=msgspec.to_builtins(published.comparable(task)),
+        notes=["human line: METEOR 16.2", "2 empty"],
     )
     whole = [{**record, "prediction": f"whole {record['id']}"} for record in records]
-    inputs = {"box": records, "whole": whole, "wrong": whole[:9]}
-    run = {"model": "some/model", "region_input": "box", "prompt": "What is <this>?", "max_new_tokens": 64}
+    inputs = {"box": records, "whole": whole, "other_region": whole[:9]}
+    run = {"model": "some/model", "view": "box", "prompt": "What is <this>?", "max_new_tokens": 64}
     return report(folder, records, metrics, inputs, run, **others)
 
 
@@ -207,7 +213,7 @@ def test_contrast():
         return np.dot(linear, (0.2126, 0.7152, 0.0722))
 
     for scheme in schemes:
-        for text in ("ink", "muted", "mark", "right", "wrong"):
+        for text in ("ink", "muted", "mark", "correct", "incorrect"):
             for ground in ("page", "card"):
                 dark, light = sorted((luminance(scheme[text]), luminance(scheme[ground])))
                 assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, ground)
@@ -223,7 +229,7 @@ def test_values_are_times_100_and_stand_beside_their_peers_only(folder):
     assert any(name.startswith("Osprey") for name in names) and "ASMv2-13B" in page.text
     assert "114.7" not in page.text  # of a grouped system: named with the reason, its number left out
     assert "some/model" in page.text and "What is <this>?" in page.text and "expression" in page.text
-    assert "human line: METEOR 16.2" in page.text and "2 empty" in page.text and "none of these" not in page.text
+    assert "human line: METEOR 16.2" in page.text and "2 empty" in page.text
     assert "region-eval score" in page.text and "2.13" in page.text
     assert page.row("under")[1:] == ["5", "10.0"]
 
@@ -231,9 +237,9 @@ def test_values_are_times_100_and_stand_beside_their_peers_only(folder):
 def test_a_part_of_a_task_stands_beside_nothing(folder):
     records = records_of(3)
     page = report(folder, records, metrics_of(records, task="refcocog-umd-val/ungrouped"))
-    assert "No published number may stand beside these" in page.text
+    assert "No published results are comparable with these" in page.text
     assert "109.2" not in page.row("CIDEr")[2] and "105.9" not in page.text
-    assert "not of all its items" in page.text
+    assert "did not score all of its items" in page.text
 
 
 def test_the_inputs_stand_side_by_side(folder):
@@ -241,10 +247,10 @@ def test_the_inputs_stand_side_by_side(folder):
     assert page.row("box")[1:3] == ["12", "30.0 [25.0, 35.0]"]
     assert page.row("whole")[1:] == ["12", "10.0 \u221220.0", "20.0 \u221230.0", "40.0 \u221260.0"]
     # of fewer samples: no difference, unless metrics.json has a paired one
-    assert page.row("wrong")[1:3] == ["9", "5.0"]
-    assert "wrong: 9 of 12 samples" in page.text
-    assert page.row("wrong,")[1:3] == ["9", "29.0"]
-    assert page.row("blind")[2] == "2.0 \u221227.0 [\u221231.0, \u221222.0]" or page.row("blind")[2].startswith(
+    assert page.row("other_region")[1:3] == ["9", "5.0"]
+    assert "other_region: 9 of 12 samples" in page.text
+    assert page.row("other_region,")[1:3] == ["9", "29.0"]
+    assert page.row("no_image")[2] == "2.0 \u221227.0 [\u221231.0, \u221222.0]" or page.row("no_image")[2].startswith(
         "2.0 \u221227.0"
     )
     assert "whole id-000" in page.text and "(not run)" in page.text
@@ -292,7 +298,11 @@ def test_what_cannot_be_drawn_says_why(folder):
     assert len(page.all("img")) == 2 and page.text.count("No image") == 4
     assert "image file not found" in page.text
     # the reason of several is said once
-    assert page.text.count("2 have no image: the predictions do not name it.") == 1 == page.text.count("do not name it")
+    assert (
+        page.text.count("2 have no image: the predictions have no image names.")
+        == 1
+        == page.text.count("have no image names")
+    )
 
 
 def test_without_a_folder_of_images(folder):
@@ -303,29 +313,27 @@ def test_without_a_folder_of_images(folder):
 def test_results_come_first_and_each_sentence_once(folder):
     page = full(folder)
     headings = page.words("h2")
-    assert headings == ["Numbers", "Does it look where it is told?", "By kind of region or question", "Samples"] + [
-        "How it was made"
-    ]
+    assert headings == ["Metrics", "Views", "By type of region or question", "Samples", "Run"]
     assert page.text.index("109.2") < page.text.index("What is <this>?") > page.text.index("Samples")
-    assert page.text.count("bootstrap over pictures") == 1
+    assert page.text.count("bootstrap over images") == 1
     sentences = [text for text in page.words("p", "li", "h4", "span", "summary") if len(text.split()) > 4]
     assert len(set(sentences)) == len(sentences)
     assert page.text.count("were never released") == 1
-    assert page.text.count("hich items and references were scored is not stated") == 1
+    assert page.text.count("he scored items and references are not stated") == 1
 
 
 def test_how_intervals_were_made_is_one_sentence(folder):
     metrics = metrics_of(records_of(1))
-    metrics["metrics"]["CIDEr"]["interval"] = "bootstrap over pictures, document frequencies fixed"
+    metrics["metrics"]["cider"]["interval"] = "bootstrap over images, document frequencies fixed"
     text = report(folder, records_of(1), metrics).text
-    assert "Intervals: bootstrap over pictures; of CIDEr document frequencies fixed." in text
+    assert "Intervals: bootstrap over images; of CIDEr document frequencies fixed." in text
 
 
 def test_right_and_wrong_are_marked_where_a_metric_says_so(folder):
     records = records_of(2)
-    others = {"whole": records_of(2, prediction="right"), "wrong": records_of(2)}
+    others = {"whole": records_of(2, prediction="right"), "other_region": records_of(2)}
     marked = report(folder, records, inputs=others, right=[1, 0], scores=[1, 0])
-    assert marked.words("span").count("\u2713 right") == 3 and marked.words("span").count("\u2717 wrong") == 3
+    assert marked.words("span").count("\u2713 correct") == 3 and marked.words("span").count("\u2717 incorrect") == 3
     assert "by the metric \u201cexact match\u201d" in marked.text
     plain = report(folder, records)
     assert "\u2713" not in plain.text and "\u2717" not in plain.text and "marked" not in plain.text
@@ -351,9 +359,9 @@ def test_wide_tables_become_blocks_on_a_phone(folder):
 
 
 def test_the_length_of_captions_stands_there(folder):
-    length = {"words a prediction": 4.26, "words a reference": 5.0}
+    length = {"words_per_prediction": 4.26, "words_per_reference": 5.0}
     text = report(folder, records_of(2), metrics_of(records_of(2), length=length)).text
-    assert "Mean length: 4.3 words a prediction, 5.0 words a reference." in text
+    assert "Mean length: 4.3 words per prediction, 5.0 words per reference." in text
 
 
 def test_untrusted_text_stays_text(folder):
@@ -361,9 +369,16 @@ def test_untrusted_text_stays_text(folder):
     records = records_of(4, prediction=evil, references=[evil], question=evil)
     for record in records:
         record["id"] += evil
-    metrics = metrics_of(records, task=evil, notes=[evil], command=evil, versions={evil: evil}, protocol={evil: evil})
+    metrics = metrics_of(
+        records,
+        task=evil,
+        notes=[evil],
+        command=evil,
+        versions={evil: evil},
+        protocol={"item": evil, "references": evil},
+    )
     inputs = {"box": records, "whole": records, evil: records}
-    page = report(folder, records, metrics, inputs, {"model": evil, "region_input": "box", evil: {evil: evil}})
+    page = report(folder, records, metrics, inputs, {"model": evil, "view": "box", "prompt": evil})
     assert not page.all("script")
     assert len(page.all("img")) == 4 and all("onerror" not in tag for tag in page.all("img"))
     assert page.text.count(evil) > 20 and "49" not in page.text

@@ -1,13 +1,19 @@
 """What metrics.json says: values, intervals, kinds of regions, counts of what a reader must know."""
 
 import pytest
+from msgspec import structs
 
+from eval.predictions import Prediction
 from eval.score import measure, score
 
 
 def record(number, prediction, reference, **meta):
     question = meta.pop("question", None)
-    return {"id": str(number), "prediction": prediction, "references": [reference], "question": question, "meta": meta}
+    return Prediction(id=str(number), prediction=prediction, references=[reference], question=question, meta=meta)
+
+
+def scores(predictions, metrics, **options):
+    return score(predictions, measure(predictions, metrics), metrics, **options)
 
 
 RECORDS = [
@@ -19,54 +25,54 @@ RECORDS = [
 
 
 def test_values_and_kinds():
-    found = score(RECORDS, ["exactly right", "exact match"])
-    assert found["items"] == 4
-    assert found["metrics"]["exactly right"]["value"] == 0.25
-    entry = found["metrics"]["exact match"]
-    assert entry["value"] == 0.5 and entry["low"] == entry["high"] == 0.5  # one of two in each picture: drawn whole
-    assert "over pictures" in entry["interval"]
-    assert found["by"]["area"] == {
-        "under 1 % of the picture": {"items": 1, "exactly right": 1.0, "exact match": 1.0},
-        "1 to 10 %": {"items": 1, "exactly right": 0.0, "exact match": 0.0},
-        "over 10 %": {"items": 2, "exactly right": 0.0, "exact match": 0.5},
+    found = scores(RECORDS, ["literal_match", "exact_match"])
+    assert found.items == 4
+    assert found.metrics["literal_match"].value == 0.25
+    entry = found.metrics["exact_match"]
+    assert entry.value == 0.5 and entry.low == entry.high == 0.5  # one of two in each picture: drawn whole
+    assert "over images" in entry.interval
+    assert found.by["area"] == {
+        "under 1%": {"items": 1, "literal_match": 1.0, "exact_match": 1.0},
+        "1% to 10%": {"items": 1, "literal_match": 0.0, "exact_match": 0.0},
+        "over 10%": {"items": 2, "literal_match": 0.0, "exact_match": 0.5},
     }
-    assert [(name, row["items"]) for name, row in found["by"]["same class"].items()] == [
+    assert [(name, row["items"]) for name, row in found.by["same_class"].items()] == [
         ("0", 1),
         ("1", 1),
         ("3 or more", 2),
     ]
-    assert {name: row["items"] for name, row in found["by"]["question word"].items()} == {
+    assert {name: row["items"] for name, row in found.by["question_word"].items()} == {
         "what": 2,
         "how": 1,
         "other": 1,
     }
-    assert "type" not in found["by"]
+    assert "type" not in found.by
 
 
 def test_what_a_reader_must_know_is_counted():
     long = record(4, "word " * 101, "a", image_id=3)
-    cut = {**record(5, "a red", "a red bus", image_id=3), "cut": True}
-    found = score([*RECORDS, long, cut], ["exact match"], with_intervals=False)
-    assert found["metrics"]["exact match"]["low"] is None
-    assert found["counts"] == {
-        "empty predictions": 1,
-        "predictions cut at the token limit": 1,
-        "predictions of over 100 words": 1,
+    truncated = structs.replace(record(5, "a red", "a red bus", image_id=3), truncated=True)
+    found = scores([*RECORDS, long, truncated], ["exact_match"], with_intervals=False)
+    assert found.metrics["exact_match"].low is None
+    assert found.counts == {
+        "empty_predictions": 1,
+        "truncated_predictions": 1,
+        "long_predictions": 1,
     }
-    assert len(found["notes"]) == 3
-    assert found["length"]["words a prediction"] == pytest.approx((3 + 101 + 2) / 6)
+    assert len(found.notes) == 3
+    assert found.length["words_per_prediction"] == pytest.approx((3 + 101 + 2) / 6)
 
 
 def test_intervals_are_over_items_where_pictures_are_not_named():
-    rows = [{**row, "meta": {}} for row in RECORDS]
-    entry = score(rows, ["exact match"])["metrics"]["exact match"]
-    assert "over items" in entry["interval"] and entry["low"] < 0.5 < entry["high"]
+    rows = [structs.replace(row, meta={}) for row in RECORDS]
+    entry = scores(rows, ["exact_match"]).metrics["exact_match"]
+    assert "over items" in entry.interval and entry.low < 0.5 < entry.high
 
 
 def test_captions_and_letters_together():
-    found = score(RECORDS, ["exactly right", "BLEU-1", "ROUGE-L", "CIDEr"])
-    assert list(found["metrics"]) == ["exactly right", "BLEU-1", "ROUGE-L", "CIDEr"]
-    assert any("unstable" in note for note in found["notes"])
+    found = scores(RECORDS, ["literal_match", "bleu_1", "rouge_l", "cider"])
+    assert list(found.metrics) == ["literal_match", "bleu_1", "rouge_l", "cider"]
+    assert any("unstable" in note for note in found.notes)
 
 
 CAPTIONS = [
@@ -82,26 +88,26 @@ def test_a_part_is_scored_as_the_whole_is():
     """What the breakdown calls METEOR, BLEU or ROUGE-L is what scoring those captions alone gives; a mean over captions
     is another quantity. CIDEr, whose document frequencies are those of all, has another name.
     """
-    metrics = ["exact match", "BLEU-1", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"]
+    metrics = ["exact_match", "bleu_1", "bleu_4", "meteor", "rouge_l", "cider"]
     found = measure(CAPTIONS, metrics)
-    by = score(CAPTIONS, metrics, with_intervals=False, measured=found)["by"]["area"]
-    for bucket, part in {"under 1 % of the picture": CAPTIONS[:3], "over 10 %": CAPTIONS[3:]}.items():
-        alone = {name: entry["value"] for name, entry in score(part, metrics, with_intervals=False)["metrics"].items()}
-        assert list(by[bucket]) == ["items", *metrics[:-1], "CIDEr (df of all items)"]
+    by = score(CAPTIONS, found, metrics, with_intervals=False).by["area"]
+    for bucket, part in {"under 1%": CAPTIONS[:3], "over 10%": CAPTIONS[3:]}.items():
+        alone = measure(part, metrics).values
+        assert list(by[bucket]) == ["items", *metrics[:-1], "cider_df_of_all_items"]
         for name in metrics[:-1]:
             assert by[bucket][name] == pytest.approx(alone[name], abs=1e-12)
-    assert abs(by["under 1 % of the picture"]["METEOR"] - found.items["METEOR"][:3].mean()) > 0.01
-    assert by["over 10 %"]["CIDEr (df of all items)"] == found.items["CIDEr"][3:].mean()
+    assert abs(by["under 1%"]["meteor"] - found.items["meteor"][:3].mean()) > 0.01
+    assert by["over 10%"]["cider_df_of_all_items"] == found.items["cider"][3:].mean()
 
 
 @pytest.mark.parametrize(
-    "records, metrics, message", [([], ["CIDEr"], "nothing to score"), (RECORDS, ["BLEU"], "got BLEU")]
+    "records, metrics, message", [([], ["cider"], "nothing to score"), (RECORDS, ["BLEU"], "got BLEU")]
 )
 def test_bad_input(records, metrics, message):
     with pytest.raises(ValueError, match=message):
-        score(records, metrics)
+        measure(records, metrics)
 
 
 def test_vqa_accuracy_of_one_answer_is_refused():
-    with pytest.raises(ValueError, match="several people"):
-        score(RECORDS, ["VQA accuracy"])
+    with pytest.raises(ValueError, match="several annotators"):
+        measure(RECORDS, ["vqa_accuracy"])

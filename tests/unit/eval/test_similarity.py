@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from eval.coco_format import write_coco
 from eval.metrics.similarity import semantic_iou, semantic_similarity
-from eval.predictions import read_predictions
+from eval.predictions import Prediction, read_predictions
 
 PREDICTIONS = ["A red bus.", "dog", "", "traffic light: green"]
 REFERENCES = [["red_bus"], ["cat", "a dog"], ["x"], ["traffic/light"]]
@@ -59,7 +59,7 @@ def test_no_model_is_named(tmp_path):
 
 def test_coco_files_are_read_by_coco_and_by_us(tmp_path):
     records = [
-        {"id": f"s{i}", "image": f"{i}.jpg", "prediction": p, "references": refs}
+        Prediction(id=f"s{i}", image=f"{i}.jpg", prediction=p, references=refs)
         for i, (p, refs) in enumerate(zip(PREDICTIONS, REFERENCES, strict=True))
     ]
     write_coco(tmp_path, records)
@@ -68,7 +68,7 @@ def test_coco_files_are_read_by_coco_and_by_us(tmp_path):
     assert [found.cocoRes.imgToAnns[i][0]["caption"] for i in (1, 2, 3, 4)] == PREDICTIONS
     assert [a["caption"] for a in found.coco.imgToAnns[2]] == ["cat", "a dog"]
     back, _ = read_predictions(tmp_path / "results.json", tmp_path / "annotations.json")
-    assert [(r["prediction"], r["references"]) for r in back] == list(zip(PREDICTIONS, REFERENCES, strict=True))
+    assert [(r.prediction, r.references) for r in back] == list(zip(PREDICTIONS, REFERENCES, strict=True))
     write_coco(tmp_path, records[:2])  # its own files are replaced
     assert len(COCO(str(tmp_path / "annotations.json")).getImgIds()) == 2
     (tmp_path / "annotations.json").unlink()

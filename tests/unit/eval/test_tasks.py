@@ -2,7 +2,7 @@
 
 import pytest
 
-from alpha_clip_commands.task_names import VG_SAMPLE
+from alpha_clip_commands.task_names import METRICS, VG_SAMPLE
 from eval import published, task_list, task_samples, tasks
 from mllm.data.shapes import visual_genome_layout
 from mllm.data.splits import densecap_split
@@ -29,13 +29,13 @@ def test_the_names_of_the_issue_are_there():
 
 def test_only_comparable_protocols_have_published_numbers():
     for task in tasks.TASKS.values():
-        assert bool(published.rows(task.name)) <= task.comparable, task.name
+        assert bool(published.comparable(task.name)) <= task.comparable, task.name
 
 
 def test_a_count_that_differs_is_refused(tmp_path):
     write_json(tmp_path / "finetune_refcocog_val.json", MDETR)
     task = tasks.find("refcocog-umd-val/ungrouped")
-    with pytest.raises(ValueError, match="4,896 items, .* gives 3"):
+    with pytest.raises(ValueError, match="4,896 items, but .* has 3"):
         task.samples(tmp_path, "box")
     assert [s.references for s in task.samples(tmp_path, "box", limit=2)] == [("the left one",), ("a square",)]
     grouped = tasks.find("refcocog-umd-val/grouped").samples(tmp_path, "box", limit=1)
@@ -80,11 +80,11 @@ def test_why_there_is_no_sample_is_said(tmp_path, monkeypatch):
         tasks.find("vg-test/full").samples(tmp_path, "box")
     monkeypatch.setattr(task_samples, "densecap_split", lambda name: frozenset({1, 8}))
     (tmp_path / "region_descriptions.json").write_text("[]")
-    with pytest.raises(ValueError, match="lists 1 of DenseCap's 2 test images, but nothing"):
+    with pytest.raises(ValueError, match="lists 1 of DenseCap's 2 test images, but no samples"):
         tasks.find("vg-test/sample-1-seed-1").samples(tmp_path, "box")
     for image in (1, 2):
         (tmp_path / "VG_100K" / f"{image}.png").unlink()
-    with pytest.raises(ValueError, match="lists 2 images, none of whose files is in"):
+    with pytest.raises(ValueError, match="lists 2 images, but none of them is found in"):
         tasks.find("vg/own").samples(tmp_path, "box")
 
 
@@ -104,12 +104,14 @@ def test_one_task_in_full(name):
     flat = " ".join(text.split())
     assert text.startswith(f"{name}\n") and max(map(len, text.splitlines())) <= 80
     assert " ".join(task.files.split()) in flat and task.references in flat
-    assert ", ".join(task.metrics) in flat and (task.prompt is None or repr(task.prompt) in flat)
+    assert ", ".join(METRICS[metric] for metric in task.metrics) in flat and (
+        task.prompt is None or repr(task.prompt) in flat
+    )
     assert ("UNVERIFIED" in text) == (task.verified is False)
-    for row in published.rows(name):
-        assert f"{row['METEOR'] or '-'}" in text and row["system"] in flat and row["source"] in flat
-    for row in published.not_comparable(name):
-        assert row["system"] in flat and row["reason"] in flat
+    for row in published.comparable(name):
+        assert f"{row.meteor or '-'}" in text and row.system in flat and row.source in flat
+    for row, reason in published.not_comparable(name):
+        assert row.system in flat and reason in flat
 
 
 @pytest.mark.parametrize(
@@ -122,7 +124,7 @@ def test_one_task_in_full(name):
         ("vg-test/sample-N-seed-S", "numbers for N and S .vg-test/sample-1000-seed-0."),
         ("vg-test/sample-0-seed-1", "numbers for N and S"),
         (f"vg-test/sample-{'9' * 5000}-seed-1", "numbers for N and S"),
-        ("\x1b[2J", r"unknown task '\\x1b\[2J'; `region-eval tasks` lists all of them"),
+        ("\x1b[2J", r"unknown task '\\x1b\[2J'; `region-eval tasks` lists all tasks"),
         ("", "unknown task ''; `region-eval tasks`"),
     ],
 )
@@ -137,7 +139,7 @@ def test_an_unknown_name_is_one_line_with_names_like_it(name, meant):
     [
         (["What?", "Where?"], "jsonl", (), tasks.QUESTION_METRICS),
         ([None, " "], "jsonl", (), tasks.CAPTION_METRICS),
-        (["What?", None], "jsonl", ("CIDEr",), ("CIDEr",)),
+        (["What?", None], "jsonl", ("cider",), ("cider",)),
         (["What?", None], "shapes-caption", (), tasks.find("shapes-caption").metrics),
         (["What?"], None, (), tasks.QUESTION_METRICS),
     ],
@@ -145,13 +147,13 @@ def test_an_unknown_name_is_one_line_with_names_like_it(name, meant):
 def test_metrics_are_those_of_the_samples(questions, task, named, expected):
     assert tasks.metrics_for(questions, task and tasks.find(task), named) == expected
     assert tasks.metrics_for(questions, task and tasks.find(task), named, "DIR")[len(expected) :] == (
-        "S-IoU",
-        "semantic similarity",
+        "s_iou",
+        "semantic_similarity",
     )
 
 
 def test_questions_and_descriptions_have_no_metric_in_common():
-    with pytest.raises(ValueError, match="1 of 2 samples are questions, .* name the --metrics"):
+    with pytest.raises(ValueError, match="1 of 2 samples are questions, .* specify --metrics"):
         tasks.metrics_for(["What?", None], tasks.find("jsonl"))
 
 
@@ -167,4 +169,4 @@ def test_visual_genome_questions_of_test_images_only(shared_data, monkeypatch):
 
 def test_prompts_of_the_protocols():
     assert tasks.find("refcocog-lmms-eval").prompt == "Provide a short description for this region."
-    assert tasks.find("refcocog-lmms-eval").region_input == "red-box"
+    assert tasks.find("refcocog-lmms-eval").view == "red_box"

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from eval.predictions import read_predictions, read_references
+from eval.external_formats import read_references
+from eval.predictions import read_predictions
 from mllm.data.build_index import dataset_split
 from mllm.data.readers.coco import read_coco
 from mllm.data.readers.jsonl import read_jsonl

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from eval.region_matching import described_pictures, score_region_text
+from eval.region_matching import described_images, score_region_text
 from mllm.data.readers.grit import read_grit
 from mllm.data.readers.visual_genome import read_regions
 from mllm.data.shapes import grit_layout, visual_genome_layout
@@ -273,7 +273,7 @@ def test_evaluation_while_training_is_that_of_the_saved_model(start, data, tmp_p
     assert [entry["step"] for entry in evaluations] == [1, 2]
     samples = list(read_grit(data / "val"))
     masks = [s for s in samples if s.id.endswith(("/mask", "/whole"))]
-    pictures = [described_pictures(masks)[number] for number in (0, 1, 3, 5)]  # evenly spaced
+    pictures = [described_images(masks)[number] for number in (0, 1, 3, 5)]  # evenly spaced
     model, processor = (kind.from_pretrained(tmp_path / "out") for kind in (AlphaCLIPModel, AlphaCLIPProcessor))
     scores = score_region_text(model, processor, pictures, truncation=True)
     assert set(scores) == {"top1", "top1_same_image", "cosine_same_image", "whole_top1"}
