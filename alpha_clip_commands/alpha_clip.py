@@ -374,3 +374,7 @@ _CHECKS = {
     "publish": _check_publish,
     "shapes": _check_shapes,
 }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

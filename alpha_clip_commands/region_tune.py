@@ -35,3 +35,7 @@ def _start(program: Program, module: str, argv: Sequence[str]) -> int:
         return 0
 
     return exit_code(program.name, ready) or sys.modules[module].run(argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

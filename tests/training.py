@@ -26,7 +26,7 @@ def train(program, model, data, out, *flags):
     """Run two steps in this process, unless a flag says otherwise; returns the exit code."""
     arguments = ["--model", model, "--data", *data, "--output_dir", out, "--max_steps", 2]
     arguments += ["--per_device_train_batch_size", 2, "--use_cpu", "true", "--disable_tqdm", "true", *flags]
-    return program.main([str(argument) for argument in arguments])
+    return program([str(argument) for argument in arguments])
 
 
 def recipe_arguments(world, out, *flags):

@@ -17,7 +17,6 @@ import torch
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from alpha_clip_commands.region_tune import train_alpha_clip as main
 from alpha_clip_commands.training.contrastive_arguments import PairArguments, TowerArguments
 from eval.region_matching import DescribedImage
 from mllm.data.index import HELD_OUT, TRAIN
@@ -135,7 +134,3 @@ def read_data(
     if training_args.eval_strategy == "no":
         return train, []
     return train, validation_images(dataset(HELD_OUT), pair_args.eval_images)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

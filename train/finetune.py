@@ -20,7 +20,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 import mllm
 from alpha_clip_commands.progress import step
-from alpha_clip_commands.region_tune import main
 from alpha_clip_commands.training.tuning_arguments import DataArguments, ModelArguments
 from eval.metrics.captions import freeze_document_frequency
 from mllm.data.index import HELD_OUT, TRAIN
@@ -197,7 +196,3 @@ def build_scorer(
         phrases = [phrase for index in train.indexes for phrase in index.descriptions(HELD_OUT)]
         frequency = freeze_document_frequency([[phrase] for phrase in phrases])
     return AnswerScorer(processor, conversations, described, frequency)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -162,7 +162,8 @@ class Ablation:
             sys.executable,
             *launcher,
             "-m",
-            "train.alpha_clip",
+            "alpha_clip_commands.alpha_clip",
+            "train",
             str(ROOT / f"train/recipes/{recipe}.yaml"),
             *words,
         ]

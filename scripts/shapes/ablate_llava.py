@@ -19,6 +19,7 @@ from build_clip import RECIPES, ROOT, claim_work
 from build_embedded_model import write_start
 
 import mllm
+from alpha_clip_commands import region_tune
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from eval.generate import generate
 from eval.metrics.literal_match import literal_match
@@ -27,7 +28,6 @@ from mllm.data.readers.visual_genome import read_regions
 from mllm.data.shapes import visual_genome_layout
 from mllm.files import write_json
 from mllm.inference import RegionChat
-from train import finetune
 
 TOWERS = (RELEASED, OURS, "patch tokens supervised (0.5)")
 
@@ -80,7 +80,7 @@ def tune_and_score(tower: Path, out: Path, data: dict[str, Path], steps: int, se
         words += ["--train_parts", "multi_modal_projector", "language_model", "lm_head"]
         words += ["--save_strategy", "no"]
         words += ["--turn_kinds", "description", "--max_turns", "1", "--turn_weights", "description=1"]
-        if finetune.main(
+        if region_tune.main(
             [str(RECIPES / "shapes_embedded.yaml"), *words, "--warmup_steps", "50", "--disable_tqdm", "true"]
         ):
             raise RuntimeError(f"training on {tower} failed")

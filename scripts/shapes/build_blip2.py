@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Blip2QFormerConfig, OPTConfig, set_seed
 
 import mllm
+from alpha_clip_commands import region_tune
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from eval.generate import generate
 from eval.metrics.literal_match import literal_match
@@ -33,7 +34,6 @@ from mllm.data.shapes import visual_genome_layout
 from mllm.files import write_json
 from mllm.inference import RegionChat
 from mllm.loading import EMBEDDED_MODEL
-from train import finetune
 from vision_tower import AlphaCLIPImageProcessor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +63,7 @@ def _run(argv: Sequence[str] | None) -> int:
         visual_genome_layout.write(data, args.scenes, TRAIN_SEED, "train")
     write_start(start, args.work / "tower", args.seed)
     flags = {"--model": start, "--data": data, "--output_dir": out, "--seed": args.seed}
-    failed = finetune.main([str(RECIPE), *(str(part) for flag in flags.items() for part in flag), *recipe_flags])
+    failed = region_tune.main([str(RECIPE), *(str(part) for flag in flags.items() for part in flag), *recipe_flags])
     if failed:
         return failed
     scores = score(out, args.work / f"shapes_test_{TEST_SEED}_{args.test_scenes}", args.test_scenes)

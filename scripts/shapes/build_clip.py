@@ -16,11 +16,11 @@ from pathlib import Path
 
 from transformers import CLIPTextConfig, CLIPTokenizer, set_seed
 
+from alpha_clip_commands import region_tune
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from mllm.data.shapes import grit_layout
 from mllm.data.shapes.world import COLORS, MAX_OBJECTS, MIN_OBJECTS, PATTERNS, SHAPES, SIZES
 from mllm.folders import claim_folder
-from train import alpha_clip
 from train.output import TRAINING_RECORD
 from vision_tower import (
     AlphaCLIPConfig,
@@ -85,7 +85,7 @@ def build_clip(work: Path, seed: int, scenes: int | None = None, flags: Sequence
         return 0
     start = work / f"clip_start_{seed}"
     write_start(start, seed)
-    return train_stage(alpha_clip.main, "shapes_clip.yaml", start, data, work / "clip", seed, flags)
+    return train_stage(region_tune.train_alpha_clip, "shapes_clip.yaml", start, data, work / "clip", seed, flags)
 
 
 def build_alpha_clip(work: Path, seed: int, scenes: int | None = None) -> int:
@@ -94,7 +94,9 @@ def build_alpha_clip(work: Path, seed: int, scenes: int | None = None) -> int:
     if is_built(work / "alpha_clip", seed, data):
         return 0
     flags = ["--whole_image_rate", "0.25"]  # docs/ablations.md: whole images suffer less, regions hardly
-    return train_stage(alpha_clip.main, "shapes_alpha_clip.yaml", work / "clip", data, work / "alpha_clip", seed, flags)
+    return train_stage(
+        region_tune.train_alpha_clip, "shapes_alpha_clip.yaml", work / "clip", data, work / "alpha_clip", seed, flags
+    )
 
 
 def is_built(folder: Path, seed: int, data: Sequence[Path]) -> bool:

@@ -38,6 +38,7 @@ from build_clip import (
 from PIL import Image
 from transformers import LlamaConfig, LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration, set_seed
 
+from alpha_clip_commands import region_tune
 from alpha_clip_commands.command_line import ArgumentParser, exit_code, say
 from mllm.data.shapes import scenes, visual_genome_layout
 from mllm.data.shapes.world import COLORS, PATTERNS, SHAPES, SIZES
@@ -47,7 +48,6 @@ from mllm.folders import claim_folder
 from mllm.llava import build_llava_processor
 from mllm.loading import EMBEDDED_MODEL
 from mllm.processing_llava import VICUNA_V1_SYSTEM
-from train import finetune
 from train.plot import draw
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPVisionConfig, AlphaCLIPVisionModel, Region
 
@@ -101,10 +101,10 @@ def build_llava(work: Path, seed: int, scenes: int | None, flags: Sequence[str])
     if not is_built(pretrained, seed, data):
         start = work / f"llava_start_{seed}"
         write_start(start, seed, work / "alpha_clip")
-        failed = train_stage(finetune.main, "shapes_embedded_pretrain.yaml", start, data, pretrained, seed, flags)
+        failed = train_stage(region_tune.main, "shapes_embedded_pretrain.yaml", start, data, pretrained, seed, flags)
         if failed:
             return failed
-    return train_stage(finetune.main, "shapes_embedded.yaml", pretrained, data, work / "llava", seed, flags)
+    return train_stage(region_tune.main, "shapes_embedded.yaml", pretrained, data, work / "llava", seed, flags)
 
 
 def llava_scenes(work: Path, scenes: int | None = None) -> Path:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from alpha_clip_commands import region_tune
 from alpha_clip_commands.training.contrastive_arguments import PairArguments
 from mllm.data.build_index import build_index
 from mllm.data.index import TRAIN, RegionIndex
@@ -54,14 +55,15 @@ def world(tmp_path_factory):
 
 
 def train(world, out, *flags):
-    assert alpha_clip.main(recipe_arguments(world, out, *flags)) == 0
+    assert region_tune.train_alpha_clip(recipe_arguments(world, out, *flags)) == 0
     return out
 
 
 SAVING = ("--save_strategy", "steps", "--save_steps", 3, "--save_total_limit", 2)
 KILLED_AT_FIVE = """
 import os, signal, sys
-from train import alpha_clip, trainer
+from alpha_clip_commands import region_tune
+from train import trainer
 
 
 def on_step_end(self, args, state, control, **kwargs):
@@ -69,7 +71,7 @@ def on_step_end(self, args, state, control, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
 
 trainer.StopOnSignal.on_step_end = on_step_end
-alpha_clip.main(sys.argv[1:])
+region_tune.train_alpha_clip(sys.argv[1:])
 """
 
 
@@ -126,12 +128,14 @@ def test_two_ranks_learn_what_one_does(world, tmp_path, processes, stage, flags)
     train(world, tmp_path / "one", *flags, "--cache_chunk", 0)
     two = ["--per_device_train_batch_size", 2]
     if stage == "processes":
-        ranks = processes.start_ranks("train.alpha_clip:main", recipe_arguments(world, tmp_path / "two", *flags, *two))
+        ranks = processes.start_ranks(
+            "alpha_clip_commands.region_tune:train_alpha_clip", recipe_arguments(world, tmp_path / "two", *flags, *two)
+        )
         assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output()[-3000:]
     else:
         two += ["--deepspeed", stage] if stage else []
         arguments = recipe_arguments(world, tmp_path / "two", *flags, *two)
-        code, output = launch([*TORCHRUN, "-m", "train.alpha_clip"], arguments)
+        code, output = launch([*TORCHRUN, "-m", "alpha_clip_commands.alpha_clip", "train"], arguments)
         assert code == 0, output[-3000:]
     assert_equal_runs(tmp_path / "one", tmp_path / "two", "model.safetensors", TOLERANCE, OF_LOSSES)
     before, after = (load_file(folder / "model.safetensors") for folder in (world / "start", tmp_path / "two"))
@@ -165,7 +169,7 @@ def test_the_documented_commands_learn_what_one_process_does(world, tmp_path, co
 def test_alpha_stays_at_zero_under_every_stage(world, tmp_path, stage):
     """With a learning rate of zero, the saved weights are the loaded ones."""
     flags = "--model", world / "blind", "--deepspeed", stage, "--per_device_train_batch_size", 2
-    command = [*TORCHRUN, "-m", "train.alpha_clip"]
+    command = [*TORCHRUN, "-m", "alpha_clip_commands.alpha_clip", "train"]
     code, output = launch(command, recipe_arguments(world, tmp_path, *flags, "--learning_rate", 0, "--max_steps", 1))
     assert code == 0, output[-3000:]
     before, after = (load_file(folder / "model.safetensors") for folder in (world / "blind", tmp_path))
@@ -196,7 +200,7 @@ def test_two_ranks_killed_within_an_epoch_go_on_to_the_same_end(world, tmp_path,
 
 NAN_ON_ONE = """
 import os, sys
-from train import alpha_clip
+from alpha_clip_commands import region_tune
 from train.contrastive import trainer as contrastive_trainer
 
 loss_of = contrastive_trainer.region_text_loss
@@ -209,7 +213,7 @@ def spoiled(*args, **kwargs):
     return loss * float("nan") if os.environ["RANK"] == "1" and len(calls) == 5 else loss
 
 contrastive_trainer.region_text_loss = spoiled
-sys.exit(alpha_clip.main(sys.argv[1:]))
+sys.exit(region_tune.train_alpha_clip(sys.argv[1:]))
 """
 
 
@@ -234,7 +238,10 @@ def test_two_ranks_in_bfloat16_learn_what_one_does(world, tmp_path, flags, parts
     both = (*PLAIN, "--bf16", "true", *parts)
     train(world, tmp_path / "one", *both)
     two = ("--per_device_train_batch_size", 2, *flags)
-    code, output = launch([*TORCHRUN, "-m", "train.alpha_clip"], recipe_arguments(world, tmp_path / "two", *both, *two))
+    code, output = launch(
+        [*TORCHRUN, "-m", "alpha_clip_commands.alpha_clip", "train"],
+        recipe_arguments(world, tmp_path / "two", *both, *two),
+    )
     assert code == 0, output[-3000:]
     assert_equal_runs(tmp_path / "one", tmp_path / "two", "model.safetensors", 8e-3, 2e-2)  # the largest move is 7.7e-2
     before, after = (load_file(folder / "model.safetensors") for folder in (world / "start", tmp_path / "two"))

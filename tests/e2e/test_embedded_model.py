@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import pipeline
 
 import mllm
+from alpha_clip_commands import region_tune
 from alpha_clip_commands.region_chat import main as region_chat
 from eval.generate import generate
 from eval.metrics.literal_match import literal_match
@@ -22,7 +23,6 @@ from mllm.loading import EMBEDDED_MODEL
 from tests.alpha_maps import overlap
 from tests.files import read_json_lines
 from tests.tiny import prompt
-from train import finetune
 from train.tuning.collators import IGNORE_INDEX, encode_with_labels
 from vision_tower import Region
 
@@ -248,5 +248,5 @@ def test_the_model_trains_on(root, tmp_path):
         "--learning_rate",
         "1e-6",
     ]
-    assert finetune.main(arguments) == 0
+    assert region_tune.main(arguments) == 0
     mllm.load(tmp_path / "out")

@@ -5,6 +5,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
+from alpha_clip_commands import region_tune
 from alpha_clip_commands.alpha_clip import main as alpha_clip
 from alpha_clip_commands.region_eval import main as region_eval
 from mllm import RegionChat
@@ -12,7 +13,6 @@ from mllm.data.shapes import visual_genome_layout
 from tests.files import read_json
 from tests.tiny import noise_image
 from tests.training import write_splits
-from train import finetune
 
 
 @pytest.mark.slow
@@ -37,7 +37,7 @@ disable_tqdm: true
 """
     )
     tuned, merged, out = (str(tmp_path / name) for name in ("tuned", "merged", "out"))
-    assert finetune.main([str(tmp_path / "recipe.yaml"), "--output_dir", tuned]) == 0
+    assert region_tune.main([str(tmp_path / "recipe.yaml"), "--output_dir", tuned]) == 0
     adapter = load_file(tmp_path / "tuned" / "adapter_model.safetensors")
     assert any("patch_embedding.alpha" in name for name in adapter)
     assert any(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)

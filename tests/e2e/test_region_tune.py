@@ -10,13 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 import mllm
-from alpha_clip_commands import alpha_clip
+from alpha_clip_commands import alpha_clip, region_tune
 from mllm.convert.export import export
 from mllm.data.shapes import visual_genome_layout
 from tests.files import ROOT, read_json
 from tests.tiny import build_tiny_llava, save_model
 from tests.training import BIN, assert_equal_runs, launch, losses, recipe_arguments, write_splits
-from train import finetune
 from train.output import COMPLETE, last_checkpoint
 from train.stop_on_signal import StopOnSignal
 
@@ -52,7 +51,7 @@ disable_tqdm: true
 
 
 def tune(world, out, *flags):
-    assert finetune.main(recipe_arguments(world, out, *flags)) == 0
+    assert region_tune.main(recipe_arguments(world, out, *flags)) == 0
     return out
 
 
@@ -84,7 +83,7 @@ def tune_with(command, world, out, *flags):
 # ZeRO-3 5.8e-5; other losses of a step 1e-5.
 TORCHRUN = (BIN / "torchrun", "--standalone", "--nproc_per_node", "2")
 DEEPSPEED = (BIN / "deepspeed", "--num_accelerators", "2", "--master_port", "29611")
-MODULE = "train.finetune"  # in a folder without a train.py; the documented commands run in one with it
+MODULE = "alpha_clip_commands.region_tune"  # in a folder without a train.py; the documented commands run in one with it
 
 
 @pytest.mark.parametrize(
@@ -194,7 +193,7 @@ def until_a_checkpoint(started, out):
 
 def test_two_processes_learn_what_one_does(world, undisturbed, tmp_path, processes):
     flags = recipe_arguments(world, tmp_path, "--per_device_train_batch_size", 2)
-    ranks = processes.start_ranks("train.finetune:main", flags)
+    ranks = processes.start_ranks("alpha_clip_commands.region_tune:main", flags)
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].output()[-3000:]
     outputs = [rank.output() for rank in ranks]
     assert [output.count("language_model   ") for output in outputs] == [1, 0]  # the table of trained parameters
@@ -202,7 +201,7 @@ def test_two_processes_learn_what_one_does(world, undisturbed, tmp_path, process
 
 
 def test_a_killed_run_goes_on_to_the_same_end(world, undisturbed, tmp_path, processes):
-    started = processes.start("train.finetune:main", recipe_arguments(world, tmp_path, *SAVING))
+    started = processes.start("alpha_clip_commands.region_tune:main", recipe_arguments(world, tmp_path, *SAVING))
     until_a_checkpoint(started, tmp_path)
     started.kill_group()
     assert started.wait() == -signal.SIGKILL
@@ -216,7 +215,7 @@ def test_a_killed_run_goes_on_to_the_same_end(world, undisturbed, tmp_path, proc
 def test_a_signal_to_all_processes_ends_with_a_checkpoint(world, tmp_path, processes, number):
     """Sent to the process group, as by a launcher or terminal: data-loading workers receive it, too."""
     flags = *SAVING, "--max_steps", 2000, "--dataloader_num_workers", 2, "--dataloader_persistent_workers", "true"
-    started = processes.start("train.finetune:main", recipe_arguments(world, tmp_path, *flags))
+    started = processes.start("alpha_clip_commands.region_tune:main", recipe_arguments(world, tmp_path, *flags))
     until_a_checkpoint(started, tmp_path)
     started.kill_group(number)
     assert started.wait() == 128 + number, started.output()[-3000:]
@@ -235,7 +234,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(world, undisturbed, tmp_pat
         original(self, args, state, control, **kwargs)
 
     monkeypatch.setattr(StopOnSignal, "on_step_end", killed_at_three)
-    assert finetune.main(recipe_arguments(world, tmp_path, *SAVING)) == 128 + number
+    assert region_tune.main(recipe_arguments(world, tmp_path, *SAVING)) == 128 + number
     assert last_checkpoint(tmp_path).name == "checkpoint-3"
     assert not (tmp_path / "adapter_model.safetensors").exists()
     monkeypatch.undo()
@@ -250,17 +249,17 @@ def test_half_written_and_foreign_checkpoints_are_not_picked_up(world, undisturb
     assert last_checkpoint(tmp_path).name == "checkpoint-4"
     tune(world, tmp_path, *SAVING)
     assert_equal_runs(undisturbed, tmp_path, ADAPTER, 0, 0)
-    assert finetune.main(recipe_arguments(world, tmp_path, *SAVING, "--learning_rate", 2e-2)) == 2
+    assert region_tune.main(recipe_arguments(world, tmp_path, *SAVING, "--learning_rate", 2e-2)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "belongs to another run: learning_rate was 0.01, now 0.02" in error
 
 
 def test_a_full_disk_is_named_and_the_run_goes_on_afterwards(world, undisturbed, tmp_path, capsys):
-    assert finetune.main(recipe_arguments(world, tmp_path, *SAVING, "--max_steps", 2)) == 0
+    assert region_tune.main(recipe_arguments(world, tmp_path, *SAVING, "--max_steps", 2)) == 0
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, before[1]))
-        assert finetune.main(recipe_arguments(world, tmp_path / "full", *SAVING)) == 2
+        assert region_tune.main(recipe_arguments(world, tmp_path / "full", *SAVING)) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     error = capsys.readouterr().err.strip().splitlines()[-1]

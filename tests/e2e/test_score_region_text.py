@@ -49,7 +49,7 @@ def test_shares_are_those_of_one_pass_for_each_region(folder, capsys, form):
         with torch.no_grad():
             right += texts[model(**inputs).logits_per_image.argmax()] == sample.references[0]
     assert right
-    assert f"5 pictures, {len(samples)} regions, alpha\ntop1: {right / len(samples):.1%}\n" in printed
+    assert f"5 images, {len(samples)} regions, alpha\ntop1: {right / len(samples):.1%}\n" in printed
 
 
 def test_the_region_reaches_the_model(folder, capsys):
@@ -63,7 +63,8 @@ def test_the_region_reaches_the_model(folder, capsys):
 def test_a_split_that_the_data_has_not_is_one_line(folder, capsys):
     assert score(folder, "--split", "val") == 2
     assert (
-        "needs pictures of the split 'val', the data has only test" in capsys.readouterr().err.strip().splitlines()[-1]
+        "expected images in the split 'val' for evaluation, got data with the splits test"
+        in capsys.readouterr().err.strip().splitlines()[-1]
     )
 
 
@@ -77,6 +78,6 @@ def test_a_plain_clip_is_scored_by_other_views(folder, capsys):
     flags = "--model", folder / "clip"
     assert score(folder, *flags, "--view", "masked", "--pictures", 3) == 0
     printed = capsys.readouterr()
-    assert printed.out.startswith("3 pictures, ") and "cpu, float32, sdpa, pad" in printed.err
+    assert printed.out.startswith("3 images, ") and "cpu, float32, sdpa, pad" in printed.err
     assert score(folder, *flags) == 2
-    assert "sees no region; take another --view" in capsys.readouterr().err
+    assert "ignores regions; use another --view" in capsys.readouterr().err

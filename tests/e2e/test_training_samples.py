@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 import mllm
+from alpha_clip_commands import region_tune
 from alpha_clip_commands.training.contrastive_arguments import PairArguments
 from alpha_clip_commands.training.tuning_arguments import DataArguments
 from mllm.data.build_index import build_index
@@ -18,7 +19,7 @@ from tests.alpha_maps import alpha_map
 from tests.files import read_json, write_json, write_json_lines
 from tests.tiny import build_tiny_clip, build_tiny_llava, noise_image, save_model
 from tests.training import train
-from train import alpha_clip, finetune
+from train import finetune
 from train.contrastive import trainer as contrastive_trainer
 from train.contrastive.data import RegionTextDataset
 from train.contrastive.trainer import RegionTextTrainer, _capped
@@ -105,14 +106,14 @@ def noting(method, batches):
 @pytest.fixture(scope="module")
 def tuned(data, tmp_path_factory):
     flags = "--eval_metrics", "exactly right", "CIDEr"
-    return Ran(finetune, *build_tiny_llava(), data, tmp_path_factory.mktemp("tuned"), *flags)
+    return Ran(region_tune.main, *build_tiny_llava(), data, tmp_path_factory.mktemp("tuned"), *flags)
 
 
 @pytest.fixture(scope="module")
 def contrasted(data, tmp_path_factory):
     model, processor = build_tiny_clip()
     model.logit_scale.data.fill_(math.log(60))  # so large that smoothing has an effect
-    return Ran(alpha_clip, model, processor, data, tmp_path_factory.mktemp("contrasted"))
+    return Ran(region_tune.train_alpha_clip, model, processor, data, tmp_path_factory.mktemp("contrasted"))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def released(data, tmp_path_factory):
     model, processor = build_tiny_clip()
     model.logit_scale.data.fill_(math.log(500))
     flags = "--loss", "released", "--train_parts", "vision_model", "logit_scale"
-    return Ran(alpha_clip, model, processor, data, tmp_path_factory.mktemp("released"), *flags)
+    return Ran(region_tune.train_alpha_clip, model, processor, data, tmp_path_factory.mktemp("released"), *flags)
 
 
 @pytest.fixture(params=["tuned", "contrasted", "released"])

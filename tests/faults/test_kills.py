@@ -64,11 +64,11 @@ def world(tmp_path_factory):
 
 
 def tune(world, out, ranks=1):
-    return "train.finetune:main", [world / f"tune{ranks}.yaml", "--output_dir", out]
+    return "alpha_clip_commands.region_tune:main", [world / f"tune{ranks}.yaml", "--output_dir", out]
 
 
 def contrast(world, out, ranks=1):
-    return "train.alpha_clip:main", [world / f"contrast{ranks}.yaml", "--output_dir", out]
+    return "alpha_clip_commands.region_tune:train_alpha_clip", [world / f"contrast{ranks}.yaml", "--output_dir", out]
 
 
 def evaluate(world, out, ranks=1):

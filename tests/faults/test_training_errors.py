@@ -1,6 +1,5 @@
 """After an error in any process, both training programs report it, end, and leave no process running."""
 
-import importlib
 import multiprocessing
 import os
 import signal
@@ -12,6 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from alpha_clip_commands import region_tune
 from alpha_clip_commands.command_line import stopping_signals
 from tests.faults.training_runs import BIN, PROGRAMS, make_worlds, note_time, run_until_it_ends  # noqa: F401, the scripts call note_time
 from train import run as train_run
@@ -105,7 +105,7 @@ def test_live_workers_are_ended(recipes, tmp_path, monkeypatch, capsys, program,
 
 
 def check_in_this_process(recipes, out, monkeypatch, capsys, name, program, workers):
-    main = importlib.import_module(PROGRAMS[program]).main
+    main = getattr(region_tune, PROGRAMS[program])
     before, others = handlers(), multiprocessing.active_children()
     inject(name, monkeypatch)
     flags = arguments(recipes, program, out, "--dataloader_num_workers", workers, *PERSISTENT[: 2 * (workers > 0)])
@@ -133,7 +133,7 @@ from tests.faults import test_training_errors as tests
 program, name, rank, fault_time = sys.argv[1:5]
 if os.environ.get("RANK", "0") == rank:
     tests.inject(name, pytest.MonkeyPatch(), lambda: tests.note_time(fault_time))
-main = tests.importlib.import_module(tests.PROGRAMS[program]).main
+main = getattr(tests.region_tune, tests.PROGRAMS[program])
 sys.exit(main(sys.argv[5:]))
 """
 TIMES = []
@@ -199,7 +199,7 @@ if os.environ["RANK"] == "{rank}":
 def test_two_ranks_end_within_seconds(recipes, tmp_path, processes, name, program, rank):
     fault_time = tmp_path / "time"
     ranks = processes.start_ranks(
-        f"{PROGRAMS[program]}:main",
+        f"alpha_clip_commands.region_tune:{PROGRAMS[program]}",
         arguments(recipes, program, tmp_path / "out", *TWO_RANKS),
         before=INJECTING.format(rank=rank, name=name, fault_time=fault_time),
     )

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 import mllm
+from alpha_clip_commands import region_tune
 from alpha_clip_commands.training.tuning_arguments import DataArguments
 from mllm.data.build_index import build_index
 from mllm.data.index import TRAIN, RegionIndex
@@ -18,7 +19,7 @@ from mllm.locks import locked
 from tests.faults.training_runs import make_worlds
 from tests.files import read_json, write_json_lines
 from tests.tiny import build_tiny_blip2, build_tiny_llava, noise_image
-from train import finetune, output
+from train import output
 from train import process as train_process
 from train import run as train_run
 from train import trainer as trainers
@@ -121,10 +122,10 @@ def test_the_last_whole_checkpoint_stays_until_the_next_is_whole(recipe, tmp_pat
         original(path, content, *args)
 
     monkeypatch.setattr(trainers, "write_json", full)
-    assert finetune.main(flags(recipe, tmp_path, "--save_total_limit", 1)) == 2
+    assert region_tune.main(flags(recipe, tmp_path, "--save_total_limit", 1)) == 2
     assert checkpoints(tmp_path) == ["checkpoint-2"]
     monkeypatch.undo()
-    assert finetune.main(flags(recipe, tmp_path, "--save_total_limit", 1)) == 0
+    assert region_tune.main(flags(recipe, tmp_path, "--save_total_limit", 1)) == 0
     assert checkpoints(tmp_path) == ["checkpoint-6"]
 
 
@@ -140,7 +141,7 @@ def test_a_model_is_on_disk_before_its_record_says_so(recipe, tmp_path, monkeypa
 
     monkeypatch.setattr(output, "sync_files", noted)
     monkeypatch.setattr(output, "write_json", lambda path, content: (done.append(path.name), write(path, content)))
-    assert finetune.main(flags(recipe, tmp_path, "--max_steps", 1, "--save_strategy", "no")) == 0
+    assert region_tune.main(flags(recipe, tmp_path, "--max_steps", 1, "--save_strategy", "no")) == 0
     assert done[-1] == TRAINING_RECORD and {ADAPTER, "adapter_config.json", "tokenizer.json"} <= set(done[:-1])
 
 
@@ -161,7 +162,7 @@ def test_labels_of_an_encoder_decoder_are_smoothed(recipe, tmp_path, monkeypatch
     )
     more = "--model", tmp_path / "model", "--label_smoothing_factor", 0.25, "--learning_rate", 0, "--max_turns", 1
     more += "--max_steps", 1, "--logging_steps", 1, "--save_strategy", "no"
-    assert finetune.main(flags(recipe, tmp_path / "out", *more)) == 0
+    assert region_tune.main(flags(recipe, tmp_path / "out", *more)) == 0
     loaded, _ = mllm.load(tmp_path / "model", device="cpu")
     with torch.no_grad():
         logits = loaded(**batches[0]).logits.flatten(0, 1)
@@ -199,7 +200,9 @@ sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
 def test_a_closed_terminal_ends_with_a_checkpoint(recipe, tmp_path, processes):
     before = AT_STEP.format(what="os.close(terminal); os.kill(os.getpid(), signal.SIGHUP)") + CLOSED_TERMINAL
     run = processes.start(
-        "train.finetune:main", flags(recipe, tmp_path, "--disable_tqdm", "false", "--logging_steps", 1), before=before
+        "alpha_clip_commands.region_tune:main",
+        flags(recipe, tmp_path, "--disable_tqdm", "false", "--logging_steps", 1),
+        before=before,
     )
     assert run.wait() == 128 + signal.SIGHUP
     assert last_checkpoint(tmp_path).name == "checkpoint-3"
@@ -207,7 +210,7 @@ def test_a_closed_terminal_ends_with_a_checkpoint(recipe, tmp_path, processes):
 
 def in_ranks(processes, recipe, out, *more, before=("", "")):
     ranks = processes.start_ranks(
-        "train.finetune:main",
+        "alpha_clip_commands.region_tune:main",
         flags(recipe, out, "--per_device_train_batch_size", 1, *more),
         before=f"import os\nif os.environ['RANK'] == '0':\n    exec({before[0]!r})\nelse:\n    exec({before[1]!r})\n",
     )
@@ -280,7 +283,7 @@ def test_a_signal_does_not_interrupt_the_last_save(recipe, tmp_path, monkeypatch
 
     monkeypatch.setattr(train_run, "write_training_record", signalled)
     before = signal.getsignal(number)
-    assert finetune.main(flags(recipe, tmp_path, "--save_strategy", "no", "--max_steps", 1)) == 0
+    assert region_tune.main(flags(recipe, tmp_path, "--save_strategy", "no", "--max_steps", 1)) == 0
     assert signal.getsignal(number) is before
     assert (tmp_path / TRAINING_RECORD).exists()
 

@@ -1,12 +1,12 @@
 """Rerun training: finished runs, runs killed during the last save or between two logs, and skipped samples."""
 
-import importlib
 import os
 import shutil
 import signal
 
 import pytest
 
+from alpha_clip_commands import region_tune
 from mllm.data.build_index import build_index
 from mllm.locks import locked
 from tests.faults.training_runs import PROGRAMS, make_worlds
@@ -28,7 +28,7 @@ def recipes(tmp_path_factory):
 
 
 def train(recipes, program, out, *flags):
-    main = importlib.import_module(PROGRAMS[program]).main
+    main = getattr(region_tune, PROGRAMS[program])
     return main([str(flag) for flag in (recipes[program], "--output_dir", out, *flags)])
 
 

@@ -15,7 +15,7 @@ from tests.files import ROOT
 from tests.tiny import build_tiny_clip, build_tiny_llava, save_model
 from tests.training import BIN, write_splits
 
-PROGRAMS = {"region-tune": "train.finetune", "alpha-clip train": "train.alpha_clip"}
+PROGRAMS = {"region-tune": "main", "alpha-clip train": "train_alpha_clip"}  # in alpha_clip_commands.region_tune
 _MARK = "ALPHA_FAULT_RUN"  # in the environment of every process of a run
 
 RECIPE = """

@@ -32,7 +32,7 @@ def run(ranks=1, rank=0):
 def run_rank():
     """Run in each of two processes; also the error for different numbers of rows."""
     embeds = functional.normalize(torch.ones(3 + dist.get_rank(), 4))
-    with pytest.raises(ValueError, match=r"as many rows in every process, got \[3, 4\]"):
+    with pytest.raises(ValueError, match=r"the same number of rows in every process, got \[3, 4\]"):
         released_loss(embeds, embeds, torch.tensor(1.0))
     return run(2, dist.get_rank())
 

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from alpha_clip_commands import alpha_clip, region_chat, region_eval, region_tune
+from alpha_clip_commands import alpha_clip, region_chat, region_eval
 from alpha_clip_commands.command_line import ArgumentParser
 from alpha_clip_commands.training import programs
 from eval.tasks import TASKS
@@ -60,8 +60,8 @@ def check_command(words, monkeypatch):
         assert (ROOT / rest[0]).exists(), rest[0]
     elif training := TRAINING.get(tuple(words[:2])) or TRAINING.get(tuple(words[:1])):
         # the files of the examples do not exist
-        monkeypatch.setattr(region_tune, "check_found", lambda *_: None)
-        monkeypatch.setattr(region_tune, "check_model", lambda *_: None)
+        monkeypatch.setattr(programs, "check_found", lambda *_: None)
+        monkeypatch.setattr(programs, "check_model", lambda *_: None)
         programs.check(training, words[words.index("train") + 1 :] if "train" in words[:2] else rest)
     elif program in PARSERS:
         PARSERS[program].build_parser().parse_args(rest)

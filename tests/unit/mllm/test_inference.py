@@ -254,7 +254,7 @@ def test_a_stream_passes_errors_on_and_leaves_no_thread(embedded):
         ((WIDE, ENDS[0], ""), "expected a question as a string, or None for a description, got ''"),
         ((WIDE, ENDS[0], " \n"), r"for a description, got ' \\n'"),
         (("http://127.0.0.1:9/a\nb", ENDS[0], "What?"), "cannot download the image http://127.0.0.1:9/a b: "),
-        (("missing.png", ENDS[0], "What?"), "no image file missing.png"),
+        (("missing.png", ENDS[0], "What?"), "image file not found: missing.png"),
     ],
 )
 def test_mistakes_are_errors_of_one_line_everywhere(chat, arguments, message):

@@ -102,7 +102,7 @@ def test_labels_are_the_answer_and_its_end(tiny_llava_next, template):
 
 def test_a_template_without_an_end_of_answers_is_not_tuned(tiny_llava_next):
     collate = ConversationCollator(processor_with(VICUNA, tiny_llava_next[1]))
-    with pytest.raises(ValueError, match="the chat template writes no </s> after an answer"):
+    with pytest.raises(ValueError, match="the chat template has no </s> after an answer"):
         collate.check(turns(IMAGES[0], LEFT))
 
 
@@ -115,7 +115,7 @@ def test_every_parameter_is_of_a_part(tiny_llava_next):
 def test_export_and_plan_are_refused_by_name(tiny_llava_next, tiny_llava_next_dir, tmp_path):
     with pytest.raises(ValueError, match="expected a LLaVA-1.5 or BLIP-2 .*, got LlavaNextForConditionalGeneration"):
         export(*tiny_llava_next, tmp_path / "out")
-    with pytest.raises(ValueError, match="--plan knows LLaVA-1.5, got model_type 'llava_next'"):
+    with pytest.raises(ValueError, match="--plan supports LLaVA-1.5 only, got model_type 'llava_next'"):
         meta_model(ModelArguments(model=str(tiny_llava_next_dir)))
 
 

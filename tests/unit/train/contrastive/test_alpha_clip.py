@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from alpha_clip_commands import region_tune
 from eval.region_matching import described_images, score_region_text
 from mllm.data.readers.grit import read_grit
 from mllm.data.readers.visual_genome import read_regions
@@ -52,7 +53,7 @@ def saved(folder, alpha_std=0.3, **vision):
 def run(start, data, out, *flags):
     batch = ("--per_device_train_batch_size", 4, "--dataloader_drop_last", "true", "--regions_per_image", 4)
     settings = "--learning_rate 1e-2 --logging_steps 1 --save_strategy no".split()
-    return train(alpha_clip, start, (data / "train", data / "val"), out, *batch, *settings, *flags)
+    return train(region_tune.train_alpha_clip, start, (data / "train", data / "val"), out, *batch, *settings, *flags)
 
 
 def weights(folder):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import mllm
+from alpha_clip_commands import region_tune
 from mllm.data.shapes import visual_genome_layout
 from mllm.loading import EMBEDDED_MODEL
 from tests.files import read_json
@@ -31,7 +32,7 @@ def start(tmp_path_factory):
 
 
 def run(start, data, out, *flags):
-    return train(finetune, start, [data], out, "--report_to", "none", *flags)
+    return train(region_tune.main, start, [data], out, "--report_to", "none", *flags)
 
 
 def moved(start, out):
@@ -103,7 +104,7 @@ def test_what_the_run_reads_is_not_written_over(start, data, capsys):
     for folder in (start, data / "train"):
         assert run(start, data / "train", folder) == 2
         assert f"{folder} is or contains {folder}, which this command reads" in capsys.readouterr().err
-    assert finetune.main(["--data", str(data / "train"), "--output_dir", str(EMBEDDED_MODEL)]) == 2
+    assert region_tune.main(["--data", str(data / "train"), "--output_dir", str(EMBEDDED_MODEL)]) == 2
     assert "which this command reads" in capsys.readouterr().err
 
 

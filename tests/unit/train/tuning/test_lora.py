@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 import mllm
+from alpha_clip_commands import region_tune
 from alpha_clip_commands.training.tuning_arguments import ModelArguments
 from mllm.data.shapes import visual_genome_layout
 from mllm.loading import load_adapter
@@ -39,7 +40,7 @@ def starts(tmp_path_factory):
 
 def tune(start, data, out, *flags):
     splits = (data / "train", data / "val")
-    return train(finetune, start, splits, out, "--lora_r", 2, "--learning_rate", "1e-2", *flags)
+    return train(region_tune.main, start, splits, out, "--lora_r", 2, "--learning_rate", "1e-2", *flags)
 
 
 def weights(start, adapter=None):

@@ -9,6 +9,7 @@ from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from alpha_clip_commands import region_tune
 from alpha_clip_commands.training.tuning_arguments import ModelArguments
 from mllm.data.shapes import visual_genome_layout
 from scripts.bench.llava_7b import VISION, VOCABULARY
@@ -127,11 +128,11 @@ def test_llava_7b_paper_agrees_with_deepspeed(paper):
 def test_the_command_prints_it_without_reading_weights(tmp_path, capsys):
     visual_genome_layout.write(tmp_path / "data", 4, 1, progress=False)
     flags = ["--plan", "true", "--data", tmp_path / "data", "--output_dir", tmp_path / "out", "--lora_r", 4]
-    assert finetune.main([str(flag) for flag in (*flags, "--use_cpu", "true", "--max_steps", 7)]) == 0
+    assert region_tune.main([str(flag) for flag in (*flags, "--use_cpu", "true", "--max_steps", 7)]) == 0
     printed = capsys.readouterr().out
     assert "ZeRO-2, offload" in printed and "steps 7" in printed
     visual_genome_layout.write(tmp_path / "test", 4, 1, "test", progress=False)
     flags[3] = tmp_path / "test"
-    assert finetune.main([str(flag) for flag in (*flags, "--use_cpu", "true")]) == 2
+    assert region_tune.main([str(flag) for flag in (*flags, "--use_cpu", "true")]) == 2
     assert "expected regions in the split 'train', got data with the splits test" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
