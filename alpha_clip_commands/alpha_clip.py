@@ -247,7 +247,7 @@ to a square.""",
     parser.add_argument("--data", type=Path, required=True, help="folder or .jsonl that `alpha-clip train` reads")
     parser.add_argument("--split", default="test", help="of the data (default test)")
     parser.add_argument(
-        "--pictures",
+        "--images",
         type=positive_number,
         default=2000,
         help="maximum number of images, evenly spaced, kept in memory",

@@ -59,9 +59,18 @@ _FILES = {
     "training_scenes.bin": "hashes of the Shapes scenes used for training, which are excluded from scoring",
     "*.py": "source files, run with `trust_remote_code=True` if alpha-clip-mllm is not installed",
 }
-_TRAINING_ARGUMENTS = (  # those on the card
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "weight_decay"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16", "seed"),
+_TRAINING_SETTINGS = (  # those on the card
+    *("data", "alpha_weights", "train_parts", "lora_r", "lora_alpha", "load_in", "region_input", "whole_image_rate"),
+    *("learning_rate", "learning_rates", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps"),
+    *(
+        "weight_decay",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "world_size",
+        "bf16",
+        "fp16",
+        "seed",
+    ),
 )
 
 
@@ -239,13 +248,12 @@ def _lora(adapter: dict) -> str:
 
 
 def _training(record: dict) -> str:
-    """The data, the main arguments and the losses, without the parents of folders."""
+    """The main settings, without the parents of folders, and the losses of a `training_record.json`."""
     if not record:
         return ""
-    training = record.get("training", {})
-    rows = record.get("model", {}) | record.get("data", {})
-    rows |= {
-        name: training[name] for name in _TRAINING_ARGUMENTS if training.get(name) not in (None, "None", -1, False)
+    settings = record.get("run_config", record.get("run", {}))  # "run" in version 0.1.0
+    rows = {
+        name: settings[name] for name in _TRAINING_SETTINGS if settings.get(name) not in (None, "None", -1, False, [])
     }
     if "max_steps" in rows:
         rows.pop("num_train_epochs", None)  # which Trainer then ignores
@@ -306,8 +314,8 @@ def _eval_results(runs: dict) -> list[EvalResult]:
             dataset_type="shapes",
             dataset_name=f"Shapes: {measure}",
             dataset_config=measure,  # without it the results would be merged into one
-            metric_type="exactly_right",
-            metric_name="exact string match",
+            metric_type="literal_match",
+            metric_name="literal match",
             metric_value=round(entry["score"], 4),
         )
         for measure, entry in first.items()

@@ -194,7 +194,7 @@ class Released:
         return tensor, record["caption"] if whole else record["caption"][start:end]
 
     def prepare(self, pixels: np.ndarray, rle: dict[str, Any], whole: bool) -> torch.Tensor:
-        """Picture and mask padded with zeros to a square, as floats, resized as torchvision resizes tensors."""
+        """Image and mask padded with zeros to a square, as floats, resized as torchvision resizes tensors."""
         joined = np.concatenate([pixels, coco_mask.decode(rle)[..., None] * np.uint8(255)], axis=-1)
         height, width = joined.shape[:2]
         side = max(height, width)

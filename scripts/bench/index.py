@@ -3,7 +3,7 @@
     python scripts/bench/index.py [--work DIR] [--share 1.0]
 
 The files are made up: 108,077 images, 5.4 million regions with synsets, 1.7 million questions, half of them tied to
-a region, in Visual Genome's own layout and of its size on disk; there are no pictures.
+a region, in Visual Genome's layout and with its size on disk; there are no image files.
 """
 
 from __future__ import annotations

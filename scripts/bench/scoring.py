@@ -30,7 +30,7 @@ KEPT = 0.5  # of a reference's words in its prediction
 ENGLISH = """
     a the of on in with is and white black man woman red blue green wearing brown standing tree shirt holding wall sky
     people sign building person water table street grass his yellow side dog car two hand background large front horse
-    window head orange has sitting an hair wooden train grey boy small plate at snow clouds fence behind light child bus
+    window head orange has sitting an hair wooden train gray boy small plate at snow clouds fence behind light child bus
     walking metal sidewalk jacket cat road glass top field pink floor leaves for riding ball pants ground giraffe shadow
     to elephant bench girl long food looking bird chair legs tall beach pole part zebra tennis door bear player cup
 """.split()

@@ -1,12 +1,12 @@
-"""Which part of contrastive training brings what, on the drawn world: writes the tables of docs/ablations.md.
+"""Ablations of contrastive training on synthetic scenes: writes the tables of docs/ablations.md.
 
     python scripts/shapes/ablate_alpha_clip.py [--work DIR] [--pairs 8000] [--seeds 3] [--jobs 2] [--only NAME ...]
 
 Starts from one CLIP (scripts/shapes/build_clip.py). Every variant sees the same number of region-text pairs in batches
-of the same size (but for rounding: a batch is of whole pictures, the released recipe's has up to 3 % more). The
-released recipe and ours each take their best of three learning rates of alpha, chosen on validation scenes with the
-first seed, and the tower a hundredth and a tenth of it; the rows of single switches take ours. Scores are those of
-test scenes. A run that is there is not run again, so that the command goes on where it was stopped.
+of the same size (except for rounding: batches consist of images, and those of the released recipe have up to 3% more
+pairs). The released recipe and ours each use the best of three learning rates for alpha, chosen on validation scenes
+with the first seed, and a hundredth or a tenth of it for the tower; all other rows use ours. Scores are those of test
+scenes. Finished runs are kept: rerun the same command to resume.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ BATCH = 128  # pairs of a step
 VARIANTS: dict[str, tuple[str, dict[str, object], int]] = {
     RELEASED: ("shapes_alpha_clip_released", {}, 100),
     OURS: ("shapes_alpha_clip", {}, 10),
-    "one region a picture": ("shapes_alpha_clip", {"regions_per_image": 1}, 10),
-    "eight regions a picture": ("shapes_alpha_clip", {"regions_per_image": 8}, 10),
+    "one region per image": ("shapes_alpha_clip", {"regions_per_image": 1}, 10),
+    "eight regions per image": ("shapes_alpha_clip", {"regions_per_image": 8}, 10),
     "equal texts are negatives": ("shapes_alpha_clip", {"equal_texts": "false"}, 10),
     "the released loss": ("shapes_alpha_clip", {"loss": "released"}, 10),
     "label smoothing 0.1": ("shapes_alpha_clip", {"label_smoothing_factor": 0.1}, 10),
@@ -109,7 +109,7 @@ class Ablation:
 
     def __init__(self, work: Path, pairs: int, scenes: int, jobs: int) -> None:
         self.clip = work / "clip"
-        with open(self.clip / "model.safetensors", "rb") as weights:  # runs of another CLIP are other runs
+        with open(self.clip / "model.safetensors", "rb") as weights:  # runs depend on the CLIP
             of_clip = hashlib.file_digest(weights, "sha256").hexdigest()[:8]
         self.out = work / f"ablations_{pairs}_of_{scenes}_{of_clip}"
         self.steps = pairs // BATCH
@@ -117,9 +117,9 @@ class Ablation:
         self.data = scenes_folder(work, scenes, ALPHA_SEED)
         index = open_index(str(self.data))
         self.objects = np.bincount(index.image_rows[~index.is_whole])  # of each scene
-        self.pictures = {
-            "val": _pictures(scenes_folder(work, 150, 7, split="val")),
-            "test": _pictures(scenes_folder(work, 300, 2, split="test")),
+        self.images = {
+            "val": _images(scenes_folder(work, 150, 7, split="val")),
+            "test": _images(scenes_folder(work, 300, 2, split="test")),
         }
 
     def best_rates(self, names: Sequence[str]) -> dict[str, float]:
@@ -177,14 +177,14 @@ class Ablation:
         return self._kept(self.folder(run), split, "alpha")
 
     def score_clip(self, view: str) -> dict[str, float]:
-        """Scores of the CLIP that all runs start from, regions shown in another way."""
+        """Scores of the CLIP that all runs start from, with regions shown in another way."""
         return self._kept(self.clip, "test", view)
 
     def _kept(self, model: Path, split: str, view: str) -> dict[str, float]:
         kept = self.out / "scores" / f"{model.name}_{split}_{view}.json"
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
-            scores = score_region_text(*load(model, self.clip), self.pictures[split], view=view)
+            scores = score_region_text(*load(model, self.clip), self.images[split], view=view)
             write_json(kept, scores, indent=None)
         return json.loads(kept.read_text())
 
@@ -200,7 +200,7 @@ def load(model: Path, clip: Path) -> tuple[AlphaCLIPModel, AlphaCLIPProcessor]:
 
 
 def table(title: str, rows: dict[str, list[dict[str, float]]]) -> str:
-    """Mean and standard deviation over the runs, a Markdown row a variant."""
+    """Mean and standard deviation over the runs, one Markdown row per variant."""
     lines = [f"| {title} | {' | '.join(COLUMNS.values())} |", f"|---{'|---' * len(COLUMNS)}|"]
     for name, scores in rows.items():
         cells = []
@@ -213,8 +213,8 @@ def table(title: str, rows: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _pictures(folder: Path) -> list[DescribedImage]:
-    """A test's pictures, each object by its mask."""
+def _images(folder: Path) -> list[DescribedImage]:
+    """The images of a dataset, with the mask of each object."""
     samples = (sample for sample in read_grit(folder) if sample.regions[0].kind != "box")
     return described_images(samples)
 

@@ -89,7 +89,7 @@ def tune_and_score(tower: Path, out: Path, data: dict[str, Path], steps: int, se
 
 
 def score(chat: RegionChat, data: Path) -> dict[str, float]:
-    """Share of descriptions that are right letter for letter."""
+    """Literal match of the descriptions."""
     boxes, masks = (list(read_regions(data, region_type=form)) for form in ("box", "mask"))
     shown = {
         "box": (boxes, [sample.references for sample in boxes]),

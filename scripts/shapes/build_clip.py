@@ -1,16 +1,15 @@
-"""Build the Shapes world's CLIP from random weights, and an Alpha-CLIP out of it, as the paper does.
+"""Train a CLIP on Shapes from random weights, and an Alpha-CLIP from it, as in the paper.
 
     python scripts/shapes/build_clip.py [--work DIR] [--seed S] [--scenes N] [--flag value ...]
 
-Leaves `WORK/clip` and `WORK/alpha_clip`, each an AlphaCLIPModel with its processor. Further flags go to the first
-recipe (shapes_clip.yaml). Neither knows anything but drawn scenes.
+Writes `WORK/clip` and `WORK/alpha_clip`, each an AlphaCLIPModel with its processor. Further flags are passed to the
+first recipe (shapes_clip.yaml). Both models know synthetic scenes only.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from mllm.data.shapes import grit_layout
 from mllm.data.shapes.world import COLORS, MAX_OBJECTS, MIN_OBJECTS, PATTERNS, SHAPES, SIZES
 from mllm.folders import claim_folder
-from train.output import TRAINING_RECORD
+from train.output import TRAINING_RECORD, read_training_record
 from vision_tower import (
     AlphaCLIPConfig,
     AlphaCLIPImageProcessor,
@@ -79,7 +78,7 @@ def claim_work(work: Path) -> None:
 
 
 def build_clip(work: Path, seed: int, scenes: int | None = None, flags: Sequence[str] = ()) -> int:
-    """Train the CLIP on so many scenes of each kind; returns the exit code. A finished one in the folder is kept."""
+    """Train the CLIP on `scenes` scenes of each kind; returns the exit code. A finished model in the folder is kept."""
     data = clip_scenes(work, scenes)
     if is_built(work / "clip", seed, data):
         return 0
@@ -89,35 +88,35 @@ def build_clip(work: Path, seed: int, scenes: int | None = None, flags: Sequence
 
 
 def build_alpha_clip(work: Path, seed: int, scenes: int | None = None) -> int:
-    """Train the Alpha-CLIP from the CLIP; returns the exit code. A finished one in the folder is kept."""
+    """Train the Alpha-CLIP from the CLIP; returns the exit code. A finished model in the folder is kept."""
     data = [scenes_folder(work, scenes or ALPHA_SCENES, ALPHA_SEED)]
     if is_built(work / "alpha_clip", seed, data):
         return 0
-    flags = ["--whole_image_rate", "0.25"]  # docs/ablations.md: whole images suffer less, regions hardly
+    flags = ["--whole_image_rate", "0.25"]  # docs/ablations.md: better on whole images, hardly worse on regions
     return train_stage(
         region_tune.train_alpha_clip, "shapes_alpha_clip.yaml", work / "clip", data, work / "alpha_clip", seed, flags
     )
 
 
 def is_built(folder: Path, seed: int, data: Sequence[Path]) -> bool:
-    """Whether a finished model of this seed and these scenes is in the folder.
+    """Whether the folder contains a finished model of this seed and these scenes.
 
     Raises:
-        ValueError: If one of others is.
+        ValueError: If it contains a model of another seed or other scenes.
     """
     record = folder / TRAINING_RECORD
     if not record.exists():
         return False
-    run = json.loads(record.read_text(encoding="utf-8"))["run"]
+    run = read_training_record(record)["run_config"]
     built, asked = (run["seed"], sorted(Path(name).name for name in run["data"])), (seed, sorted(d.name for d in data))
     if built != asked:
-        raise ValueError(f"{folder} was built with seed and scenes {built}, asked for are {asked}; give another --work")
+        raise ValueError(f"{folder} was built with seed and scenes {built}, requested {asked}; pass another --work")
     return True
 
 
 def clip_scenes(work: Path, scenes: int | None = None) -> list[Path]:
-    """The folders that the CLIP is trained on: scenes, and objects alone. Captions of scenes differ in their colours
-    already; without the objects it never learns to tell shapes and patterns.
+    """The folders that the CLIP is trained on: scenes, and objects alone. The captions of scenes already differ in
+    their colors; without single objects, the CLIP does not learn to distinguish shapes and patterns.
     """
     return [
         scenes_folder(work, scenes or CLIP_SCENES, CLIP_SEED, min_objects=1),
@@ -133,7 +132,7 @@ def scenes_folder(
     min_objects: int = MIN_OBJECTS,
     max_objects: int = MAX_OBJECTS,
 ) -> Path:
-    """A folder of drawn scenes in GRIT's layout, written now where there is none."""
+    """A folder of synthetic scenes in GRIT's layout, written if it does not exist."""
     folder = work / f"grit_{split}_{seed}_{count}_{min_objects}_{max_objects}"
     if not (folder / "dataset.json").exists():
         grit_layout.write(folder, count, seed, split, min_objects=min_objects, max_objects=max_objects)
@@ -141,7 +140,7 @@ def scenes_folder(
 
 
 def write_start(out: Path, seed: int) -> None:
-    """A randomly initialised CLIP whose image tower is the embedded model's, with its processor."""
+    """A randomly initialized CLIP whose image tower is the embedded model's, with its processor."""
     tokenizer = train_tokenizer()
     set_seed(seed)
     config = AlphaCLIPConfig(
@@ -165,7 +164,7 @@ def write_start(out: Path, seed: int) -> None:
 
 
 def train_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer with bytes and the words of the Shapes world for a vocabulary."""
+    """CLIP's tokenizer with a vocabulary of bytes and the words of Shapes."""
     objects = [f"a {' '.join(words)}" for words in itertools.product(SIZES, PATTERNS, COLORS, SHAPES)]
     empty = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[])
     tokenizer = empty.train_new_from_iterator([", ".join(objects)], vocab_size=1000)

@@ -1,11 +1,11 @@
-"""Build the embedded model from nothing, as the paper builds: a CLIP, from it an Alpha-CLIP, from that the LLaVA.
+"""Build the embedded model from scratch, as in the paper: a CLIP, then an Alpha-CLIP, then the LLaVA.
 
     python scripts/shapes/build_embedded_model.py [--work DIR] [--out DIR] [--seed S] [--flag value ...]
 
-Scenes, tokenizers and random weights are made here too; scripts/shapes/build_clip.py has the first two stages. A stage
-that is there is kept. The LLaVA is trained in two parts, its tower frozen in the first. On 2 CPU cores all of it takes
-two and a half hours; what comes out of the same machine and seed is the same model. Further flags go to both of the
-LLaVA's recipes. `WORK/training.png` charts each stage.
+This includes scenes, tokenizers and random weights; scripts/shapes/build_clip.py has the first two stages. Finished
+stages are kept. The LLaVA is trained in two parts, with a frozen tower in the first. On 2 CPU cores, everything takes
+two and a half hours; the same machine and seed give the same model. Further flags are passed to both recipes of the
+LLaVA. `WORK/training.png` plots each stage.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _run(argv: Sequence[str] | None) -> int:
     export(args.work / "llava", args.out)
     # the Alpha-CLIP's scenes are the LLaVA's
     seen = [*clip_scenes(args.work, args.scenes), llava_scenes(args.work, args.scenes)]
-    write_file(args.out / scenes.TRAINING_SCENES, b"".join(hashes_of_pictures(*seen)))
+    write_file(args.out / scenes.TRAINING_SCENES, b"".join(scene_hashes(*seen)))
     write_sample_scenes(scenes)
     draw([args.work / stage for stage in STAGES], args.work / "training.png")
     say(f"wrote {args.out}; score it with: python scripts/shapes/score_embedded_model.py --model {args.out}")
@@ -173,14 +173,14 @@ def train_tokenizer(folder: Path) -> LlamaTokenizer:
 
 
 def world_sentences() -> list[str]:
-    """Every question and answer of the Shapes world in the conversation format."""
+    """Every question and answer of Shapes in the conversation format."""
     answers = {
         "size": SIZES,
         "pattern": PATTERNS,
         "colour": tuple(COLORS),
         "shape": SHAPES,
         "count": ("3", "4", "5", "6"),
-        **dict.fromkeys(scenes.DIRECTIONS, [f"{colour} {shape}" for colour in COLORS for shape in SHAPES]),
+        **dict.fromkeys(scenes.DIRECTIONS, [f"{color} {shape}" for color in COLORS for shape in SHAPES]),
     }
     phrases = [f"a {' '.join(words)}" for words in itertools.product(SIZES, PATTERNS, COLORS, SHAPES)]
     pairs = [(question, phrase) for question in DESCRIBE_REGION_WORDINGS for phrase in phrases]
@@ -191,7 +191,7 @@ def world_sentences() -> list[str]:
 
 
 def write_sample_scenes(folder: Path) -> None:
-    """Scenes that the model never saw, with the box and the description of each of their objects."""
+    """Scenes outside the training data, with the box and description of each object."""
     for number, (_, scene) in enumerate(scenes.scenes(SAMPLE_SCENES, SAMPLE_SEED, "test"), 1):
         Image.fromarray(scene.pixels).save(folder / f"scene_{number}.png")
         regions = [
@@ -201,19 +201,19 @@ def write_sample_scenes(folder: Path) -> None:
         write_json(folder / f"scene_{number}.json", regions)
 
 
-def hashes_of_pictures(*folders: Path) -> Iterator[bytes]:
+def scene_hashes(*folders: Path) -> Iterator[bytes]:
     """The hash of each scene in these folders."""
     for folder in folders:
         for file in sorted(folder.rglob("*.png"), key=lambda file: (len(file.name), file.name)):
-            with Image.open(file) as picture:
-                yield scenes.scene_hash(np.asarray(picture))
+            with Image.open(file) as image:
+                yield scenes.scene_hash(np.asarray(image))
 
 
 def export(trained: Path, out: Path) -> None:
     """Copy the trained model to `out` with its weights in bfloat16, half the size; config.json keeps float32, in which
     it runs.
 
-    Run in bfloat16, an answer could depend on the batch it stands in; the weights lose nothing that the scores show.
+    When run in bfloat16, answers could depend on the batch. Storing the weights in bfloat16 does not change the scores.
     """
     model = LlavaForConditionalGeneration.from_pretrained(trained, dtype=torch.bfloat16)
     model.save_pretrained(out)
@@ -221,7 +221,7 @@ def export(trained: Path, out: Path) -> None:
         if file.suffix in (".json", ".jinja"):
             shutil.copy(file, out / file.name)
     processor = json.loads((out / "processor_config.json").read_text(encoding="utf-8"))
-    processor["image_processor"].pop("auto_map", None)  # no copy of our own code beside our own code
+    processor["image_processor"].pop("auto_map", None)  # the package contains the code already
     write_json(out / "processor_config.json", processor, indent=2)
 
 

@@ -1,8 +1,8 @@
-"""Score a model of the Shapes world on scenes it never saw, greedily, through the code that `region-chat` answers with.
+"""Score a model of Shapes on unseen scenes with greedy decoding, with the inference code of `region-chat`.
 
     python scripts/shapes/score_embedded_model.py [--model DIR] [--scenes 200] [--seed 2] [--json FILE]
 
-Prints the table of docs/shapes.md. An answer is right when it equals the reference letter for letter.
+Prints the table of docs/shapes.md. An answer is correct if it equals the reference (literal match).
 """
 
 from __future__ import annotations

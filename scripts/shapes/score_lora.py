@@ -1,10 +1,9 @@
-"""What tuning with `shapes_lora.yaml` taught the embedded model, and what it cost: scores before and after on scenes
-that neither training saw.
+"""Scores of the embedded model before and after tuning with `shapes_lora.yaml`, on scenes outside both training sets.
 
     python scripts/shapes/score_lora.py ADAPTER [--scenes 100] [--seed 2]
 
-Where an object is, exactly right or not; the same when another object's region is shown (its own place, then the asked
-one's); and every score of the embedded model before and after.
+Literal match of the places of objects; the same with the region of another object (compared with that object's place,
+then with the sample's own); and all scores of the embedded model before and after.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def places_right(chat: RegionChat, folder: Path) -> dict[str, float]:
-    """Share of places right, with the region and with the controls."""
+    """Share of places right, with the region and with other views."""
     shares = {}
     for form in ("box", "mask"):
         samples = [s for s in read_region_questions(folder, region_type=form) if s.meta["type"] == "place"]
@@ -67,7 +66,7 @@ def places_right(chat: RegionChat, folder: Path) -> dict[str, float]:
         shares[f"{form}, {len(samples)} objects"] = literal_match(generate(chat, samples, batch_size=64), references)
         others = generate(chat, with_other_region(samples), batch_size=64)
         shares[f"{form} of another object: that object's"] = literal_match(others, other_region_references(samples))
-        shares[f"{form} of another object: the asked one's"] = literal_match(others, references)
+        shares[f"{form} of another object: the sample's own"] = literal_match(others, references)
     whole = generate(chat, with_whole_image(samples), batch_size=64)
     shares["whole image"] = literal_match(whole, references)
     return shares

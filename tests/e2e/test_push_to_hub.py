@@ -96,7 +96,7 @@ def test_a_tower_with_its_sources(tower, tmp_path, run_example):
 
 def test_a_llava_without_what_only_its_machine_can_use(tiny_llava_dir, tmp_path, run_example):
     shutil.copytree(tiny_llava_dir, tmp_path / "in")
-    record = {"data": {"data": "/home/somebody/vg"}, "training": {"output_dir": "/home/somebody/out"}, "log": []}
+    record = {"run_config": {"data": ["/home/somebody/vg"], "output_dir": "/home/somebody/out"}, "log": []}
     write_json(tmp_path / "in" / "training_record.json", record)
     for folder in ("checkpoint-3", ".git"):
         (tmp_path / "in" / folder).mkdir()

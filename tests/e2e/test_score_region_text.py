@@ -76,7 +76,7 @@ def test_a_plain_clip_is_scored_by_other_views(folder, capsys):
     images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     CLIPProcessor(images, tokenizer).save_pretrained(folder / "clip")
     flags = "--model", folder / "clip"
-    assert score(folder, *flags, "--view", "masked", "--pictures", 3) == 0
+    assert score(folder, *flags, "--view", "masked", "--images", 3) == 0
     printed = capsys.readouterr()
     assert printed.out.startswith("3 images, ") and "cpu, float32, sdpa, pad" in printed.err
     assert score(folder, *flags) == 2

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """
     data = PairArguments(data=[str(args.data)], region_input=args.region_input, max_missing=MAX_ERRORS)
     dataset = RegionTextDataset([open_index(str(args.data))], data, args.split, 0, None)
-    images = validation_images(dataset, args.pictures)
+    images = validation_images(dataset, args.images)
     hub = offline_options(args.model)
     model = AlphaCLIPModel.from_pretrained(args.model, **hub).to(pick_device(args.device))
     if args.view == "alpha" and not model.vision_model.embeddings.patch_embedding.alpha.weight.any():
