@@ -107,13 +107,17 @@ def run_batch(
             output.write(request.digest for request in requests)
         output.end()
     if too_many_errors(failures, len(requests), max_errors):
-        first = _failed(output, requests)[0]
-        raise ValueError(
-            f"{failures} of {len(requests)} requests failed, more than --max-errors {max_errors:g} allows (first: "
-            f"{first.id}: {first.error}); the answers so far are in {output.path}. Fix the requests and rerun, with "
-            "--retry-failed for those that did not change"
-        )
+        raise _too_many(failures, output, requests, max_errors)
     return failures
+
+
+def _too_many(failures: int, output: BatchOutput, requests: Sequence[Request], max_errors: float) -> ValueError:
+    first = _failed(output, requests)[0]
+    return ValueError(
+        f"{failures} of {len(requests)} requests failed, more than --max-errors {max_errors:g} allows (first: "
+        f"{first.id}: {first.error}); the answers so far are in {output.path}. Fix the requests and rerun, with "
+        "--retry-failed for those that did not change"
+    )
 
 
 def _failed(output: BatchOutput, requests: Sequence[Request]) -> list[AnswerLine]:
