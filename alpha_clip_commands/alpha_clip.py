@@ -353,7 +353,7 @@ def _add_shapes(commands) -> None:
     )
     parser.add_argument("--places", action="store_true", help="vg: add questions about the position of each object")
     parser.add_argument("--tars", type=positive_number, help="grit: write N webdataset tars instead of folders")
-    fewest, most = (constant("mllm/data/shapes/world.py", f"{which}_OBJECTS") for which in ("MIN", "MAX"))
+    fewest, most = (constant("mllm/data/shapes/drawing.py", f"{which}_OBJECTS") for which in ("MIN", "MAX"))
     parser.add_argument(
         "--min-objects", type=positive_number, help=f"grit: minimum number of objects (default {fewest})"
     )

@@ -42,8 +42,8 @@ from mllm.data.samples import RegionSample, TarMember
 from mllm.fingerprints import model_fingerprint
 from mllm.folders import claim_folder
 from mllm.inference import RegionChat
+from mllm.journal import claim_run
 from mllm.locks import locked
-from mllm.resume import claim_run
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from eval.predictions import PREDICTIONS_FILE, prediction_of, write_predictions
 from eval.views import apply_view
 from mllm.data.samples import ImageSource, RegionSample
 from mllm.inference import ChatRequest, RegionChat
+from mllm.journal import journal, read_journal
 from mllm.lost_process import lost_process
-from mllm.resume import journal, read_journal
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from alpha_clip_commands.task_names import VG_SAMPLE
+from mllm.data.densecap_splits import densecap_split
 from mllm.data.readers import coco, jsonl, refcocog, refcocog_parquet, visual_genome
 from mllm.data.samples import RegionSample
 from mllm.data.shapes import scenes
-from mllm.data.splits import densecap_split
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig
 
 from mllm.data.schemas import validate
-from vision_tower.checkpoint_files import StateDict, read_tensors, shown
+from vision_tower.weight_files import StateDict, read_tensors, shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_RANK = 4096

@@ -24,7 +24,8 @@ from train.contrastive.arguments import parse_args
 from train.contrastive.data import RegionTextCollator, RegionTextDataset
 from train.contrastive.evaluation import validation_images
 from train.contrastive.memory_estimate import estimate_memory
-from train.contrastive.model import PARTS, load_model, prepare_model, read_config, unwrap_clip, without_partitioning
+from train.contrastive.model import load_model, read_config, unwrap_clip, without_partitioning
+from train.contrastive.trained_parts import PARTS, prepare_model
 from train.contrastive.trainer import RegionTextTrainer
 from train.output import locked_output
 from train.parts import parameter_table

@@ -34,8 +34,8 @@ from train.tuning.arguments import parse_args
 from train.tuning.collators import ConversationCollator
 from train.tuning.conversations import ConversationDataset
 from train.tuning.evaluation import AnswerScorer
-from train.tuning.lora import parts_of, prepare_model
 from train.tuning.memory_estimate import estimate_memory, longest_conversation, meta_model
+from train.tuning.trained_parts import parts_of, prepare_model
 from train.tuning.trainer import ConversationTrainer
 
 logger = logging.getLogger(__name__)

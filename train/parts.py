@@ -1,4 +1,4 @@
-"""The named parts of a model: which parameters they contain, and what is frozen, adapted with LoRA or fully trained."""
+"""The named parts of a model: the parameters they contain, their counts, and LoRA on their layers."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ from collections.abc import Iterable
 import torch
 from safetensors import SafetensorError
 
-from .checkpoint_files import StateDict, first_line, read_tensors, shown
 from .configuration_alpha_clip import AlphaCLIPVisionConfig
 from .modeling_alpha_clip import ALPHA_WEIGHT, AlphaCLIPVisionModel
+from .weight_files import StateDict, first_line, read_tensors, shown
 
 # original name -> ours; `proj` and the attention input, whose shapes change, are converted separately
 _TOWER_KEYS = {

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from .alpha_embedding import ALPHA_MEAN, ALPHA_STD
-from .region_pixels import mask_to_alpha
+from .rasterization import mask_to_alpha
 from .regions import Region
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from transformers.image_utils import ChannelDimension, ImageInput
 
 from .geometry import normalize_alpha, place_alpha, restore_peak
 from .image_processing_alpha_clip import AlphaCLIPImageProcessor, AlphaCLIPImageProcessorKwargs
-from .region_pixels import mask_to_alpha
+from .rasterization import mask_to_alpha
 from .regions import Region
 
 

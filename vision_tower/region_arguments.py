@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.processing_utils import ImagesKwargs
 
-from .region_masks import is_packed_mask
+from .mask_decoding import is_packed_mask
 from .regions import Region
 
 _REGION_NAME = re.compile("region|mask|alpha|box|points|stroke|polygon")

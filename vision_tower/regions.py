@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .mask_decoding import check_mask_size, decode_rle, mask_to_json, pack_mask, read_mask, unpack_mask
+from .rasterization import box_coverage, discs_coverage, mask_to_alpha, polygons_coverage, stroke_coverage
 from .region_formats import coco_segmentation, format_hint, four_numbers, record_from_text, split_record, split_text
-from .region_masks import check_mask_size, decode_rle, mask_to_json, pack_mask, read_mask, unpack_mask
-from .region_pixels import box_coverage, discs_coverage, mask_to_alpha, polygons_coverage, stroke_coverage
 from .region_values import (
     ROUNDING,
     check_pixel_units,

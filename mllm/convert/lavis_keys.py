@@ -18,8 +18,8 @@ from transformers import Blip2QFormerConfig
 
 from mllm.blip2 import AlphaCLIPBlip2VisionConfig
 from vision_tower import AlphaCLIPVisionConfig
-from vision_tower.checkpoint_files import StateDict, read_tensors
 from vision_tower.conversion import check_tensors, count_blocks, from_original
+from vision_tower.weight_files import StateDict, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def read_lavis(path: str | os.PathLike) -> StateDict:
     """The tensors of a LAVIS checkpoint, `{"model": {...}}`, read without running code.
 
     Raises:
-        ValueError: As `vision_tower.checkpoint_files.read_tensors`.
+        ValueError: As `vision_tower.weight_files.read_tensors`.
     """
     return read_tensors(path, "model")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mllm.data.densecap_splits import SIZES, densecap_split
 from mllm.data.index import INDEX_FOLDER, TRAIN, index_of_file
 from mllm.data.index_writer import SplitSample, write_index
 from mllm.data.json_files import read_json
@@ -21,7 +22,6 @@ from mllm.data.readers.jsonl import read_jsonl
 from mllm.data.readers.mask_imagenet import read_mask_imagenet
 from mllm.data.samples import RegionSample
 from mllm.data.schemas import DatasetInfo, validate
-from mllm.data.splits import SIZES, densecap_split
 from vision_tower import Region
 
 logger = logging.getLogger(__name__)

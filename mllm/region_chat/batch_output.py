@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 
 from mllm.files import MADE_BY, check_file, write_file, write_json
+from mllm.journal import expect_same_run, journal, read_journal
 from mllm.region_chat.records import AnswerLine, BatchConfig, JournalLine
-from mllm.resume import expect_same_run, journal, read_journal
 
 
 class BatchOutput:

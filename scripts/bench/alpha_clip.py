@@ -38,7 +38,7 @@ from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from alpha_clip_commands.training.contrastive_arguments import PairArguments, TowerArguments
 from train.contrastive.data import RegionTextCollator, RegionTextDataset
 from train.contrastive.losses import released_loss
-from train.contrastive.model import PARTS, prepare_model
+from train.contrastive.trained_parts import PARTS, prepare_model
 from train.contrastive.trainer import RegionTextTrainer
 from train.epoch_sampler import EpochSampler
 from train.run import open_index

@@ -34,7 +34,7 @@ from mllm.messages import image_items
 from train.epoch_sampler import EpochSampler
 from train.tuning.collators import ConversationCollator
 from train.tuning.conversations import Conversation, ConversationDataset
-from train.tuning.lora import prepare_model
+from train.tuning.trained_parts import prepare_model
 from vision_tower import AlphaCLIPImageProcessor
 
 PARTS = ("read", "decode", "prepare images", "encode and label", "forward", "backward", "optimizer")

@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer, set_seed
 from alpha_clip_commands import region_tune
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
 from mllm.data.shapes import grit_layout
-from mllm.data.shapes.world import COLORS, MAX_OBJECTS, MIN_OBJECTS, PATTERNS, SHAPES, SIZES
+from mllm.data.shapes.drawing import COLORS, MAX_OBJECTS, MIN_OBJECTS, PATTERNS, SHAPES, SIZES
 from mllm.folders import claim_folder
 from train.output import TRAINING_RECORD, read_training_record
 from vision_tower import (

@@ -41,7 +41,7 @@ from transformers import LlamaConfig, LlamaTokenizer, LlavaConfig, LlavaForCondi
 from alpha_clip_commands import region_tune
 from alpha_clip_commands.command_line import ArgumentParser, exit_code, say
 from mllm.data.shapes import scenes, visual_genome_layout
-from mllm.data.shapes.world import COLORS, PATTERNS, SHAPES, SIZES
+from mllm.data.shapes.drawing import COLORS, PATTERNS, SHAPES, SIZES
 from mllm.data.templates import DESCRIBE_REGION_WORDINGS
 from mllm.files import write_file, write_json
 from mllm.folders import claim_folder

@@ -23,7 +23,7 @@ def test_a_stage_of_another_seed_or_other_scenes_is_not_taken(tmp_path):
     write_json(tmp_path / "training_record.json", {"run": {"seed": 2, "data": ["V/grit_1"]}})
     assert is_built(tmp_path, 2, [Path("W/grit_1")])
     for seed, name in ((1, "grit_1"), (2, "grit_2")):
-        with pytest.raises(ValueError, match="give another --work"):
+        with pytest.raises(ValueError, match="pass another --work"):
             is_built(tmp_path, seed, [Path("W") / name])
 
 

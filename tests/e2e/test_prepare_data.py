@@ -6,10 +6,10 @@ import shutil
 import pytest
 
 from alpha_clip_commands import alpha_clip
+from mllm.data.densecap_splits import densecap_split
 from mllm.data.index import RegionIndex
 from mllm.data.readers import mask_imagenet
 from mllm.data.shapes import grit_layout, visual_genome_layout
-from mllm.data.splits import densecap_split
 from tests.files import read_json, write_json, write_json_lines
 
 

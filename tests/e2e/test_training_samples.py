@@ -13,8 +13,8 @@ from alpha_clip_commands import region_tune
 from alpha_clip_commands.training.contrastive_arguments import PairArguments
 from alpha_clip_commands.training.tuning_arguments import DataArguments
 from mllm.data.build_index import build_index
+from mllm.data.densecap_splits import densecap_split
 from mllm.data.index import RegionIndex
-from mllm.data.splits import densecap_split
 from tests.alpha_maps import alpha_map
 from tests.files import read_json, write_json, write_json_lines
 from tests.tiny import build_tiny_clip, build_tiny_llava, noise_image, save_model

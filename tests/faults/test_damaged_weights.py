@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from alpha_clip_commands import alpha_clip
 from mllm.convert import lavis_keys
 from tests.tensors import fixture_tensors
-from vision_tower import checkpoint_files, conversion
+from vision_tower import conversion, weight_files
 
 BLOCK = "transformer.resblocks.1"
 LAYER = "Qformer.bert.encoder.layer"
@@ -202,43 +202,43 @@ ARCHIVES = {
 @pytest.mark.parametrize("kind", ARCHIVES)
 def test_hostile_archives(tmp_path, kind):
     file = archive(tmp_path / "weights.pth", ARCHIVES[kind])
-    assert str(file) in refusal(checkpoint_files.read_tensors, file)
+    assert str(file) in refusal(weight_files.read_tensors, file)
 
 
 def test_the_archive_itself_is_good(tmp_path):
-    read = checkpoint_files.read_tensors(archive(tmp_path / "weights.pth", tensor_pickle()))
+    read = weight_files.read_tensors(archive(tmp_path / "weights.pth", tensor_pickle()))
     assert read["w"].tolist() == [0, 0, 0, 0]
 
 
 def test_members_of_an_archive(tmp_path):
     file = tmp_path / "weights.pth"
     archive(file, tensor_pickle(), compression=zipfile.ZIP_DEFLATED)
-    assert "is compressed (archive/data.pkl)" in refusal(checkpoint_files.read_tensors, file)
+    assert "is compressed (archive/data.pkl)" in refusal(weight_files.read_tensors, file)
     archive(file, tensor_pickle(), **{"constants.pkl": b"x"})
-    assert "TorchScript archive" in refusal(checkpoint_files.read_tensors, file)
-    archive(file, tensor_pickle(), **{f"more/{n}": b"" for n in range(2 * checkpoint_files.MAX_TENSORS)})
-    assert "members; expected at most" in refusal(checkpoint_files.read_tensors, file)
+    assert "TorchScript archive" in refusal(weight_files.read_tensors, file)
+    archive(file, tensor_pickle(), **{f"more/{n}": b"" for n in range(2 * weight_files.MAX_TENSORS)})
+    assert "members; expected at most" in refusal(weight_files.read_tensors, file)
     archive(file, tensor_pickle(), **{"inner/data.pkl": b"x"})
-    assert "expected one data.pkl" in refusal(checkpoint_files.read_tensors, file)
+    assert "expected one data.pkl" in refusal(weight_files.read_tensors, file)
     archive(file, tensor_pickle())
     whole = file.read_bytes()
     claimed = whole.replace(b"data/0", b"data/9")
     file.write_bytes(claimed)
-    assert "damaged" in refusal(checkpoint_files.read_tensors, file)
+    assert "damaged" in refusal(weight_files.read_tensors, file)
 
 
 def test_more_tensors_than_a_model_has(tmp_path):
     shared = torch.zeros(1)
-    torch.save({f"w{n}": shared.view(1) for n in range(checkpoint_files.MAX_TENSORS + 1)}, tmp_path / "weights.pth")
-    assert "at most 5,000" in refusal(checkpoint_files.read_tensors, tmp_path / "weights.pth")
+    torch.save({f"w{n}": shared.view(1) for n in range(weight_files.MAX_TENSORS + 1)}, tmp_path / "weights.pth")
+    assert "at most 5,000" in refusal(weight_files.read_tensors, tmp_path / "weights.pth")
 
 
 def test_tensors_that_share_a_storage_do_not_unfold_without_end(tmp_path):
     shared = torch.zeros(100_000)
     torch.save({"a": shared, "tied": shared}, tmp_path / "tied.pth")
-    assert len(checkpoint_files.read_tensors(tmp_path / "tied.pth")) == 2
+    assert len(weight_files.read_tensors(tmp_path / "tied.pth")) == 2
     torch.save({f"w{n}": shared for n in range(100)}, tmp_path / "weights.pth")
-    assert "more than 2 times its size" in refusal(checkpoint_files.read_tensors, tmp_path / "weights.pth")
+    assert "more than 2 times its size" in refusal(weight_files.read_tensors, tmp_path / "weights.pth")
 
 
 def test_each_flipped_byte_of_the_weights_is_found(original, tmp_path):
@@ -293,7 +293,7 @@ def test_hostile_headers(tmp_path, kind):
 
 def test_headers_have_a_limit(tmp_path):
     file = tmp_path / "w.safetensors"
-    many = {f"w{n}": entry([0], 0) for n in range(checkpoint_files.MAX_TENSORS + 1)}
+    many = {f"w{n}": entry([0], 0) for n in range(weight_files.MAX_TENSORS + 1)}
     assert "contains 5,001 tensors" in refusal(conversion.read_tower, safetensors(file, many, b""))
     assert "header of" in refusal(conversion.read_tower, safetensors(file, b" " * 5_000_000))
     for size in range(9):
@@ -334,11 +334,11 @@ def test_convolution_of_the_tower_in_a_lavis_checkpoint(lavis, shape):
 
 def test_a_mistake_of_our_own_is_not_taken_for_damage(original, tmp_path, monkeypatch):
     torch.save(original, tmp_path / "weights.pth")
-    monkeypatch.setattr(checkpoint_files, "_check_members", lambda *_: len(None))
+    monkeypatch.setattr(weight_files, "_check_members", lambda *_: len(None))
     with pytest.raises(TypeError):
         conversion.read_tower(tmp_path / "weights.pth")
     monkeypatch.undo()
-    monkeypatch.setattr(checkpoint_files, "_check_sizes", lambda *_: len(None))
+    monkeypatch.setattr(weight_files, "_check_sizes", lambda *_: len(None))
     with pytest.raises(TypeError):
         conversion.read_tower(tmp_path / "weights.pth")
 

@@ -14,7 +14,7 @@ ALLOWED = {
     "mllm/overlay.py": {"save"},  # through replacing_file
     "mllm/data/shapes/visual_genome_layout.py": {"save"},  # into a folder of replacing_folder
     "mllm/data/shapes/grit_layout.py": {"save", "write_bytes"},  # the same; PNG into memory
-    "vision_tower/region_masks.py": {"save"},  # into memory
+    "vision_tower/mask_decoding.py": {"save"},  # into memory
     "mllm/convert/export.py": {"save_pretrained", "save_torch_state_dict"},  # into a folder of replacing_folder
     "mllm/fused.py": {"save_pretrained"},  # the same
     "mllm/remote_code.py": {"write_text"},  # part of save_pretrained, also in exported code

@@ -7,7 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from alpha_clip_commands.training.contrastive_arguments import PairArguments
-from train.contrastive.model import PARTS, unwrap_clip
+from train.contrastive.model import unwrap_clip
+from train.contrastive.trained_parts import PARTS
 from train.memory_estimate import (
     GIB,
     Activations,

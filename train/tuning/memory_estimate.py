@@ -24,7 +24,7 @@ from train.memory_estimate import (
 )
 from train.parts import parameter_table
 from train.tuning.conversations import ConversationDataset
-from train.tuning.lora import parts_of, prepare_model
+from train.tuning.trained_parts import parts_of, prepare_model
 
 # QLoRA, arXiv 2305.14314: an 8-bit scale per block of 64 weights, a float32 scale per 256 blocks
 _NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)

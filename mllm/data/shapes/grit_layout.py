@@ -24,8 +24,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm.auto import tqdm
 
+from mllm.data.shapes.drawing import MAX_OBJECTS, MIN_OBJECTS, SCENE_SIZE, Scene
 from mllm.data.shapes.scenes import scenes
-from mllm.data.shapes.world import MAX_OBJECTS, MIN_OBJECTS, SCENE_SIZE, Scene
 from mllm.files import write_json
 from mllm.folders import replacing_folder
 

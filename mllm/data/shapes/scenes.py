@@ -18,7 +18,7 @@ import numpy as np
 from mllm.data.json_files import read_json
 from mllm.data.samples import RegionSample
 from mllm.data.schemas import VisualGenomeObjects, validate
-from mllm.data.shapes.world import (
+from mllm.data.shapes.drawing import (
     BACKGROUNDS,
     COLORS,
     MAX_OBJECTS,

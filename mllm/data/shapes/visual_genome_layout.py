@@ -19,8 +19,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm.auto import tqdm
 
+from mllm.data.shapes.drawing import SCENE_SIZE, SHAPES, Scene, ShapeObject
 from mllm.data.shapes.scenes import PLACE_QUESTIONS, QUESTIONS, position, questions, scenes
-from mllm.data.shapes.world import SCENE_SIZE, SHAPES, Scene, ShapeObject
 from mllm.files import write_file, write_json
 from mllm.folders import replacing_folder
 

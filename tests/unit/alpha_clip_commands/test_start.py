@@ -202,7 +202,7 @@ def test_shown_names_are_the_real_ones():
     from eval.region_matching import TOWER_VIEWS
     from mllm.convert.lavis_keys import VIT_L_BLOCKS
     from mllm.data import prepare
-    from mllm.data.shapes import scenes, world
+    from mllm.data.shapes import drawing, scenes
     from mllm.model_card import LICENSES
     from vision_tower.conversion import RELEASED_CHECKPOINTS
     from vision_tower.geometry import GEOMETRIES
@@ -218,7 +218,7 @@ def test_shown_names_are_the_real_ones():
     for file, name, value in (
         ("vision_tower/conversion.py", "RELEASED_CHECKPOINTS", RELEASED_CHECKPOINTS),
         ("vision_tower/geometry.py", "GEOMETRIES", GEOMETRIES),
-        ("mllm/data/shapes/world.py", "MAX_OBJECTS", world.MAX_OBJECTS),
+        ("mllm/data/shapes/drawing.py", "MAX_OBJECTS", drawing.MAX_OBJECTS),
         ("mllm/convert/lavis_keys.py", "VIT_L_BLOCKS", VIT_L_BLOCKS),
     ):
         assert source_values.constant(file, name) == value

@@ -4,8 +4,8 @@ import pytest
 
 from alpha_clip_commands.task_names import METRICS, VG_SAMPLE
 from eval import published, task_list, task_samples, tasks
+from mllm.data.densecap_splits import densecap_split
 from mllm.data.shapes import visual_genome_layout
-from mllm.data.splits import densecap_split
 from tests.files import read_json, write_json
 from tests.unit.mllm.data.readers.test_refcocog import MDETR
 

@@ -16,8 +16,8 @@ from mllm.processing_llava_next import AlphaLlavaNextProcessor
 from tests.files import read_json, write_json
 from tests.tiny import noise_image, tiny_llava_next_config, tiny_tokenizer, tiny_vision_config
 from train.tuning.collators import IGNORE_INDEX, ConversationCollator
-from train.tuning.lora import parts_of
 from train.tuning.memory_estimate import meta_model
+from train.tuning.trained_parts import parts_of
 from vision_tower import Region
 
 LEFT, RIGHT = Region.from_box(2, 2, 16, 26), Region.from_box(17, 3, 20, 28)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vision_tower import Region, region_pixels
+from vision_tower import Region, rasterization
 
 
 def test_strips_change_nothing(monkeypatch):
@@ -15,7 +15,7 @@ def test_strips_change_nothing(monkeypatch):
         Region.from_stroke(polygon, width=3),
     ]
     whole = [region.mask(30, 40) for region in regions]
-    monkeypatch.setattr(region_pixels, "_STRIP", 50)
+    monkeypatch.setattr(rasterization, "_STRIP", 50)
     for region, expected in zip(regions, whole, strict=True):
         assert np.array_equal(region.mask(30, 40), expected)
 
@@ -37,7 +37,7 @@ def test_too_long_an_outline_is_an_error():
 )
 def test_too_many_large_parts_are_an_error(region, monkeypatch):
     assert region.mask(100, 100).any()
-    monkeypatch.setattr(region_pixels, "MAX_DRAWN", 80_000)
+    monkeypatch.setattr(rasterization, "MAX_DRAWN", 80_000)
     with pytest.raises(ValueError, match="too many large parts"):
         region.mask(100, 100)
 

@@ -7,7 +7,7 @@ from alpha_clip_commands.training.contrastive_arguments import TowerArguments
 from tests.tiny import tiny_vision_config
 from train.contrastive.arguments import parse_args
 from train.contrastive.memory_estimate import estimate_memory, step_flops, tower_activations
-from train.contrastive.model import prepare_model
+from train.contrastive.trained_parts import prepare_model
 from train.memory_estimate import GIB
 from vision_tower import AlphaCLIPConfig, AlphaCLIPModel
 

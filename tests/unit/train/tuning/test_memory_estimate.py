@@ -17,8 +17,8 @@ from tests.tiny import tiny_vision_config
 from train import finetune
 from train.memory_estimate import peak_without_deepspeed
 from train.tuning.arguments import parse_args
-from train.tuning.lora import prepare_model
 from train.tuning.memory_estimate import activation_bytes, estimate_memory, frozen_bytes, meta_model
+from train.tuning.trained_parts import prepare_model
 from vision_tower import AlphaCLIPVisionConfig
 
 GIB = 2**30

@@ -9,7 +9,7 @@ from PIL import Image
 
 from alpha_clip_commands import alpha_clip
 from mllm.data.readers.visual_genome import read_image_questions, read_region_questions, read_regions
-from mllm.data.shapes import scenes, visual_genome_layout, world
+from mllm.data.shapes import drawing, scenes, visual_genome_layout
 from tests.files import read_json
 
 COUNT = 60
@@ -29,8 +29,8 @@ def drawn():
 
 
 def test_the_world_is_as_large_as_promised():
-    assert len(world.COLORS) >= 8 and len(world.SHAPES) >= 6
-    assert len(world.PATTERNS) >= 3 and len(world.SIZES) >= 2
+    assert len(drawing.COLORS) >= 8 and len(drawing.SHAPES) >= 6
+    assert len(drawing.PATTERNS) >= 3 and len(drawing.SIZES) >= 2
 
 
 def test_scenes(drawn):
@@ -64,7 +64,7 @@ def test_masks_are_where_the_colour_is(drawn):
         for obj, mask in zip(scene.objects, scene.masks, strict=True):
             if obj.pattern == "plain":
                 inside = scene.pixels[mask].mean(0)
-                assert np.abs(inside - np.array(world.COLORS[obj.color])).max() < 40
+                assert np.abs(inside - np.array(drawing.COLORS[obj.color])).max() < 40
 
 
 def test_same_seed_same_bytes_and_pixels(folders, tmp_path):
@@ -96,19 +96,19 @@ def pairs_in(folder):
     return {
         (words[-2], words[-1])
         for words in (text.split() for text in texts)
-        if len(words) > 1 and words[-1] in world.SHAPES
+        if len(words) > 1 and words[-1] in drawing.SHAPES
     }
 
 
 def test_novel_pairs_appear_nowhere_in_train_answers_included(folders):
     novel = pairs_in(folders / "novel")
-    assert novel == set(world.NOVEL_PAIRS)
+    assert novel == set(drawing.NOVEL_PAIRS)
     assert not novel & pairs_in(folders / "train") and not novel & pairs_in(folders / "test")
 
 
 def test_unseen_backgrounds_are_not_in_train(drawn):
-    assert {s.background for s in drawn["background"]} == set(world.UNSEEN_BACKGROUNDS)
-    assert {s.background for s in drawn["train"]} == set(world.BACKGROUNDS)
+    assert {s.background for s in drawn["background"]} == set(drawing.UNSEEN_BACKGROUNDS)
+    assert {s.background for s in drawn["train"]} == set(drawing.BACKGROUNDS)
 
 
 def test_one_canonical_phrase_an_object(folders):

@@ -15,7 +15,7 @@ from tests.tiny import build_tiny_blip2, build_tiny_llava, prompt, save_model
 from tests.training import train, write_splits
 from train import finetune
 from train.parts import linear_layers, original_name, parameter_table, part_of
-from train.tuning.lora import parts_of, prepare_model
+from train.tuning.trained_parts import parts_of, prepare_model
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
