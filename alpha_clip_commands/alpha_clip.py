@@ -253,7 +253,7 @@ to a square.""",
         help="maximum number of images, evenly spaced, kept in memory",
     )
     parser.add_argument("--region-input", choices=("mask", "box", "available"), default="mask", help="default: mask")
-    views = constant("eval/region_matching.py", "VIEWS")
+    views = constant("eval/region_matching.py", "TOWER_VIEWS")
     parser.add_argument("--view", choices=views, default="alpha", help="how the region is shown (default alpha)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
 

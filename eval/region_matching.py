@@ -130,7 +130,7 @@ def _circle(image: Image.Image, region: Region) -> tuple[Image.Image, Region]:
 
 
 # view -> the image and region that the model receives, given an RGB image and a region of strength 1
-VIEWS: dict[str, Callable[[Image.Image, Region], tuple[Image.Image, Region]]] = {
+TOWER_VIEWS: dict[str, Callable[[Image.Image, Region], tuple[Image.Image, Region]]] = {
     "alpha": lambda image, region: (image, region),
     "whole": lambda image, region: (image, Region.whole()),
     "crop": _crop,  # a square around the bounding box, 1.5 times its longer side, clipped to the image
@@ -159,9 +159,9 @@ def embed_regions(
     Raises:
         ValueError: If the view is unknown, a region does not fit its image, or the processor's center crop removes it.
     """
-    if view not in VIEWS:
-        raise ValueError(f"expected a view from {', '.join(VIEWS)}, got {view!r}")
-    show = VIEWS[view]
+    if view not in TOWER_VIEWS:
+        raise ValueError(f"expected a view from {', '.join(TOWER_VIEWS)}, got {view!r}")
+    show = TOWER_VIEWS[view]
     shown = (show(described.image, region) for described in images for region in described.regions)
     return _embed_images(model, processor, shown, sum(len(p.regions) for p in images), batch_size, progress)
 
@@ -218,7 +218,7 @@ def score_region_text(
         model: With both towers.
         processor: Of the model.
         images: At least one, with a region or a caption.
-        view: One of `VIEWS`.
+        view: One of `TOWER_VIEWS`.
         batch_size: Of images or texts.
         truncation: Truncate texts to the context of the text tower.
         progress: Show a progress bar.

@@ -115,7 +115,7 @@ def measure(
     items: dict[str, np.ndarray] = {}
     if "literal_match" in metrics:
         items["literal_match"] = literal_matches(texts, references)
-    if set(metrics) & set(questions.METRICS[:3]):
+    if set(metrics) & set(questions.ANSWER_METRICS):
         items |= questions.score_answers(texts, references)
     if "vqa_accuracy" in metrics:
         pairs = zip(texts, references, strict=True)

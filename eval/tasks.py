@@ -15,11 +15,12 @@ from alpha_clip_commands.task_names import check_task
 from eval import task_samples
 from eval.metrics import captions, similarity
 from mllm.data.samples import RegionSample
+from mllm.data.templates import SHORT_ANSWER
 
 CAPTION_METRICS = captions.METRICS
 QUESTION_METRICS = ("exact_match", "contains", "token_f1")
 # LLaVA-1.5's prompt for short answers: haotian-liu/LLaVA, docs/Evaluation.md at c121f04
-SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
+SHORT_ANSWER_PROMPT = f"{{question}}\n{SHORT_ANSWER}"
 _VG_IMAGES = "images in VG_100K and VG_100K_2"
 _OWN_VG_FILES = (
     "region_descriptions.json and image_data.json in Visual Genome's format; images of any split in VG_100K, "
@@ -167,7 +168,7 @@ _VG_REGIONQA = Task(
     "Visual Genome, test images' questions",
     "1",
     item="question",
-    prompt=SHORT_ANSWER,
+    prompt=SHORT_ANSWER_PROMPT,
     max_new_tokens=32,
     metrics=QUESTION_METRICS,
 )

@@ -192,7 +192,7 @@ def build_scorer(
     conversations = [turns for sample in validation for turns in sample]
     described = [turns[0]["content"][-1]["text"] in train.wordings for turns in conversations]
     frequency = None
-    if "CIDEr" in data_args.eval_metrics:
+    if "cider" in data_args.eval_metrics:
         phrases = [phrase for index in train.indexes for phrase in index.descriptions(HELD_OUT)]
         frequency = freeze_document_frequency([[phrase] for phrase in phrases])
     return AnswerScorer(processor, conversations, described, frequency)

@@ -182,7 +182,7 @@ def jitter_box(box: Sequence[float], size: tuple[int, int], share: float, rng: n
     return [float(value) for value in np.clip(moved, 0, [*size, *size])]
 
 
-def check_region(region: Region, size: tuple[int, int], image_processor: AlphaCLIPImageProcessor) -> None:
+def check_region_fits(region: Region, size: tuple[int, int], image_processor: AlphaCLIPImageProcessor) -> None:
     """Raise ValueError if a region does not fit its image of `size` (W, H), or the center crop removes it."""
     width, height = size
     if image_processor.geometry == "crop":

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 RENAMED = {"eval_pictures": "eval_images"}
+_METRICS = {"exactly right": "literal_match", "CIDEr": "cider"}
 REMOVED = {"patch_weight": "the loss on patch tokens improved nothing (docs/ablations.md)"}
 
 
@@ -13,5 +14,5 @@ def current_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with today's keys and values. A removed key stays if it was in use, so that it is an error."""
     current = {RENAMED.get(key, key): value for key, value in settings.items() if key not in REMOVED or value}
     if isinstance(metrics := current.get("eval_metrics"), list):
-        current["eval_metrics"] = ["literal_match" if name == "exactly right" else name for name in metrics]
+        current["eval_metrics"] = [_METRICS.get(name, name) for name in metrics]
     return current

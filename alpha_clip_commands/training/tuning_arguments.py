@@ -13,7 +13,7 @@ from alpha_clip_commands.training.shared_arguments import (
 )
 
 _WORDINGS = "mllm/data/templates.py", "WORDINGS"  # file, name
-EVAL_METRICS = ("literal_match", "CIDEr")
+EVAL_METRICS = ("literal_match", "cider")
 
 
 @dataclass(kw_only=True)
@@ -76,7 +76,7 @@ class DataArguments(RegionArguments):
     eval_metrics: list[str] = field(
         default_factory=lambda: ["literal_match"],
         metadata={
-            "help": "metrics in addition to the loss: literal_match, CIDEr (frozen document frequencies; requires the "
+            "help": "metrics in addition to the loss: literal_match, cider (frozen document frequencies; requires the "
             "extra eval)"
         },
     )

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-METRICS = ("exact_match", "contains", "token_f1", "vqa_accuracy")
+ANSWER_METRICS = ("exact_match", "contains", "token_f1")  # of one reference or several
+METRICS = (*ANSWER_METRICS, "vqa_accuracy")
 # Rules of GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py at master, quirks included:
 # `(?!<=\d)` was meant as a lookbehind but has no effect, and `re.UNICODE` is passed as the count.
 _PERIOD = re.compile(r"\.(?!\d)")
@@ -58,7 +59,7 @@ def score_answers(predictions: Sequence[str], references: Sequence[Sequence[str]
         np.max([_compare(_comparable(prediction), _comparable(text)) for text in refs], axis=0)
         for prediction, refs in zip(predictions, references, strict=True)
     ]
-    return dict(zip(METRICS[:3], np.array(rows, float).T, strict=True))
+    return dict(zip(ANSWER_METRICS, np.array(rows, float).T, strict=True))
 
 
 def _comparable(text: str) -> str:

@@ -26,7 +26,7 @@ from build_clip import ALPHA_SEED, ROOT, build_clip, claim_work, scenes_folder
 from tqdm import tqdm
 
 from alpha_clip_commands.command_line import ArgumentParser, exit_code
-from eval.region_matching import VIEWS, DescribedImage, described_images, score_region_text
+from eval.region_matching import TOWER_VIEWS, DescribedImage, described_images, score_region_text
 from mllm.data.readers.grit import read_grit
 from mllm.files import write_json
 from train.run import open_index
@@ -89,7 +89,10 @@ def _run(argv: Sequence[str] | None) -> int:
     ablation = Ablation(args.work, args.pairs, args.scenes, args.jobs)
     seeds = range(1, args.seeds + 1)
     print(
-        table("CLIP, no training", {f"CLIP, {view}": [ablation.score_clip(view)] for view in VIEWS if view != "alpha"})
+        table(
+            "CLIP, no training",
+            {f"CLIP, {view}": [ablation.score_clip(view)] for view in TOWER_VIEWS if view != "alpha"},
+        )
     )
     rates = ablation.best_rates([name for name in (RELEASED, OURS) if name in args.only or name == OURS])
     runs = {name: [(name, rates.get(name, rates[OURS]), seed) for seed in seeds] for name in args.only}

@@ -19,7 +19,6 @@ LAYERS = ("alpha_clip_commands", "vision_tower", "mllm", "eval", "train", "scrip
 COMMANDS_MAY_IMPORT = {"alpha_clip_commands", "yaml"}
 # The modules behind the installed commands. They import the packages; only `scripts` imports them.
 ENTRY_MODULES = {f"alpha_clip_commands.{name}" for name in ("alpha_clip", "region_chat", "region_eval", "region_tune")}
-# To be removed: what `region_tune` runs takes names of it.
 TOWER_MAY_IMPORT = {"torch", "transformers", "numpy", "PIL", "safetensors"}  # the last comes with transformers
 TOWER_MAY_TRY = {"pycocotools"}
 PACKAGE_OF_IMPORT = {"PIL": "pillow", "yaml": "pyyaml", "google": "protobuf"}

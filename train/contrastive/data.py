@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 
 from alpha_clip_commands.training.contrastive_arguments import PairArguments
 from mllm.data.index import IndexedRegion, RegionIndex
-from train.region_dataset import RegionDataset, check_region, sample_region
+from train.region_dataset import RegionDataset, check_region_fits, sample_region
 from vision_tower import AlphaCLIPImageProcessor, AlphaCLIPProcessor, Region
 
 _ALL_REGIONS = 2**31 - 1  # a sample has all regions of an image, some of which are selected in each epoch
@@ -80,7 +80,7 @@ class RegionTextDataset(RegionDataset):
         answers = [answer for kind, _, answer in indexed.turns if kind == "description"]
         text = answers[rng.integers(len(answers))]
         if self.image_processor is not None:
-            check_region(region, image.size, self.image_processor)
+            check_region_fits(region, image.size, self.image_processor)
         return region, text
 
     def build_sample(self, name: str, image: Image.Image, items: list[tuple[Region, str]]) -> RegionTexts:

@@ -10,7 +10,7 @@ from eval.region_matching import DescribedImage, described_images
 from mllm.data.index import IndexedRegion, RegionIndex
 from mllm.data.samples import RegionSample, describe_source
 from train.contrastive.data import RegionTextDataset
-from train.region_dataset import check_region
+from train.region_dataset import check_region_fits
 from train.run import check_not_empty
 from vision_tower import Region
 
@@ -55,7 +55,7 @@ def validation_samples(dataset: RegionTextDataset, index: RegionIndex, image: in
         try:
             region = _validation_region(dataset, indexed)
             if dataset.image_processor is not None:
-                check_region(region, opened.size, dataset.image_processor)
+                check_region_fits(region, opened.size, dataset.image_processor)
         except ValueError as error:
             dataset.skipped.add(position, source, indexed.sample.id, error)
         else:

@@ -8,7 +8,7 @@ import torch
 
 from mllm.loading import AlphaProcessor
 from mllm.messages import Message, image_items
-from train.region_dataset import check_region
+from train.region_dataset import check_region_fits
 from vision_tower.region_arguments import region_list
 
 IGNORE_INDEX = -100  # the loss skips these labels: torch's and Transformers' default
@@ -51,7 +51,7 @@ class ConversationCollator:
         self._check_length(self.encode(self.processor, conversation))
         for item in image_items(conversation):
             for region in region_list(item.get("region")):
-                check_region(region, item["image"].size, self.processor.image_processor)
+                check_region_fits(region, item["image"].size, self.processor.image_processor)
 
     def _check_length(self, encoded: Sequence[Sequence[int]]) -> None:
         longest = max(map(len, encoded))

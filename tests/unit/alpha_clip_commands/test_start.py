@@ -199,7 +199,7 @@ def test_a_folder_with_its_own_train_file(processes, decoys, found_there):
 
 
 def test_shown_names_are_the_real_ones():
-    from eval.region_matching import VIEWS
+    from eval.region_matching import TOWER_VIEWS
     from mllm.convert.lavis_keys import VIT_L_BLOCKS
     from mllm.data import prepare
     from mllm.data.shapes import scenes, world
@@ -209,7 +209,7 @@ def test_shown_names_are_the_real_ones():
 
     assert task_names.TASKS == tuple(TASKS)
     for file, name, value in (
-        ("eval/region_matching.py", "VIEWS", VIEWS),
+        ("eval/region_matching.py", "TOWER_VIEWS", TOWER_VIEWS),
         ("mllm/model_card.py", "LICENSES", LICENSES),
         ("mllm/data/shapes/scenes.py", "SPLITS", scenes.SPLITS),
         ("mllm/data/prepare.py", "FILES", {**prepare.FILES}),

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.image_utils import OPENAI_CLIP_MEAN
 
 from eval.region_matching import (
-    VIEWS,
+    TOWER_VIEWS,
     DescribedImage,
     _nearest,
     described_images,
@@ -263,13 +263,13 @@ def pixels(image):
 def shown(view, region=BOX, image=None):
     """The picture that a view makes of a noise picture, and the noise."""
     image = noise_image(100, 60) if image is None else image
-    made, alpha = VIEWS[view](image, region)
+    made, alpha = TOWER_VIEWS[view](image, region)
     assert alpha == (region if view == "alpha" else Region.whole())
     return pixels(made), pixels(image)
 
 
 def test_views_are_all_here():
-    assert list(VIEWS) == ["alpha", "whole", "crop", "masked", "blur", "circle"]
+    assert list(TOWER_VIEWS) == ["alpha", "whole", "crop", "masked", "blur", "circle"]
     with pytest.raises(ValueError, match="expected a view from alpha, whole"):
         embed_regions(None, None, [], view="red")
 
@@ -335,7 +335,7 @@ def test_the_circle_is_red_and_outside_of_the_box():
 @pytest.mark.parametrize("view", ["crop", "masked", "blur", "circle"])
 def test_views_refuse_a_region_outside(view):
     with pytest.raises(ValueError, match="outside"):
-        VIEWS[view](noise_image(10, 10), Region.from_box(20, 0, 30, 5))
+        TOWER_VIEWS[view](noise_image(10, 10), Region.from_box(20, 0, 30, 5))
 
 
 # reading

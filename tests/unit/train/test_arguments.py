@@ -75,7 +75,7 @@ def test_an_optimizer_of_deepspeeds_is_in_the_way_of_rates_of_parts_only(tmp_pat
 def test_renamed_settings_of_earlier_recipes_are_read(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("eval_metrics: [exactly right, CIDEr]\n")
-    assert parse_args([str(recipe), *REQUIRED])[1].eval_metrics == ["literal_match", "CIDEr"]
+    assert parse_args([str(recipe), *REQUIRED])[1].eval_metrics == ["literal_match", "cider"]
     recipe.write_text("eval_pictures: 7\npatch_weight: 0.0\n")
     assert arguments.parse_args([str(recipe), *REQUIRED])[1].eval_images == 7
 
@@ -95,7 +95,7 @@ def test_renamed_settings_of_earlier_recipes_are_read(tmp_path):
         ("box_jitter: 0.5", "box_jitter: expected a share from 0 to below 0.5"),
         ("min_strength: 2", "min_strength: expected a number from 0 to 1"),
         ("regions_per_image: 0", "regions_per_image: expected 1 or more"),
-        ("eval_metrics: [SPICE]", "eval_metrics: expected literal_match or CIDEr"),
+        ("eval_metrics: [SPICE]", "eval_metrics: expected literal_match or cider"),
         ("eval_metrics: [exact match]", "use literal_match"),
         ("dtype: int8", "dtype: expected float32"),
         ("load_in: 4bit", "quantized weights cannot be trained; set lora_r"),
