@@ -24,6 +24,7 @@ from eval.metrics.intervals import Difference
 from eval.predictions import PREDICTIONS_FILE, Prediction, image_name, read_predictions
 from eval.report import OtherView, ReportData, write_report
 from eval.results import (
+    FORMER_VIEWS,
     METRICS_FILE,
     RUN_FILE,
     Protocol,
@@ -103,8 +104,12 @@ class EvalConfig:
         return "mask" if self.settings.view == "mask" else "box"
 
     def folder(self, view: str) -> Path:
-        """The folder of a view's predictions."""
-        return self.out if view == self.settings.view else self.out / VIEWS_FOLDER / view
+        """The folder of a view's predictions; the one of version 0.1.0 where it exists, to resume its runs."""
+        if view == self.settings.view:
+            return self.out
+        names = {current: former for former, current in FORMER_VIEWS.items()}
+        former = self.out / "controls" / names.get(view, view)
+        return former if former.exists() else self.out / VIEWS_FOLDER / view
 
 
 class MeasuredView(NamedTuple):

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from alpha_clip_commands.command_line import one_line
 from eval.predictions import PREDICTIONS_FILE, prediction_of, write_predictions
+from eval.results import FORMER_VIEWS
 from eval.views import apply_view
 from mllm.data.samples import ImageSource, RegionSample
 from mllm.inference import ChatRequest, RegionChat
@@ -271,10 +272,11 @@ def _read_parts(
         ValueError: If a file is damaged or has a batch of another run.
     """
     by_batch: dict[int, list[_Answer]] = {}
-    digests = [_digest(batch, settings) for batch in batches]
+    former = [dataclasses.replace(settings, view=old) for old, view in FORMER_VIEWS.items() if view == settings.view]
+    digests = [{_digest(batch, kind) for kind in (settings, *former)} for batch in batches]
     for file in sorted(parts.glob("*.jsonl")):
         for part in read_journal(file, _Part):
-            known = 0 <= part.batch < len(batches) and part.samples == digests[part.batch]
+            known = 0 <= part.batch < len(batches) and part.samples in digests[part.batch]
             if not known or len(part.answers) != len(batches[part.batch]):
                 raise ValueError(f"{file} has answers of another run or version; choose another --out, or delete it")
             if part.batch not in by_batch or _failed(by_batch[part.batch]):

@@ -239,6 +239,6 @@ def _with_current_keys(content: Any) -> Any:
     if not isinstance(content, dict):
         return content
     found = {_FORMER_KEYS.get(key, key): _with_current_keys(value) for key, value in content.items()}
-    if found.get("view") in FORMER_VIEWS:
-        found["view"] = FORMER_VIEWS[found["view"]]
+    if isinstance(view := found.get("view"), str):
+        found["view"] = FORMER_VIEWS.get(view, view)
     return found

@@ -13,6 +13,9 @@ REMOVED = {"patch_weight": "the loss on patch tokens improved nothing (docs/abla
 def current_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with today's keys and values. A removed key stays if it was in use, so that it is an error."""
     current = {RENAMED.get(key, key): value for key, value in settings.items() if key not in REMOVED or value}
-    if isinstance(metrics := current.get("eval_metrics"), list):
-        current["eval_metrics"] = [_METRICS.get(name, name) for name in metrics]
+    if (metrics := current.get("eval_metrics")) is not None:
+        names = metrics if isinstance(metrics, list) else [metrics]
+        current["eval_metrics"] = [_METRICS.get(name, name) if isinstance(name, str) else name for name in names]
+    if isinstance(best := current.get("metric_for_best_model"), str):
+        current["metric_for_best_model"] = best.replace("exactly_right", "literal_match")
     return current

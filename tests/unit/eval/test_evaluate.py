@@ -203,6 +203,18 @@ def test_files_of_version_0_1_0(tmp_path):
     assert result.published[0].cider == 142.0 and result.length["words_per_prediction"] == 5.0
 
 
+def test_a_view_of_another_type_in_a_file_of_version_0_1_0(tmp_path):
+    (tmp_path / "run.json").write_text('{"region_input": ["wrong"]}')
+    with pytest.raises(ValueError, match="cannot read .*run.json"):
+        read_run_config(tmp_path / "run.json")
+
+
+def test_views_of_a_run_of_version_0_1_0_are_resumed_in_their_folders(plan):
+    assert plan.folder("no_image") == plan.out / "views" / "no_image"
+    (plan.out / "controls" / "blind").mkdir(parents=True)
+    assert plan.folder("no_image") == plan.out / "controls" / "blind" and plan.folder("box") == plan.out
+
+
 def test_too_many_samples_without_a_prediction_are_refused_even_if_missing_ones_are_allowed(tmp_path):
     good = {"id": 0, "prediction": "a", "references": ["a"]}
     bad = {"id": 0, "error": "cannot read the image", "references": ["a"]}

@@ -1,5 +1,6 @@
 """Evaluation runs: what is fed, what is written, and that neither processes nor kills change a byte."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -182,6 +183,17 @@ def test_parts_of_another_run_are_refused(chat, samples, data, tmp_path):
         run(chat, samples[:4], tmp_path, GenerationSettings(batch_size=2, max_new_tokens=3), data=data)
     with pytest.raises(ValueError, match="another run"):
         run(chat, samples[4:8], tmp_path, GenerationSettings(batch_size=2, max_new_tokens=2), data=data)
+
+
+def test_parts_of_a_renamed_view_are_read(chat, samples, data, tmp_path):
+    asked = GenerationSettings("wrong", batch_size=2).question(samples[0])
+    content = json.dumps([["wrong", None, 2, 64], [[sample.id, asked] for sample in samples[:2]]])
+    part = {"batch": 0, "samples": hashlib.sha256(content.encode()).hexdigest()}
+    (tmp_path / "parts").mkdir()
+    line = json.dumps({**part, "answers": [{"prediction": "first"}, {"prediction": "second", "cut": True}]})
+    (tmp_path / "parts" / "0.jsonl").write_text(line + "\n")
+    run(chat, samples[:2], tmp_path, GenerationSettings("other_region", batch_size=2), data=data)
+    assert [record["prediction"] for record in predictions(tmp_path)] == ["first", "second"]
 
 
 def test_a_torn_part_of_another_process_is_no_damage(chat, samples, data, tmp_path):

@@ -76,6 +76,10 @@ def test_renamed_settings_of_earlier_recipes_are_read(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("eval_metrics: [exactly right, CIDEr]\n")
     assert parse_args([str(recipe), *REQUIRED])[1].eval_metrics == ["literal_match", "cider"]
+    recipe.write_text("eval_metrics: exactly right\nmetric_for_best_model: eval_exactly_right_descriptions\n")
+    _, data, training = parse_args([str(recipe), *REQUIRED])
+    assert data.eval_metrics == ["literal_match"]
+    assert training.metric_for_best_model == "eval_literal_match_descriptions"
     recipe.write_text("eval_pictures: 7\npatch_weight: 0.0\n")
     assert arguments.parse_args([str(recipe), *REQUIRED])[1].eval_images == 7
 

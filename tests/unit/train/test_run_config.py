@@ -64,7 +64,7 @@ def test_files_of_earlier_versions_are_read(tmp_path):
     assert last_checkpoint(tmp_path) is None
     (checkpoint / "whole.json").write_text(OLD_CHECKPOINT)
     assert last_checkpoint(tmp_path) == checkpoint
-    settings = {"learning_rate": 1e-5, "eval_metrics": ["literal_match", "CIDEr"], "eval_images": 200}
+    settings = {"learning_rate": 1e-5, "eval_metrics": ["literal_match", "cider"], "eval_images": 200}
     completion = read_completion(checkpoint)
     assert completion == {"step": 2, "unlogged": {"losses": [0.5], "since": 1}, "run_config": settings}
     (tmp_path / "training_record.json").write_text(OLD_RECORD)
