@@ -174,7 +174,7 @@ def test_evaluation_while_training(world, tmp_path):
         9,
         "--eval_metrics",
         "exactly right",
-        "CIDEr",
+        "cider",
     )
     tune(world, tmp_path, *flags, "--report_to", "tensorboard")
     log = read_json(tmp_path / "training_record.json")["log"]

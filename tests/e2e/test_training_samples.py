@@ -105,7 +105,7 @@ def noting(method, batches):
 
 @pytest.fixture(scope="module")
 def tuned(data, tmp_path_factory):
-    flags = "--eval_metrics", "exactly right", "CIDEr"
+    flags = "--eval_metrics", "literal_match", "cider"
     return Ran(region_tune.main, *build_tiny_llava(), data, tmp_path_factory.mktemp("tuned"), *flags)
 
 

@@ -192,7 +192,7 @@ def test_document_frequencies_are_those_of_the_held_out_split(monkeypatch):
     monkeypatch.setattr(finetune, "AnswerScorer", lambda *arguments: arguments)
     train = SimpleNamespace(wordings=["Describe it."], indexes=[Index("a"), Index("b")])
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe it."}]}]
-    metrics = SimpleNamespace(eval_metrics=["CIDEr"])
+    metrics = SimpleNamespace(eval_metrics=["cider"])
     _, conversations, described, frequency = finetune.build_scorer("processor", train, [[turns]], metrics)
     assert counted == [["a val 0"], ["a val 1"], ["b val 0"], ["b val 1"]]
     assert frequency == "frequency" and described == [True] and conversations == [turns]
