@@ -173,7 +173,7 @@ def test_evaluation_while_training(world, tmp_path):
         "--eval_samples",
         9,
         "--eval_metrics",
-        "exactly right",
+        "literal_match",
         "cider",
     )
     tune(world, tmp_path, *flags, "--report_to", "tensorboard")
