@@ -76,8 +76,8 @@ def _run(argv: Sequence[str] | None) -> int:
     claim_work(args.work)
     # now, and not after hours; the folder also holds a card and scores, which stay
     claim_folder(args.out, "embedded model", known=lambda folder: (folder / scenes.TRAINING_SCENES).is_file())
-    scenes = args.out.parent / "scenes"
-    claim_folder(scenes, "sample scenes", known=lambda folder: all(map(_SCENE.fullmatch, os.listdir(folder))))
+    sample_scenes = args.out.parent / "scenes"
+    claim_folder(sample_scenes, "sample scenes", known=lambda folder: all(map(_SCENE.fullmatch, os.listdir(folder))))
     failed = (
         build_clip(args.work, args.seed, args.scenes)
         or build_alpha_clip(args.work, args.seed, args.scenes)
@@ -89,15 +89,15 @@ def _run(argv: Sequence[str] | None) -> int:
     # the Alpha-CLIP's scenes are the LLaVA's
     seen = [*clip_scenes(args.work, args.scenes), llava_scenes(args.work, args.scenes)]
     write_file(args.out / scenes.TRAINING_SCENES, b"".join(scene_hashes(*seen)))
-    write_sample_scenes(scenes)
+    write_sample_scenes(sample_scenes)
     draw([args.work / stage for stage in STAGES], args.work / "training.png")
     say(f"wrote {args.out}; score it with: python scripts/shapes/score_embedded_model.py --model {args.out}")
     return 0
 
 
-def build_llava(work: Path, seed: int, scenes: int | None, flags: Sequence[str]) -> int:
+def build_llava(work: Path, seed: int, scene_count: int | None, flags: Sequence[str]) -> int:
     """Train the LLaVA on the Alpha-CLIP's tower, which is frozen at first; returns the exit code."""
-    data, pretrained = [llava_scenes(work, scenes)], work / "llava_pretrained"
+    data, pretrained = [llava_scenes(work, scene_count)], work / "llava_pretrained"
     if not is_built(pretrained, seed, data):
         start = work / f"llava_start_{seed}"
         write_start(start, seed, work / "alpha_clip")
@@ -107,9 +107,9 @@ def build_llava(work: Path, seed: int, scenes: int | None, flags: Sequence[str])
     return train_stage(region_tune.main, "shapes_embedded.yaml", pretrained, data, work / "llava", seed, flags)
 
 
-def llava_scenes(work: Path, scenes: int | None = None) -> Path:
+def llava_scenes(work: Path, scene_count: int | None = None) -> Path:
     """The folder that the LLaVA is trained on, in Visual Genome's layout, written now where there is none."""
-    count = scenes or TRAIN_SCENES
+    count = scene_count or TRAIN_SCENES
     data = work / f"shapes_train_{TRAIN_SEED}_{count}"
     if not (data / "image_data.json").exists():
         visual_genome_layout.write(data, count, TRAIN_SEED, "train")

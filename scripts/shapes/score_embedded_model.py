@@ -61,10 +61,10 @@ def refuse_training_scenes(model: Path, count: int, seed: int) -> None:
                 raise ValueError(f"scene {index} of {split}, seed {seed}, is a training scene; choose another seed")
 
 
-def score(chat: RegionChat, folder: Path, scenes: int, seed: int, batch_size: int) -> dict[str, dict]:
+def score(chat: RegionChat, folder: Path, count: int, seed: int, batch_size: int) -> dict[str, dict]:
     """All scores by name: {"score", "of" (samples)}, and "blind" where a region-blind answerer has a best score."""
     for split in ("test", "novel", "background"):
-        visual_genome_layout.write(folder / split, scenes, seed, split, progress=False)
+        visual_genome_layout.write(folder / split, count, seed, split, progress=False)
     boxes, masks = (list(read_regions(folder / "test", region_type=form)) for form in ("box", "mask"))
     scores: dict[str, dict] = {}
 

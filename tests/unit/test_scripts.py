@@ -31,3 +31,20 @@ def test_what_a_script_imports_is_there(script):
             missing = {alias.name for alias in node.names} - {*names_of(node.module, script.parent)}
             for name in missing:  # a module of a package
                 importlib.import_module(f"{node.module}.{name}")
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.rglob("*.py")), ids=lambda script: script.stem)
+def test_no_variable_has_the_name_of_an_imported_module(script):
+    """In its function, the module could not be used."""
+    tree = ast.parse(script.read_text("utf-8"))
+    imports = (node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module)
+    imported = {
+        alias.name
+        for node in imports
+        for alias in node.names
+        if (SCRIPTS.parent / node.module.replace(".", "/") / f"{alias.name}.py").exists()
+    }
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        arguments = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
+        stored = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        assert not imported & (arguments | stored), function.name

@@ -56,7 +56,6 @@ ALLOWED = (
     "pictures.arrow",  # a file of an index
     "eval_pictures",  # a key of recipes
     "skipped_pictures",
-    "described_pictures",
     "quantised",
     "Where in the picture is this?",
     "In which part of the picture is it?",
