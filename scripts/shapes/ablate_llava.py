@@ -29,7 +29,7 @@ from mllm.data.shapes import visual_genome_layout
 from mllm.files import write_json
 from mllm.inference import RegionChat
 
-TOWERS = (RELEASED, OURS, "patch tokens supervised (0.5)")
+TOWERS = (RELEASED, OURS)
 
 PROGRAM = "ablate_llava.py"
 
