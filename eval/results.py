@@ -14,6 +14,7 @@ from eval.metrics.intervals import Difference
 from eval.published import PublishedResult
 from mllm.data.schemas import validate
 from mllm.files import write_json
+from mllm.fingerprints import FORMER_KEYS
 
 RUN_FILE, METRICS_FILE = "run.json", "metrics.json"
 DOCUMENT_FREQUENCIES_OF_ALL = "cider_df_of_all_items"
@@ -212,12 +213,11 @@ FORMER_VIEWS = {"wrong": "other_region", "blind": "no_image", "red-box": "red_bo
 # Keys of run.json and metrics.json in version 0.1.0 -> current keys
 _FORMER_KEYS = {
     **FORMER_VIEWS,
+    **FORMER_KEYS,
     "exactly right": "literal_match",
     **{text: metric for metric, text in LABELS.items()},
     "region form": "region_form",
     "limited to": "limit",
-    "quantised": "quantized",
-    "alpha and adapter": "alpha_and_adapter",
     "region_input": "view",
     "wording": "prompt_template",
     "inputs": "views",

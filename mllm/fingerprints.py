@@ -12,11 +12,7 @@ from transformers import PreTrainedModel
 _MAX_HASHED = 200_000_000  # bytes; larger files are identified by name, size and modification time
 _HASHED_SUFFIXES = (".json", ".safetensors", ".bin", ".jinja", ".model", ".txt")
 _ADDED = ("vision_tower.", "vision_model.", ".lora_", ".modules_to_save.")  # parts of names of such weights
-_FORMER_KEYS = {  # also those of the batch runs' other settings
-    "quantised": "quantized",
-    "alpha and adapter": "alpha_and_adapter",
-    "request file": "request_file",
-}
+FORMER_KEYS = {"quantised": "quantized", "alpha and adapter": "alpha_and_adapter"}  # keys in version 0.1.0 -> current
 
 
 def model_fingerprint(model: PreTrainedModel, name: str, exclude: Path | None = None) -> dict[str, str]:
@@ -34,11 +30,6 @@ def model_fingerprint(model: PreTrainedModel, name: str, exclude: Path | None = 
         "alpha_and_adapter": added_weights_fingerprint(model),
         "dtype": str(model.get_input_embeddings().weight.dtype),  # BLIP-2 keeps its Q-Former in float32
     }
-
-
-def with_current_keys(record: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run as earlier versions wrote them, with today's keys of `model_fingerprint`."""
-    return {_FORMER_KEYS.get(key, key): value for key, value in record.items()}
 
 
 def added_weights_fingerprint(model: PreTrainedModel) -> str:

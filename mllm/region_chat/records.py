@@ -11,9 +11,10 @@ from typing import Any
 import msgspec
 
 from mllm.files import made_by
-from mllm.fingerprints import with_current_keys
+from mllm.fingerprints import FORMER_KEYS
 
 CONVERSATION = "conversation"  # kind of a saved conversation, in its marker
+_FORMER_KEYS = {**FORMER_KEYS, "request file": "request_file"}
 
 
 class RequestLine(msgspec.Struct, forbid_unknown_fields=True):
@@ -70,8 +71,7 @@ class BatchConfig(msgspec.Struct):
     @staticmethod
     def from_json(record: dict[str, Any]) -> dict[str, Any]:
         """The settings in a journal, with the keys of this version; not validated, as they are only compared."""
-        record = with_current_keys(record)
-        return {"request_file" if key == "request file" else key: value for key, value in record.items()}
+        return {_FORMER_KEYS.get(key, key): value for key, value in record.items()}
 
 
 class JournalLine(msgspec.Struct, forbid_unknown_fields=True):
