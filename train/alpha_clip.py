@@ -24,11 +24,11 @@ from train.contrastive.arguments import parse_args
 from train.contrastive.data import RegionTextCollator, RegionTextDataset
 from train.contrastive.evaluation import validation_images
 from train.contrastive.memory_estimate import estimate_memory
-from train.contrastive.model import load_model, read_config, unwrap_clip, without_partitioning
+from train.contrastive.model import load_model, read_config, without_partitioning
 from train.contrastive.trained_parts import PARTS, prepare_model
 from train.contrastive.trainer import RegionTextTrainer
 from train.output import locked_output
-from train.parts import parameter_table
+from train.parts import parameter_table, unwrap_peft
 from train.process import log_on_main_process, run_command
 from train.run import check_missing_images, check_not_empty, open_indexes, run_config, train_and_save
 from train.skipped import SKIPPED
@@ -88,7 +88,7 @@ def build_trainer(
         args=training_args,
         train_dataset=dataset,
         validation_images=images,
-        data_collator=RegionTextCollator(processor, unwrap_clip(model).config.text_config.max_position_embeddings),
+        data_collator=RegionTextCollator(processor, unwrap_peft(model).config.text_config.max_position_embeddings),
         # a copy, because padding and truncation change the settings that a tokenizer saves
         processing_class=copy.deepcopy(processor),
         parts=PARTS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from peft import LoraConfig
 from torch import nn
@@ -18,6 +19,11 @@ def check_parts(args: PartArguments, parts: Collection[str]) -> None:
     for setting, given in (("train_parts", args.train_parts), ("learning_rates", args.rate_of_part())):
         if unknown := sorted(set(given) - set(parts)):
             raise ValueError(f"{setting}: expected one of {', '.join(parts)}, got {unknown}")
+
+
+def unwrap_peft(model: nn.Module) -> Any:
+    """The model itself, without PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def part_of(name: str, parts: Mapping[str, str]) -> str | None:

@@ -7,7 +7,6 @@ from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
 from alpha_clip_commands.training.contrastive_arguments import PairArguments
-from train.contrastive.model import unwrap_clip
 from train.contrastive.trained_parts import PARTS
 from train.memory_estimate import (
     GIB,
@@ -19,7 +18,7 @@ from train.memory_estimate import (
     step_count,
     trained_count,
 )
-from train.parts import parameter_table
+from train.parts import parameter_table, unwrap_peft
 from vision_tower import AlphaCLIPModel
 
 _TEXT_TOKENS = 16  # per text, including start and end; GRIT's phrases have a few words
@@ -43,7 +42,7 @@ def estimate_memory(
         images: Images per epoch.
         device_tflops: Throughput of a device in 10^12 floating point operations per second.
     """
-    clip, world = unwrap_clip(model), args.world_size
+    clip, world = unwrap_peft(model), args.world_size
     pairs = args.per_device_train_batch_size * pair_args.regions_per_image
     chunk = min(pair_args.cache_chunk or pairs, pairs)
     activations = tower_activations(clip, chunk, 2 if args.bf16 or args.fp16 else 4, args.gradient_checkpointing)

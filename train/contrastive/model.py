@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator
 
 import torch
-from torch import nn
 from transformers import AutoTokenizer, CLIPImageProcessorPil, TrainingArguments
 from transformers.integrations.deepspeed import (
     is_deepspeed_zero3_enabled,
@@ -72,8 +71,3 @@ def read_config(name: str) -> AlphaCLIPConfig:
         raise ValueError(
             f"expected a directory or hub id of a CLIP with both towers, got {name!r}: {reason}"
         ) from error
-
-
-def unwrap_clip(model: nn.Module) -> AlphaCLIPModel:
-    """The CLIP itself, without PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

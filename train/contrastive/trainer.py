@@ -20,7 +20,7 @@ from eval.region_matching import DescribedImage, score_region_text
 from train.contrastive.data import chunks_of
 from train.contrastive.gradient_cache import Embeddings, cached_backward
 from train.contrastive.losses import region_text_loss, released_learning_rate_factor, released_loss
-from train.contrastive.model import unwrap_clip
+from train.parts import unwrap_peft
 from train.trainer import RegionTrainer
 
 # Source: CLIP, Radford et al., arXiv 2103.00020, section 2.5: logits are never multiplied by more than 100
@@ -47,14 +47,14 @@ class RegionTextTrainer(RegionTrainer):
         super().__init__(*args, eval_dataset=list(validation_images), **kwargs)
         self.pair_args = pair_args
         self.decay_all = decay_all
-        temperature = unwrap_clip(self.model).logit_scale
+        temperature = unwrap_peft(self.model).logit_scale
         # under ZeRO-3 weights are partitioned outside of `forward`, so a frozen one is copied here
         self.frozen_logit_scale = None if temperature.requires_grad else temperature.detach().clone()
         # DeepSpeed rounds all weights to 16 bits, also frozen ones, and keeps float32 copies of trained weights only
         self.is_rounded = self.is_deepspeed_enabled and (self.args.bf16 or self.args.fp16)
         self.frozen_weights: dict[str, torch.Tensor] = {}
         if (
-            self.is_rounded and self.args.should_save and unwrap_clip(self.model) is self.model
+            self.is_rounded and self.args.should_save and unwrap_peft(self.model) is self.model
         ):  # adapters are saved without the model
             frozen = ((name, p) for name, p in self.model.named_parameters() if not p.requires_grad)
             self.frozen_weights = {name: p.detach().to("cpu", copy=True) for name, p in frozen}
@@ -99,7 +99,7 @@ class RegionTextTrainer(RegionTrainer):
         """Normalized embeddings of a chunk's pairs, (N, D), and the factor of their cosines."""
         pixels = chunk["pixel_values"]
         outputs = model(input_ids=chunk["input_ids"], attention_mask=chunk["attention_mask"], pixel_values=pixels)
-        clip = unwrap_clip(self.accelerator.unwrap_model(model))
+        clip = unwrap_peft(self.accelerator.unwrap_model(model))
         log_scale = clip.logit_scale if self.frozen_logit_scale is None else self.frozen_logit_scale.to(pixels.device)
         return {
             "images": outputs.image_embeds,
@@ -220,7 +220,7 @@ class RegionTextTrainer(RegionTrainer):
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Region-text matching scores. Every process evaluates all images, because ZeRO-3 needs all processes."""
-        model = unwrap_clip(self.accelerator.unwrap_model(self.model_wrapped))
+        model = unwrap_peft(self.accelerator.unwrap_model(self.model_wrapped))
         with self.accelerator.autocast():
             scores = score_region_text(model, self.data_collator.processor, self.eval_dataset, truncation=True)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}

@@ -22,7 +22,7 @@ from train.memory_estimate import (
     step_count,
     trained_count,
 )
-from train.parts import parameter_table
+from train.parts import parameter_table, unwrap_peft
 from train.tuning.conversations import ConversationDataset
 from train.tuning.trained_parts import parts_of, prepare_model
 
@@ -69,7 +69,7 @@ def estimate_memory(
     if model_args.device_tflops:
         work = step_flops(model, batch * args.gradient_accumulation_steps, tokens, args.gradient_checkpointing)
         hours = steps * work / (model_args.device_tflops * 1e12) / 3600
-    table = parameter_table(model, parts_of(model.get_base_model() if model_args.lora_r else model))
+    table = parameter_table(model, parts_of(unwrap_peft(model)))
     return MemoryEstimate(table, memory, activations.all / GIB, steps, hours)
 
 

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
+from train.parts import unwrap_peft
 from train.trainer import RegionTrainer
 from train.tuning.evaluation import AnswerScorer
 
@@ -31,8 +32,7 @@ class ConversationTrainer(RegionTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As in Trainer, which passes no labels to the model with label smoothing; T5 then needs decoder input IDs."""
         if self.label_smoother is not None and self.encoder_decoder:
-            unwrapped = self.accelerator.unwrap_model(model)
-            unwrapped = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
+            unwrapped = unwrap_peft(self.accelerator.unwrap_model(model))
             shift = unwrapped.language_model.prepare_decoder_input_ids_from_labels
             inputs = {**inputs, "decoder_input_ids": shift(labels=inputs["labels"])}
         return super().compute_loss(model, inputs, *args, **kwargs)
