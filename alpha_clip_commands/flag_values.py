@@ -6,16 +6,20 @@ import argparse
 import math
 
 
+def _float_or_nan(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def finite_number(text: str) -> float:
     """A number that is not NaN or infinite.
 
     Raises:
         argparse.ArgumentTypeError: If it is anything else.
     """
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
+    number = _float_or_nan(text)
     if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r:.80}")
     return number
@@ -27,10 +31,7 @@ def fraction(text: str) -> float:
     Raises:
         argparse.ArgumentTypeError: If it is anything else.
     """
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
+    number = _float_or_nan(text)
     if not 0 <= number <= 1:  # also NaN
         raise argparse.ArgumentTypeError(f"expected a fraction from 0 to 1, got {text!r:.80}")
     return number

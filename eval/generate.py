@@ -160,10 +160,8 @@ def run(
     own = parts / f"{processes.rank}.jsonl"
     with processes.together():  # all processes read before one of them writes
         parts.mkdir(parents=True, exist_ok=True)
-        if settings.view == "no_image":
-            chat.answers(
-                [(None, None, settings.question(samples[0]))], max_new_tokens=1
-            )  # fails now if it is not supported
+        if settings.view == "no_image":  # fails now if it is not supported
+            chat.answers([(None, None, settings.question(samples[0]))], max_new_tokens=1)
         done = {batch for batch, answers in _read_parts(parts, batches, settings).items() if not _failed(answers)}
     left = [batch for batch in range(len(batches)) if batch not in done]
     with (

@@ -59,9 +59,8 @@ def replacing_folder(
     target = check_folder(path, kind, reads=reads, known=known, new=new)
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target):
-        check_folder(
-            path, kind, reads=reads, known=known, new=new
-        )  # again: another process may have written it before the lock
+        # again: another process may have written it before the lock
+        check_folder(path, kind, reads=reads, known=known, new=new)
         with work_folder(target, kind) as partial:
             with failed_writes_as_os_errors(path):
                 yield partial

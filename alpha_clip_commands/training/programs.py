@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple, NoReturn, get_type_hints
 
@@ -71,13 +71,13 @@ def read_settings(program: Program, argv: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: If the recipe cannot be read, or a key, flag or value is unknown, invalid or missing.
     """
-    path, flags = split_recipe(argv, known_keys(program))
-    parser = build_parser(program)
-    recipe = read_values(path, _actions(parser, program), _nullable_keys(program)) if path else {}
+    known, parser = known_keys(program), build_parser(program)
+    path, flags = split_recipe(argv, known)
+    recipe = read_values(path, _actions(parser, known), _nullable_keys(program)) if path else {}
     given, rest = parser.parse_known_args(flags)
     if rest:
         raise ValueError(f"unknown flags or values without a flag: {' '.join(rest)}; --help lists the flags")
-    settings = current_settings({**recipe, **vars(given)})
+    settings = {**recipe, **current_settings(vars(given))}
     required = [field.name for field in _fields(program) if is_required(field)]
     required += [name for name, field in training_fields().items() if field.is_required]
     if missing := [f"--{name}" for name in required if name not in settings]:
@@ -104,11 +104,11 @@ def _nullable_keys(program: Program) -> set[str]:
     return nullable | {name for name, field in training_fields().items() if field.is_nullable}
 
 
-def _actions(parser: argparse.ArgumentParser, program: Program) -> dict[str, argparse.Action]:
+def _actions(parser: argparse.ArgumentParser, known: Collection[str]) -> dict[str, argparse.Action]:
     """The flag of each key that a recipe may contain."""
     actions = {}
     for action in parser._actions:
-        if action.dest in known_keys(program):
+        if action.dest in known:
             actions.setdefault(action.dest, action)  # --no_X comes after --X
     return actions
 
